@@ -1,0 +1,1 @@
+"""The train stage: latent shards in, a TRIP model folder out."""

@@ -1,0 +1,99 @@
+"""What several tests share: a tiny base folder in the standard layout, and an untrained TRIP on top of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_CLIPS = REPOSITORY.parent / "shared" / "data" / "clips" / "manifest.csv"
+DEMO_BASE = REPOSITORY / "examples" / "demo_base" / "weights"
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """The table of 25 real captioned videos, where the checkout has them beside it."""
+    if not REAL_CLIPS.is_file():
+        pytest.skip(f"no real clips at {REAL_CLIPS}")
+    return REAL_CLIPS
+
+
+def make_tiny_base(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A random base of a few thousand parameters: 32x32 pixels, 4x4 latents, 16-wide text."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    UNet3DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+        mid_block_add_attention=False,
+        scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")
+    shutil.copytree(DEMO_BASE / "tokenizer", folder / "tokenizer")
+    vocabulary = len(json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary + 2,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    DDIMScheduler(clip_sample=False, prediction_type=prediction_type).save_pretrained(folder / "scheduler")
+    torch.set_rng_state(state)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a tiny base folder: unet/ vae/ text_encoder/ tokenizer/ scheduler/."""
+    return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_velocity_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base, but its scheduler says that the 3D-UNet predicts velocity."""
+    return make_tiny_base(tmp_path_factory.mktemp("tiny-velocity") / "base", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of an exported, untrained TRIP model folder on the tiny base."""
+    from trip_model.checkpoint import save_model
+    from trip_model.fusion import FusionConfig
+    from trip_model.model import Trip, TripConfig
+    from trip_model.schedule import ScheduleConfig
+
+    config = TripConfig(
+        size=32, fusion=FusionConfig(width=16, heads=2), schedule=ScheduleConfig(sampling_steps=2), guidance=1.0
+    )
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", Trip.from_base(tiny_base, config), tiny_base)

@@ -1,0 +1,195 @@
+"""Conditioning, fusion and the whole model (Equations 9 and 11, Figures 2 and 3, Tables 5 and 6)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trip_model.conditioning import drop_condition_slot, unet_input
+from trip_model.fusion import (
+    AdaptiveLayerNorm,
+    FusionConfig,
+    TemporalNoiseFusion,
+    linear_decay,
+    linear_fusion,
+)
+from trip_model.model import Trip, TripConfig, base_unet_output, measure_residual_std
+from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
+from trip_model.pipeline import sample_latents
+from trip_model.unet import load_unet, use_temporal_conv, widen_input
+
+SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z_t [2, 4, 16, 4, 4], z_first, t, text)."""
+    generator = torch.Generator().manual_seed(seed)
+    z_t = torch.randn(2, 4, 16, 4, 4, generator=generator)
+    z_first = torch.randn(2, 4, 1, 4, 4, generator=generator)
+    return z_t, z_first, torch.tensor([10, 700]), torch.randn(2, 32, 16, generator=generator)
+
+
+def test_the_clean_frame_stands_at_the_head_tail_or_beside() -> None:
+    z_t, z_first, _, _ = batch()
+    head, tail, channel = (unet_input(z_t, z_first, c) for c in ("head", "tail", "channel"))
+    assert torch.equal(head[:, :, :1], z_first) and torch.equal(head[:, :, 1:], z_t)
+    assert torch.equal(tail[:, :, -1:], z_first) and torch.equal(tail[:, :, :-1], z_t)
+    assert torch.equal(channel[:, 4:], z_first.expand_as(z_t)) and torch.equal(channel[:, :4], z_t)
+    assert torch.equal(drop_condition_slot(head, "head"), z_t)
+    assert torch.equal(drop_condition_slot(tail, "tail"), z_t)
+
+
+def test_widened_input_leaves_a_pretrained_unet_unchanged(tiny_base: Path) -> None:
+    unet = load_unet(tiny_base).eval()
+    z_t, z_first, t, text = batch()
+    before = unet(z_t, t, text).sample
+    wide = widen_input(unet)
+    assert wide.config.in_channels == 8
+    assert torch.equal(wide(unet_input(z_t, z_first, "channel"), t, text).sample, before)
+
+
+def test_temporal_conv_gives_diffusers_numbers(tiny_base: Path) -> None:
+    from diffusers import UNet3DConditionModel
+
+    plain = UNet3DConditionModel.from_pretrained(tiny_base / "unet", low_cpu_mem_usage=False).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():  # the temporal convolutions end in zeros in a fresh network
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    z_t, _, t, text = batch()
+    expected = plain(z_t, t, text).sample
+    keys = list(plain.state_dict())
+    fast = use_temporal_conv(plain)
+    torch.testing.assert_close(fast(z_t, t, text).sample, expected, rtol=1e-5, atol=1e-5)
+    assert list(fast.state_dict()) == keys
+
+
+def test_linear_fusion_is_equation_nine() -> None:
+    prior, residual = torch.full((1, 1, 3, 1, 1), 2.0), torch.full((1, 1, 3, 1, 1), 10.0)
+    decay = linear_decay(3, 1.0, 0.5)
+    assert decay.flatten().tolist() == [1.0, 0.75, 0.5]
+    assert linear_fusion(prior, residual, decay).flatten().tolist() == [2.0, 4.0, 6.0]
+
+
+def test_adaptive_layer_norm_treats_each_time_step_of_a_batch_alone() -> None:
+    torch.manual_seed(0)
+    norm = AdaptiveLayerNorm(8)
+    torch.nn.init.normal_(norm.to_scale_shift.weight)
+    x, time = torch.randn(3, 5, 8), torch.randn(3, 8)
+    whole = norm(x, time)
+    for index in range(3):
+        torch.testing.assert_close(whole[index : index + 1], norm(x[index : index + 1], time[index : index + 1]))
+    assert not torch.allclose(whole[0], norm(x[:1], time[1:2])[0])
+
+
+@pytest.mark.parametrize("key_value", ["channel", "token"])
+def test_tnf_at_initialisation_equals_its_closed_form(tiny_base: Path, key_value: str) -> None:
+    config = replace(SMALL, fusion=replace(SMALL.fusion, key_value=key_value))
+    trip = Trip.from_base(tiny_base, config).eval()
+    z_t, z_first, t, text = batch()
+    signal, sigma = trip.schedule.signal_and_noise(t, 5)
+    std = trip.residual_std(16, t.device)
+    shrink = optimal_shrinkage(signal, sigma, std)
+    residual = trip.unet(unet_input(z_t, z_first, "head"), t, text).sample[:, :, 1:]
+    expected = shrink * image_noise_prior(z_t, z_first, signal, sigma) + (1 - shrink).sqrt() * residual
+    torch.testing.assert_close(trip(z_t, z_first, t, text), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("key_value", ["channel", "token"])
+def test_tnf_reads_prior_residual_and_time(key_value: str) -> None:
+    torch.manual_seed(0)
+    tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, key_value=key_value), 4)
+    torch.nn.init.normal_(tnf.out.weight)
+    torch.nn.init.normal_(tnf.norm_cross.to_scale_shift.weight)
+    residual, prior, t = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.tensor([5, 900])
+    out = tnf.branch(residual, prior, t)
+    assert out.shape == residual.shape
+    assert not torch.allclose(out, tnf.branch(residual, prior + 1, t))
+    assert not torch.allclose(out, tnf.branch(residual + 1, prior, t))
+    assert not torch.allclose(out, tnf.branch(residual, prior, t.flip(0)))
+    # Equation 11 fuses frame by frame: another frame's noise changes nothing here.
+    other = prior.clone()
+    other[:, :, 1] += 1
+    torch.testing.assert_close(tnf.branch(residual, other, t)[:, :, 0], out[:, :, 0])
+
+
+def test_first_frame_is_predicted_exactly_before_any_training(tiny_base: Path) -> None:
+    trip = Trip.from_base(tiny_base, SMALL).eval()
+    z_0 = torch.randn(2, 4, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(4))
+    t = torch.tensor([40, 999])
+    predicted = trip(trip.schedule.add_noise(z_0, noise, t), z_0[:, :, :1], t, torch.zeros(2, 32, 16))
+    torch.testing.assert_close(predicted[:, :, 0], noise[:, :, 0], rtol=0, atol=2e-5)
+
+
+VARIANTS = {
+    "TRIP_TE": replace(SMALL, condition="tail"),
+    "TRIP_C": replace(SMALL, condition="channel"),
+    "TRIP^W": replace(SMALL, fusion=replace(SMALL.fusion, kind="linear")),
+    "TRIP^-": replace(SMALL, fusion=replace(SMALL.fusion, kind="none")),
+}
+
+
+def flat(value: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, item in value.items():
+        out |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_differs_from_trip_in_exactly_one_value(name: str, tiny_base: Path) -> None:
+    ours, trip = flat(asdict(VARIANTS[name])), flat(asdict(SMALL))
+    assert sum(ours[key] != trip[key] for key in trip) == 1
+    z_t, z_first, t, text = batch()
+    predicted = Trip.from_base(tiny_base, VARIANTS[name]).eval()(z_t, z_first, t, text)
+    assert predicted.shape == z_t.shape and predicted.isfinite().all()
+
+
+class PriorOnly(Trip):
+    """A TRIP whose prediction is the prior alone (lambda = 1)."""
+
+    def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):  # noqa: N803
+        signal, sigma = self.schedule.signal_and_noise(t_B, 5)
+        return image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
+
+
+def test_prior_only_ddim_returns_the_still_image(tiny_base: Path) -> None:
+    trip = PriorOnly.from_base(tiny_base, SMALL)
+    z_t, z_first, _, text = batch(5)
+    z = sample_latents(trip, z_first, text, text[:1], z_t, steps=50, guidance=1.0)
+    torch.testing.assert_close(z, z_first.expand_as(z), rtol=0, atol=2e-4)
+
+
+def test_velocity_base_is_read_as_velocity(tiny_velocity_base: Path) -> None:
+    base = tiny_velocity_base
+    assert base_unet_output(base) == "velocity"
+    config = replace(SMALL, fusion=replace(SMALL.fusion, kind="none"))
+    z_t, z_first, t, text = batch()
+    as_noise = Trip.from_base(base, config).eval()
+    as_velocity = Trip.from_base(base, replace(config, unet_output="velocity")).eval()
+    signal, sigma = as_noise.schedule.signal_and_noise(t, 5)
+    expected = signal * as_noise(z_t, z_first, t, text) + sigma * z_t
+    torch.testing.assert_close(as_velocity(z_t, z_first, t, text), expected)
+
+
+def test_measured_deviation_is_zero_for_frame_one_and_right_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(8, 4, 1, 16, 16, generator=generator)
+    moved = torch.cat([first, first + 0.3 * torch.randn(8, 4, 1, 16, 16, generator=generator), first], dim=2)
+    std = measure_residual_std(moved)
+    assert std[0] == 0 and abs(std[1] - 0.3) < 0.02 and std[2] == 0.02  # the floor of a still frame
+
+
+def test_the_normalised_prior_is_what_the_model_feeds_its_fusion(tiny_base: Path) -> None:
+    trip = Trip.from_base(tiny_base, SMALL).eval()
+    seen: list[torch.Tensor] = []
+    assert trip.fusion is not None
+    trip.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    z_t, z_first, t, text = batch()
+    trip(z_t, z_first, t, text)
+    signal, sigma = trip.schedule.signal_and_noise(t, 5)
+    expected = normalised_prior(z_t, z_first, signal, sigma, trip.residual_std(16, t.device))
+    torch.testing.assert_close(seen[0], expected)

@@ -1,0 +1,170 @@
+"""Does training resume bitwise, read the same batches for any number of workers, and end in a model that loads?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infra import storage
+from tasks.records import UserError
+from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, write_shard
+from tasks.train.checkpoints import complete_steps, newest_checkpoint
+from tasks.train.loader import TrainingData
+from tasks.train.loop import TrainSpec, learning_rate_factor, run_training
+from trip_model.checkpoint import load_model
+from trip_model.fusion import FusionConfig
+from trip_model.model import TripConfig
+from trip_model.schedule import ScheduleConfig
+
+FRAMES = 4
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published data set of 10 clips, two shards, random latents."""
+    uri = str(tmp_path_factory.mktemp("data") / "set")
+    rng = np.random.default_rng(0)
+    recipe = {"made": "for tests"}
+    open_dataset(uri, recipe)
+    shards = []
+    for index in range(2):
+        outcomes = [
+            [
+                Sample(
+                    key=f"clip{index}{row}_000",
+                    caption="a red circle",
+                    latents=rng.normal(size=(FRAMES, 4, 4, 4)).astype(np.float16),
+                    first=np.zeros((32, 32, 3), np.uint8),
+                    tokens=rng.integers(2, 500, size=32).astype(np.int32),
+                    meta={},
+                )
+            ]
+            for row in range(5)
+        ]
+        shards.append(write_shard(uri, index, (index * 5, index * 5 + 5), outcomes, "hash").summary())
+    publish_dataset(uri, recipe, "hash", {}, shards)
+    return uri
+
+
+@pytest.fixture
+def spec(dataset: str, tiny_base: Path, tmp_path: Path) -> TrainSpec:
+    model = TripConfig(
+        size=32,
+        num_frames=FRAMES,
+        residual_std=(0.0, 0.5, 0.5, 0.5),
+        fusion=FusionConfig(width=16, heads=2),
+        schedule=ScheduleConfig(sampling_steps=2),
+        unet_dropout=0.1,
+    )
+    return TrainSpec(
+        dataset=dataset,
+        output=str(tmp_path / "run"),
+        base=str(tiny_base),
+        model=model,
+        steps=6,
+        global_batch=2,
+        learning_rate_unet=1e-3,
+        learning_rate_fusion=1e-3,
+        average_decay=0.9,
+        checkpoint_every=3,
+        tick_every=1,
+        measure_clips=4,
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of the process between two steps."""
+
+
+def train_until(spec: TrainSpec, last_step: int) -> list[float]:
+    losses: list[float] = []
+
+    def tick(values: dict) -> None:
+        losses.append(values["loss"])
+        if values["step"] == last_step and last_step < spec.steps:
+            raise Killed
+
+    try:
+        run_training(spec, on_tick=tick)
+    except Killed:
+        pass
+    return losses
+
+
+def weights(spec: TrainSpec) -> dict[str, torch.Tensor]:
+    checkpoint = newest_checkpoint(storage.join(spec.output, "checkpoints"))
+    assert checkpoint is not None and checkpoint.step == spec.steps
+    return checkpoint.parts["weights"] | checkpoint.parts["average"]
+
+
+def test_a_run_killed_after_four_steps_continues_bitwise(spec: TrainSpec, tmp_path: Path) -> None:
+    whole = train_until(spec, 6)
+    broken = replace(spec, output=str(tmp_path / "broken"))
+    first, rest = train_until(broken, 4), train_until(broken, 6)
+    assert first[:3] + rest == whole  # step 4 was lost with the kill and is done again
+    for name, tensor in weights(spec).items():
+        assert torch.equal(tensor, weights(broken)[name]), name
+
+
+def test_resume_walks_back_past_a_damaged_checkpoint(spec: TrainSpec, tmp_path: Path) -> None:
+    whole = train_until(replace(spec, checkpoint_every=2, output=str(tmp_path / "whole")), 6)
+    broken = replace(spec, checkpoint_every=2)
+    train_until(broken, 5)
+    store = storage.join(broken.output, "checkpoints")
+    assert complete_steps(store) == [4, 2]
+    file = Path(store) / "step-00000004" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert train_until(broken, 6) == whole[2:]
+
+
+def test_the_trained_model_loads_and_differs_from_the_start(spec: TrainSpec) -> None:
+    report = run_training(spec)
+    model = load_model(report.model)
+    assert model.fusion is not None and model.fusion.out.weight.abs().sum() > 0
+    assert run_training(spec) == report  # the second call finds the work done
+
+
+def test_frame_one_has_no_error_and_deviation_is_measured(spec: TrainSpec) -> None:
+    ticks: list[dict] = []
+    report = run_training(spec, on_tick=ticks.append)
+    assert max(tick["frame_1"] for tick in ticks) < 1e-8
+    deviation = load_model(report.model).config.residual_std
+    assert deviation[0] == 0 and all(0.5 < s < 1.0 for s in deviation[1:])  # sqrt(2) times the scaling of 0.5
+
+
+def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
+    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    for step in range(7):
+        whole = data.batch(step, 4)
+        halves = [data.batch(step, 4, rank, 2) for rank in range(2)]
+        assert whole.keys == halves[0].keys + halves[1].keys
+        assert torch.equal(whole.raw_latents_BFCHW, torch.cat([half.raw_latents_BFCHW for half in halves]))
+
+
+def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: str) -> None:
+    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    count = len(data.samples)
+    for epoch in range(3):
+        assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
+    assert count + data.held_out_clips == 10
+
+
+def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> None:
+    run_training(spec)
+    with pytest.raises(UserError, match="another output"):
+        run_training(replace(spec, seed=1))
+
+
+def test_workers_must_divide_the_batch(dataset: str) -> None:
+    with pytest.raises(UserError, match="3 workers"):
+        TrainingData(ShardDataset(dataset), 0.2, 0).batch(0, 4, 0, 3)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(spec: TrainSpec) -> None:
+    shaped = replace(spec, steps=100, warmup_steps=10, cosine=True)
+    factors = [learning_rate_factor(step, shaped) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0) and factors[100] < 1e-6

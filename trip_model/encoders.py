@@ -1,0 +1,140 @@
+"""The frozen encoders around the diffusion model: the 2D VAE (pixels to latents and back) and the CLIP text encoder.
+
+A base folder has the layout of `text-to-video-ms-1.7b`: `unet/ vae/ text_encoder/ tokenizer/ scheduler/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class BaseFolderError(ValueError):
+    """A base or model folder that cannot be used; the message names the part and the remedy."""
+
+
+def resolve_base(base: str | Path) -> Path:
+    """The local folder of a base: a path as it is, or a hub name fetched when there is a network.
+
+    Raises:
+        BaseFolderError: no such folder, a missing part, or a hub name that cannot be fetched.
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        looks_like_hub = not folder.is_absolute() and str(base).count("/") == 1 and not str(base).startswith(".")
+        if not looks_like_hub:
+            raise BaseFolderError(f"base {str(base)!r} is not a folder; give a folder with {', '.join(BASE_PARTS)}")
+        from huggingface_hub import snapshot_download
+
+        try:
+            fetched = snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
+        except (OSError, ValueError) as error:
+            raise BaseFolderError(
+                f"base {str(base)!r} is neither a local folder nor a hub name that could be fetched"
+                f" ({type(error).__name__}); download it and give its path"
+            ) from error
+        folder = Path(fetched)
+    missing = [part for part in BASE_PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise BaseFolderError(f"base {folder} lacks {', '.join(missing)}; it needs {', '.join(BASE_PARTS)}")
+    return folder
+
+
+def folder_hash(folder: str | Path, part: str = "") -> str:
+    """sha256 over the names and bytes of a folder's files (or of one part of it): the identity of its weights."""
+    root = Path(folder) / part if part else Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(root)).encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_vae(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The `AutoencoderKL` of a base folder, frozen, float32, in eval mode."""
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    except OSError as error:
+        raise BaseFolderError(f"the VAE of {base} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def vae_factor(vae: Any) -> int:
+    """Pixels per latent cell along one side (8 for the Stable Diffusion VAE)."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
+    """Pixels uint8 [F, H, W, 3] to *raw latents* float32 [F, 4, h, w]: the posterior mean, not yet scaled.
+
+    Every frame is encoded alone, so the image latent of a photo equals frame 1 of the clip that begins with it.
+    """
+    device = next(vae.parameters()).device
+    frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    means = [
+        vae.encode(part.to(device, torch.float32) / 127.5 - 1).latent_dist.mean.float().cpu()
+        for part in frames.split(batch)
+    ]
+    return torch.cat(means)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32) -> np.ndarray:
+    """*Final latents* [F, 4, h, w] to pixels uint8 [F, H, W, 3]."""
+    device = next(vae.parameters()).device
+    latents = final_latents_FCHW.to(device, torch.float32) / vae.config.scaling_factor
+    frames = torch.cat([vae.decode(part).sample.float().cpu() for part in latents.split(batch)])
+    pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class TextEncoder(nn.Module):
+    """Captions to token ids to text features c (Equation 2), frozen."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int, width: int) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.length = length
+        self.width = width
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """Token ids int64 [B, length], padded and cut to the encoder's length."""
+        out = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return out["input_ids"].to(torch.int64)
+
+    @torch.no_grad()
+    def encode(self, token_ids_BL: torch.Tensor) -> torch.Tensor:
+        """Text features float32 [B, length, width]: the last hidden state, normalised by the encoder."""
+        device = next(self.model.parameters()).device
+        return self.model(token_ids_BL.to(device))[0].float()
+
+
+def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
+    """The text encoder and tokenizer of a base folder.
+
+    Raises:
+        BaseFolderError: a part that cannot be read.
+    """
+    folder = Path(base)
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        model = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise BaseFolderError(f"the text encoder of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    length = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
+    return TextEncoder(model, tokenizer, length, int(model.config.hidden_size)).to(device)

@@ -1,0 +1,155 @@
+"""Fusion of reference and residual noise (Sections 3.3 and 3.4): TNF, TRIP^W's linear rule, and none (TRIP^-).
+
+Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, N = B F sequences of
+L = H W spatial tokens, D width. What the paper leaves open is decided in docs/decisions/fusion.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
+
+FusionKind = Literal["tnf", "linear", "none"]
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How reference and residual noise become the predicted noise.
+
+    `kind` alone tells the variants of Table 6 apart: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^-. The paper gives no
+    width, heads, or way of concatenation; `key_value` is "channel" (one token per place, prior and residual side by
+    side) or "token" (twice the tokens).
+    """
+
+    kind: FusionKind = "tnf"
+    width: int = 320
+    heads: int = 8
+    key_value: Literal["channel", "token"] = "channel"
+    lambda_first: float = 1.0  # Equation 9: lambda^1, the prior's weight in frame 1 (TRIP^W)
+    lambda_last: float = 0.5  # and lambda^N; in between it decays linearly with the frame index
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """Layer norm whose scale and shift come from the time step (Figure 3), one pair for each sequence of the batch.
+
+    diffusers' `AdaLayerNorm` splits scale and shift along the batch axis when time steps are batched, hence our own.
+    Zero-initialised: at the start it is a plain layer norm.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.to_scale_shift = nn.Linear(width, 2 * width)
+        nn.init.zeros_(self.to_scale_shift.weight)
+        nn.init.zeros_(self.to_scale_shift.bias)
+
+    def forward(self, x_NLD: torch.Tensor, time_ND: torch.Tensor) -> torch.Tensor:
+        scale_ND, shift_ND = self.to_scale_shift(F.silu(time_ND)).chunk(2, dim=-1)
+        return self.norm(x_NLD) * (1 + scale_ND[:, None]) + shift_ND[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over spatial tokens, queries from one sequence and keys and values from another."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(width, 2 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, query_NLD: torch.Tensor, context_NMD: torch.Tensor) -> torch.Tensor:
+        def split(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.to_kv(context_NMD).chunk(2, dim=-1)
+        out = F.scaled_dot_product_attention(split(self.to_q(query_NLD)), split(key), split(value))
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class TemporalNoiseFusion(nn.Module):
+    """TNF (Equation 11, Figure 3): predicted noise = phi(residual noise, image noise prior, t), frame by frame.
+
+    Adaptive layer norm by time step, self-attention, adaptive layer norm, then cross-attention whose query is the
+    in-process feature and whose keys and values are the concatenated prior and residual. Around the attention stands
+    the closed form
+
+        noise = lambda* prior + sqrt(1 - lambda*) (residual + branch),    branch = 0 at initialisation,
+
+    with lambda*(t, i) of `noise_prior.optimal_shrinkage`: the attention corrects in units in which the unknown part of
+    the noise has unit variance at every time step. The caller passes the prior already normalised, so that
+    lambda* prior = sqrt(lambda*) normalised prior.
+    """
+
+    def __init__(self, config: FusionConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.time_features = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(width, width)
+        self.residual_in = nn.Linear(channels, width)
+        if config.key_value == "channel":
+            self.context_in = nn.Linear(2 * channels, width)
+        else:
+            self.prior_in = nn.Linear(channels, width)
+            self.source = nn.Parameter(torch.randn(2, width) * 0.02)  # tells the two halves of the tokens apart
+        self.norm_self = AdaptiveLayerNorm(width)
+        self.attention_self = Attention(width, config.heads)
+        self.norm_cross = AdaptiveLayerNorm(width)
+        self.attention_cross = Attention(width, config.heads)
+        self.out = nn.Linear(width, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def branch(
+        self, residual_BCFHW: torch.Tensor, normalised_prior_BCFHW: torch.Tensor, t_B: torch.Tensor
+    ) -> torch.Tensor:
+        """What the attention adds to the residual, [B, C, F, H, W]."""
+        batch, channels, frames, height, width = residual_BCFHW.shape
+
+        def tokens(x_BCFHW: torch.Tensor) -> torch.Tensor:
+            return x_BCFHW.permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, channels)
+
+        residual_NLC, prior_NLC = tokens(residual_BCFHW), tokens(normalised_prior_BCFHW.to(residual_BCFHW.dtype))
+        time_BD = self.time_embedding(self.time_features(t_B).to(self.out.weight.dtype))
+        time_ND = time_BD.repeat_interleave(frames, dim=0, output_size=batch * frames)
+
+        x_NLD = self.residual_in(residual_NLC)
+        if self.config.key_value == "channel":
+            context = self.context_in(torch.cat([prior_NLC, residual_NLC], dim=-1))
+        else:
+            context = torch.cat([self.prior_in(prior_NLC) + self.source[0], x_NLD + self.source[1]], dim=1)
+        normed = self.norm_self(x_NLD, time_ND)
+        x_NLD = x_NLD + self.attention_self(normed, normed)
+        x_NLD = x_NLD + self.attention_cross(self.norm_cross(x_NLD, time_ND), context)
+        out_NLC = self.out(x_NLD)
+        return out_NLC.view(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+
+    def forward(
+        self,
+        residual_BCFHW: torch.Tensor,
+        normalised_prior_BCFHW: torch.Tensor,
+        shrinkage: torch.Tensor,
+        t_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """The predicted noise, float32 [B, C, F, H, W]; `shrinkage` is lambda*, broadcastable to it."""
+        branch = self.branch(residual_BCFHW, normalised_prior_BCFHW, t_B)
+        unit = residual_BCFHW.float() + branch.float()
+        return shrinkage.sqrt() * normalised_prior_BCFHW + (1 - shrinkage).sqrt() * unit
+
+
+def linear_decay(frames: int, first: float, last: float) -> torch.Tensor:
+    """lambda^i of Equation 9 for i = 1..N: a linear decay over the frame index, shaped [1, 1, F, 1, 1]."""
+    return torch.linspace(first, last, frames).view(1, 1, frames, 1, 1)
+
+
+def linear_fusion(prior: torch.Tensor, residual_noise: torch.Tensor, lambda_i: torch.Tensor) -> torch.Tensor:
+    """Linear fusion (Equation 9, TRIP^W): eps = lambda^i prior + (1 - lambda^i) residual noise."""
+    return lambda_i * prior + (1 - lambda_i) * residual_noise.float()

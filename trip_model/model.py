@@ -1,0 +1,131 @@
+"""TRIP itself (Figure 2): the shortcut path beside the residual path, fused into the predicted noise (Equation 11).
+
+Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import UNet3DConditionModel
+from torch import nn
+
+from trip_model.conditioning import Condition, drop_condition_slot, unet_input
+from trip_model.fusion import FusionConfig, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
+from trip_model.schedule import NoiseSchedule, ScheduleConfig
+from trip_model.unet import load_unet, set_dropout, widen_input
+
+MIN_RESIDUAL_STD = 0.02  # a data set of stills must not forbid motion for good
+
+
+@dataclass(frozen=True)
+class TripConfig:
+    """Everything that tells one TRIP model from another, saved with its weights. The defaults are the paper's.
+
+    Each variant of Tables 5 and 6 differs in one value: `condition` (head TRIP, tail TRIP_TE, channel TRIP_C) or
+    `fusion.kind` (tnf TRIP, linear TRIP^W, none TRIP^-).
+    """
+
+    condition: Condition = "head"
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    num_frames: int = 16
+    fps: float = 4.0
+    size: int = 256  # side of the square frames, in pixels
+    guidance: float = 1.0  # classifier-free guidance on text when sampling; the paper gives none
+    residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)  # s_i by frame, measured on the data set before training
+    unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
+    unet_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.residual_std) != self.num_frames:
+            raise ValueError(f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames")
+
+
+class Trip(nn.Module):
+    """Noise prediction eps(z_t, t, c, z_0^1): a 3D-UNet for the residual, the image noise prior, and their fusion."""
+
+    def __init__(self, unet: UNet3DConditionModel, config: TripConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = widen_input(unet) if config.condition == "channel" and unet.config.in_channels == 4 else unet
+        set_dropout(self.unet, config.unet_dropout)
+        channels = unet.config.out_channels
+        self.fusion = TemporalNoiseFusion(config.fusion, channels) if config.fusion.kind == "tnf" else None
+        self.schedule = NoiseSchedule(config.schedule)
+
+    @classmethod
+    def from_base(cls, base: str | Path, config: TripConfig) -> Trip:
+        """A new TRIP on the 3D-UNet of a base folder; `unet_output` is taken from the base's scheduler."""
+        return cls(load_unet(base), config)
+
+    def residual_std(self, frames: int, device: torch.device) -> torch.Tensor:
+        """s_i shaped [1, 1, F, 1, 1]; beyond the trained frames the last value is kept."""
+        known = self.config.residual_std
+        values = [known[min(i, len(known) - 1)] for i in range(frames)]
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, frames, 1, 1)
+
+    def shrinkage(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
+        """lambda*(t, i), float32 [B, 1, F, 1, 1]."""
+        signal, sigma = self.schedule.signal_and_noise(t_B, 5)
+        return optimal_shrinkage(signal, sigma, self.residual_std(frames, t_B.device))
+
+    def forward(
+        self,
+        z_t_BCFHW: torch.Tensor,
+        z_first_BC1HW: torch.Tensor,
+        t_B: torch.Tensor,
+        text_BLD: torch.Tensor,
+    ) -> torch.Tensor:
+        """The predicted noise, float32 [B, C, F, H, W].
+
+        Args:
+            z_t_BCFHW: noised final latents, float32. z_first_BC1HW: clean final latent of the first frame.
+            t_B: time steps, int64, 0-based. text_BLD: text features c.
+        """
+        frames = z_t_BCFHW.shape[2]
+        joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
+        output = drop_condition_slot(self.unet(joined, t_B, text_BLD).sample, self.config.condition)
+
+        with torch.autocast(z_t_BCFHW.device.type, enabled=False):
+            signal, sigma = self.schedule.signal_and_noise(t_B, 5)
+            if self.fusion is None:
+                residual_noise = output.float()
+                if self.config.unet_output == "velocity":
+                    residual_noise = signal * residual_noise + sigma * z_t_BCFHW.float()
+                if self.config.fusion.kind == "none":
+                    return residual_noise
+                prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
+                decay = linear_decay(frames, self.config.fusion.lambda_first, self.config.fusion.lambda_last)
+                return linear_fusion(prior, residual_noise, decay.to(prior.device))
+            std = self.residual_std(frames, t_B.device)
+            prior = normalised_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
+            shrinkage = optimal_shrinkage(signal, sigma, std)
+        return self.fusion(output, prior, shrinkage, t_B)
+
+
+def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:
+    """What a base's 3D-UNet predicts, from `prediction_type` in its `scheduler/scheduler_config.json`.
+
+    Raises:
+        ValueError: a prediction type other than `epsilon` or `v_prediction`.
+    """
+    file = Path(base) / "scheduler" / "scheduler_config.json"
+    kind = json.loads(file.read_text()).get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return "noise"
+    if kind == "v_prediction":
+        return "velocity"
+    raise ValueError(f"{file}: prediction_type {kind!r}, expected 'epsilon' or 'v_prediction'")
+
+
+def measure_residual_std(z_0_BCFHW: torch.Tensor) -> tuple[float, ...]:
+    """s_i by frame: root mean square of z_0^i - z_0^1 over clips [B, C, F, H, W]; frame 1 is exactly 0."""
+    delta = (z_0_BCFHW - z_0_BCFHW[:, :, :1]).float()
+    values = delta.square().mean(dim=(0, 1, 3, 4)).sqrt().tolist()
+    return (0.0, *(round(max(v, MIN_RESIDUAL_STD), 5) for v in values[1:]))

@@ -1,0 +1,77 @@
+"""The image noise prior (Section 3.2, Equations 3-8) and its closed-form shrinkage.
+
+| paper | here |
+| --- | --- |
+| z_0^i, z_0^1, z_t^i | `z_0`, `z_first`, `z_t` |
+| Delta z^i | `delta_z` |
+| C_t^i | `c_t` |
+| epsilon_t^i, epsilon_t^{i->1} | `noise`, `prior` |
+| sqrt(abar_t), sqrt(1 - abar_t) | `signal`, `sigma` |
+
+Everything here is float32, also under autocast: at small t the prior divides the difference of two nearly equal
+numbers by 0.01, and bfloat16 would leave an error as large as the motion. Tensors of frames are [B, C, F, H, W], the
+first frame is [B, C, 1, H, W], `signal` and `sigma` broadcast.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def one_step_backward(
+    z_t: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """One-step backward diffusion (Equations 3 and 7): the clean latent that `noise` implies for `z_t`.
+
+    With the true noise of frame i it gives z_0^i (Equation 3); with the image noise prior it gives z_0^1 (Equation 7).
+    """
+    return (z_t.float() - sigma * noise.float()) / signal
+
+
+def residual_item(z_0: torch.Tensor, z_first: torch.Tensor) -> torch.Tensor:
+    """Residual item (Equation 4): Delta z^i = z_0^i - z_0^1."""
+    return z_0.float() - z_first.float()
+
+
+def scaled_residual(delta_z: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Scaled residual (Equation 5): C_t^i = sqrt(abar_t) Delta z^i / sqrt(1 - abar_t)."""
+    return signal * delta_z.float() / sigma
+
+
+def unscaled_residual(c_t: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Equation 5 solved for the residual item (Equation 6): Delta z^i = sqrt(1 - abar_t) C_t^i / sqrt(abar_t)."""
+    return sigma * c_t.float() / signal
+
+
+def image_noise_prior(
+    z_t: torch.Tensor, z_first: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Image noise prior (Equation 8): eps^{i->1} = (z_t^i - sqrt(abar_t) z_0^1) / sqrt(1 - abar_t).
+
+    It equals eps^i + C^i, so for frame 1, and for every frame of a still clip, it is the noise itself.
+    """
+    return (z_t.float() - signal * z_first.float()) / sigma
+
+
+def optimal_shrinkage(signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor) -> torch.Tensor:
+    """lambda*(t, i): the best weight of the prior alone, E[eps | prior] = lambda* prior.
+
+    For Delta z^i ~ N(0, s_i^2): lambda* = sigma^2 / (sigma^2 + signal^2 s_i^2). It replaces the paper's fixed lambda^i
+    of Equation 9 where the time step is known (docs/decisions/fusion.md).
+
+    Args:
+        residual_std: s_i, the deviation of the residual item by frame, broadcastable to [B, 1, F, 1, 1].
+    """
+    variance = (signal * residual_std).square()
+    return sigma.square() / (sigma.square() + variance)
+
+
+def normalised_prior(
+    z_t: torch.Tensor, z_first: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor
+) -> torch.Tensor:
+    """The prior divided by its own deviation: (z_t - signal z_first) / sqrt(sigma^2 + signal^2 s_i^2).
+
+    Unit variance at every time step, and it loses nothing; this is what the fusion module's attention reads.
+    """
+    deviation = (sigma.square() + (signal * residual_std).square()).sqrt()
+    return (z_t.float() - signal * z_first.float()) / deviation

@@ -1,0 +1,87 @@
+"""The training objective (Equations 2 and 10), text dropout, and where every random number of training comes from.
+
+Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trip_model.model import Trip
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Equation 10 and what it leaves open.
+
+    weighting: `noise` is Equation 10 as written. `unit` divides the squared error by 1 - lambda*(t, i), the part of
+        the noise that the prior leaves unknown, so that every time step asks for the motion equally loudly; under
+        `noise` a small model hardly learns it at the noisy end, where sampling starts (docs/decisions/objective.md).
+    text_dropout: share of samples trained with an empty caption, for classifier-free guidance; the paper gives none.
+    """
+
+    weighting: Literal["noise", "unit"] = "noise"
+    text_dropout: float = 0.1
+
+
+def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generator:
+    """A generator whose stream depends on its address alone, e.g. ("noise", seed, step, sample)."""
+    key = ":".join([purpose, str(seed), *map(str, address)])
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random part of one training batch, on the CPU."""
+
+    t_B: torch.Tensor  # int64 time steps
+    noise: torch.Tensor  # float32, shaped like z_0
+    drop_B: torch.Tensor  # bool, captions to leave out
+
+
+def draw(seed: int, step: int, positions: Sequence[int], global_batch: int, shape: Sequence[int], steps_T: int, text_dropout: float) -> Draw:
+    """Draws for the samples at `positions` of a global batch; any split over workers gives the same numbers.
+
+    Time steps are uniform over 0..T-1 and stratified over the global batch: one in each of its equal slices.
+    """
+    offset = torch.rand((), generator=addressed_generator("time-step", seed, step), dtype=torch.float64).item()
+    times, noises, drops = [], [], []
+    for position in positions:
+        generator = addressed_generator("noise", seed, step, position)
+        times.append(int((offset + position / global_batch) % 1.0 * steps_T))
+        drops.append(torch.rand((), generator=generator).item() < text_dropout)
+        noises.append(torch.randn(tuple(shape), generator=generator))
+    return Draw(torch.tensor(times), torch.stack(noises), torch.tensor(drops))
+
+
+def training_loss(
+    model: torch.nn.Module, z_0_BCFHW: torch.Tensor, text_BLD: torch.Tensor, empty_text_1LD: torch.Tensor, drawn: Draw, config: ObjectiveConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective (Equation 10): mean squared error between the drawn noise and the fused prediction.
+
+    Args:
+        model: a `Trip`, or a data-parallel wrapper of one. z_0_BCFHW: final latents, float32; frame 1 is the image.
+    Returns:
+        (loss, noise error by time step and frame [B, F], detached and unweighted).
+    """
+    trip = model if isinstance(model, Trip) else model.module
+    assert isinstance(trip, Trip)
+    device = z_0_BCFHW.device
+    t_B, noise = drawn.t_B.to(device), drawn.noise.to(device)
+    z_t = trip.schedule.add_noise(z_0_BCFHW, noise, t_B)
+    # The image latent is frame 1 of the same draw, so that its residual is exactly zero.
+    z_first = z_0_BCFHW[:, :, :1].float()
+    text = torch.where(drawn.drop_B.to(device)[:, None, None], empty_text_1LD, text_BLD)
+    error_BF = (model(z_t, z_first, t_B, text) - noise).square().mean(dim=(1, 3, 4))
+    if config.weighting == "noise":
+        return error_BF.mean(), error_BF.detach()
+    unknown_BF = (1 - trip.shrinkage(t_B, z_t.shape[2])).flatten(1)
+    # The prior knows frame 1 exactly: its unknown part is zero, and so is its error; it keeps weight one.
+    weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1e-12), torch.ones_like(unknown_BF))
+    return (weight_BF * error_BF).mean(), error_BF.detach()

@@ -1,0 +1,144 @@
+"""`TripPipeline`: a photo, a sentence and a seed in, frames out (Section 4.1: DDIM, 50 steps)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trip_model.checkpoint import load_model
+from trip_model.encoders import TextEncoder, decode_latents, encode_pixels, load_text_encoder, load_vae, vae_factor
+from trip_model.model import Trip
+from trip_model.objective import addressed_generator
+from trip_model.video import load_image
+
+ImageSource = bytes | str | Path | Image.Image | np.ndarray
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Trip,
+    z_first_BC1HW: torch.Tensor,
+    text_BLD: torch.Tensor,
+    empty_text_1LD: torch.Tensor,
+    noise_BCFHW: torch.Tensor,
+    steps: int,
+    guidance: float,
+    on_step: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """DDIM from `noise_BCFHW` to final latents [B, C, F, H, W], float32 throughout; the prior is new at every step.
+
+    With guidance other than 1 the fused noise is computed with and without text (the image stays in both) and
+    extrapolated after the fusion.
+    """
+    scheduler = model.schedule.ddim()
+    scheduler.set_timesteps(steps)
+    z = noise_BCFHW.float()
+    batch = z.shape[0]
+    for index, t in enumerate(scheduler.timesteps):
+        t_B = torch.full((batch,), int(t), dtype=torch.int64, device=z.device)
+        noise = model(z, z_first_BC1HW, t_B, text_BLD)
+        if guidance != 1.0:
+            without = model(z, z_first_BC1HW, t_B, empty_text_1LD.expand_as(text_BLD))
+            noise = without + guidance * (noise - without)
+        z = scheduler.step(noise, int(t), z).prev_sample
+        if on_step is not None:
+            on_step(index + 1, len(scheduler.timesteps))
+    return z
+
+
+class TripPipeline:
+    """Image-to-video with a trained TRIP model.
+
+    >>> pipe = TripPipeline.from_folder("runs/demo/model")
+    >>> frames = pipe("photo.jpg", "a red circle moving right quickly", seed=7)  # uint8 [16, 64, 64, 3]
+    """
+
+    def __init__(self, model: Trip, vae: torch.nn.Module, text: TextEncoder, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+        self.vae: Any = vae.to(self.device)
+        self.text = text.to(self.device)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> TripPipeline:
+        """Loads a model folder (`trip_model.checkpoint`); raises `BaseFolderError` when it is not one."""
+        return cls(load_model(folder), load_vae(folder), load_text_encoder(folder), device)
+
+    @property
+    def size(self) -> int:
+        """Side of the square frames that the model was trained on, in pixels."""
+        return self.model.config.size
+
+    @property
+    def fps(self) -> float:
+        return self.model.config.fps
+
+    def __call__(
+        self,
+        image: ImageSource,
+        prompt: str,
+        seed: int = 0,
+        num_frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        keep_first_frame: bool = True,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Animates one photo: uint8 [F, H, W, 3]. See `generate`."""
+        return self.generate([image], [prompt], [seed], num_frames, steps, guidance, keep_first_frame, on_step)[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        keep_first_frame: bool = True,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Animates a batch of photos: uint8 [B, F, H, W, 3]; every item's noise depends on its own seed alone.
+
+        Args:
+            images: photos, centre-cropped to the model's square. prompts: what should happen. seeds: one for each.
+            num_frames: frames to make, the given one included. steps: DDIM steps. guidance: text guidance, 1 is off.
+            keep_first_frame: frame 1 of the output is the given image itself, not its reconstruction.
+        Raises:
+            ValueError: an empty prompt, an image that is not one, or a number out of bounds.
+        """
+        config = self.model.config
+        num_frames = config.num_frames if num_frames is None else num_frames
+        steps = config.schedule.sampling_steps if steps is None else steps
+        guidance = config.guidance if guidance is None else guidance
+        if not len(images) == len(prompts) == len(seeds):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds; give one of each per video")
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("the prompt is empty; say in a few words what should happen in the video")
+        if not 2 <= num_frames <= 64:
+            raise ValueError(f"num_frames {num_frames}, expected 2 to 64")
+        if not 1 <= steps <= config.schedule.num_train_timesteps:
+            raise ValueError(f"steps {steps}, expected 1 to {config.schedule.num_train_timesteps}")
+        if not 0 <= guidance <= 50:
+            raise ValueError(f"guidance {guidance}, expected 0 to 50")
+        photos = np.stack([load_image(image, config.size) for image in images])
+
+        raw_BCHW = encode_pixels(self.vae, photos)
+        z_first = (raw_BCHW * self.vae.config.scaling_factor).unsqueeze(2).to(self.device)
+        cells = config.size // vae_factor(self.vae)
+        shape = (z_first.shape[1], num_frames, cells, cells)
+        noise = torch.stack([torch.randn(shape, generator=addressed_generator("sample", seed)) for seed in seeds])
+        text = self.text.encode(self.text.tokenize(list(prompts)))
+        empty = self.text.encode(self.text.tokenize([""]))
+        z = sample_latents(self.model, z_first, text, empty, noise.to(self.device), steps, guidance, on_step)
+        videos = np.stack([decode_latents(self.vae, clip.permute(1, 0, 2, 3)) for clip in z])
+        if keep_first_frame:
+            videos[:, 0] = photos
+        return videos

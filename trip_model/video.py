@@ -1,0 +1,237 @@
+"""Pixels in and out: decodes clips on a time grid, reads photos, writes mp4, gif and png (Section 4.1: 16 frames at 4 fps).
+
+*Pixels* are always uint8 [F, H, W, 3] RGB, centre-cropped to a square after resizing the shorter side.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_IMAGE_PIXELS = 64_000_000  # a photo larger than this is refused before it is unpacked (decompression bombs)
+
+
+class ClipError(ValueError):
+    """A video that cannot become a clip: `reason` is a word to count by, `detail` a sentence for a person."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded window of a video."""
+
+    pixels: np.ndarray  # uint8 [F, H, W, 3]
+    times: np.ndarray  # float32 [F], seconds since the video's first shown frame, the true stamps
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Resize the shorter side to `size` and crop the centre: (new width, new height, left, top) in pixels."""
+    scale = size / min(width, height)
+    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
+    return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
+
+
+def _to_square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
+    """One decoded frame as uint8 [size, size, 3], with pixel aspect and rotation applied."""
+    ratio = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else None
+    width = round(frame.width * float(ratio)) if ratio else frame.width
+    new_width, new_height, left, top = square_box(width or frame.width, frame.height, size)
+    rgb = reformatter.reformat(
+        frame, width=new_width, height=new_height, format="rgb24", interpolation=Interpolation.BICUBIC
+    ).to_ndarray()
+    square = rgb[top : top + size, left : left + size]
+    # PyAV reports the rotation but does not apply it; a quarter turn of a centred square stays a centred square.
+    return np.ascontiguousarray(np.rot90(square, round(getattr(frame, "rotation", 0) / 90) % 4))
+
+
+def read_windows(
+    source: bytes | str | Path, num_frames: int, fps: float, size: int, windows: int = 1, start_seconds: float = 0.0
+) -> list[Clip]:
+    """Decodes up to `windows` non-overlapping clips from one video, each of `num_frames` frames on a time grid.
+
+    The grid lies on presentation stamps relative to the first shown frame: grid point k takes the frame on show at
+    `start + k / fps` (the last one stamped at or before it), so variable frame rates and late starts come out right.
+    Every frame is converted at most once and only when a grid point needs it.
+
+    Args:
+        source: the bytes of a video file, or its path.
+        num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
+        windows: how many clips at most; clip w starts at `start_seconds + w * num_frames / fps`.
+    Raises:
+        ClipError: `undecodable`, `no_video_stream`, `no_timestamps` or `too_short`.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    step, half_step = 1.0 / fps, 0.5 / fps
+    chosen: list[tuple[float, np.ndarray]] = []
+    reformatter = VideoReformatter()
+    corrupt = 0
+    info: dict[str, Any] = {}
+    duration = 0.0
+    try:
+        with av.open(file, metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise ClipError("no_video_stream", "the file holds no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"
+            stream.codec_context.thread_count = 1  # automatic threads under many workers can hang for good
+            info = {
+                "codec": stream.codec_context.name,
+                "container": container.format.name,
+                "average_fps": float(stream.average_rate or 0),
+                "width": stream.codec_context.width,
+                "height": stream.codec_context.height,
+            }
+            first: float | None = None
+            shown: av.VideoFrame | None = None
+            shown_time = 0.0
+            wanted = num_frames * windows
+
+            def take() -> None:
+                assert shown is not None
+                if chosen and chosen[-1][0] == shown_time:
+                    chosen.append(chosen[-1])
+                else:
+                    chosen.append((shown_time, _to_square(shown, size, reformatter)))
+
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.time is None:
+                    raise ClipError("no_timestamps", "a frame carries no presentation stamp")
+                corrupt += bool(frame.is_corrupt)
+                first = frame.time if first is None else first
+                now = frame.time - first - start_seconds
+                while shown is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
+                    take()
+                duration = max(duration, now)
+                if len(chosen) == wanted:
+                    break
+                if now >= -1e-6 or shown is None:
+                    shown, shown_time = frame, now
+            # The last frame stays on show for its own length; half a grid step of grace covers a rounded-down end.
+            rate = float(stream.average_rate or fps)
+            end = duration + min(1.0 / rate if rate > 0 else half_step, step)
+            while shown is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
+                take()
+    except (av.error.FFmpegError, ValueError) as error:
+        if isinstance(error, ClipError):
+            raise
+        raise ClipError("undecodable", f"{type(error).__name__} after {len(chosen)} grid frames") from error
+
+    count = len(chosen) // num_frames
+    if count == 0:
+        raise ClipError(
+            "too_short",
+            f"{max(duration, 0):.2f} s give {len(chosen)} frames at {fps:g} fps, {num_frames} are needed",
+        )
+    info |= {"corrupt_frames": corrupt, "start_seconds": start_seconds}
+    clips = []
+    for window in range(count):
+        part = chosen[window * num_frames : (window + 1) * num_frames]
+        clips.append(
+            Clip(
+                pixels=np.stack([pixels for _, pixels in part]),
+                times=np.asarray([t + start_seconds for t, _ in part], dtype=np.float32),
+                info=info | {"window": window},
+            )
+        )
+    return clips
+
+
+def read_clip(
+    source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0
+) -> Clip:
+    """The first clip of a video, see `read_windows`."""
+    return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
+
+
+def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """A photo as uint8 [size, size, 3]: EXIF turn applied, transparency on white, centre-cropped like a video frame.
+
+    Raises:
+        ValueError: not an image, or more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        name = "the given bytes" if isinstance(source, bytes) else str(source)
+        try:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_IMAGE_PIXELS} are taken")
+            image.load()
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+            raise ValueError(f"{name} is not an image that can be read; give a JPEG, PNG or WebP photo") from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+                raise ValueError(f"{name}: {error.strerror}; give the path of a photo") from error
+            raise ValueError(f"{name} is damaged ({error}); give a whole JPEG, PNG or WebP photo") from error
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    image = image.convert("RGB")
+    width, height, left, top = square_box(image.width, image.height, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 16) -> bytes:
+    """Encodes pixels uint8 [F, H, W, 3] as an H.264 mp4 (web-playable, yuv420p) or a looping gif.
+
+    Raises:
+        ValueError: a format other than `mp4` or `gif`, or odd sides for mp4.
+    """
+    if format == "gif":
+        frames = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in pixels]
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, optimize=False
+        )
+        return buffer.getvalue()
+    if format != "mp4":
+        raise ValueError(f"video format {format!r}, expected 'mp4' or 'gif'")
+    height, width = pixels.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.codec_context.thread_count = 1  # the same bytes on every machine
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:
+    """Writes pixels uint8 [F, H, W, 3] as `.mp4` or `.gif` by suffix, else as a folder of numbered png files."""
+    path = Path(path)
+    if path.suffix.lower() in (".mp4", ".gif"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video_bytes(pixels, fps, path.suffix.lower()[1:], crf))
+    elif path.suffix:
+        raise ValueError(f"{path} ends in {path.suffix!r}; name an .mp4, a .gif, or a folder for png frames")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        for index, frame in enumerate(pixels):
+            Image.fromarray(frame).save(path / f"{index:03d}.png")
+    return path
