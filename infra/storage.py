@@ -1,0 +1,207 @@
+"""Reads and writes at any fsspec address (a path, s3://, memory://); a reader never sees a half-written file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+_TEMPORARY_SUFFIX = ".part"
+
+
+def local_path(uri: str) -> Path | None:
+    """The local path an address means, or None when it lies in another store."""
+    if uri.startswith("file://"):
+        return Path(uri.removeprefix("file://"))
+    return None if "://" in uri else Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute (`~` expanded, `file://` removed); any other address without its final slash."""
+    path = local_path(uri)
+    if path is None:
+        return uri.rstrip("/")
+    return os.path.abspath(path.expanduser())
+
+
+def join(uri: str, *parts: str) -> str:
+    """The address `parts` below `uri`, always with forward slashes."""
+    return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)])
+
+
+def parent(uri: str) -> str:
+    """The folder an address lies in; for a bare file name that is "."."""
+    path = local_path(uri)
+    return str(path.parent) if path is not None else uri.rstrip("/").rsplit("/", 1)[0]
+
+
+def exists(uri: str) -> bool:
+    path = local_path(uri)
+    if path is not None:
+        return path.exists()
+    filesystem, name = _remote(uri)
+    filesystem.invalidate_cache()  # another process may have written since this one listed the folder
+    return bool(filesystem.exists(name))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of one address. Raises FileNotFoundError when there is none."""
+    path = local_path(uri)
+    if path is not None:
+        return path.read_bytes()
+    filesystem, name = _remote(uri)
+    return cast(bytes, filesystem.cat_file(name))
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Bytes start (inclusive) to end (exclusive) of one address; fewer where the file ends before."""
+    path = local_path(uri)
+    if path is not None:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    filesystem, name = _remote(uri)
+    return cast(bytes, filesystem.cat_file(name, start=start, end=end))
+
+
+def read_json(uri: str) -> Any:
+    """Parsed JSON. Raises FileNotFoundError when missing and ValueError when it is not JSON."""
+    return json.loads(read_bytes(uri))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes atomically: the address holds the old content or all of the new, also after a kill or a full disk."""
+    path = local_path(uri)
+    if path is None:
+        filesystem, name = _remote(uri)
+        filesystem.pipe_file(name, data)  # one put is the commit; a rename would be a copy and a delete
+        return
+    temporary = _sibling(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes canonical JSON (sorted keys, two spaces), atomically."""
+    write_bytes(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The bytes `write_json` writes: equal values give equal bytes. NaN is refused, for it is not JSON."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def upload_file(local: str | Path, uri: str) -> None:
+    """Copies one local file to an address, atomically."""
+    path = local_path(uri)
+    if path is None:
+        filesystem, name = _remote(uri)
+        filesystem.put_file(str(local), name)
+        return
+    temporary = _sibling(path)
+    try:
+        with open(local, "rb") as source, temporary.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_dir(uri: str) -> list[str]:
+    """Sorted names directly below a folder, unfinished local writes left out; empty when there is no such folder."""
+    path = local_path(uri)
+    if path is not None:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    else:
+        filesystem, folder = _remote(uri)
+        filesystem.invalidate_cache()
+        try:
+            entries = filesystem.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != folder.strip("/")]
+    return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+
+
+def delete(uri: str) -> None:
+    """Removes a file, or a folder with all it holds; nothing happens when it is missing."""
+    path = local_path(uri)
+    if path is not None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    filesystem, name = _remote(uri)
+    filesystem.invalidate_cache()
+    if filesystem.exists(name):
+        filesystem.rm(name, recursive=True)
+
+
+def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
+    """A folder as a local path: the path itself, else a downloaded copy below `cache_dir`.
+
+    The copy is named after the address and the size and tag of every file in it, so a changed folder is fetched again,
+    and it appears under that name only when complete. Raises FileNotFoundError when the folder is missing or empty.
+    """
+    path = local_path(uri)
+    if path is not None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"no folder at {uri}")
+        return path
+    filesystem, folder = _remote(uri)
+    filesystem.invalidate_cache()
+    files = cast(dict[str, dict[str, Any]], filesystem.find(folder, detail=True))
+    if not files:
+        raise FileNotFoundError(f"no folder at {uri}")
+    print_of = [(name, info.get("size"), str(info.get("ETag", info.get("mtime", "")))) for name, info in files.items()]
+    name = hashlib.sha256(json.dumps([uri, sorted(print_of)]).encode()).hexdigest()[:24]
+    root = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "trip-i2v"
+    target = root / name
+    if not target.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = root / f".{name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
+        try:
+            for remote in files:
+                copy = temporary / remote.removeprefix(folder).strip("/")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(remote, str(copy))
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process fetched the same folder meanwhile
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of one local file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
+    return fsspec.core.url_to_fs(uri)
+
+
+def _sibling(path: Path) -> Path:
+    """A temporary name in the same folder: `os.replace` is atomic only within one file system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:12]}{_TEMPORARY_SUFFIX}")

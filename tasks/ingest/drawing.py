@@ -1,0 +1,100 @@
+"""Draws the demo corpus: captioned moving shapes whose motion obeys the caption, each clip a pure function of its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# The vocabulary of the corpus. One word of each row makes a caption, so the caption says everything but where.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (226, 54, 48),
+    "green": (58, 184, 78),
+    "blue": (52, 98, 232),
+    "yellow": (244, 208, 44),
+    "white": (244, 244, 240),
+    "purple": (160, 66, 206),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPEEDS: dict[str, float] = {"slowly": 5.0, "quickly": 9.0}  # percent of the frame's width per second
+
+CLIP_SECONDS = 4.5
+SOURCE_FPS = 12.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one demo clip shows; positions, radius and speed are fractions of the frame's width."""
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+    start_xy: tuple[float, float]
+    radius: float
+    background: tuple[tuple[float, float, float], tuple[float, float, float]]
+    background_angle: float
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.shape} moving {self.direction} {self.speed}"
+
+
+def draw_scene(seed: int) -> Scene:
+    """The scene of one seed. The shape's whole path over `CLIP_SECONDS` lies inside the frame."""
+    rng = np.random.default_rng([0x7121, seed])
+    direction = str(rng.choice(list(DIRECTIONS)))
+    speed = str(rng.choice(list(SPEEDS)))
+    radius = float(rng.uniform(0.12, 0.17))
+    travel = SPEEDS[speed] / 100 * CLIP_SECONDS
+    start = rng.uniform(radius + 0.02, 0.98 - radius, size=2)
+    dx, dy = DIRECTIONS[direction]
+    for axis, step in enumerate((dx, dy)):
+        low, high = radius + 0.02, 0.98 - radius
+        if step > 0:
+            start[axis] = rng.uniform(low, high - travel)
+        elif step < 0:
+            start[axis] = rng.uniform(low + travel, high)
+    dark = rng.uniform(8, 90, size=3)
+    return Scene(
+        colour=str(rng.choice(list(COLOURS))),
+        shape=str(rng.choice(SHAPES)),
+        direction=direction,
+        speed=speed,
+        start_xy=(float(start[0]), float(start[1])),
+        radius=radius,
+        background=(tuple(dark.tolist()), tuple((dark + rng.uniform(-8, 70, size=3)).clip(0, 160).tolist())),
+        background_angle=float(rng.uniform(0, 2 * np.pi)),
+    )
+
+
+def draw_frame(scene: Scene, seconds: float, size: int) -> np.ndarray:
+    """One frame of a scene at a time in seconds: uint8 [size, size, 3], edges anti-aliased over one pixel."""
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = np.meshgrid(grid, grid)
+    slope = (x - 0.5) * np.cos(scene.background_angle) + (y - 0.5) * np.sin(scene.background_angle)
+    blend = (slope / np.sqrt(2) + 0.5)[..., None]
+    first, second = (np.asarray(c, dtype=np.float32) for c in scene.background)
+    background = first * (1 - blend) + second * blend
+
+    dx, dy = DIRECTIONS[scene.direction]
+    travelled = SPEEDS[scene.speed] / 100 * seconds
+    u, v = x - (scene.start_xy[0] + dx * travelled), y - (scene.start_xy[1] + dy * travelled)
+    # Signed distance to the shape's edge (negative inside), in fractions of the frame.
+    if scene.shape == "circle":
+        distance = np.hypot(u, v) - scene.radius
+    elif scene.shape == "square":
+        distance = np.maximum(np.abs(u), np.abs(v)) - 0.88 * scene.radius
+    else:
+        distance = np.maximum(v - 0.7 * scene.radius, 0.87 * np.abs(u) - 0.5 * v - 0.6 * scene.radius)
+    cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
+    colour = np.asarray(COLOURS[scene.colour], dtype=np.float32)
+    return np.rint(background * (1 - cover) + colour * cover).astype(np.uint8)
+
+
+def draw_clip(seed: int, size: int, fps: float = SOURCE_FPS, seconds: float = CLIP_SECONDS) -> tuple[np.ndarray, str]:
+    """One captioned clip: (uint8 [F, size, size, 3], caption)."""
+    scene = draw_scene(seed)
+    times = np.arange(round(seconds * fps)) / fps
+    return np.stack([draw_frame(scene, float(t), size) for t in times]), scene.caption

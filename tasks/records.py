@@ -1,0 +1,81 @@
+"""The records that cross the doors between stages: small, frozen, JSON-able."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
+
+
+class UserError(ValueError):
+    """One sentence for a person: the value that is wrong, what was expected, the remedy. Shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class ClipRef:
+    """One usable row of a source table; `url` is what the table says (not yet resolved), `row` counts from 0."""
+
+    key: str
+    url: str
+    caption: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row that could not be used; `reason` is a lower_snake word to count by, `detail` a phrase for a person."""
+
+    key: str
+    row: int
+    reason: str
+    detail: str = ""
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-able dict."""
+    return dataclasses.asdict(record)
+
+
+def from_json(kind: type[Record], value: dict[str, Any]) -> Record:
+    """The dataclass `to_json` made the dict from, nested dataclasses included. Raises UserError on unknown fields."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise UserError(f"unknown field {unknown[0]!r} for {kind.__name__}; it has {', '.join(hints)}")
+    arguments = {}
+    for name, item in value.items():
+        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(item, dict):
+            item = from_json(typing.cast(type, nested[0]), item)
+        elif isinstance(item, list) and typing.get_origin(hints[name]) is tuple:
+            item = tuple(item)
+        arguments[name] = item
+    return kind(**arguments)
+
+
+def digest(value: Any) -> str:
+    """The identity of a dataclass or a JSON-able value: the first 16 hex digits of sha256 over its canonical JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def count_by_reason(failures: Iterable[Failure]) -> dict[str, int]:
+    """How many failures there are of each reason, sorted by reason."""
+    return dict(sorted(Counter(failure.reason for failure in failures).items()))
+
+
+def add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sum of several counts by reason, sorted by reason."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items()))

@@ -1,0 +1,161 @@
+"""Shards: readable by webdataset, by their own index, closed in their books, and never a way to run code."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infra import storage
+from tasks import shards
+from tasks.records import Failure, UserError
+from tasks.shards import Sample, ShardDataset
+
+RECIPE = {"fps": 4.0, "size": 32}
+
+
+def sample(key: str, seed: int = 0, keep_pixels: bool = True) -> Sample:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    return Sample(
+        key=key,
+        caption=f"a caption, {key}, größer",
+        latents=rng.normal(size=(3, 4, 4, 4)).astype(np.float16),
+        first=pixels[0],
+        tokens=np.arange(77, dtype=np.int32),
+        meta={"clip": key, "times": [0.0, 0.25]},
+        pixels=pixels if keep_pixels else None,
+    )
+
+
+def make_dataset(uri: str) -> str:
+    shards.open_dataset(uri, RECIPE)
+    first = shards.write_shard(
+        uri,
+        index=0,
+        rows=(0, 3),
+        outcomes=[[sample("a_000", 1), sample("a_001", 2)], Failure("b", 1, "too_short"), [sample("c_000", 3)]],
+        recipe_hash="h",
+    )
+    second = shards.write_shard(uri, 1, (3, 5), [[sample("d_000", 4)], Failure("e", 4, "http_404", "gone")], "h")
+    return shards.publish_dataset(uri, RECIPE, "h", {"limit": None}, [first.summary(), second.summary()])
+
+
+@pytest.fixture(params=["local", "memory"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
+
+
+def test_what_was_written_is_read_back_in_any_order(uri: str) -> None:
+    make_dataset(uri)
+    data = ShardDataset(uri)
+    assert len(data) == 4 and data.keys == ["a_000", "a_001", "c_000", "d_000"]
+    assert [data.clip_of(i) for i in range(4)] == ["a", "a", "c", "d"]
+    for i, seed in ((3, 4), (0, 1), (2, 3), (1, 2)):
+        want = sample(data.keys[i], seed)
+        got = data.read(i, ("latents", "first", "pixels", "tokens", "caption", "meta"))
+        assert got["key"] == want.key and got["caption"] == want.caption and got["meta"] == want.meta
+        for name in ("latents", "first", "pixels", "tokens"):
+            assert got[name].dtype == getattr(want, name).dtype
+            np.testing.assert_array_equal(got[name], getattr(want, name))
+    with pytest.raises(IndexError):
+        data.read(4)
+
+
+def test_the_books_close(uri: str) -> None:
+    make_dataset(uri)
+    manifest = ShardDataset(uri).manifest
+    assert manifest["rows"] == 5 == manifest["encoded"] + sum(manifest["failed"].values())
+    assert manifest["failed"] == {"http_404": 1, "too_short": 1} and manifest["samples"] == 4
+
+
+def test_books_that_do_not_close_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        shards.write_shard(str(tmp_path), 0, (0, 3), [[sample("a_000")]], "h")
+    assert storage.list_dir(str(tmp_path)) == []
+
+
+def test_webdataset_reads_the_shards_as_plain_tars(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    make_dataset(str(tmp_path))
+    read = list(webdataset.WebDataset([str(tmp_path / "shard-00000.tar")], shardshuffle=False).decode())
+    assert [entry["__key__"] for entry in read] == ["a_000", "a_001", "c_000"]
+    np.testing.assert_array_equal(read[1]["latents.npy"], sample("a_001", 2).latents)
+    assert read[0]["caption.txt"] == sample("a_000").caption and read[0]["meta.json"]["clip"] == "a_000"
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = make_dataset(str(tmp_path / "one")), make_dataset(str(tmp_path / "two"))
+    assert one == two
+    for name in storage.list_dir(str(tmp_path / "one")):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_pickle_inside_an_array_is_not_opened(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (pytest.fail, ("code from a shard ran",))
+
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(pytest.fail.Exception):
+        np.load(io.BytesIO(buffer.getvalue()), allow_pickle=True)  # the bomb is live
+    with pytest.raises(ValueError):
+        shards._decode("latents", buffer.getvalue())
+
+
+def test_a_field_that_was_not_kept_is_named(tmp_path: Path) -> None:
+    manifest = shards.write_shard(str(tmp_path), 0, (0, 1), [[sample("a_000", keep_pixels=False)]], "h")
+    shards.publish_dataset(str(tmp_path), RECIPE, "h", {}, [manifest.summary()])
+    with pytest.raises(KeyError, match="pixels"):
+        ShardDataset(str(tmp_path)).read(0, ("pixels",))
+
+
+def test_a_folder_without_its_last_file_is_no_data_set(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="run the prepare stage"):
+        ShardDataset(str(tmp_path))
+
+
+def test_a_cut_shard_and_a_stale_index_are_told_apart_from_data(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    tar = tmp_path / "shard-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cut short"):
+        ShardDataset(str(tmp_path)).read(3)
+    index = tmp_path / "shard-00000.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0"}))
+    with pytest.raises(UserError, match="stale"):
+        ShardDataset(str(tmp_path)).read(0)
+
+
+def test_another_recipe_is_refused_by_name(tmp_path: Path) -> None:
+    shards.open_dataset(str(tmp_path), RECIPE)
+    shards.open_dataset(str(tmp_path), RECIPE)
+    with pytest.raises(UserError, match=r"fps 4.0 -> 8.0.*another output"):
+        shards.open_dataset(str(tmp_path), RECIPE | {"fps": 8.0})
+
+
+def test_the_longest_key_fits_a_plain_tar_header(tmp_path: Path) -> None:
+    key = shards.sample_key("k" * 80, 999)
+    shards.write_shard(str(tmp_path), 0, (0, 1), [[sample(key)]], "h")
+    with tarfile.open(tmp_path / "shard-00000.tar") as tar:
+        assert all(member.pax_headers == {} and member.mtime == 0 for member in tar)
+
+
+def test_a_split_keeps_a_clip_on_its_side_and_both_sides_filled() -> None:
+    keys = [f"clip{i}" for i in range(400)]
+    train, held_out = shards.split_keys(keys, 0.2)
+    assert sorted(train + held_out) == sorted(keys) and 50 < len(held_out) < 110
+    more_train, more_held_out = shards.split_keys(keys + ["another", "one-more"], 0.2)
+    assert set(train) <= set(more_train) and set(held_out) <= set(more_held_out)
+    assert [len(side) for side in shards.split_keys(["a", "b", "a"], 0.0)] == [1, 1]
+    assert [len(side) for side in shards.split_keys(["a", "b"], 1.0)] == [1, 1]
+    with pytest.raises(UserError, match="at least 2"):
+        shards.split_keys(["a", "a"], 0.5)

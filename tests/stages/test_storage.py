@@ -1,0 +1,128 @@
+"""What storage promises: the same behaviour at every address, and no half-written file where a reader looks."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import storage
+
+
+@pytest.fixture(params=["local", "file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield from _bucket()
+    else:
+        yield {
+            "local": str(tmp_path / "data"),
+            "file": f"file://{tmp_path}/data",
+            "memory": f"memory://{uuid.uuid4().hex}/data",
+        }[request.param]
+
+
+def _bucket() -> Iterator[str]:
+    server_module = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        bucket = f"clips-{uuid.uuid4().hex[:8]}"
+        s3fs.S3FileSystem().mkdir(bucket)
+        yield f"s3://{bucket}/data"
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def test_a_folder_of_files_behaves_alike_at_every_address(folder: str) -> None:
+    address = storage.join(folder, "a", "one.bin")
+    assert not storage.exists(address) and storage.list_dir(folder) == []
+    storage.write_bytes(address, b"0123456789")
+    assert storage.exists(address)
+    assert storage.read_bytes(address) == b"0123456789"
+    assert storage.read_range(address, 2, 5) == b"234"
+    assert storage.read_range(address, 8, 99) == b"89"
+    storage.write_bytes(address, b"new")
+    assert storage.read_bytes(address) == b"new"
+    storage.write_json(storage.join(folder, "b.json"), {"z": 1, "a": [1.5, None]})
+    assert storage.read_json(storage.join(folder, "b.json")) == {"a": [1.5, None], "z": 1}
+    assert storage.list_dir(folder) == ["a", "b.json"]
+    storage.delete(storage.join(folder, "b.json"))
+    assert storage.list_dir(folder) == ["a"]
+    storage.delete(folder)
+    storage.delete(folder)
+    assert storage.list_dir(folder) == []
+
+
+def test_a_missing_file_is_file_not_found_at_every_address(folder: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(folder, "none"))
+    with pytest.raises(FileNotFoundError):
+        storage.local_folder(storage.join(folder, "none"))
+
+
+def test_an_uploaded_file_and_a_fetched_folder_are_the_same_bytes(folder: str, tmp_path: Path) -> None:
+    source = tmp_path / "big.bin"
+    source.write_bytes(os.urandom(3_000_000))
+    storage.upload_file(source, storage.join(folder, "model", "unet", "w.bin"))
+    copy = storage.local_folder(storage.join(folder, "model"), tmp_path / "cache")
+    assert storage.sha256_file(copy / "unet" / "w.bin") == storage.sha256_file(source)
+    storage.write_bytes(storage.join(folder, "model", "unet", "w.bin"), b"changed")
+    again = storage.local_folder(storage.join(folder, "model"), tmp_path / "cache")
+    assert (again / "unet" / "w.bin").read_bytes() == b"changed"
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = str(tmp_path / "state.json")
+    storage.write_json(address, {"step": 1})
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_json(address, {"step": 2})
+    with pytest.raises(OSError, match="No space left"):
+        storage.upload_file(address, str(tmp_path / "copy.json"))
+    assert storage.read_json(address) == {"step": 1}
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_an_unfinished_write_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".state.json.123.part").write_bytes(b"half")
+    assert storage.list_dir(str(tmp_path)) == []
+
+
+def test_addresses_join_and_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.join("s3://bucket/a/", "b", "/c") == "s3://bucket/a/b/c"
+    assert storage.join("/", "a") == "/a"
+    assert storage.absolute("runs/x/") == str(tmp_path / "runs" / "x")
+    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.parent("s3://bucket/a/t.csv") == "s3://bucket/a"
+    assert storage.parent("/data/t.csv") == "/data"
+
+
+def test_not_a_number_is_refused_for_it_is_not_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        storage.write_json(str(tmp_path / "m.json"), {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
