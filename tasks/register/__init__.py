@@ -1,0 +1,1 @@
+"""The register stage: a trained model and its evaluation become a gated, tried-out version in MLflow."""

@@ -1,0 +1,97 @@
+"""Writes the model card: what the model is, where it comes from, how it scored, its limits, and whose terms hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+BASE_TERMS = (
+    "Base weights keep the licence of whoever published them; weights fine-tuned from them inherit it. "
+    "`text-to-video-ms-1.7b` is CC-BY-NC-4.0: non-commercial, for research. "
+    "The demo base in `examples/demo_base` was trained by this project on drawn shapes and is Apache-2.0."
+)
+DATA_TERMS = (
+    "Clips keep the terms of their source. WebVid clips and captions were published for non-commercial research and "
+    "their distribution has ended; drawn demo clips are free of terms."
+)
+LIMITS = (
+    "Clips are as long, as small and as varied as the training data: a photo unlike it will move badly or not at all.",
+    "Frame 1 is the photo after a centre crop to a square; what the crop cuts off is not in the video.",
+    "F-Consistency rewards clips that hardly move. Read it beside the motion ratio and the rows `frozen` and `real`.",
+    "Trained on clips with a stock watermark, a model may draw traces of it.",
+    "There is no filter on photos, prompts or results, and results carry no mark that says they are generated.",
+)
+SCHEDULE_KEYS = (
+    "_class_name",
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "timestep_spacing",
+    "prediction_type",
+    "clip_sample",
+    "steps_offset",
+)
+
+
+def write_model_card(
+    name: str,
+    lineage: Mapping[str, str],
+    configuration: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    scores: Iterable[tuple[str, str, str]],
+    gate: tuple[bool, tuple[str, ...]],
+    notes: Iterable[str] = (),
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        lineage: words of origin; `data_terms` and `base_terms` replace the standing paragraphs, the rest is a table.
+        configuration: the model's own settings (trip.json), dotted names to plain values.
+        schedule: the scheduler's configuration.
+        scores: (row, metric, value with its interval) as text.
+        gate: whether the evaluation's gate passed, and its reasons.
+        notes: the evaluation's remarks on what may be compared with what.
+    """
+    origin = {k: v for k, v in lineage.items() if k not in ("data_terms", "base_terms")}
+    passed, reasons = gate
+    parts = [
+        f"# {name}",
+        "Image-to-video: a photo and a sentence become a short clip that begins with the photo. "
+        "TRIP (Temporal Residual Learning with Image Noise Prior, CVPR 2024), an independent implementation.",
+        "## Origin",
+        _table(("what", "value"), origin.items()) or "Nothing was recorded.",
+        "## Data and its terms",
+        lineage.get("data_terms", DATA_TERMS),
+        "## Configuration",
+        _table(("setting", "value"), configuration.items()),
+        "## Noise schedule",
+        _table(("setting", "value"), [(k, schedule[k]) for k in SCHEDULE_KEYS if k in schedule]),
+        "## Scores",
+        _table(("row", "metric", "value"), scores) or "No scores were reported.",
+        *(f"- {note}" for note in notes),
+        "## Gate",
+        f"{'Passed' if passed else 'Not passed'}." + "".join(f"\n- {reason}" for reason in reasons),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in LIMITS),
+        "## Licences",
+        "The code is Apache-2.0. " + lineage.get("base_terms", BASE_TERMS),
+        "## Use",
+        "```python\nimport mlflow, pandas\n"
+        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
+        'rows = pandas.DataFrame({"image": [open("photo.jpg", "rb").read()], "prompt": ["a red circle moving left"]})\n'
+        'open("out.mp4", "wb").write(model.predict(rows, params={"seed": 7})["video"][0])\n```',
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; "" when there are no rows."""
+    lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    if not lines:
+        return ""
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines])
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,357 @@
+"""Registers a model with its evaluation: run, package, version, a consumer's call, and the gate to `champion`."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.tracking import MlflowClient
+
+from infra import storage, tracking
+from tasks.records import UserError, digest
+from tasks.register import packaging
+from tasks.register.model_card import write_model_card
+from tasks.register.report_facts import ReportFacts, read_report
+from trip_model.encoders import folder_hash
+from trip_model.video import load_image, read_clip
+
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+
+
+@dataclass(frozen=True)
+class RegisterSpec:
+    """What to register and where.
+
+    `model` is the address of an exported model folder, `report` of the evaluation's folder with report.json.
+    `lineage` says where the model comes from (data_uri, data_digest, data_terms, recipe, recipe_hash, base, base_hash,
+    base_terms, code_version, train_run...). `photo` and `prompt` are what the version is tried with, and its input
+    example; without a photo a drawn one is used. `check_steps` denoising steps are enough to see that it answers.
+    """
+
+    model: str
+    report: str
+    tracking_uri: str
+    name: str = "trip"
+    experiment: str = "trip"
+    artifact_location: str | None = None
+    lineage: dict[str, str] = field(default_factory=dict)
+    photo: str | None = None
+    prompt: str = "a red circle moving right slowly"
+    check_steps: int = 4
+
+
+@dataclass(frozen=True)
+class RegisterReport:
+    """The version that was made, or found again, and what happened when it was called by alias as a consumer would."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    run_id: str
+    run_page: str
+    model_uri: str
+    promoted: bool
+    reasons: tuple[str, ...]
+    consumer_check: str
+
+
+def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> RegisterReport:
+    """Registers one model with one report; repeated with the same two, it finds what it made and completes it.
+
+    `candidate` points to the version always. `champion` does only after the version answered a consumer's call and if
+    the report's gate passed; the version that was champion becomes `previous`.
+
+    Raises:
+        UserError: a model folder, report or photo that is missing or malformed, or a tracking store out of reach.
+    """
+    report = read_report(spec.report)
+    folder = _model_folder(spec.model)
+    settings = packaging.read_model_json(folder, "trip.json")
+    photo = _photo(spec.photo, int(settings["config"]["size"]))
+    client = _client(spec)
+    with _store(spec.tracking_uri):
+        experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
+        package_digest = _package_digest(folder)
+        key = f"register-{spec.name}-{package_digest}-{report.digest}"
+        run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
+        status = "FAILED"
+        try:
+            done = _register(
+                client, experiment, run_id, spec, report, folder, settings, photo, package_digest, progress
+            )
+            status = "FINISHED"
+        finally:
+            client.set_terminated(run_id, status)
+    return done
+
+
+def _register(
+    client: MlflowClient,
+    experiment: str,
+    run_id: str,
+    spec: RegisterSpec,
+    report: ReportFacts,
+    folder: Path,
+    settings: dict[str, Any],
+    photo: bytes,
+    package_digest: str,
+    progress: Callable[[str], None],
+) -> RegisterReport:
+    version = _find_version(client, spec.name, package_digest, report.digest)
+    if version is None:
+        progress(f"register: logging scores, plots and clips to run {run_id}")
+        card = _card(spec, folder, settings, report)
+        _log_run(client, run_id, spec, settings, report, card)
+        progress(f"register: logging the model ({_size_mb(folder):.1f} MB)")
+        model_id = _log_model(client, experiment, run_id, spec, folder, settings, photo, package_digest)
+        version = _create_version(client, spec, run_id, model_id, card, package_digest, report)
+        progress(f"register: version {version.version} of {spec.name}")
+    if version.tags.get("trip.done") != "yes":
+        client.set_registered_model_alias(spec.name, CANDIDATE, version.version)
+        progress(f"register: calling models:/{spec.name}@{CANDIDATE} as a consumer would")
+        check = call_as_consumer(f"models:/{spec.name}@{CANDIDATE}", photo, spec.prompt, spec.check_steps)
+        client.set_model_version_tag(spec.name, version.version, "trip.consumer_check", check)
+        progress(f"register: {check}")
+        if report.passed:
+            promote(client, spec.name, version.version)
+        client.set_model_version_tag(spec.name, version.version, "trip.done", "yes")
+    return _report(client, spec, experiment, version.version, report)
+
+
+def promote(client: MlflowClient, name: str, version: str) -> None:
+    """Makes a version `champion`; the one that was becomes `previous`. Nothing changes when it is champion already."""
+    current = client.get_registered_model(name).aliases.get(CHAMPION)
+    if str(current) == str(version):  # a number from a SQL store, a text from a server
+        return
+    if current is not None:
+        client.set_registered_model_alias(name, PREVIOUS, current)
+    client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> str:
+    """Loads a model by its address, sends a photo and a sentence, and decodes the mp4 that comes back.
+
+    The address is looked up where `mlflow.set_tracking_uri` points, as for any consumer. Returns a sentence of what
+    came back. Raises ClipError or ValueError when it is not a playable video.
+    """
+    model = mlflow.pyfunc.load_model(model_uri)
+    rows = pd.DataFrame({"image": [photo], "prompt": [prompt]})
+    row = model.predict(rows, params={"seed": 0, "steps": steps}).iloc[0]
+    clip = read_clip(row["video"], int(row["num_frames"]), float(row["fps"]), int(row["height"]))
+    difference = abs(clip.pixels[0].astype(int) - load_image(photo, int(row["height"])).astype(int)).mean()
+    return (
+        f"answered with {clip.pixels.shape[0]} frames of {row['width']}x{row['height']} as {row['format']},"
+        f" frame 1 differs from the photo by {difference:.1f} of 255"
+    )
+
+
+def _client(spec: RegisterSpec) -> MlflowClient:
+    if spec.tracking_uri.startswith(("http://", "https://")):
+        # MLflow itself keeps trying for minutes before it says that nobody is there.
+        try:
+            urllib.request.urlopen(spec.tracking_uri.rstrip("/") + "/health", timeout=10).close()
+        except urllib.error.HTTPError:
+            pass  # somebody is there; what it refuses will be said by the call that needs it
+        except OSError as error:
+            raise UserError(
+                f"the tracking server {spec.tracking_uri!r} does not answer ({error}); start it, or give a"
+                " sqlite:/// address"
+            ) from error
+    try:
+        client = tracking.connect(spec.tracking_uri)
+        client.search_registered_models(max_results=1)
+    except tracking.TROUBLE as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"the tracking store {spec.tracking_uri!r} cannot be used ({reason}); give a server's address or"
+            " sqlite:///FILE in a folder that can be written"
+        ) from error
+    return client
+
+
+def _artifact_location(spec: RegisterSpec) -> str | None:
+    return spec.artifact_location or tracking.default_artifact_location(spec.tracking_uri)
+
+
+def _model_folder(uri: str) -> Path:
+    try:
+        folder = storage.local_folder(uri)
+    except FileNotFoundError as error:
+        raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
+    for part in ("model_index.json", "trip.json"):
+        if not (folder / part).is_file():
+            raise UserError(f"the model folder {uri!r} lacks {part}; give the folder that training exported")
+    return folder.resolve()
+
+
+def _photo(uri: str | None, size: int) -> bytes:
+    if uri is None:
+        return packaging.drawn_photo(size)
+    try:
+        data = storage.read_bytes(uri)
+        load_image(data, 8)
+    except (OSError, ValueError) as error:
+        raise UserError(f"photo {uri!r} cannot be read ({error}); give a JPEG, PNG or WebP photo") from error
+    return data
+
+
+def _package_digest(folder: Path) -> str:
+    """The identity of what consumers will run: the exported weights and the code that goes with them."""
+    code = {
+        str(p.relative_to(packaging.PACKAGE_FOLDER)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(packaging.PACKAGE_FOLDER.rglob("*.py"))
+    }
+    caller = hashlib.sha256(packaging.CODE_FILE.read_bytes()).hexdigest()
+    return digest({"model": folder_hash(folder), "package": code, "caller": caller})
+
+
+def _size_mb(folder: Path) -> float:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+
+
+def _find_version(client: MlflowClient, name: str, package_digest: str, report_digest: str) -> ModelVersion | None:
+    for version in client.search_model_versions(f"name = '{name}'"):
+        tags = version.tags
+        if (tags.get("trip.package"), tags.get("trip.report")) == (package_digest, report_digest):
+            return version
+    return None
+
+
+def _card(spec: RegisterSpec, folder: Path, settings: dict[str, Any], report: ReportFacts) -> str:
+    schedule = packaging.read_model_json(folder, "scheduler", "scheduler_config.json")
+    return write_model_card(
+        spec.name,
+        spec.lineage,
+        packaging.flatten(settings),
+        schedule,
+        report.scores,
+        (report.passed, report.reasons),
+        report.notes,
+    )
+
+
+def _log_run(
+    client: MlflowClient, run_id: str, spec: RegisterSpec, settings: dict[str, Any], report: ReportFacts, card: str
+) -> None:
+    tracking.log_params(client, run_id, packaging.flatten({"model": settings, "lineage": spec.lineage}))
+    if "data_digest" in spec.lineage:
+        uri = spec.lineage.get("data_uri", "")
+        tracking.log_dataset(client, run_id, "latents", spec.lineage["data_digest"], uri, "training")
+    # Step and time are fixed, so that a repeated registration writes the same points instead of more.
+    points = [Metric(name, value, 0, 0) for name, value in report.metrics.items()]
+    for start in range(0, len(points), 900):
+        client.log_batch(run_id, metrics=points[start : start + 900])
+    client.log_text(run_id, card, "model_card/README.md")
+    with tempfile.TemporaryDirectory() as scratch:
+        report.copy_files(Path(scratch))
+        client.log_artifacts(run_id, scratch, "evaluation")
+
+
+def _log_model(
+    client: MlflowClient,
+    experiment: str,
+    run_id: str,
+    spec: RegisterSpec,
+    folder: Path,
+    settings: dict[str, Any],
+    photo: bytes,
+    package_digest: str,
+) -> str:
+    """Logs the package, or finds the one that an interrupted registration has logged whole; returns the model's id."""
+    whole = client.search_logged_models([experiment], f"tags.`trip.package` = '{package_digest}'")
+    for found in whole:
+        if found.status == "READY":
+            return found.model_id
+    tags = {"trip.package": package_digest}
+    logged = client.create_logged_model(experiment, spec.name, run_id, tags, model_type="image-to-video")
+    record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "model"
+        packaging.save_package(folder, package, photo, spec.prompt, sampling_defaults(settings), record)
+        client.log_model_artifacts(logged.model_id, str(package))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return logged.model_id
+
+
+def sampling_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """num_frames, steps, guidance and fps that the model records of itself in trip.json."""
+    config = settings["config"]
+    steps = config["schedule"]["sampling_steps"]
+    return {"num_frames": config["num_frames"], "steps": steps, "guidance": config["guidance"], "fps": config["fps"]}
+
+
+def _create_version(
+    client: MlflowClient,
+    spec: RegisterSpec,
+    run_id: str,
+    model_id: str,
+    card: str,
+    package_digest: str,
+    report: ReportFacts,
+) -> ModelVersion:
+    try:
+        client.create_registered_model(spec.name, description="Image-to-video with TRIP: photo and sentence to clip.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {
+        "trip.package": package_digest,
+        "trip.report": report.digest,
+        "trip.gate": "passed" if report.passed else "not passed",
+        "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "nothing against it",
+        **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
+    }
+    return client.create_model_version(
+        spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=card[:4900], model_id=model_id
+    )
+
+
+@contextmanager
+def _store(uri: str) -> Iterator[None]:
+    """Points MLflow's module-wide addresses to one store for a while.
+
+    `load_model` reads them, and so does the SQL registry when it looks a logged model up, whatever client asked.
+    """
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+def _report(
+    client: MlflowClient, spec: RegisterSpec, experiment: str, number: str, report: ReportFacts
+) -> RegisterReport:
+    version = client.get_model_version(spec.name, number)
+    aliases = tuple(sorted(version.aliases))
+    run_id = version.run_id or ""
+    return RegisterReport(
+        name=spec.name,
+        version=str(version.version),
+        aliases=aliases,
+        run_id=run_id,
+        run_page=tracking.run_page(spec.tracking_uri, experiment, run_id),
+        model_uri=f"models:/{spec.name}@{CHAMPION if CHAMPION in aliases else CANDIDATE}"
+        if aliases
+        else f"models:/{spec.name}/{version.version}",
+        promoted=CHAMPION in aliases,
+        reasons=report.reasons,
+        consumer_check=version.tags.get("trip.consumer_check", ""),
+    )

@@ -1,0 +1,127 @@
+"""A training run in MLflow: written in order, resumed by its key, and never in the way of the training."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from infra.tracking import Tracking, connect, experiment_id
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A SQLite store whose tables exist already, so that each test pays for its own run only."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+    experiment_id(connect(uri), "warm", None)
+    return uri
+
+
+def points(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in MlflowClient(uri).get_metric_history(run_id, name)]
+
+
+def test_a_run_carries_params_metrics_artifacts_and_its_data_set(store, tmp_path):
+    picture = tmp_path / "curve.txt"
+    picture.write_text("a curve")
+    tracking = Tracking(store, "exp")
+    run_id = tracking.start_run("first", key="k-all", params={"lr": 2e-6, "variant": "trip"}, tags={"code": "abc"})
+    assert run_id
+    for step in range(1, 4):
+        tracking.metrics({"train/loss": 1 / step, "odd name!": step}, step)
+    tracking.artifacts(str(picture), "plots")
+    tracking.dataset_input("demo", "0123456789abcdef", "file:///data/latents")
+    assert tracking.finish()
+
+    run = MlflowClient(store).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "2e-06", "variant": "trip"}
+    assert run.data.tags["code"] == "abc"
+    assert points(store, run_id, "train/loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert "odd name_" in run.data.metrics
+    assert [f.path for f in MlflowClient(store).list_artifacts(run_id, "plots")] == ["plots/curve.txt"]
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("demo", "0123456789abcdef")
+    assert json.loads(dataset.source) == {"uri": "file:///data/latents"}
+    assert run_id in tracking.run_page and tracking.failures == 0
+
+
+def test_the_same_key_takes_up_the_same_run_and_leaves_one_point_per_step(store):
+    first = Tracking(store, "exp")
+    run_id = first.start_run("one", key="k-resume", params={"steps": 10})
+    for step in (1, 2, 3):
+        first.metrics({"loss": step / 10}, step)
+    assert first.flush()  # then the process is killed: no finish
+
+    second = Tracking(store, "exp")
+    assert second.start_run("one", key="k-resume", params={"steps": 12}) == run_id
+    for step in (2, 3, 4):  # back to the last checkpoint
+        second.metrics({"loss": step / 10}, step)
+    second.finish()
+    assert points(store, run_id, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    data = MlflowClient(store).get_run(run_id).data
+    assert data.params["steps"] == "10" and data.tags["changed.steps"] == "12"
+
+
+def test_another_key_is_another_run(store):
+    ids = set()
+    for key in ("k-a", "k-b"):
+        tracking = Tracking(store, "exp")
+        ids.add(tracking.start_run("n", key=key))
+        tracking.finish("FAILED")
+    assert len(ids) == 2
+    assert {MlflowClient(store).get_run(i).info.status for i in ids} == {"FAILED"}
+
+
+def test_a_store_that_cannot_be_opened_delays_nothing_and_is_replayed_later(tmp_path):
+    wall = tmp_path / "store"
+    wall.write_text("a file where the folder should be")
+    uri, spool = f"sqlite:///{wall}/mlflow.db", tmp_path / "spool.jsonl"
+    tracking = Tracking(uri, "exp", spool=str(spool))
+    began = time.monotonic()
+    assert tracking.start_run("n", key="k-spool", wait_seconds=0.5) == ""
+    tracking.metrics({"loss": 0.5}, 7)
+    assert not tracking.finish(wait_seconds=5)
+    assert time.monotonic() - began < 20
+    assert tracking.failures and tracking.last_error
+    assert [json.loads(line)["op"] for line in spool.read_text().splitlines()] == ["start", "metrics", "status"]
+
+    wall.unlink()
+    later = Tracking(uri, "exp", spool=str(spool))
+    run_id = later.start_run("n", key="k-spool", wait_seconds=60)
+    later.metrics({"loss": 0.25}, 8)
+    assert later.finish(wait_seconds=60)
+    assert points(uri, run_id, "loss") == [(7, 0.5), (8, 0.25)]
+    assert not spool.exists()
+
+
+def test_a_server_that_accepts_and_never_answers_holds_up_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracking = Tracking(f"http://127.0.0.1:{silent.getsockname()[1]}", "exp")
+        began = time.monotonic()
+        assert tracking.start_run("n", wait_seconds=0.3) == ""
+        for step in range(1000):
+            tracking.metrics({"loss": 0.1}, step)
+        assert not tracking.finish(wait_seconds=0.3)
+        assert time.monotonic() - began < 10
+
+
+def test_a_refused_record_does_not_hold_up_the_next(store, tmp_path):
+    tracking = Tracking(store, "exp")
+    run_id = tracking.start_run("n", key="k-refused")
+    tracking.artifacts(str(tmp_path / "absent.png"), "plots")
+    tracking.metrics({"loss": 1.0}, 1)
+    assert tracking.finish()
+    assert tracking.dropped == 1
+    assert points(store, run_id, "loss") == [(1, 1.0)]
+
+
+def test_one_tracking_holds_one_run(store):
+    tracking = Tracking(store, "exp")
+    tracking.start_run("n")
+    with pytest.raises(ValueError, match="already has a run"):
+        tracking.start_run("n")
+    tracking.finish()
