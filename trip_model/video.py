@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -210,16 +211,19 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
-        stream.codec_context.thread_count = 1  # the same bytes on every machine
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    # `faststart` reopens the file to move its index to the front, so a browser plays it before it is whole.
+    with tempfile.TemporaryDirectory(prefix="trip-mp4-") as folder:
+        path = Path(folder) / "video.mp4"
+        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            # One thread and no B-frames: the same frames give the same bytes; the look-ahead of x264 is not repeatable.
+            stream.options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "mbtree": "0"}
+            stream.codec_context.thread_count = 1
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        return path.read_bytes()
 
 
 def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:

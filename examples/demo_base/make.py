@@ -1,0 +1,351 @@
+"""Makes the demo's base: a small tokenizer, VAE, CLIP text encoder and text-to-video 3D-UNet, trained on drawn shapes.
+
+    python examples/demo_base/make.py --out examples/demo_base/weights
+
+The folder it writes has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Three steps, each kept
+as it finishes: `tokenizer`, `vae`, `text_to_video`. The text encoder is trained together with the 3D-UNet, from its
+denoising loss. Scenes come from seeds below 1,000,000; the demo corpus and its held-out clips start there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame, draw_scene  # noqa: E402
+from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae  # noqa: E402
+from trip_model.unet import load_unet, set_dropout, use_temporal_conv  # noqa: E402
+from trip_model.video import write_video  # noqa: E402
+
+SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
+TEXT_LENGTH, TEXT_WIDTH = 32, 64
+
+
+def make_tokenizer(out: Path) -> None:
+    """A byte-pair tokenizer in CLIP's files whose merges cover the captions' words; other words fall into letters."""
+    captions = [
+        f"a {c} {s} moving {d} {p}" for c in COLOURS for s in SHAPES for d in DIRECTIONS for p in SPEEDS
+    ]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        initial_alphabet=sorted(letters),
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions + [" ".join(sorted(letters))] * 2, trainer)
+    folder = out / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_file, merges_file = bpe.model.save(str(folder))
+    print(f"tokenizer: {bpe.get_vocab_size()} tokens")
+    tokenizer = CLIPTokenizer(
+        vocab=json.loads(Path(vocab_file).read_text()),
+        merges=[tuple(line.split(" ")) for line in Path(merges_file).read_text().splitlines() if not line.startswith("#")],
+        model_max_length=TEXT_LENGTH,
+    )
+    Path(vocab_file).unlink()
+    Path(merges_file).unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def textured_frame(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """A random picture (waves, patches, lines) that keeps the VAE from knowing shapes only: uint8 [size, size, 3]."""
+    grid = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(grid, grid)
+    image = np.zeros((size, size, 3))
+    for _ in range(int(rng.integers(2, 7))):
+        fx, fy = rng.normal(0, 1, 2) * rng.choice([1.0, 3.0, 8.0])
+        wave = np.sin(2 * np.pi * (fx * x + fy * y) + rng.uniform(0, 6.3))
+        image += wave[..., None] * rng.normal(0, 1, 3) / (1 + 0.5 * math.hypot(fx, fy))
+    image = 0.5 + 0.22 * image + rng.normal(0, 0.15, 3)
+    for _ in range(int(rng.integers(0, 7))):
+        cx, cy, rx, ry = *rng.uniform(0, 1, 2), *rng.uniform(0.03, 0.3, 2)
+        turn = rng.uniform(0, np.pi)
+        u, v = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn), (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
+        kind = rng.integers(3)
+        distance = np.hypot(u / rx, v / ry) - 1 if kind == 0 else np.maximum(abs(u) / rx, abs(v) / ry) - 1
+        cover = np.clip(0.5 - distance * size * min(rx, ry), 0, 1)[..., None]
+        image = image * (1 - cover) + (rng.uniform(0, 1, 3) + 0.1 * image) * cover
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def vae_frames(seed: int, batch: int) -> Iterator[torch.Tensor]:
+    """Endless batches [B, 3, 64, 64] in [-1, 1]: seven drawn shapes at random times to one texture."""
+    rng = np.random.default_rng([seed, 1])
+    while True:
+        frames = []
+        for index in range(batch):
+            if rng.integers(8) == 0:
+                frames.append(textured_frame(rng))
+            else:
+                frames.append(draw_frame(draw_scene(int(rng.integers(1_000_000))), rng.uniform(0, 4.5), SIZE))
+        yield torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Learning rate: linear warm-up over 3 % of the steps, then a cosine to 2 % of the peak."""
+    warm = max(1, int(0.03 * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+def identity_start(vae: AutoencoderKL) -> None:
+    """Starts the VAE as a plain pyramid: residual branches silent, samplers averaging and repeating.
+
+    From the default start this small network needs ten times the steps to learn so much as the colours.
+    """
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+                if module.conv_shortcut is not None:
+                    weight = module.conv_shortcut.weight.mul_(0.3)
+                    for channel in range(min(weight.shape[:2])):
+                        weight[channel, channel] += 1.0
+            elif isinstance(module, Upsample2D):
+                torch.nn.init.dirac_(module.conv.weight)
+                module.conv.bias.zero_()
+            elif isinstance(module, Downsample2D):
+                module.conv.weight.zero_()
+                module.conv.bias.zero_()
+                for channel in range(module.conv.weight.shape[0]):
+                    module.conv.weight[channel, channel, :2, :2] = 0.25
+
+
+def make_vae(out: Path, steps: int, seed: int, batch: int = 4) -> None:
+    """Trains the VAE on L1 + gradient + a faint KL, and sets its scaling factor so that latents have unit deviation."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=4,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+    identity_start(vae)
+    # Nearly noiseless latents from the start: the posterior's log-variance half begins at -6.
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = -6.0
+        vae.quant_conv.weight[4:] *= 0.1
+    print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, weight_decay=1e-4, betas=(0.9, 0.99))
+    frames, start, trail = vae_frames(seed, batch), time.time(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, steps, 1e-3)
+        x = next(frames)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        error = y - x
+        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        loss = error.abs().mean() + 5 * error.square().mean() + 0.1 * edges + 1e-4 * posterior.kl().mean() / 256
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        trail.append(error.detach().square().mean().item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            rmse = math.sqrt(np.mean(trail[-100:])) / 2
+            print(f"vae {step + 1}/{steps}  rmse {rmse:.4f}  {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            _save_vae(vae, out, seed)
+
+
+def _save_vae(vae: AutoencoderKL, out: Path, seed: int) -> None:
+    vae.eval()
+    clips = [clip_pixels(s)[0] for s in range(990_000, 990_016)]
+    with torch.no_grad():
+        latents = torch.cat([encode_pixels(vae, c) for c in clips])
+        vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+        decoded = decode_latents(vae, latents[:64] * vae.config.scaling_factor)
+    truth = np.concatenate(clips)[:64]
+    rmse = float(np.sqrt(np.mean((decoded.astype(float) - truth) ** 2)) / 255)
+    print(f"vae: scaling factor {vae.config.scaling_factor}, rmse on held-out shapes {rmse:.4f}", flush=True)
+    vae.train()
+    vae.half().save_pretrained(out / "vae", safe_serialization=True)
+    vae.float()
+    strip = np.concatenate([np.concatenate([truth[:64:8], decoded[:64:8]], axis=1)[i] for i in range(8)], axis=1)
+    write_video(out.parent / "vae_preview", strip[None], 1.0)
+    _score(out, "vae_rmse_held_out", round(rmse, 5))
+
+
+def _score(out: Path, name: str, value: float) -> None:
+    file = out / "scores.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(scores | {name: value}, indent=2, sort_keys=True) + "\n")
+
+
+def clip_pixels(seed: int) -> tuple[np.ndarray, str]:
+    """The 16 frames at 4 fps of one scene, and its caption."""
+    scene = draw_scene(seed)
+    return np.stack([draw_frame(scene, k / FPS, SIZE) for k in range(NUM_FRAMES)]), scene.caption
+
+
+def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int) -> None:
+    """Trains text encoder and 3D-UNet on final latents: velocity prediction under the paper's schedule, text drop 0.1."""
+    torch.manual_seed(seed)
+    vae = load_vae(out)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    start = time.time()
+    latents, captions = [], []
+    for index in range(clips):
+        pixels, caption = clip_pixels(index)
+        latents.append(encode_pixels(vae, pixels).half())
+        captions.append(caption)
+        if (index + 1) % 500 == 0:
+            print(f"encoded {index + 1}/{clips} clips  {time.time() - start:.0f} s", flush=True)
+    z_NFCHW = torch.stack(latents).float() * vae.config.scaling_factor
+
+    def ids(texts: list[str]) -> torch.Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")[
+            "input_ids"
+        ]
+
+    token_ids, empty_ids = ids(captions), ids([""])
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=TEXT_WIDTH,
+        )
+    )
+    unet = UNet3DConditionModel(
+        sample_size=SIZE // 8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    print(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text {sum(p.numel() for p in text.parameters()) / 1e6:.2f} M parameters")
+    scheduler = DDIMScheduler(
+        beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, prediction_type="v_prediction",
+        timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0,
+    )
+    alphas = scheduler.alphas_cumprod
+    parameters = [*unet.parameters(), *text.parameters()]
+    averaged = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    use_temporal_conv(unet.train())
+    set_dropout(unet, 0.0)
+    text.train()
+    trail: list[float] = []
+    start = time.time()
+    for step in range(steps):
+        rate = one_cycle(step, steps, 8e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pick = torch.randint(0, clips, (batch,))
+        z0 = z_NFCHW[pick].permute(0, 2, 1, 3, 4)
+        t = torch.randint(0, 1000, (batch,))
+        noise = torch.randn_like(z0)
+        a = alphas[t].sqrt().view(-1, 1, 1, 1, 1)
+        s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
+        drop = torch.rand(batch) < 0.1
+        tokens = torch.where(drop[:, None], empty_ids, token_ids[pick])
+        out_v = unet(a * z0 + s * noise, t, text(tokens)[0]).sample
+        loss = F.mse_loss(out_v, a * noise - s * z0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(0.998, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
+        trail.append(loss.item())
+        if (step + 1) % 100 == 0:
+            done = time.time() - start
+            left = done / (step + 1) * (steps - step - 1)
+            print(f"t2v {step + 1}/{steps}  loss {np.mean(trail[-100:]):.4f}  {done:.0f} s, {left:.0f} s left", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            kept = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, averaged)
+            unet.half().save_pretrained(out / "unet", safe_serialization=True)
+            text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
+            scheduler.save_pretrained(out / "scheduler")
+            unet.float(), text.float()
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, kept)
+            _score(out, "t2v_steps", step + 1)
+            _score(out, "t2v_train_loss", round(float(np.mean(trail[-500:])), 5))
+
+
+@torch.no_grad()
+def preview(out: Path, seed: int = 0) -> None:
+    """Samples four clips from text alone, to look at."""
+    vae, text = load_vae(out), load_text_encoder(out)
+    unet = load_unet(out).eval()
+    scheduler = DDIMScheduler.from_pretrained(out / "scheduler")
+    scheduler.set_timesteps(50)
+    captions = [
+        "a red circle moving right quickly",
+        "a blue square moving down slowly",
+        "a yellow triangle moving left quickly",
+        "a white circle moving up slowly",
+    ]
+    features = text.encode(text.tokenize(captions))
+    empty = text.encode(text.tokenize([""])).expand_as(features)
+    z = torch.randn(4, 4, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        with_text, without = unet(torch.cat([z, z]), t, torch.cat([features, empty])).sample.chunk(2)
+        z = scheduler.step(without + 2.0 * (with_text - without), t, z).prev_sample
+    rows = [decode_latents(vae, z[i].permute(1, 0, 2, 3)) for i in range(4)]
+    sheet = np.concatenate([np.concatenate(list(row[::3]), axis=1) for row in rows])
+    write_video(out.parent / "t2v_preview", sheet[None], 1.0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument("--only", choices=["tokenizer", "vae", "text_to_video", "preview"])
+    parser.add_argument("--vae-steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--clips", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only in (None, "tokenizer"):
+        make_tokenizer(args.out)
+    if args.only in (None, "vae"):
+        make_vae(args.out, args.vae_steps, args.seed)
+    if args.only in (None, "text_to_video"):
+        make_text_to_video(args.out, args.steps, args.clips, args.seed, args.batch)
+    if args.only in (None, "preview"):
+        preview(args.out)
