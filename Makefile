@@ -1,0 +1,38 @@
+# Targets of the checkout; `make help` lists them. One environment, .venv, made by the first target that needs it.
+SHELL := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# A checksum, not a time stamp, says whether the environment is up to date: git does not keep times.
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+ROOT ?= runs/demo
+RECIPE ?= demo
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned versions (once)
+
+$(STAMP):
+	@TRIP_PYTHON="$(TRIP_PYTHON)" bash infra/setup.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## draw clips, prepare, train, evaluate, register, animate a photo (under 15 minutes on 2 cores)
+	@$(PYTHON) -m flows reproduce --recipe $(RECIPE) --root $(ROOT)
+
+test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
+	@$(PYTHON) -m pytest -m "not slow and not gpu and not network"
+
+test-slow: $(STAMP) ## the tests with servers, kills and several processes
+	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
+
+check: $(STAMP) ## ruff and the type checker
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+clean: ## remove .venv, caches and runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

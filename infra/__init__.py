@@ -1,0 +1,1 @@
+"""Where things run and lie: settings, addresses and storage, the Ray cluster, MLflow tracking."""

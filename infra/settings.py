@@ -1,0 +1,59 @@
+"""The environment that every process of ours starts from: telemetry off, quiet frameworks, generous start-up times."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# The checkout: flows, tasks and infra run from it, and Ray's workers import them from it.
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+RAY = {
+    # Ray 2.59 and later start local clusters with a token that a second process may not have; a cluster sets `token`.
+    "RAY_AUTH_MODE": "disabled",
+    # Ray's progress helper replaces print on the driver once workers log, and log_prints of Prefect goes silent.
+    "RAY_TQDM_PATCH_PRINT": "0",
+    # The controller polls its workers at this interval; the default of 2 s costs a short training whole seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    # Torch must see the accelerators of a zero-GPU task as it would outside Ray, and Ray warns unless this is said.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_COLOR_PREFIX": "0",
+}
+
+PREFECT = {
+    # A server on a fresh home migrates its database first: up to 14 s on an idle two-core machine, the default is 20.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_CLI_PROMPT": "false",
+}
+
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # a bar per loaded model and worker
+    "GIT_PYTHON_REFRESH": "quiet",  # mlflow asks git for the commit and warns at length where git is missing
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def apply_environment_defaults(home: str | None = None) -> None:
+    """Sets what is not set already; call it before ray, prefect or mlflow are imported, they read it at import.
+
+    `home` is the folder of Prefect's own state (profiles, SQLite); without it Prefect writes to the user's home.
+    """
+    defaults = TELEMETRY_OFF | RAY | PREFECT | QUIET
+    if home is not None:
+        defaults["PREFECT_HOME"] = home
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
