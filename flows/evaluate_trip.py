@@ -1,0 +1,84 @@
+"""Flow: a model is judged on held-out clips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from prefect import flow, task
+
+from flows.console import tell
+from flows.recipes import Recipe, find_recipe
+from flows.stage import STAGE_POLICY, address
+from flows.train_trip import planned_training, prepared_dataset
+from infra import storage
+from tasks.evaluate.job import EvaluateReport, EvaluateSpec, evaluate
+from tasks.records import UserError, to_json
+from tasks.shards import ShardDataset
+from tasks.train.loop import finished_report
+from trip_model.encoders import folder_hash
+
+
+def trained_model(recipe: Recipe, dataset: str, root: str) -> str:
+    """The address of the model of this recipe, data set and root. Raises UserError when it is not trained yet."""
+    report = finished_report(planned_training(recipe, dataset, root))
+    if report is None:
+        raise UserError(
+            f"no finished training of recipe {recipe.name!r} below {root}; run the command train-trip first"
+        )
+    return report.model
+
+
+def planned_evaluation(recipe: Recipe, model: str, dataset: str, root: str, foreign: bool = False) -> EvaluateSpec:
+    """The spec of the stage, its addresses filled in. `foreign` data were never trained on: all of it is held out."""
+    fraction = 1.0 if foreign else recipe.train.held_out_fraction
+    addresses = {"model": storage.absolute(model), "dataset": storage.absolute(dataset)}
+    spec = replace(recipe.evaluate, held_out_fraction=fraction, **addresses)
+    try:
+        model_hash = folder_hash(storage.local_folder(spec.model))
+    except FileNotFoundError as error:
+        raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
+    identity = {
+        "model": model_hash,
+        "dataset": ShardDataset(spec.dataset).manifest_sha256,
+        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.clip_sha256, spec.clip_model],
+    }
+    return replace(spec, output=address(root, "evaluate", identity))
+
+
+@task(name="evaluate", **STAGE_POLICY)
+def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
+    """Ray actors generate and judge; clips that are done are kept."""
+    return evaluate(spec, tell)
+
+
+@flow(name="evaluate-trip")
+def evaluate_trip(
+    recipe: str = "demo",
+    source: str | None = None,
+    root: str = "runs/demo",
+    base: str | None = None,
+    dataset: str | None = None,
+    model: str | None = None,
+    held_out: str | None = None,
+) -> dict[str, Any]:
+    """Judge a model on held-out clips; continues what an earlier call began.
+
+    Args:
+        recipe: which numbers to use; see the command `recipes`.
+        source: the table that the data set was prepared from.
+        root: folder or address that everything is written below.
+        base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
+        dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
+        model: address of a model folder, instead of the one that was trained with recipe and data set.
+        held_out: address of another prepared data set, none of which was trained on, to judge by.
+    """
+    chosen = find_recipe(recipe, base)
+    if model is None or held_out is None:
+        dataset = dataset or prepared_dataset(chosen, source, root)
+    if model is None:
+        assert dataset is not None
+        model = trained_model(chosen, dataset, root)
+    judged_by = held_out or dataset
+    assert judged_by is not None
+    return to_json(evaluate_stage(planned_evaluation(chosen, model, judged_by, root, foreign=held_out is not None)))

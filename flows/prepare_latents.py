@@ -1,0 +1,80 @@
+"""Flow: a table of links, or the demo corpus drawn on the spot, becomes a data set of latents."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from prefect import flow, task
+
+from flows.console import tell
+from flows.recipes import Recipe, find_recipe
+from flows.stage import STAGE_POLICY, address
+from infra import storage
+from tasks.encode.job import PrepareReport, PrepareSpec, prepare
+from tasks.encode.job import recipe as made_of
+from tasks.ingest.demo import serve_folder, write_demo_corpus
+from tasks.ingest.sources import SourceSpec
+from tasks.records import UserError, to_json
+
+
+@contextlib.contextmanager
+def opened_source(recipe: Recipe, source: str | None, root: str) -> Iterator[SourceSpec]:
+    """The table at `source`; without one the recipe's demo corpus, drawn below `root` and served on loopback."""
+    if source is not None:
+        yield SourceSpec(table=source, columns=recipe.columns)
+        return
+    if recipe.demo_clips is None:
+        raise UserError(f"recipe {recipe.name!r} has no clips of its own; name a table of links: --source TABLE.csv")
+    folder = storage.absolute(storage.join(root, "corpus"))
+    if storage.local_path(folder) is None:
+        raise UserError(f"the demo corpus is drawn into a local folder, not {root}; name a table: --source TABLE.csv")
+    tell(f"corpus      {recipe.demo_clips} drawn clips of {recipe.prepare.size} pixels in {folder}")
+    table = write_demo_corpus(folder, recipe.demo_clips, recipe.prepare.size)
+    with serve_folder(folder) as url:
+        yield SourceSpec(table=table, columns=recipe.columns, base_url=url)
+
+
+@contextlib.contextmanager
+def planned_prepare(recipe: Recipe, source: str | None, root: str) -> Iterator[PrepareSpec]:
+    """The spec of the stage, its addresses filled in; the source answers inside the block."""
+    with opened_source(recipe, source, root) as table:
+        spec = replace(recipe.prepare, source=table)
+        identity = made_of(spec) | {"limit": table.limit}
+        yield replace(spec, output=address(root, "data", identity))
+
+
+@task(name="prepare", **STAGE_POLICY)
+def prepare_stage(spec: PrepareSpec) -> PrepareReport:
+    """Ray workers download, decode and encode; shards that are there are kept."""
+    report = prepare(spec, tell)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
+    reused = f", {report.shards_reused} of {report.shards} shards from before" if report.shards_reused else ""
+    tell(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")
+    return report
+
+
+@flow(name="prepare-latents")
+def prepare_latents(
+    recipe: str = "demo",
+    source: str | None = None,
+    root: str = "runs/demo",
+    base: str | None = None,
+    keep_frames: bool = False,
+) -> dict[str, Any]:
+    """Download, decode and encode the clips of a table; continues what an earlier call began.
+
+    Args:
+        recipe: which numbers to use; see the command `recipes`.
+        source: a table of links in WebVid's CSV columns; without it the demo draws its own clips.
+        root: folder or address that everything is written below.
+        base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
+        keep_frames: store the frames as well, which judging needs, where the recipe does not.
+    """
+    chosen = find_recipe(recipe, base)
+    if keep_frames:
+        chosen = replace(chosen, prepare=replace(chosen.prepare, keep_pixels=True))
+    with planned_prepare(chosen, source, root) as spec:
+        return to_json(prepare_stage(spec))

@@ -1,0 +1,180 @@
+"""Recipes: every number of a run in one place; the paper's, the demo's, and the variants of Tables 5 and 6."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from infra.settings import CHECKOUT
+from tasks.encode.job import PrepareSpec
+from tasks.evaluate.job import EvaluateSpec
+from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
+from tasks.records import UserError
+from tasks.train.loop import TrainSpec
+from trip_model.fusion import FusionConfig
+from trip_model.model import TripConfig
+from trip_model.objective import ObjectiveConfig
+from trip_model.schedule import ScheduleConfig
+
+PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; a local folder of the same layout does as well
+# The small base model that comes with the repository, in the same layout.
+DEMO_BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
+# A recipe is numbers: the addresses follow from the root, and the flows fill them in.
+OPEN = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The specs of all stages, their addresses left open."""
+
+    name: str
+    about: str
+    prepare: PrepareSpec
+    train: TrainSpec
+    evaluate: EvaluateSpec
+    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))
+    demo_clips: int | None = None  # how many clips are drawn where no table is given
+
+    def identity(self) -> dict[str, Any]:
+        """The numbers alone, the same on every machine: where the base lies is not one of them."""
+        open_base = replace(self, prepare=replace(self.prepare, base=OPEN), train=replace(self.train, base=OPEN))
+        return dataclasses.asdict(open_base)
+
+
+def paper() -> Recipe:
+    """Section 4.1: 16 frames at 4 fps and 256 pixels from WebVid-10M, on the weights of text-to-video-ms-1.7b.
+
+    The frames of ten million clips are not kept; judging takes a second table, WebVid's validation split.
+    """
+    return Recipe(
+        name="paper",
+        about="the paper's numbers (Section 4.1) on text-to-video-ms-1.7b; needs GPUs and two tables of links",
+        prepare=PrepareSpec(
+            source=SourceSpec(table=OPEN),
+            output=OPEN,
+            base=PAPER_BASE,
+            workers=8,
+            cpus_per_worker=4,
+            gpus_per_worker=1.0,
+        ),
+        train=TrainSpec(
+            dataset=OPEN,
+            output=OPEN,
+            base=PAPER_BASE,
+            held_out_fraction=0.0001,
+            global_batch=64,
+            warmup_steps=500,
+            workers=8,
+            cpus_per_worker=4,
+            gpus_per_worker=1,
+        ),
+        evaluate=EvaluateSpec(
+            model=OPEN, dataset=OPEN, output=OPEN, clips=2048, cpus_per_worker=4, gpus_per_worker=1.0
+        ),
+    )
+
+
+def demo() -> Recipe:
+    """The same road in minutes on two cores: 64 pixels, the small base, clips drawn on the spot."""
+    whole = paper()
+    return replace(
+        whole,
+        name="demo",
+        about="the same road in minutes on two cores without a GPU, on clips drawn on the spot",
+        prepare=replace(
+            whole.prepare,
+            base=DEMO_BASE,
+            size=64,
+            keep_pixels=True,
+            windows_per_clip=8,  # drawn clips give one; long real ones give several
+            clips_per_shard=24,
+            workers=2,
+            cpus_per_worker=1,
+            gpus_per_worker=0.0,
+        ),
+        train=replace(
+            whole.train,
+            base=DEMO_BASE,
+            model=TripConfig(
+                size=64, fusion=FusionConfig(width=64, heads=4), schedule=ScheduleConfig(sampling_steps=25)
+            ),
+            objective=ObjectiveConfig(weighting="unit", text_dropout=0.1),
+            steps=600,
+            global_batch=8,
+            # A base this small unlearns its way faster than one of 1.4 B parameters.
+            learning_rate_unet=2e-4,
+            learning_rate_fusion=1e-3,
+            warmup_steps=20,
+            cosine=True,
+            average_decay=0.99,
+            checkpoint_every=100,
+            tick_every=20,
+            held_out_fraction=0.2,
+            workers=1,
+            cpus_per_worker=2,
+            gpus_per_worker=0,
+        ),
+        evaluate=replace(whole.evaluate, clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
+        demo_clips=240,
+    )
+
+
+def trip_c(base: Recipe) -> Recipe:
+    """Table 5, TRIP_C: the first frame beside every noised frame, along the channels."""
+    return _variant(base, "trip-c", "Table 5: the first frame along the channels", condition="channel")
+
+
+def trip_te(base: Recipe) -> Recipe:
+    """Table 5, TRIP_TE: the first frame after the noised frames."""
+    return _variant(base, "trip-te", "Table 5: the first frame at the tail", condition="tail")
+
+
+def trip_minus(base: Recipe) -> Recipe:
+    """Table 6, TRIP^-: no shortcut path, the residual path alone."""
+    fusion = replace(base.train.model.fusion, kind="none")
+    return _variant(base, "trip-minus", "Table 6: no shortcut path", fusion=fusion)
+
+
+def trip_w(base: Recipe) -> Recipe:
+    """Table 6, TRIP^W: both noises joined by a weight that decays linearly over the frames (Equation 9)."""
+    fusion = replace(base.train.model.fusion, kind="linear")
+    return _variant(base, "trip-w", "Table 6: linear weights instead of the transformer", fusion=fusion)
+
+
+def _variant(base: Recipe, name: str, about: str, **changes: Any) -> Recipe:
+    train = replace(base.train, model=replace(base.train.model, **changes))
+    return replace(base, name=f"{base.name}-{name}", about=f"{base.name}, {about}", train=train)
+
+
+def _all() -> dict[str, Callable[[], Recipe]]:
+    recipes: dict[str, Callable[[], Recipe]] = {}
+    for base in (paper, demo):
+        recipes[base().name] = base
+        for variant in (trip_c, trip_te, trip_minus, trip_w):
+            recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
+    return recipes
+
+
+RECIPES = _all()
+
+
+def find_recipe(name: str, base: str | None = None) -> Recipe:
+    """The recipe of this name, on another base where one is given. Raises UserError with the known names."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ";"
+        raise UserError(f"no recipe {name!r}{hint} the known ones are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]()
+    if base is None:
+        return recipe
+    base = resolved_base(base)
+    return replace(recipe, prepare=replace(recipe.prepare, base=base), train=replace(recipe.train, base=base))
+
+
+def resolved_base(base: str) -> str:
+    """A local folder by its absolute path, since workers have another working directory; a hub name as it is."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base

@@ -1,0 +1,3 @@
+-- One database for each service that keeps state.
+CREATE DATABASE prefect;
+CREATE DATABASE mlflow;

@@ -1,0 +1,136 @@
+"""What operators use: prefect.yaml, work pool, compose and Ray manifests point to things that exist."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.recipes import RECIPES
+
+yaml = pytest.importorskip("yaml")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INFRA = REPOSITORY / "infra"
+OURS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+DEPLOYMENTS = load(REPOSITORY / "prefect.yaml")["deployments"]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["name"])
+def test_an_entrypoint_resolves_and_takes_its_parameters(deployment: dict[str, Any]) -> None:
+    file, name = deployment["entrypoint"].split(":")
+    assert (REPOSITORY / file).is_file()
+    flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
+    inspect.signature(flow.fn).bind(**deployment["parameters"])
+    assert deployment["parameters"]["recipe"] in RECIPES
+
+
+def test_prefect_yaml_names_recipes_and_never_a_number() -> None:
+    for deployment in DEPLOYMENTS:
+        assert all(isinstance(value, str) for value in deployment["parameters"].values())
+
+
+def test_every_flow_has_a_deployment_and_one_has_a_schedule() -> None:
+    flows = {d["entrypoint"].split(":")[1] for d in DEPLOYMENTS}
+    assert flows == {"prepare_latents", "train_trip", "evaluate_trip", "register_trip", "reproduce"}
+    assert [d["name"] for d in DEPLOYMENTS if d.get("schedules")] == ["nightly"]
+
+
+def test_the_version_of_prefect_is_the_installed_one() -> None:
+    assert load(REPOSITORY / "prefect.yaml")["prefect-version"] == version("prefect")
+
+
+def test_the_work_pools_template_declares_what_it_uses() -> None:
+    template = json.loads((INFRA / "work_pool_process.json").read_text())
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(template["variables"]["properties"])
+    assert template["variables"]["properties"]["env"]["default"]["DO_NOT_TRACK"] == "1"
+
+
+def test_compose_listens_on_loopback_and_waits_for_what_exists() -> None:
+    services = load(INFRA / "compose.yaml")["services"]
+    for service in services.values():
+        assert set(service.get("depends_on", {})) <= set(services)
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        build = service.get("build")
+        if build:
+            assert (INFRA / build["context"] / build["dockerfile"]).is_file()
+
+
+def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "kubernetes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_ray_manifest_fits_the_installed_ray(path: Path) -> None:
+    manifest = load(path)
+    assert manifest["apiVersion"] == "ray.io/v1" and manifest["kind"] in ("RayCluster", "RayJob")
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    assert spec["rayVersion"] == version("ray")
+    for group in pods(manifest):
+        for container in group["template"]["spec"]["containers"]:
+            resources = container["resources"]
+            # Ray plans with the limit; a pod that may be evicted below it loses training.
+            assert resources["requests"] == resources["limits"]
+            assert container["image"] == f"registry.example.com/trip-i2v:{OURS}"
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def strict(schema: Any) -> Any:
+    """A Kubernetes schema as a closed JSON schema: an unknown, that is misspelt, field is an error."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {}
+    closed = {name: strict(value) for name, value in schema.items() if name != "format"}
+    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
+        closed.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return closed
+
+
+@pytest.mark.parametrize(("manifest", "kind"), [("ray_cluster", "rayclusters"), ("ray_job", "rayjobs")])
+def test_a_ray_manifest_fits_kuberays_schema(manifest: str, kind: str) -> None:
+    """Needs KubeRay's ray-operator/config/crd/bases, a megabyte of YAML a file, hence not kept here."""
+    folder = os.environ.get("KUBERAY_CRDS")
+    if not folder:
+        pytest.skip("KUBERAY_CRDS does not name a folder with KubeRay's CRDs (ray.io_rayclusters.yaml, ...)")
+    jsonschema = pytest.importorskip("jsonschema")
+    versions = load(Path(folder) / f"ray.io_{kind}.yaml")["spec"]["versions"]
+    (schema,) = [strict(v["schema"]["openAPIV3Schema"]) for v in versions if v["name"] == "v1"]
+    schema["properties"]["metadata"] = {}
+    jsonschema.Draft7Validator(schema).validate(load(INFRA / "kubernetes" / f"{manifest}.yaml"))
+
+
+def test_the_ray_job_runs_a_command_that_exists_on_a_cluster_it_fits() -> None:
+    from flows.__main__ import parse
+    from flows.recipes import find_recipe
+
+    manifest = load(INFRA / "kubernetes" / "ray_job.yaml")
+    words = shlex.split(manifest["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "flows"]
+    arguments = parse(words[3:])
+    train = find_recipe(arguments["recipe"]).train
+    (workers,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert train.workers * train.gpus_per_worker <= workers["maxReplicas"] * int(limits["nvidia.com/gpu"])
+    assert train.workers * train.cpus_per_worker <= workers["maxReplicas"] * int(limits["cpu"])

@@ -1,0 +1,167 @@
+"""A schedule in prefect.yaml comes to life: a real server creates the run, a real worker finishes it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tasks.ingest.demo import write_demo_corpus
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PREFECT = [sys.executable, "-m", "prefect"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A process that answers SIGINT even where the tests run in the background, and so inherit an ignored one."""
+    with open(log, "ab") as out:
+        return subprocess.Popen(
+            arguments,
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def wait_for(answer: Callable[[], Any], seconds: float, what: str, log: Path) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = answer()
+        if found:
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what} did not happen within {seconds:.0f} s\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a fresh Prefect server with a home of its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "DO_NOT_TRACK": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "TRIP_CHECKOUT": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
+    log = home / "server.log"
+    serve = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    process = start(serve, environment, log)
+    try:
+
+        def healthy() -> bool:
+            assert process.poll() is None, log.read_text()[-3000:]
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(healthy, 180, "the start of the server", log)
+        yield environment | {"LOG": str(log)}
+    finally:
+        stop(process)
+
+
+def prefect(environment: dict[str, str], *arguments: str) -> str:
+    command = [*PREFECT, *arguments]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_schedule_creates_a_run_and_a_worker_finishes_it(
+    server: dict[str, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    template = REPOSITORY / "infra" / "work_pool_process.json"
+    prefect(server, "work-pool", "create", "trip-local", "--type", "process", "--base-job-template", str(template))
+    prefect(server, "--no-prompt", "deploy", "--all")
+
+    table = write_demo_corpus(tmp_path / "corpus", 2, 64)
+    parameters = {"recipe": "demo", "source": table, "root": str(tmp_path / "run"), "base": str(tiny_base)}
+    deployment, first = schedule(server, "prepare-latents/prepare-latents", parameters)
+
+    log = tmp_path / "worker.log"
+    worker = start([*PREFECT, "worker", "start", "--pool", "trip-local", "--type", "process"], server, log)
+    try:
+        server_log = Path(server["LOG"])
+        run = wait_for(lambda: runs(server, deployment), 120, "the creation of a scheduled run", server_log)[0]
+        assert run["auto_scheduled"] and run["expected_start_time"].startswith(first)
+
+        def ended() -> str | None:
+            kind = runs(server, deployment)[0]["state_type"]
+            return kind if kind in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+        assert wait_for(ended, 300, "the end of the run", log) == "COMPLETED", log.read_text()[-3000:]
+    finally:
+        stop(worker)
+    assert list((tmp_path / "run" / "data").glob("*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_the_nightly_schedule_is_planned_in_utc(server: dict[str, str]) -> None:
+    prefect(server, "--no-prompt", "deploy", "--name", "nightly")
+    (nightly,) = [d for d in post(server, "/deployments/filter", {}) if d["name"] == "nightly"]
+    planned = wait_for(
+        lambda: runs(server, UUID(nightly["id"])), 120, "the planning of the nightly run", Path(server["LOG"])
+    )
+    assert all(run["expected_start_time"][11:16] == "03:00" for run in planned)
+
+
+def post(environment: dict[str, str], path: str, body: dict[str, Any], method: str = "POST") -> Any:
+    import httpx
+
+    answer = httpx.request(method, environment["PREFECT_API_URL"] + path, json=body, timeout=30, trust_env=False)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
+def schedule(environment: dict[str, str], name: str, parameters: dict[str, str]) -> tuple[UUID, str]:
+    """Gives a deployment an hourly schedule whose first run is seconds away; returns its id and that time's minute."""
+    deployment = name.split("/")[1]
+    (found,) = [d for d in post(environment, "/deployments/filter", {}) if d["name"] == deployment]
+    first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=15)
+    interval = {"interval": 3600, "anchor_date": first.isoformat(), "timezone": "UTC"}
+    body = [{"schedule": interval, "active": True}]
+    post(environment, f"/deployments/{found['id']}", {"parameters": parameters}, "PATCH")
+    post(environment, f"/deployments/{found['id']}/schedules", body)
+    return UUID(found["id"]), first.strftime("%Y-%m-%dT%H:%M")
+
+
+def runs(environment: dict[str, str], deployment: UUID) -> list[dict[str, Any]]:
+    """Runs of a deployment, the earliest first."""
+    body = {
+        "flow_runs": {"deployment_id": {"any_": [str(deployment)]}},
+        "deployments": {"id": {"any_": [str(deployment)]}},
+        "sort": "EXPECTED_START_TIME_ASC",
+    }
+    return post(environment, "/flow_runs/filter", body)
