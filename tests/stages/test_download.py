@@ -196,7 +196,12 @@ def test_files_are_read_beside_the_table_and_nowhere_else(tmp_path: Path) -> Non
     assert reason(fetch("videos/./a.mp4", source=beside)) == "ok"
     assert reason(fetch("videos/none.mp4", source=beside)) == "missing_file"
     assert reason(fetch("videos", source=beside)) == "unreadable_file"
-    for url in ("../secret.mp4", "videos/../../secret.mp4", str(tmp_path / "secret.mp4"), f"file://{tmp_path}/secret.mp4"):
+    for url in (
+        "../secret.mp4",
+        "videos/../../secret.mp4",
+        str(tmp_path / "secret.mp4"),
+        f"file://{tmp_path}/secret.mp4",
+    ):
         assert reason(fetch(url, source=beside)) == "blocked_address"
     remote = SourceSpec("https://host/t.csv")
     assert reason(fetch(f"file://{tmp_path}/set/videos/a.mp4", source=remote)) == "blocked_address"

@@ -113,9 +113,7 @@ def test_every_row_is_in_the_books(tiny_base: Path, corpus: str, tmp_path: Path)
     assert from_json(job.PrepareReport, json.loads(json.dumps(to_json(report)))) == report
 
 
-def test_a_run_that_is_killed_and_repeated_ends_in_the_same_bytes(
-    tiny_base: Path, corpus: str, tmp_path: Path
-) -> None:
+def test_a_run_that_is_killed_and_repeated_ends_in_the_same_bytes(tiny_base: Path, corpus: str, tmp_path: Path) -> None:
     whole = prepare(spec_for(corpus, tiny_base, tmp_path / "whole"))
 
     class Killed(BaseException):

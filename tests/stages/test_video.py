@@ -128,7 +128,11 @@ def test_a_photo_equals_the_video_frame_of_the_same_picture() -> None:
 
 @pytest.mark.parametrize(
     ("photo", "message"),
-    [(b"not a picture", "not an image"), ("missing.png", "No such file"), (as_bytes(Image.new("RGB", (64, 64)))[:60], "image|damaged")],
+    [
+        (b"not a picture", "not an image"),
+        ("missing.png", "No such file"),
+        (as_bytes(Image.new("RGB", (64, 64)))[:60], "image|damaged"),
+    ],
 )
 def test_what_is_no_photo_is_one_clear_sentence(photo: bytes | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

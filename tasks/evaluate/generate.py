@@ -1,0 +1,96 @@
+"""Animates the items of a protocol in fixed batches and keeps every frame lossless, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from tasks.evaluate.protocols import Item
+from tasks.records import UserError
+from tasks.shards import ShardDataset
+
+if TYPE_CHECKING:  # only who generates pays for loading diffusers
+    from trip_model.pipeline import TripPipeline
+
+Batch = tuple[Item, ...]
+
+
+def batches(items: Sequence[Item], size: int) -> list[Batch]:
+    """The protocol cut into batches, always at the same places."""
+    return [tuple(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def unfinished(plan: list[Batch], folder: str) -> list[Batch]:
+    """The batches of which anything is missing under `folder`.
+
+    A batch with a missing item is done again as a whole: sums in a net can differ in the last bit with the number of
+    clips in a batch, and a resumed run has to end with the very same numbers.
+    """
+    present = set(storage.list_dir(folder))
+    return [batch for batch in plan if any(file_name(item) not in present for item in batch)]
+
+
+def file_name(item: Item) -> str:
+    return f"{item.key}.npz"
+
+
+def save_arrays(uri: str, arrays: dict[str, NDArray[Any]]) -> None:
+    """Arrays at an address as one compressed npz, atomically."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def load_arrays(uri: str) -> dict[str, NDArray[Any]]:
+    with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def real_pixels(dataset: ShardDataset, item: Item) -> NDArray[np.uint8]:
+    """The true frames of an item: uint8 [F, H, W, 3]."""
+    return dataset.read(item.index, ("pixels",))["pixels"]
+
+
+def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:
+    return load_arrays(storage.join(folder, file_name(item)))["frames"]
+
+
+def generate_batch(
+    pipeline: TripPipeline, dataset: ShardDataset, batch: Batch, folder: str, steps: int | None, guidance: float | None
+) -> None:
+    """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
+
+    Frame 1 is stored as the model itself returns it, not replaced by the given image, so that its fidelity can be
+    measured; whoever looks at the clip puts the given image back (`shown`).
+
+    Raises:
+        UserError: the model makes frames of another size than the data set holds.
+    """
+    real = [real_pixels(dataset, item) for item in batch]
+    height, width = real[0].shape[1:3]
+    if (height, width) != (pipeline.size, pipeline.size):
+        raise UserError(
+            f"the model makes frames of {pipeline.size}x{pipeline.size}, {dataset.uri} holds {width}x{height};"
+            " evaluate on a data set prepared with the model's size"
+        )
+    generated = pipeline.generate(
+        [clip[0] for clip in real],
+        [item.caption for item in batch],
+        [item.seed for item in batch],
+        num_frames=len(real[0]),
+        steps=steps,
+        guidance=guidance,
+        keep_first_frame=False,
+    )
+    for item, frames in zip(batch, generated, strict=True):
+        save_arrays(storage.join(folder, file_name(item)), {"frames": frames})
+
+
+def shown(generated: NDArray[np.uint8], real: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The clip as the user gets it: the given image, then what the model made."""
+    return np.concatenate([real[:1], generated[1:]])

@@ -1,0 +1,220 @@
+"""The evaluate stage on an untrained model: held-out items, resumption with identical numbers, honest errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infra import storage
+from infra.cluster import ray_session
+from tasks.evaluate import generate
+from tasks.evaluate.job import EvaluateSpec, evaluate
+from tasks.evaluate.protocols import held_out_protocol, item_seed
+from tasks.ingest.drawing import draw_clip
+from tasks.records import UserError, to_json
+from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
+
+FRAMES, SIZE = 6, 32
+
+
+def drawn_dataset(folder: Path, clips: int = 12, windows: int = 1, size: int = SIZE, keep_pixels: bool = True) -> str:
+    """A published data set of drawn clips with real pixels; its latents are zeros, nobody here reads them."""
+    rows: list[list[Sample]] = []
+    for i in range(clips):
+        pixels, caption = draw_clip(i, size)
+        samples = []
+        for window in range(windows):
+            part = pixels[window * FRAMES * 3 :: 3][:FRAMES]
+            zeros = np.zeros((FRAMES, 4, size // 8, size // 8), np.float16)
+            tokens = np.zeros(77, np.int32)
+            kept = part if keep_pixels else None
+            samples.append(Sample(sample_key(f"clip{i}", window), caption, zeros, part[0], tokens, {}, kept))
+        rows.append(samples)
+    recipe = {"fps": 4.0, "size": size}
+    shard = write_shard(str(folder), 0, (0, clips), rows, "hash")
+    publish_dataset(str(folder), recipe, "hash", {}, [shard.summary()])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return drawn_dataset(tmp_path_factory.mktemp("drawn") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_session(None, 2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(
+    cluster: None, dataset: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EvaluateSpec, Any, list[str]]:
+    """One evaluation that nobody interrupted: its spec, its report, and what it said."""
+    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"))
+    lines: list[str] = []
+    return spec, evaluate(spec, lines.append), lines
+
+
+def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
+    spec = EvaluateSpec(str(model), dataset, str(output), clips=5, batch=2, held_out_fraction=0.5, bootstrap=100)
+    return replace(spec, examples=2, steps=2, **changes)
+
+
+def test_only_windows_of_held_out_clips_are_judged(tmp_path: Path):
+    data = ShardDataset(drawn_dataset(tmp_path, clips=10, windows=2))
+    protocol = held_out_protocol(data, 0.3, limit=100, seed=0)
+    _, held_out = split_keys([f"clip{i}" for i in range(10)], 0.3)
+    assert {item.clip for item in protocol.items} == set(held_out) and protocol.clips == len(held_out)
+    assert len(protocol.items) == 2 * len(held_out)
+    assert [item.key[-3:] for item in protocol.items] == ["000"] * len(held_out) + ["001"] * len(held_out)
+    for item in protocol.items:
+        assert data.read(item.index, ("caption",)) == {"key": item.key, "caption": item.caption}
+
+
+def test_a_smaller_protocol_is_a_subset_with_the_same_seeds(dataset: str):
+    data = ShardDataset(dataset)
+    few, many = (held_out_protocol(data, 0.5, limit, seed=3) for limit in (2, 5))
+    assert few.items == many.items[:2] and few.sha != many.sha
+    assert many.items[0].seed == item_seed(many.items[0].key, 3) != item_seed(many.items[0].key, 4)
+    assert held_out_protocol(data, 0.5, 5, seed=3) == many
+
+
+def test_of_a_data_set_never_trained_on_every_clip_is_held_out(dataset: str):
+    assert held_out_protocol(ShardDataset(dataset), 1.0, 100, seed=0).clips == 12
+
+
+def test_a_batch_with_a_missing_item_is_done_again_as_a_whole(dataset: str, tmp_path: Path):
+    items = held_out_protocol(ShardDataset(dataset), 0.5, 5, seed=0).items
+    plan = generate.batches(items, 2)
+    assert [len(batch) for batch in plan] == [2, 2, 1]
+    for item in items[:3]:
+        generate.save_arrays(str(tmp_path / generate.file_name(item)), {"frames": np.zeros(1)})
+    assert generate.unfinished(plan, str(tmp_path)) == plan[1:]
+
+
+def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec, Any, list[str]]):
+    spec, report, lines = whole
+    assert report.clips == report.items == 5
+    assert set(report.metrics) == {"frozen", "trip", "real"}
+    trip = report.metrics["trip"]
+    assert trip["clip_distance"]["ci_low"] <= trip["clip_distance"]["value"] <= trip["clip_distance"]["ci_high"]
+    assert report.metrics["frozen"]["motion_ratio"]["value"] == 0
+    assert not report.passed and "5 held-out clips" in report.gate.reasons[0]
+    json.dumps(to_json(report), allow_nan=False)
+    for name in ("report.json", "report.md", "report.html", "per_clip.csv", "consistency.png", "contact_sheet.png"):
+        assert name in report.files and storage.exists(storage.join(report.uri, name))
+    assert sum(name.endswith(".mp4") for name in report.files) == 2
+    assert sum(name.endswith(".gif") for name in report.files) == 1
+    assert any(line.startswith("generate   5/5 clips") for line in lines)
+    assert any(line.startswith("judge      5/5 clips") for line in lines)
+    content = storage.read_json(storage.join(report.uri, "report.json"))
+    assert content["schema_version"] == 1 and content["provenance"]["seed"] == spec.seed
+    assert len(content["curves"]["trip"]) == FRAMES - 1
+
+
+def test_the_same_command_again_finds_its_report(whole: tuple[EvaluateSpec, Any, list[str]]):
+    spec, report, _ = whole
+    lines: list[str] = []
+    again = evaluate(spec, lines.append)
+    assert replace(again, seconds=0) == replace(report, seconds=0)
+    assert len(lines) == 1 and "up to date" in lines[0]
+
+
+def test_what_is_missing_is_made_again_with_identical_numbers(
+    whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
+):
+    import shutil
+
+    spec, report, _ = whole
+    shutil.copytree(spec.output, tmp_path / "copy")
+    (tmp_path / "copy" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "copy" / "scores")
+    next((tmp_path / "copy" / "generations").rglob("*.npz")).unlink()
+    lines: list[str] = []
+    again = evaluate(replace(spec, output=str(tmp_path / "copy")), lines.append)
+    assert again.metrics == report.metrics and again.key == report.key
+    assert any(line.startswith("generate   ") and "found from before" in line for line in lines)
+    for name in report.files:
+        if name.endswith((".mp4", ".html")):  # libx264 does not always repeat itself to the last bit
+            continue
+        assert storage.read_bytes(f"{again.uri}/{name}") == storage.read_bytes(f"{report.uri}/{name}"), name
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
+    whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
+):
+    spec, report, _ = whole
+    fields = to_json(replace(spec, output=str(tmp_path / "killed"), workers=1))
+    script = f"from tasks.evaluate.job import *; evaluate(EvaluateSpec(**{fields!r}))"
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "killed").rglob("*.npz")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        begun = len(list((tmp_path / "killed").rglob("*.npz")))
+        process.send_signal(signal.SIGKILL)
+    assert begun > 0, "no clip was generated before the kill"
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    again = evaluate(replace(spec, output=str(tmp_path / "killed")), lambda line: None)
+    assert again.metrics == report.metrics
+    assert storage.read_bytes(f"{again.uri}/per_clip.csv") == storage.read_bytes(f"{report.uri}/per_clip.csv")
+
+
+def test_another_seed_is_another_evaluation(whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path):
+    spec, report, _ = whole
+    other = evaluate(replace(spec, output=str(tmp_path), seed=1, clips=2), lambda line: None)
+    assert other.key != report.key and other.metrics["trip"] != report.metrics["trip"]
+
+
+def test_generated_frames_are_kept_lossless_and_frame_1_is_the_models_own(
+    whole: tuple[EvaluateSpec, Any, list[str]], dataset: str
+):
+    spec, report, _ = whole
+    data = ShardDataset(dataset)
+    item = held_out_protocol(data, 0.5, 5, seed=0).items[0]
+    (path,) = Path(report.uri).glob(f"generations/*/{item.key}.npz")
+    frames = generate.load_arrays(str(path))["frames"]
+    real = generate.real_pixels(data, item)
+    assert frames.shape == real.shape == (FRAMES, SIZE, SIZE, 3) and frames.dtype == np.uint8
+    assert (frames[0] != real[0]).any()  # an untrained VAE cannot return the photo
+    seen = generate.shown(frames, real)
+    np.testing.assert_array_equal(seen[0], real[0])
+    np.testing.assert_array_equal(seen[1:], frames[1:])
+
+
+def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path, tiny_base: Path, tmp_path: Path):
+    spec = spec_for(tiny_model, dataset, tmp_path / "out")
+    bare = drawn_dataset(tmp_path / "bare", keep_pixels=False)
+    large = drawn_dataset(tmp_path / "large", clips=2, size=48)
+    (tmp_path / "file").write_text("")
+    cases = {
+        "no model folder at": replace(spec, model=str(tmp_path / "nothing")),
+        "holds no trip.json": replace(spec, model=str(tiny_base)),
+        "no finished data set": replace(spec, dataset=str(tmp_path / "nothing")),
+        "holds no real frames": replace(spec, dataset=bare),
+        "makes frames of 32x32": replace(spec, dataset=large),
+        "clips 0": replace(spec, clips=0),
+        "batch 0": replace(spec, batch=0),
+        "no CLIP weights": replace(spec, clip_model=str(tmp_path / "clip.pt")),
+        "asks for 64 CPU": replace(spec, cpus_per_worker=64),
+        "steps 5000": replace(spec, steps=5000),
+        "choose another output": replace(spec, output=str(tmp_path / "file")),
+    }
+    for message, case in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate(case, lambda line: None)
+        assert "\n" not in str(caught.value), message
+    assert not (tmp_path / "out" / "report.json").exists()

@@ -1,0 +1,161 @@
+"""The score sheet, the gate's rule and the report, on drawn clips with known motion."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.evaluate.features import NOT_COMPARABLE, RandomDistances, identify_clip, load_clip
+from tasks.evaluate.metrics import Estimate
+from tasks.evaluate.progress import Ticks, duration
+from tasks.evaluate.protocols import Item
+from tasks.evaluate.report import Example, build, distance_table, own_table, paper_table, side_by_side
+from tasks.evaluate.score import Gate, Summary, gate, judge_clip, summarise
+from tasks.ingest.drawing import draw_clip
+from trip_model.video import read_clip
+
+NEARER = Estimate(-0.05, -0.07, -0.02)
+
+
+def real_clip(seed: int) -> np.ndarray:
+    return draw_clip(seed, 64)[0][::3][:16]
+
+
+def items(count: int) -> list[Item]:
+    return [Item(f"clip{i}_000", f"clip{i}", i, draw_clip(i, 8)[1], i) for i in range(count)]
+
+
+def noisy(pixels: np.ndarray, seed: int, sd: float = 4.0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, sd, pixels.shape[1:])
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def summary_of(make: str, count: int = 6) -> Summary:
+    judge, distances = load_clip(None), RandomDistances()
+    scores = []
+    for i in range(count):
+        real = real_clip(i)
+        generated = {
+            "real": real,
+            "frozen": np.repeat(real[:1], 16, axis=0),
+            "noisy": noisy(real, i),
+            "half speed": real[np.arange(16) // 2],
+            "shuffled": real[np.random.default_rng(i).permutation(16)],
+        }[make]
+        scores.append(judge_clip(judge, distances, real, generated))
+    return summarise(items(count), scores, identify_clip(None), distances, bootstrap=200)
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summary_of("noisy")
+
+
+def values(summary: Summary, row: str) -> dict[str, float]:
+    """Values by the start of their name: the hash of a judge is not what is tested here."""
+    return {name.split("@")[0] + name.partition("/")[2]: e.value for name, e in summary.metrics[row].items()}
+
+
+def test_reference_rows_stand_where_theory_puts_them(summary: Summary):
+    frozen, real = values(summary, "frozen"), values(summary, "real")
+    assert frozen["rfc-clip-random4"] == pytest.approx(100) and frozen["rfc-clip-randomall"] == pytest.approx(100)
+    assert frozen["motion_ratio"] == 0 and real["motion_ratio"] == 1
+    assert real["clip_distance"] == 0 < frozen["clip_distance"]
+    assert real["rfc-clip-randomall"] < 100
+    assert real["rfd-app"] > 0  # the floor is the distance of disjoint halves, not of a set to itself
+
+
+def test_real_frames_as_generated_ones_score_like_the_real_row():
+    result = summary_of("real")
+    trip, real = values(result, "trip"), values(result, "real")
+    for name in ("rfc-clip-random4", "rfc-clip-randomall", "motion_ratio", "clip_distance"):
+        assert trip[name] == pytest.approx(real[name], abs=1e-9)
+    assert trip["rfd-app"] == 0 and trip["rfd-motion"] == 0
+    assert trip["first_frame_psnr_db"] == 100 and trip["first_frame_ssim"] == pytest.approx(1)
+
+
+def test_freezing_slowing_and_shuffling_are_seen_by_the_right_metric():
+    slow, shuffled, still = summary_of("half speed"), summary_of("shuffled"), summary_of("frozen")
+    assert values(slow, "trip")["motion_ratio"] == pytest.approx(0.5, abs=0.08)
+    assert values(shuffled, "trip")["motion_ratio"] > 2
+    assert values(shuffled, "trip")["rfc-clip-randomall"] < values(shuffled, "real")["rfc-clip-randomall"]
+    floor = values(slow, "real")["rfd-motion"]
+    assert values(still, "trip")["rfd-motion"] > floor and values(shuffled, "trip")["rfd-motion"] > 10 * floor
+    assert still.metrics["trip"]["clip_distance_minus_frozen"].value == 0
+
+
+def test_gate_passes_and_lists_every_reason_against():
+    assert gate(0.9, NEARER, 32) == Gate(True, ())
+    few = gate(0.9, NEARER, 31)
+    assert not few.passed and "31 held-out clips" in few.reasons[0]
+    assert "motion ratio 0.4" in gate(0.4, NEARER, 32).reasons[0]
+    assert "motion ratio 1.6" in gate(1.6, NEARER, 32).reasons[0]
+    assert "reaches +0.0010" in gate(1.0, Estimate(-0.02, -0.04, 0.001), 32).reasons[0]
+    assert len(gate(None, Estimate(0.0), 1).reasons) == 3
+
+
+def test_tables_never_name_a_metric_it_is_not(summary: Summary):
+    judge = identify_clip(None)
+    own, paper = own_table(summary, judge), paper_table(summary, judge)
+    assert [row[0] for row in own.rows] == ["Frozen first frame", "TRIP (this run)", "Real video"]
+    for title in own.header + distance_table(summary).header:
+        assert "FVD" not in title and "FID" not in title and "F-Consistency" not in title
+        if "@" in title:
+            assert NOT_COMPARABLE in title
+    for row in paper.rows[:3]:
+        assert all(NOT_COMPARABLE in cell for cell in row[1:4])
+    assert paper.rows[5][:4] == ["TRIP", "95.36", "96.41", "38.9"]
+    assert all("as published, other harness" in row[4] for row in paper.rows[3:])
+
+
+def test_report_files_open_and_repeat(summary: Summary):
+    examples = [Example(f"clip{i}_000", draw_clip(i, 8)[1], real_clip(i), noisy(real_clip(i), i)) for i in range(2)]
+    arguments = (summary, Gate(False, ("few clips",)), identify_clip(None), examples, {"seed": 0, "a": {"b": "c"}}, 4.0)
+    files = build(*arguments)
+    again = build(*arguments)
+    assert set(files) == set(again)
+    for name in files:  # the page holds the mp4 files, and libx264 does not always repeat itself to the last bit
+        assert name.endswith((".mp4", ".html")) or files[name] == again[name], name
+    assert {"report.md", "report.html", "per_clip.csv", "consistency.png", "contact_sheet.png"} <= set(files)
+    sheet = Image.open(io.BytesIO(files["contact_sheet.png"]))
+    assert sheet.width > 8 * 192 and sheet.height > 2 * 3 * 192
+    video = read_clip(files["videos/clip0_000.mp4"], 16, 4.0, 192)
+    assert video.pixels.shape == (16, 192, 192, 3)
+    assert side_by_side(examples[0]).shape == (16, 224, 416, 3)
+    assert files["videos/clip0_000.gif"][:3] == b"GIF"
+    rows = list(csv.DictReader(io.StringIO(files["per_clip.csv"].decode())))
+    assert len(rows) == 6 and float(rows[0]["distance_trip"]) < float(rows[0]["distance_frozen"])
+    page = files["report.html"].decode()
+    assert "http" not in page and page.count("data:video/mp4") == 2 and "few clips" in page
+    assert "| a.b | c |" in files["report.md"].decode()
+
+
+def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
+    judge, distances = load_clip(None), RandomDistances()
+    still = np.repeat(real_clip(0)[:1], 16, axis=0)
+    scores = [judge_clip(judge, distances, still, still)] * 2
+    result = summarise(items(2), scores, identify_clip(None), distances, bootstrap=50)
+    assert "motion_ratio" not in result.metrics["trip"] and result.per_clip[0]["motion_ratio"] is None
+
+
+def test_clips_of_fewer_than_four_frames_are_an_error():
+    judge, distances = load_clip(None), RandomDistances()
+    short = real_clip(0)[:3]
+    with pytest.raises(ValueError, match="first 4 frames asked of a video of 3"):
+        summarise(items(1), [judge_clip(judge, distances, short, short)], identify_clip(None), distances)
+
+
+def test_ticks_tell_what_is_left():
+    now, lines = [0.0], []
+    ticks = Ticks("generate", 40, lines.append, done=10, every_seconds=5, clock=lambda: now[0])
+    for seconds in (2.0, 4.0, 30.0):
+        now[0] = seconds
+        ticks.tick(5)
+    assert lines[0] == "generate   10/40 clips found from before"
+    assert lines[1].split() == ["generate", "15/40", "clips", "38%", "0.40", "s/clip", "left", "10s"]
+    assert lines[2].split()[-2:] == ["left", "30s"] and len(lines) == 3
+    assert [duration(s) for s in (41.6, 185, 7620)] == ["42s", "3m05s", "2h07m"]
