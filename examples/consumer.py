@@ -1,6 +1,6 @@
 """A consumer's day: load the champion from the registry, send a photo and a sentence, write the video.
 
-    python examples/consumer.py photo.jpg "a red circle moving left" -o out.mp4 --tracking sqlite:///runs/mlflow.db
+python examples/consumer.py photo.jpg "a red circle moving left" -o out.mp4 --tracking sqlite:///runs/mlflow.db
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Saves and loads a TRIP model as one self-contained folder of safetensors and JSON, in the base's own layout.
 
-    trip.json  model_index.json  unet/  fusion/  vae/  text_encoder/  tokenizer/  scheduler/
+trip.json  model_index.json  unet/  fusion/  vae/  text_encoder/  tokenizer/  scheduler/
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: di
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(Path(base) / part, folder / part, dirs_exist_ok=True)
     model.schedule.ddim().save_pretrained(folder / "scheduler")
-    index = {"_class_name": "TripPipeline", "vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet3DConditionModel"]}
+    index = {
+        "_class_name": "TripPipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet3DConditionModel"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     described = {"format": FORMAT, "config": asdict(model.config), "provenance": provenance or {}}
     (folder / "trip.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")

@@ -44,7 +44,9 @@ class TripConfig:
 
     def __post_init__(self) -> None:
         if len(self.residual_std) != self.num_frames:
-            raise ValueError(f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames")
+            raise ValueError(
+                f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames"
+            )
 
 
 class Trip(nn.Module):

@@ -45,7 +45,15 @@ class Draw:
     drop_B: torch.Tensor  # bool, captions to leave out
 
 
-def draw(seed: int, step: int, positions: Sequence[int], global_batch: int, shape: Sequence[int], steps_T: int, text_dropout: float) -> Draw:
+def draw(
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    global_batch: int,
+    shape: Sequence[int],
+    steps_T: int,
+    text_dropout: float,
+) -> Draw:
     """Draws for the samples at `positions` of a global batch; any split over workers gives the same numbers.
 
     Time steps are uniform over 0..T-1 and stratified over the global batch: one in each of its equal slices.
@@ -61,7 +69,12 @@ def draw(seed: int, step: int, positions: Sequence[int], global_batch: int, shap
 
 
 def training_loss(
-    model: torch.nn.Module, z_0_BCFHW: torch.Tensor, text_BLD: torch.Tensor, empty_text_1LD: torch.Tensor, drawn: Draw, config: ObjectiveConfig
+    model: torch.nn.Module,
+    z_0_BCFHW: torch.Tensor,
+    text_BLD: torch.Tensor,
+    empty_text_1LD: torch.Tensor,
+    drawn: Draw,
+    config: ObjectiveConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective (Equation 10): mean squared error between the drawn noise and the fused prediction.
 

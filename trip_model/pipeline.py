@@ -58,7 +58,9 @@ class TripPipeline:
     >>> frames = pipe("photo.jpg", "a red circle moving right quickly", seed=7)  # uint8 [16, 64, 64, 3]
     """
 
-    def __init__(self, model: Trip, vae: torch.nn.Module, text: TextEncoder, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: Trip, vae: torch.nn.Module, text: TextEncoder, device: str | torch.device = "cpu"
+    ) -> None:
         self.device = torch.device(device)
         self.model = model.eval().to(self.device)
         self.vae: Any = vae.to(self.device)
@@ -118,7 +120,9 @@ class TripPipeline:
         steps = config.schedule.sampling_steps if steps is None else steps
         guidance = config.guidance if guidance is None else guidance
         if not len(images) == len(prompts) == len(seeds):
-            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds; give one of each per video")
+            raise ValueError(
+                f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds; give one of each per video"
+            )
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the prompt is empty; say in a few words what should happen in the video")

@@ -1,4 +1,4 @@
-"""The 3D-UNet of the residual path: diffusers' `UNet3DConditionModel`, loaded from a base folder and made to run fast."""
+"""The 3D-UNet of the residual path: diffusers' `UNet3DConditionModel`, loaded from a base folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels in and out: decodes clips on a time grid, reads photos, writes mp4, gif and png (Section 4.1: 16 frames at 4 fps).
+"""Pixels in and out: decodes clips on a time grid (Section 4.1), reads photos, writes mp4, gif and png.
 
 *Pixels* are always uint8 [F, H, W, 3] RGB, centre-cropped to a square after resizing the shorter side.
 """
@@ -153,9 +153,7 @@ def read_windows(
     return clips
 
 
-def read_clip(
-    source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0
-) -> Clip:
+def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0) -> Clip:
     """The first clip of a video, see `read_windows`."""
     return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
 

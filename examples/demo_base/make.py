@@ -2,9 +2,10 @@
 
     python examples/demo_base/make.py --out examples/demo_base/weights
 
-The folder it writes has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Three steps, each kept
-as it finishes: `tokenizer`, `vae`, `text_to_video`. The text encoder is trained together with the 3D-UNet, from its
-denoising loss. Scenes come from seeds below 1,000,000; the demo corpus and its held-out clips start there.
+The folder it writes has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Four steps, each kept
+as it finishes: `tokenizer`, `vae`, `text_to_video`, `first_frame`. The text encoder is trained together with the
+3D-UNet, from its denoising loss: first on text alone, then also with the clean first frame before the noised ones.
+Scenes come from seeds below 1,000,000; the demo corpus and its held-out clips start there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame, draw_scene  # noqa: E402
+from trip_model.conditioning import drop_condition_slot, unet_input  # noqa: E402
 from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae  # noqa: E402
 from trip_model.unet import load_unet, set_dropout, use_temporal_conv  # noqa: E402
 from trip_model.video import write_video  # noqa: E402
@@ -40,9 +42,7 @@ TEXT_LENGTH, TEXT_WIDTH = 32, 64
 
 def make_tokenizer(out: Path) -> None:
     """A byte-pair tokenizer in CLIP's files whose merges cover the captions' words; other words fall into letters."""
-    captions = [
-        f"a {c} {s} moving {d} {p}" for c in COLOURS for s in SHAPES for d in DIRECTIONS for p in SPEEDS
-    ]
+    captions = [f"a {c} {s} moving {d} {p}" for c in COLOURS for s in SHAPES for d in DIRECTIONS for p in SPEEDS]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -61,7 +61,9 @@ def make_tokenizer(out: Path) -> None:
     print(f"tokenizer: {bpe.get_vocab_size()} tokens")
     tokenizer = CLIPTokenizer(
         vocab=json.loads(Path(vocab_file).read_text()),
-        merges=[tuple(line.split(" ")) for line in Path(merges_file).read_text().splitlines() if not line.startswith("#")],
+        merges=[
+            tuple(line.split(" ")) for line in Path(merges_file).read_text().splitlines() if not line.startswith("#")
+        ],
         model_max_length=TEXT_LENGTH,
     )
     Path(vocab_file).unlink()
@@ -95,7 +97,7 @@ def vae_frames(seed: int, batch: int) -> Iterator[torch.Tensor]:
     rng = np.random.default_rng([seed, 1])
     while True:
         frames = []
-        for index in range(batch):
+        for _ in range(batch):
             if rng.integers(8) == 0:
                 frames.append(textured_frame(rng))
             else:
@@ -207,28 +209,21 @@ def clip_pixels(seed: int) -> tuple[np.ndarray, str]:
     return np.stack([draw_frame(scene, k / FPS, SIZE) for k in range(NUM_FRAMES)]), scene.caption
 
 
-def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int) -> None:
-    """Trains text encoder and 3D-UNet on final latents: velocity prediction under the paper's schedule, text drop 0.1."""
-    torch.manual_seed(seed)
-    vae = load_vae(out)
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    start = time.time()
+def load_training_clips(out: Path, clips: int) -> tuple[torch.Tensor, list[str]]:
+    """Final latents [N, F, C, H, W] and captions of the first `clips` scenes."""
+    vae, start = load_vae(out), time.time()
     latents, captions = [], []
     for index in range(clips):
         pixels, caption = clip_pixels(index)
-        latents.append(encode_pixels(vae, pixels).half())
+        latents.append(encode_pixels(vae, pixels))
         captions.append(caption)
         if (index + 1) % 500 == 0:
             print(f"encoded {index + 1}/{clips} clips  {time.time() - start:.0f} s", flush=True)
-    z_NFCHW = torch.stack(latents).float() * vae.config.scaling_factor
+    return torch.stack(latents) * vae.config.scaling_factor, captions
 
-    def ids(texts: list[str]) -> torch.Tensor:
-        return tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")[
-            "input_ids"
-        ]
 
-    token_ids, empty_ids = ids(captions), ids([""])
-    text = CLIPTextModel(
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
@@ -242,7 +237,10 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
             projection_dim=TEXT_WIDTH,
         )
     )
-    unet = UNet3DConditionModel(
+
+
+def new_unet() -> UNet3DConditionModel:
+    return UNet3DConditionModel(
         sample_size=SIZE // 8,
         block_out_channels=(32, 64),
         down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
@@ -252,11 +250,37 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    print(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text {sum(p.numel() for p in text.parameters()) / 1e6:.2f} M parameters")
+
+
+def make_denoiser(
+    out: Path, name: str, steps: int, clips: int, seed: int, batch: int, peak: float, first_frame_share: float
+) -> None:
+    """Trains text encoder and 3D-UNet on velocity under the paper's schedule, captions dropped in one clip of ten.
+
+    A new pair for `text_to_video`; with `first_frame_share` above 0 the pair in `out` goes on, and in that share of the
+    batches the clean first frame stands before the noised ones (Figure 1 (a), without prior or fusion).
+    """
+    torch.manual_seed(seed)
+    z_NFCHW, captions = load_training_clips(out, clips)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+
+    def ids(texts: list[str]) -> torch.Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")[
+            "input_ids"
+        ]
+
+    token_ids, empty_ids = ids(captions), ids([""])
+    if first_frame_share:
+        text = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(True)
+        unet = load_unet(out)
+    else:
+        text, unet = new_text_encoder(tokenizer), new_unet()
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (unet, text)]
+    print(f"unet {millions[0]:.2f} M, text encoder {millions[1]:.2f} M parameters")
     scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, prediction_type="v_prediction",
         timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0,
-    )
+    )  # fmt: skip
     alphas = scheduler.alphas_cumprod
     parameters = [*unet.parameters(), *text.parameters()]
     averaged = [p.detach().clone() for p in parameters]
@@ -267,9 +291,8 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
     trail: list[float] = []
     start = time.time()
     for step in range(steps):
-        rate = one_cycle(step, steps, 8e-4)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = one_cycle(step, steps, peak)
         pick = torch.randint(0, clips, (batch,))
         z0 = z_NFCHW[pick].permute(0, 2, 1, 3, 4)
         t = torch.randint(0, 1000, (batch,))
@@ -278,8 +301,12 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
         drop = torch.rand(batch) < 0.1
         tokens = torch.where(drop[:, None], empty_ids, token_ids[pick])
-        out_v = unet(a * z0 + s * noise, t, text(tokens)[0]).sample
-        loss = F.mse_loss(out_v, a * noise - s * z0)
+        z_t = a * z0 + s * noise
+        condition = "head" if torch.rand(()).item() < first_frame_share else None
+        joined = unet_input(z_t, z0[:, :, :1], condition) if condition else z_t
+        velocity = unet(joined, t, text(tokens)[0]).sample
+        velocity = drop_condition_slot(velocity, condition) if condition else velocity
+        loss = F.mse_loss(velocity, a * noise - s * z0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -289,9 +316,10 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
             torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
         trail.append(loss.item())
         if (step + 1) % 100 == 0:
-            done = time.time() - start
-            left = done / (step + 1) * (steps - step - 1)
-            print(f"t2v {step + 1}/{steps}  loss {np.mean(trail[-100:]):.4f}  {done:.0f} s, {left:.0f} s left", flush=True)
+            seconds = time.time() - start
+            left = seconds / (step + 1) * (steps - step - 1)
+            loss_now = np.mean(trail[-100:])
+            print(f"{name} {step + 1}/{steps}  loss {loss_now:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             kept = [p.detach().clone() for p in parameters]
             with torch.no_grad():
@@ -302,8 +330,8 @@ def make_text_to_video(out: Path, steps: int, clips: int, seed: int, batch: int)
             unet.float(), text.float()
             with torch.no_grad():
                 torch._foreach_copy_(parameters, kept)
-            _score(out, "t2v_steps", step + 1)
-            _score(out, "t2v_train_loss", round(float(np.mean(trail[-500:])), 5))
+            _score(out, f"{name}_steps", step + 1)
+            _score(out, f"{name}_velocity_loss", round(float(np.mean(trail[-500:])), 5))
 
 
 @torch.no_grad()
@@ -333,9 +361,10 @@ def preview(out: Path, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
-    parser.add_argument("--only", choices=["tokenizer", "vae", "text_to_video", "preview"])
+    parser.add_argument("--only", choices=["tokenizer", "vae", "text_to_video", "first_frame", "preview"])
     parser.add_argument("--vae-steps", type=int, default=3500)
     parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--more-steps", type=int, default=1400)
     parser.add_argument("--clips", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -346,6 +375,8 @@ if __name__ == "__main__":
     if args.only in (None, "vae"):
         make_vae(args.out, args.vae_steps, args.seed)
     if args.only in (None, "text_to_video"):
-        make_text_to_video(args.out, args.steps, args.clips, args.seed, args.batch)
+        make_denoiser(args.out, "text_to_video", args.steps, args.clips, args.seed, args.batch, 8e-4, 0.0)
+    if args.only in (None, "first_frame"):
+        make_denoiser(args.out, "first_frame", args.more_steps, args.clips, args.seed + 1, args.batch, 6e-4, 0.75)
     if args.only in (None, "preview"):
         preview(args.out)

@@ -1,4 +1,4 @@
-"""Draws the demo corpus: captioned moving shapes whose motion obeys the caption, each clip a pure function of its seed."""
+"""Draws the demo corpus: moving shapes whose motion obeys the caption, each clip a pure function of its seed."""
 
 from __future__ import annotations
 

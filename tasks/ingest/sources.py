@@ -168,9 +168,7 @@ def _find_columns(spec: SourceSpec, reader: Iterator[list[str]]) -> dict[str, in
 def _open_table(spec: SourceSpec) -> Iterator[TextIO]:
     with (
         _reading(spec),
-        fsspec.open(
-            spec.table, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer"
-        ) as file,
+        fsspec.open(spec.table, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer") as file,
     ):
         yield file  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""The checkpoint store: weights, optimiser state and step at any address, safetensors and JSON, completeness marked last.
+"""The checkpoint store: weights, optimiser state and step as safetensors and JSON, completeness marked last.
 
     step-00000200/weights.safetensors  average.safetensors  optimizer.safetensors  complete.json
 
@@ -84,7 +84,9 @@ def _load(uri: str) -> Checkpoint:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimiser's state as named tensors, `<parameter index>.<entry>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

@@ -57,7 +57,9 @@ def test_temporal_conv_gives_diffusers_numbers(tiny_base: Path) -> None:
     plain = UNet3DConditionModel.from_pretrained(tiny_base / "unet", low_cpu_mem_usage=False).eval()
     with torch.no_grad():
         for parameter in plain.parameters():  # the temporal convolutions end in zeros in a fresh network
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     z_t, _, t, text = batch()
     expected = plain(z_t, t, text).sample
     keys = list(plain.state_dict())
