@@ -37,14 +37,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         ray.init(logging_level=logging.WARNING, namespace="trip")  # the job has brought its own code
     elif address is None:
         with _importable_from_workers():
-            ray.init(
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                log_to_driver=False,  # stages report their own progress; what workers say stays in Ray's session folder
-                namespace="trip",
-            )
+            _start_local(num_cpus)
     else:
         ray.init(
             address=address,
@@ -56,6 +49,25 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         yield
     finally:
         if not _keepers:
+            ray.shutdown()
+
+
+def _start_local(num_cpus: int | None) -> None:
+    """A local session. Ray gives its processes 30 s to start, which a busy machine may miss once."""
+    for last_try in (False, True):
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                log_to_driver=False,  # stages report their own progress; the rest is in Ray's session folder
+                namespace="trip",
+            )
+            return
+        except Exception as error:  # Ray raises the bare class here
+            if last_try or "timed out during startup" not in str(error):
+                raise
             ray.shutdown()
 
 

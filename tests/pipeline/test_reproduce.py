@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tasks.shards import ShardDataset
+from trip_model.encoders import folder_hash
 from trip_model.video import load_image, read_clip
 
 TINY = Path(__file__).with_name("tiny_cli.py")
@@ -53,7 +54,9 @@ def state(root: Path) -> dict[str, object]:
     return {
         "samples": sorted(data.keys),
         "manifest": data.manifest_sha256,
-        "model": training["model_digest"],
+        "step": training["step"],
+        "unet": folder_hash(root / "model", "unet"),
+        "fusion": folder_hash(root / "model", "fusion"),
         "rows": report["rows"],
     }
 

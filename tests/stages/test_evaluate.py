@@ -196,7 +196,7 @@ def test_generated_frames_are_kept_lossless_and_frame_1_is_the_models_own(
 
 
 def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path, tiny_base: Path, tmp_path: Path):
-    spec = spec_for(tiny_model, dataset, tmp_path / "out")
+    spec = spec_for(tiny_model, dataset, tmp_path / "out", workers=1)
     bare = drawn_dataset(tmp_path / "bare", keep_pixels=False)
     large = drawn_dataset(tmp_path / "large", clips=2, size=48)
     (tmp_path / "file").write_text("")
