@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet3DConditionModel
@@ -55,9 +55,10 @@ class Trip(nn.Module):
     def __init__(self, unet: UNet3DConditionModel, config: TripConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = widen_input(unet) if config.condition == "channel" and unet.config.in_channels == 4 else unet
+        settings: Any = unet.config
+        self.unet = widen_input(unet) if config.condition == "channel" and settings.in_channels == 4 else unet
         set_dropout(self.unet, config.unet_dropout)
-        channels = unet.config.out_channels
+        channels = settings.out_channels
         self.fusion = TemporalNoiseFusion(config.fusion, channels) if config.fusion.kind == "tnf" else None
         self.schedule = NoiseSchedule(config.schedule)
 

@@ -35,7 +35,7 @@ def sample_latents(
     With guidance other than 1 the fused noise is computed with and without text (the image stays in both) and
     extrapolated after the fusion.
     """
-    scheduler = model.schedule.ddim()
+    scheduler: Any = model.schedule.ddim()
     scheduler.set_timesteps(steps)
     z = noise_BCFHW.float()
     batch = z.shape[0]

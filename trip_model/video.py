@@ -48,11 +48,9 @@ def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
 
 
-def _to_square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
-    """One decoded frame as uint8 [size, size, 3], with pixel aspect and rotation applied."""
-    ratio = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else None
-    width = round(frame.width * float(ratio)) if ratio else frame.width
-    new_width, new_height, left, top = square_box(width or frame.width, frame.height, size)
+def _to_square(frame: av.VideoFrame, size: int, aspect: float, reformatter: VideoReformatter) -> np.ndarray:
+    """One decoded frame as uint8 [size, size, 3]; `aspect` is a pixel's width over its height."""
+    new_width, new_height, left, top = square_box(max(1, round(frame.width * aspect)), frame.height, size)
     rgb = reformatter.reformat(
         frame, width=new_width, height=new_height, format="rgb24", interpolation=Interpolation.BICUBIC
     ).to_ndarray()
@@ -85,10 +83,11 @@ def read_windows(
     info: dict[str, Any] = {}
     duration = 0.0
     try:
-        with av.open(file, metadata_errors="ignore") as container:
+        with av.open(file, "r", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise ClipError("no_video_stream", "the file holds no video stream")
             stream = container.streams.video[0]
+            aspect = float(stream.sample_aspect_ratio or 1)
             stream.thread_type = "SLICE"
             stream.codec_context.thread_count = 1  # automatic threads under many workers can hang for good
             info = {
@@ -108,7 +107,7 @@ def read_windows(
                 if chosen and chosen[-1][0] == shown_time:
                     chosen.append(chosen[-1])
                 else:
-                    chosen.append((shown_time, _to_square(shown, size, reformatter)))
+                    chosen.append((shown_time, _to_square(shown, size, aspect, reformatter)))
 
             for frame in container.decode(stream):
                 if frame.pts is None or frame.time is None:
@@ -128,7 +127,7 @@ def read_windows(
             end = duration + min(1.0 / rate if rate > 0 else half_step, step)
             while shown is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
                 take()
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError):
             raise
         raise ClipError("undecodable", f"{type(error).__name__} after {len(chosen)} grid frames") from error

@@ -138,7 +138,8 @@ def run_training(
     if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
         raise UserError(f"{store} holds checkpoints of another training; give another output address")
 
-    scaling = float(load_vae(base).config.scaling_factor)
+    vae: Any = load_vae(base)
+    scaling = float(vae.config.scaling_factor)
     text = load_text_encoder(base, device)
     empty_text = text.encode(text.tokenize([""]))
     if resumed is not None:

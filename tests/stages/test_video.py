@@ -54,6 +54,21 @@ def test_windows_follow_each_other_without_overlap() -> None:
     assert [levels(c.pixels) for c in clips] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
 
 
+def test_pixels_that_are_not_square_are_stretched_before_the_crop() -> None:
+    picture = np.zeros((64, 32, 3), np.uint8)
+    picture[:16] = 255  # a band that a crop of the unstretched frame would lose
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    frame = read_clip(buffer.getvalue(), 2, 4.0, 32).pixels[0]
+    assert frame[3].mean() > 240 and frame[16].mean() < 10
+
+
 def test_too_short_a_video_is_refused_with_its_length() -> None:
     with pytest.raises(ClipError, match="too_short: 0.90 s give 4 frames") as caught:
         read_clip(ramp_video(list(range(0, 100, 10))), num_frames=16, fps=4.0, size=32)
