@@ -215,8 +215,14 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # One thread, no B-frames, no look-ahead: x264 then repeats its bytes for the same frames, nearly always.
-            steady = {"bf": "0", "mbtree": "0", "sc_threshold": "0", "rc-lookahead": "0"}
-            stream.options = {"crf": str(crf), "preset": "veryfast"} | steady
+            stream.options = {
+                "crf": str(crf),
+                "preset": "veryfast",
+                "bf": "0",
+                "mbtree": "0",
+                "sc_threshold": "0",
+                "rc-lookahead": "0",
+            }
             stream.codec_context.thread_count = 1
             for frame in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
