@@ -15,6 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 FusionKind = Literal["tnf", "linear", "none"]
+FIRST_LOG_THRESHOLD = -2.0  # local shrinkage starts with motion of 37 % of s_i, squared, kept by half
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class FusionConfig:
     width: int = 320
     heads: int = 8
     key_value: Literal["channel", "token"] = "channel"
+    local_shrinkage: bool = False  # ours, not the paper's: keep still what the residual path finds still
     lambda_first: float = 1.0  # Equation 9: lambda^1, the prior's weight in frame 1 (TRIP^W)
     lambda_last: float = 0.5  # and lambda^N; in between it decays linearly with the frame index
 
@@ -107,6 +109,10 @@ class TemporalNoiseFusion(nn.Module):
         self.out = nn.Linear(width, channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        if config.local_shrinkage:
+            self.to_threshold = nn.Linear(width, 1)
+            nn.init.zeros_(self.to_threshold.weight)
+            nn.init.constant_(self.to_threshold.bias, FIRST_LOG_THRESHOLD)
 
     def branch(
         self, residual_BCFHW: torch.Tensor, normalised_prior_BCFHW: torch.Tensor, t_B: torch.Tensor
@@ -142,7 +148,25 @@ class TemporalNoiseFusion(nn.Module):
         """The predicted noise, float32 [B, C, F, H, W]; `shrinkage` is lambda*, broadcastable to it."""
         branch = self.branch(residual_BCFHW, normalised_prior_BCFHW, t_B)
         unit = residual_BCFHW.float() + branch.float()
-        return shrinkage.sqrt() * normalised_prior_BCFHW + (1 - shrinkage).sqrt() * unit
+        known, unknown = shrinkage.sqrt(), (1 - shrinkage).sqrt()
+        noise = known * normalised_prior_BCFHW + unknown * unit
+        if not self.config.local_shrinkage:
+            return noise
+        # The residual item that this noise implies (Equation 6), divided by s_i.
+        motion = unknown * normalised_prior_BCFHW - known * unit
+        return noise + unknown / known * (1 - self.kept_motion(motion, t_B)) * motion
+
+    def kept_motion(self, motion_BCFHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """The share of the implied motion that is kept, m / (m + threshold(t)), [B, 1, F, H, W].
+
+        m is the mean square of the motion over channels and 3 x 3 places: Wiener's rule, with the signal's power
+        measured on the spot. Where m is far below the threshold the frame keeps the first frame's latent.
+        """
+        power = motion_BCFHW.square().mean(dim=1, keepdim=True)
+        power = F.avg_pool3d(power, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
+        time_BD = self.time_embedding(self.time_features(t_B).to(self.out.weight.dtype))
+        threshold = self.to_threshold(F.silu(time_BD)).float().exp().view(-1, 1, 1, 1, 1)
+        return power / (power + threshold)
 
 
 def linear_decay(frames: int, first: float, last: float) -> torch.Tensor:

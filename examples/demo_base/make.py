@@ -3,16 +3,21 @@
     python examples/demo_base/make.py --out examples/demo_base/weights
 
 The folder it writes has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Four steps, each kept
-as it finishes: `tokenizer`, `vae`, `text_to_video`, `first_frame`. The text encoder is trained together with the
-3D-UNet, from its denoising loss: first on text alone, then also with the clean first frame before the noised ones.
+as it finishes: `tokenizer`, `vae`, `decoder` (the VAE's, made steady), `denoiser` (text encoder and 3D-UNet together,
+from the denoising loss). The last step may run on several cores:
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/demo_base/make.py --only denoiser
+
 Scenes come from seeds below 1,000,000; the demo corpus and its held-out clips start there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +43,10 @@ from trip_model.video import write_video  # noqa: E402
 
 SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
 TEXT_LENGTH, TEXT_WIDTH = 32, 64
+UNET_RATE, TEXT_RATE = 1.8e-3, 5e-4  # one rate for both, and the text is learned late or never
+FIRST_FRAME_SHARE = 0.75
+LATENT_NOISE = 0.03  # in final latents: what a sampler of this size leaves in them
+HELD_OUT_SCENES = range(990_000, 990_016)
 
 
 def make_tokenizer(out: Path) -> None:
@@ -175,26 +184,90 @@ def make_vae(out: Path, steps: int, seed: int, batch: int = 4) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             rmse = math.sqrt(np.mean(trail[-100:])) / 2
             print(f"vae {step + 1}/{steps}  rmse {rmse:.4f}  {time.time() - start:.0f} s", flush=True)
+    _save_vae(unit_latents(vae.eval()), out)
+
+
+def frame_pairs(seed: int, batch: int) -> Iterator[torch.Tensor]:
+    """Endless batches [B, 2, 3, 64, 64] in [-1, 1]: a drawn shape and itself a frame later, or one texture twice."""
+    rng = np.random.default_rng([seed, 3])
+    while True:
+        pairs = []
+        for _ in range(batch):
+            if rng.integers(8) == 0:
+                pairs.append([textured_frame(rng)] * 2)
+            else:
+                scene, time_s = draw_scene(int(rng.integers(1_000_000))), rng.uniform(0, 4.25)
+                pairs.append([draw_frame(scene, time_s + k / FPS, SIZE) for k in range(2)])
+        yield torch.from_numpy(np.stack([np.stack(pair) for pair in pairs])).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def steady_decoder(out: Path, steps: int, seed: int, batch: int = 4) -> None:
+    """Trains the VAE's decoder alone to keep still what stands still, also under faint noise on the latents.
+
+    A VAE of single frames flickers: what moves shifts the colours of what does not. The latents stay as they are.
+    """
+    torch.manual_seed(seed + 1)
+    vae = load_vae(out).float().train()
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    for parameter in decoder:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder, lr=0.0, weight_decay=1e-4, betas=(0.9, 0.99))
+    averaged = [p.detach().clone() for p in decoder]
+    pairs, start, trail = frame_pairs(seed, batch), time.time(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, steps, 1e-3)
+        x = next(pairs).flatten(0, 1)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+            latents += LATENT_NOISE / vae.config.scaling_factor * torch.randn_like(latents)
+        y = vae.decode(latents).sample
+        error = y - x
+        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        flicker = (error[1::2] - error[::2]).abs().mean()
+        loss = error.abs().mean() + 5 * error.square().mean() + 0.1 * edges + 2 * flicker
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, [p.detach() for p in decoder], 1 - min(0.995, (1 + step) / (10 + step)))
+        trail.append([error.detach().square().mean().item(), flicker.item()])
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            mse, flickered = np.mean(trail[-100:], axis=0)
+            print(
+                f"decoder {step + 1}/{steps}  rmse {math.sqrt(mse) / 2:.4f}  flicker {flickered / 2:.5f}"
+                f"  {time.time() - start:.0f} s",
+                flush=True,
+            )
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            _save_vae(vae, out, seed)
+            saved = copy.deepcopy(vae)
+            with torch.no_grad():
+                torch._foreach_copy_([*saved.decoder.parameters(), *saved.post_quant_conv.parameters()], averaged)
+            _save_vae(saved, out)
 
 
-def _save_vae(vae: AutoencoderKL, out: Path, seed: int) -> None:
-    vae.eval()
-    clips = [clip_pixels(s)[0] for s in range(990_000, 990_016)]
+def unit_latents(vae: AutoencoderKL) -> AutoencoderKL:
+    """Sets the scaling factor so that latents of the corpus have deviation one."""
     with torch.no_grad():
-        latents = torch.cat([encode_pixels(vae, c) for c in clips])
-        vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
-        decoded = decode_latents(vae, latents[:64] * vae.config.scaling_factor)
-    truth = np.concatenate(clips)[:64]
+        latents = torch.cat([encode_pixels(vae, clip_pixels(seed)[0]) for seed in HELD_OUT_SCENES])
+    vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+    return vae
+
+
+def _save_vae(vae: AutoencoderKL, out: Path) -> None:
+    """Writes the VAE in fp16, its scores on unseen clips, and a strip to look at."""
+    vae.eval()
+    truth = np.stack([clip_pixels(seed)[0] for seed in HELD_OUT_SCENES])
+    decoded = np.stack([decode_latents(vae, encode_pixels(vae, clip) * vae.config.scaling_factor) for clip in truth])
     rmse = float(np.sqrt(np.mean((decoded.astype(float) - truth) ** 2)) / 255)
-    print(f"vae: scaling factor {vae.config.scaling_factor}, rmse on held-out shapes {rmse:.4f}", flush=True)
-    vae.train()
-    vae.half().save_pretrained(out / "vae", safe_serialization=True)
-    vae.float()
-    strip = np.concatenate([np.concatenate([truth[:64:8], decoded[:64:8]], axis=1)[i] for i in range(8)], axis=1)
-    write_video(out.parent / "vae_preview", strip[None], 1.0)
+    motion = [float(np.abs(np.diff(clips.astype(float), axis=1)).mean()) for clips in (decoded, truth)]
     _score(out, "vae_rmse_held_out", round(rmse, 5))
+    _score(out, "vae_motion_ratio_held_out", round(motion[0] / motion[1], 4))
+    print(f"vae on unseen clips: rmse {rmse:.4f}, motion ratio {motion[0] / motion[1]:.3f}", flush=True)
+    vae.half().save_pretrained(out / "vae", safe_serialization=True)
+    strip = np.concatenate([truth[0][::2], decoded[0][::2]], axis=1)
+    write_video(out.parent / "vae_preview", np.concatenate(list(strip), axis=1)[None], 1.0)
 
 
 def _score(out: Path, name: str, value: float) -> None:
@@ -209,16 +282,16 @@ def clip_pixels(seed: int) -> tuple[np.ndarray, str]:
     return np.stack([draw_frame(scene, k / FPS, SIZE) for k in range(NUM_FRAMES)]), scene.caption
 
 
-def load_training_clips(out: Path, clips: int) -> tuple[torch.Tensor, list[str]]:
-    """Final latents [N, F, C, H, W] and captions of the first `clips` scenes."""
+def load_training_clips(out: Path, scenes: range) -> tuple[torch.Tensor, list[str]]:
+    """Final latents [N, F, C, H, W] and captions of these scenes."""
     vae, start = load_vae(out), time.time()
     latents, captions = [], []
-    for index in range(clips):
-        pixels, caption = clip_pixels(index)
+    for index, scene in enumerate(scenes):
+        pixels, caption = clip_pixels(scene)
         latents.append(encode_pixels(vae, pixels))
         captions.append(caption)
         if (index + 1) % 500 == 0:
-            print(f"encoded {index + 1}/{clips} clips  {time.time() - start:.0f} s", flush=True)
+            print(f"encoded {index + 1}/{len(scenes)} clips  {time.time() - start:.0f} s", flush=True)
     return torch.stack(latents) * vae.config.scaling_factor, captions
 
 
@@ -252,16 +325,33 @@ def new_unet() -> UNet3DConditionModel:
     )
 
 
-def make_denoiser(
-    out: Path, name: str, steps: int, clips: int, seed: int, batch: int, peak: float, first_frame_share: float
-) -> None:
+class Denoiser(torch.nn.Module):
+    """Text encoder and 3D-UNet in one module, so that one optimiser step and one all-reduce cover both."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text, self.unet = new_text_encoder(tokenizer), new_unet()
+        use_temporal_conv(self.unet)
+        set_dropout(self.unet, 0.0)
+
+    def forward(
+        self, z_t: torch.Tensor, z_first: torch.Tensor, t: torch.Tensor, token_ids: torch.Tensor, with_first: bool
+    ) -> torch.Tensor:
+        text = self.text(token_ids)[0]
+        if not with_first:
+            return self.unet(z_t, t, text).sample
+        return drop_condition_slot(self.unet(unet_input(z_t, z_first, "head"), t, text).sample, "head")
+
+
+def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int) -> None:
     """Trains text encoder and 3D-UNet on velocity under the paper's schedule, captions dropped in one clip of ten.
 
-    A new pair for `text_to_video`; with `first_frame_share` above 0 the pair in `out` goes on, and in that share of the
-    batches the clean first frame stands before the noised ones (Figure 1 (a), without prior or fusion).
+    In FIRST_FRAME_SHARE of the steps the clean first frame stands before the noised ones (Figure 1 (a), without prior
+    or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
+    and gradients are averaged.
     """
-    torch.manual_seed(seed)
-    z_NFCHW, captions = load_training_clips(out, clips)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    z_NFCHW, captions = load_training_clips(out, range(rank, clips, world))
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
 
     def ids(texts: list[str]) -> torch.Tensor:
@@ -270,68 +360,66 @@ def make_denoiser(
         ]
 
     token_ids, empty_ids = ids(captions), ids([""])
-    if first_frame_share:
-        text = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32).requires_grad_(True)
-        unet = load_unet(out)
+    torch.manual_seed(seed)
+    denoiser = Denoiser(tokenizer).train()
+    groups = [(denoiser.unet, UNET_RATE), (denoiser.text, TEXT_RATE)]
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False)
     else:
-        text, unet = new_text_encoder(tokenizer), new_unet()
-    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (unet, text)]
-    print(f"unet {millions[0]:.2f} M, text encoder {millions[1]:.2f} M parameters")
+        model = denoiser
+    if rank == 0:
+        print("unet and text encoder: M parameters", [sum(p.numel() for p in m.parameters()) / 1e6 for m, _ in groups])
     scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, prediction_type="v_prediction",
         timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0,
     )  # fmt: skip
     alphas = scheduler.alphas_cumprod
-    parameters = [*unet.parameters(), *text.parameters()]
-    averaged = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    use_temporal_conv(unet.train())
-    set_dropout(unet, 0.0)
-    text.train()
+    averaged = [p.detach().clone() for p in denoiser.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": list(module.parameters()), "peak": peak} for module, peak in groups],
+        lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99), fused=True,
+    )  # fmt: skip
+    with_first_draws = np.random.default_rng([seed, 2])  # the same on every process
+    torch.manual_seed(seed * world + rank + 1)
     trail: list[float] = []
     start = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, steps, peak)
-        pick = torch.randint(0, clips, (batch,))
+            group["lr"] = one_cycle(step, steps, group["peak"])
+        pick = torch.randint(0, len(captions), (batch,))
         z0 = z_NFCHW[pick].permute(0, 2, 1, 3, 4)
-        t = torch.randint(0, 1000, (batch,))
+        t = ((torch.rand(()) + torch.arange(batch) / batch) % 1.0 * 1000).long()
         noise = torch.randn_like(z0)
         a = alphas[t].sqrt().view(-1, 1, 1, 1, 1)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
-        drop = torch.rand(batch) < 0.1
-        tokens = torch.where(drop[:, None], empty_ids, token_ids[pick])
-        z_t = a * z0 + s * noise
-        condition = "head" if torch.rand(()).item() < first_frame_share else None
-        joined = unet_input(z_t, z0[:, :, :1], condition) if condition else z_t
-        velocity = unet(joined, t, text(tokens)[0]).sample
-        velocity = drop_condition_slot(velocity, condition) if condition else velocity
-        loss = F.mse_loss(velocity, a * noise - s * z0)
+        tokens = torch.where((torch.rand(batch) < 0.1)[:, None], empty_ids, token_ids[pick])
+        with_first = bool(with_first_draws.random() < FIRST_FRAME_SHARE)
+        loss = F.mse_loss(model(a * z0 + s * noise, z0[:, :, :1], t, tokens, with_first), a * noise - s * z0)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         decay = min(0.998, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
+            torch._foreach_lerp_(averaged, [p.detach() for p in denoiser.parameters()], 1 - decay)
         trail.append(loss.item())
+        if rank:
+            continue
         if (step + 1) % 100 == 0:
             seconds = time.time() - start
             left = seconds / (step + 1) * (steps - step - 1)
             loss_now = np.mean(trail[-100:])
-            print(f"{name} {step + 1}/{steps}  loss {loss_now:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+            print(f"denoiser {step + 1}/{steps}  loss {loss_now:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            kept = [p.detach().clone() for p in parameters]
+            saved = copy.deepcopy(denoiser)
             with torch.no_grad():
-                torch._foreach_copy_(parameters, averaged)
-            unet.half().save_pretrained(out / "unet", safe_serialization=True)
-            text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
+                torch._foreach_copy_(list(saved.parameters()), averaged)
+            saved.unet.half().save_pretrained(out / "unet", safe_serialization=True)
+            saved.text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
             scheduler.save_pretrained(out / "scheduler")
-            unet.float(), text.float()
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, kept)
-            _score(out, f"{name}_steps", step + 1)
-            _score(out, f"{name}_velocity_loss", round(float(np.mean(trail[-500:])), 5))
+            _score(out, "denoiser_steps", step + 1)
+            _score(out, "denoiser_velocity_loss", round(float(np.mean(trail[-500:])), 5))
 
 
 @torch.no_grad()
@@ -361,12 +449,12 @@ def preview(out: Path, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
-    parser.add_argument("--only", choices=["tokenizer", "vae", "text_to_video", "first_frame", "preview"])
+    parser.add_argument("--only", choices=["tokenizer", "vae", "decoder", "denoiser", "preview"])
     parser.add_argument("--vae-steps", type=int, default=3500)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--more-steps", type=int, default=1400)
-    parser.add_argument("--clips", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=4, help="of each process")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -374,9 +462,9 @@ if __name__ == "__main__":
         make_tokenizer(args.out)
     if args.only in (None, "vae"):
         make_vae(args.out, args.vae_steps, args.seed)
-    if args.only in (None, "text_to_video"):
-        make_denoiser(args.out, "text_to_video", args.steps, args.clips, args.seed, args.batch, 8e-4, 0.0)
-    if args.only in (None, "first_frame"):
-        make_denoiser(args.out, "first_frame", args.more_steps, args.clips, args.seed + 1, args.batch, 6e-4, 0.75)
+    if args.only in (None, "decoder"):
+        steady_decoder(args.out, args.decoder_steps, args.seed)
+    if args.only in (None, "denoiser"):
+        make_denoiser(args.out, args.steps, args.clips, args.seed, args.batch)
     if args.only in (None, "preview"):
         preview(args.out)

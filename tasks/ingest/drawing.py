@@ -17,7 +17,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS: dict[str, float] = {"slowly": 5.0, "quickly": 9.0}  # percent of the frame's width per second
+SPEEDS: dict[str, float] = {"slowly": 7.0, "quickly": 12.0}  # percent of the frame's width per second
 
 CLIP_SECONDS = 4.5
 SOURCE_FPS = 12.0

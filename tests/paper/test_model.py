@@ -19,6 +19,7 @@ from trip_model.fusion import (
 from trip_model.model import Trip, TripConfig, base_unet_output, measure_residual_std
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
 from trip_model.pipeline import sample_latents
+from trip_model.schedule import NoiseSchedule
 from trip_model.unet import load_unet, use_temporal_conv, widen_input
 
 SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
@@ -115,6 +116,42 @@ def test_tnf_reads_prior_residual_and_time(key_value: str) -> None:
     other = prior.clone()
     other[:, :, 1] += 1
     torch.testing.assert_close(tnf.branch(residual, other, t)[:, :, 0], out[:, :, 0])
+
+
+@pytest.mark.parametrize("t", [3, 400, 999])
+def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
+    generator = torch.Generator().manual_seed(t)
+    z_0 = torch.randn(2, 4, 3, 4, 4, generator=generator)
+    noise, residual = (torch.randn(z_0.shape, generator=generator) for _ in range(2))
+    schedule, t_B = NoiseSchedule(), torch.tensor([t, t])
+    signal, sigma = schedule.signal_and_noise(t_B, 5)
+    std = torch.tensor([0.0, 0.3, 1.0]).view(1, 1, 3, 1, 1)
+    z_t = schedule.add_noise(z_0, noise, t_B)
+    prior = image_noise_prior(z_t, z_0[:, :, :1], signal, sigma)
+    unit_prior = normalised_prior(z_t, z_0[:, :, :1], signal, sigma, std)
+    shrink = optimal_shrinkage(signal, sigma, std)
+
+    def fused(log_threshold: float) -> torch.Tensor:
+        tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, local_shrinkage=True), 4)
+        torch.nn.init.constant_(tnf.to_threshold.bias, log_threshold)
+        return tnf(residual, unit_prior, shrink, t_B)
+
+    closed_form = TemporalNoiseFusion(FusionConfig(width=16, heads=2), 4)(residual, unit_prior, shrink, t_B)
+    torch.testing.assert_close(fused(-40.0), closed_form)
+    torch.testing.assert_close(fused(40.0), prior, rtol=1e-4, atol=1e-4)
+    # In between it is the same rule as Equation 9, with a weight of its own at every place.
+    between = fused(0.0)
+    kept = (between - prior)[:, :, 1:] / (closed_form - prior)[:, :, 1:]
+    assert 0 < kept.min() and kept.max() < 1
+    torch.testing.assert_close(kept, kept[:, :1].expand_as(kept), rtol=2e-2, atol=2e-2)
+
+
+def test_local_shrinkage_keeps_strong_motion_and_stills_faint_motion() -> None:
+    tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, local_shrinkage=True), 4)
+    motion = torch.full((1, 4, 2, 8, 8), 0.01)
+    motion[..., 5:, 5:] = 1.0
+    kept = tnf.kept_motion(motion, torch.tensor([500]))[0, 0, 1]
+    assert kept[7, 7] > 0.85 and kept[0, 0] < 0.1
 
 
 def test_first_frame_is_predicted_exactly_before_any_training(tiny_base: Path) -> None:
