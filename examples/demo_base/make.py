@@ -266,6 +266,9 @@ def _save_vae(vae: AutoencoderKL, out: Path) -> None:
     _score(out, "vae_motion_ratio_held_out", round(motion[0] / motion[1], 4))
     print(f"vae on unseen clips: rmse {rmse:.4f}, motion ratio {motion[0] / motion[1]:.3f}", flush=True)
     vae.half().save_pretrained(out / "vae", safe_serialization=True)
+    config = json.loads((out / "vae" / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    (out / "vae" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     strip = np.concatenate([truth[0][::2], decoded[0][::2]], axis=1)
     write_video(out.parent / "vae_preview", np.concatenate(list(strip), axis=1)[None], 1.0)
 
