@@ -266,11 +266,16 @@ def _save_vae(vae: AutoencoderKL, out: Path) -> None:
     _score(out, "vae_motion_ratio_held_out", round(motion[0] / motion[1], 4))
     print(f"vae on unseen clips: rmse {rmse:.4f}, motion ratio {motion[0] / motion[1]:.3f}", flush=True)
     vae.half().save_pretrained(out / "vae", safe_serialization=True)
-    config = json.loads((out / "vae" / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-    (out / "vae" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _forget_origin(out / "vae")
     strip = np.concatenate([truth[0][::2], decoded[0][::2]], axis=1)
     write_video(out.parent / "vae_preview", np.concatenate(list(strip), axis=1)[None], 1.0)
+
+
+def _forget_origin(folder: Path) -> None:
+    """diffusers notes in a configuration which folder it was read from; that is nobody's business."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _score(out: Path, name: str, value: float) -> None:
@@ -331,10 +336,9 @@ def new_unet() -> UNet3DConditionModel:
 class Denoiser(torch.nn.Module):
     """Text encoder and 3D-UNet in one module, so that one optimiser step and one all-reduce cover both."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, text: CLIPTextModel, unet: UNet3DConditionModel) -> None:
         super().__init__()
-        self.text, self.unet = new_text_encoder(tokenizer), new_unet()
-        use_temporal_conv(self.unet)
+        self.text, self.unet = text, use_temporal_conv(unet)
         set_dropout(self.unet, 0.0)
 
     def forward(
@@ -346,12 +350,12 @@ class Denoiser(torch.nn.Module):
         return drop_condition_slot(self.unet(unet_input(z_t, z_first, "head"), t, text).sample, "head")
 
 
-def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int) -> None:
+def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool) -> None:
     """Trains text encoder and 3D-UNet on velocity under the paper's schedule, captions dropped in one clip of ten.
 
     In FIRST_FRAME_SHARE of the steps the clean first frame stands before the noised ones (Figure 1 (a), without prior
     or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
-    and gradients are averaged.
+    and gradients are averaged. `go_on` takes up the pair in `out`, at half the rates.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     z_NFCHW, captions = load_training_clips(out, range(rank, clips, world))
@@ -364,8 +368,13 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int) -> N
 
     token_ids, empty_ids = ids(captions), ids([""])
     torch.manual_seed(seed)
-    denoiser = Denoiser(tokenizer).train()
-    groups = [(denoiser.unet, UNET_RATE), (denoiser.text, TEXT_RATE)]
+    if go_on:
+        text = CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32)
+        denoiser = Denoiser(text, load_unet(out)).train()
+    else:
+        denoiser = Denoiser(new_text_encoder(tokenizer), new_unet()).train()
+    scale = 0.5 if go_on else 1.0
+    groups = [(denoiser.unet, scale * UNET_RATE), (denoiser.text, scale * TEXT_RATE)]
     if world > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False)
@@ -421,7 +430,7 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int) -> N
             saved.unet.half().save_pretrained(out / "unet", safe_serialization=True)
             saved.text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
             scheduler.save_pretrained(out / "scheduler")
-            _score(out, "denoiser_steps", step + 1)
+            _forget_origin(out / "unet")
             _score(out, "denoiser_velocity_loss", round(float(np.mean(trail[-500:])), 5))
 
 
@@ -457,6 +466,7 @@ if __name__ == "__main__":
     parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--go-on", action="store_true", help="train the denoiser in --out further")
     parser.add_argument("--batch", type=int, default=4, help="of each process")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -468,6 +478,6 @@ if __name__ == "__main__":
     if args.only in (None, "decoder"):
         steady_decoder(args.out, args.decoder_steps, args.seed)
     if args.only in (None, "denoiser"):
-        make_denoiser(args.out, args.steps, args.clips, args.seed, args.batch)
+        make_denoiser(args.out, args.steps, args.clips, args.seed, args.batch, args.go_on)
     if args.only in (None, "preview"):
         preview(args.out)

@@ -274,8 +274,8 @@ def _page(
 ) -> str:
     """One file that opens anywhere: every picture and video lies inside it, nothing is fetched."""
     videos = "".join(
-        f'<figure><video src="{_data(files, f"videos/{e.key}.mp4", "video/mp4")}" autoplay loop muted playsinline '
-        f"controls></video><figcaption>{html.escape(e.caption)}</figcaption></figure>"
+        f'<figure><video src="{_data(files, f"videos/{e.key}.mp4", "video/mp4")}" autoplay loop muted '
+        f"playsinline></video><figcaption>{html.escape(e.caption)}</figcaption></figure>"
         for e in examples
     )
     own = "".join(f"<h2>{html.escape(t.title)}</h2><div class=wide>{t.html()}</div>" for t in tables)
