@@ -6,6 +6,7 @@ L = H W spatial tokens, D width. What the paper leaves open is decided in docs/d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 FusionKind = Literal["tnf", "linear", "none"]
-FIRST_LOG_THRESHOLD = -2.0  # local shrinkage starts with motion of 37 % of s_i, squared, kept by half
+FIRST_THRESHOLD = 0.2  # local shrinkage starts by keeping half of a motion of 45 % of s_i
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,7 @@ class TemporalNoiseFusion(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         if config.local_shrinkage:
-            self.to_threshold = nn.Linear(width, 1)
-            nn.init.zeros_(self.to_threshold.weight)
-            nn.init.constant_(self.to_threshold.bias, FIRST_LOG_THRESHOLD)
+            self.log_threshold = nn.Parameter(torch.tensor(math.log(FIRST_THRESHOLD)))
 
     def branch(
         self, residual_BCFHW: torch.Tensor, normalised_prior_BCFHW: torch.Tensor, t_B: torch.Tensor
@@ -154,19 +153,17 @@ class TemporalNoiseFusion(nn.Module):
             return noise
         # The residual item that this noise implies (Equation 6), divided by s_i.
         motion = unknown * normalised_prior_BCFHW - known * unit
-        return noise + unknown / known * (1 - self.kept_motion(motion, t_B)) * motion
+        return noise + unknown / known * (1 - self.kept_motion(motion)) * motion
 
-    def kept_motion(self, motion_BCFHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """The share of the implied motion that is kept, m / (m + threshold(t)), [B, 1, F, H, W].
+    def kept_motion(self, motion_BCFHW: torch.Tensor) -> torch.Tensor:
+        """The share of the implied motion that is kept, m / (m + threshold), [B, 1, F, H, W].
 
         m is the mean square of the motion over channels and 3 x 3 places: Wiener's rule, with the signal's power
         measured on the spot. Where m is far below the threshold the frame keeps the first frame's latent.
         """
         power = motion_BCFHW.square().mean(dim=1, keepdim=True)
         power = F.avg_pool3d(power, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
-        time_BD = self.time_embedding(self.time_features(t_B).to(self.out.weight.dtype))
-        threshold = self.to_threshold(F.silu(time_BD)).float().exp().view(-1, 1, 1, 1, 1)
-        return power / (power + threshold)
+        return power / (power + self.log_threshold.float().exp())
 
 
 def linear_decay(frames: int, first: float, last: float) -> torch.Tensor:
