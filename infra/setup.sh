@@ -40,17 +40,19 @@ tick() {
 }
 
 # uv unpacks and links the same wheels on all cores, which halves the wait; pip does the work where uv cannot.
-# No byte code is written here: that happens on first import, and only for the modules that are used at all.
+# Byte code is written here, once: every Ray worker imports torch and diffusers anew, and where the environment forbids
+# writing byte code later (PYTHONDONTWRITEBYTECODE, read-only images) each import would take three times as long.
 uv_install() {
     "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "$(grep '^uv==' constraints.txt)" \
         >>"$log" 2>&1 || return 1
     echo "setup: fetching about 3 GB of packages"
-    "$venv/bin/uv" pip install --python "$venv/bin/python" --no-progress -c constraints.txt -e '.[pipeline,dev]' >>"$log" 2>&1
+    "$venv/bin/uv" pip install --python "$venv/bin/python" --no-progress --compile-bytecode \
+        -c constraints.txt -e '.[pipeline,dev]' >>"$log" 2>&1
 }
 
 if ! uv_install; then
     echo "setup: uv could not install them, trying pip"
-    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-compile --progress-bar off \
+    if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --progress-bar off \
         -c constraints.txt -e '.[pipeline,dev]' 2>&1 | tee "$log" | tick; then
         echo "error: pip could not install the pinned versions; the last lines of $log:" >&2
         grep -v '^WARNING' "$log" | tail -n 15 >&2
