@@ -14,13 +14,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cyclopts
 
 from flows.recipes import RECIPES, find_recipe
 from infra import storage
 from infra.settings import apply_environment_defaults
+from tasks.ingest.samples import write_sample
+from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
@@ -104,7 +106,48 @@ def _app(arguments: list[str]) -> cyclopts.App:
         for name, recipe in RECIPES.items():
             print(f"{name:<16} {recipe().about}")
 
+    @app.command
+    def sample(
+        source: str,
+        output: Annotated[str, cyclopts.Parameter(alias="-o")],
+        split: str | None = None,
+        count: int = 2048,
+        seed: int = 0,
+        held_out: float = 0.01,
+        format: str = "auto",
+        captions: int | str = "first",
+        columns: dict[str, str] | None = None,
+        base_url: str | None = None,
+    ) -> None:
+        """Draw a seeded sample of a source into a file with a hash, which is a source itself.
+
+        Args:
+            source: a table, an annotation or a folder of captioned videos.
+            output: the JSON file to write.
+            split: MSR-VTT's own; of any other source train, validation or test, by a hash of each key.
+            count: how many clips.
+            seed: which clips.
+            held_out: the share of the keys in validation, and again in test.
+            format: csv, parquet, jsonl, msrvtt, sample, folder or classes; auto goes by the name.
+            captions: of several a clip: first, all (a row each), or a number, the seed of a draw.
+            columns: a table's own names, as --columns.key id --columns.url link --columns.caption text.
+            base_url: where relative links lie, instead of the table's own folder.
+        """
+        spec = SourceSpec(
+            source,
+            WEBVID_COLUMNS | (columns or {}),
+            format=format,
+            split=split,
+            held_out=held_out,
+            captions=captions,
+            base_url=base_url,
+        )
+        report = write_sample(spec, count, seed, output)
+        print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
+
     named = [name for name in FLOWS if name in arguments] or FLOWS
+    if arguments[:1] in (["recipes"], ["sample"]):
+        named = ()  # no flow is loaded for what needs none
     for name in named:
         app.command(_command(name), name=name)
     return app

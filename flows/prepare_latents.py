@@ -16,25 +16,25 @@ from infra import storage
 from tasks.encode.job import PrepareReport, PrepareSpec, prepare
 from tasks.encode.job import recipe as made_of
 from tasks.ingest.demo import serve_folder, write_demo_corpus
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.sources import SourceSpec, settled
 from tasks.records import UserError, to_json
 
 
 @contextlib.contextmanager
 def opened_source(recipe: Recipe, source: str | None, root: str) -> Iterator[SourceSpec]:
-    """The table at `source`; without one the recipe's demo corpus, drawn below `root` and served on loopback."""
+    """The source of that address; without one the recipe's demo corpus, drawn below `root` and served on loopback."""
     if source is not None:
-        yield SourceSpec(table=source, columns=recipe.columns)
+        yield settled(replace(recipe.prepare.source, table=source))
         return
     if recipe.demo_clips is None:
-        raise UserError(f"recipe {recipe.name!r} has no clips of its own; name a table of links: --source TABLE.csv")
+        raise UserError(f"recipe {recipe.name!r} has no clips of its own; name a table or a folder: --source TABLE.csv")
     folder = storage.absolute(storage.join(root, "corpus"))
     if storage.local_path(folder) is None:
         raise UserError(f"the demo corpus is drawn into a local folder, not {root}; name a table: --source TABLE.csv")
     tell(f"corpus      {recipe.demo_clips} drawn clips of {recipe.prepare.size} pixels in {folder}")
     table = write_demo_corpus(folder, recipe.demo_clips, recipe.prepare.size)
     with serve_folder(folder) as url:
-        yield SourceSpec(table=table, columns=recipe.columns, base_url=url)
+        yield replace(recipe.prepare.source, table=table, base_url=url)
 
 
 @contextlib.contextmanager
@@ -68,7 +68,8 @@ def prepare_latents(
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
-        source: a table of links in WebVid's CSV columns; without it the demo draws its own clips.
+        source: a table of links in WebVid's columns (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's
+            annotation or a sample; without it the demo draws its own clips.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         keep_frames: store the frames as well, which judging needs, where the recipe does not.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from infra.settings import CHECKOUT
 from tasks.encode.job import PrepareSpec
 from tasks.evaluate.job import EvaluateSpec
-from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
+from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError
 from tasks.train.loop import TrainSpec
 from trip_model.fusion import FusionConfig
@@ -36,7 +36,6 @@ class Recipe:
     prepare: PrepareSpec
     train: TrainSpec
     evaluate: EvaluateSpec
-    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))
     demo_clips: int | None = None  # how many clips are drawn where no table is given
 
     def identity(self) -> dict[str, Any]:

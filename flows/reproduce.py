@@ -81,7 +81,8 @@ def reproduce(
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
-        source: a table of links in WebVid's CSV columns; without it the demo draws its own clips.
+        source: a table of links in WebVid's columns (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's
+            annotation or a sample; without it the demo draws its own clips.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         held_out_source: a second table to judge by; needed where the recipe keeps no frames of the first.

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -19,7 +19,7 @@ from infra.cluster import ray_session
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec
 from tasks.ingest.download import DownloadSpec, download_clips
-from tasks.ingest.sources import SourceSpec, count_rows, read_rows, source_digest
+from tasks.ingest.sources import SourceSpec, count_rows, read_rows, settled, source_identity
 from tasks.records import ClipRef, Failure, UserError, add_counts, digest
 from tasks.shards import Sample, ShardSummary
 from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
@@ -94,8 +94,7 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         raise UserError(str(error)) from error
     return {
         "schema_version": shards.SCHEMA_VERSION,
-        "table_sha256": source_digest(spec.source),
-        "columns": dict(spec.source.columns),
+        **source_identity(spec.source),
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "size": spec.size,
@@ -122,6 +121,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     output = storage.absolute(spec.output)
     if output.startswith("memory://"):
         raise UserError(f"output {output}: memory is not shared between workers; give a folder or an object store")
+    spec = replace(spec, source=settled(spec.source))
     made_of = recipe(spec)
     recipe_hash = digest(made_of)
     total = count_rows(spec.source)

@@ -242,7 +242,7 @@ def _check_url(url: str, source: SourceSpec, spec: DownloadSpec) -> None:
 
 def _declared_place(source: SourceSpec) -> tuple[str | None, int | None] | None:
     """Host and port that the caller, not the table, has named; they may be private."""
-    if source.base_url is None:
+    if source.base_url is None or local_root(source) is not None:
         return None
     parts = urlsplit(source.base_url)
     return parts.hostname, parts.port

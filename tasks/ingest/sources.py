@@ -1,189 +1,221 @@
-"""Reads source tables: WebVid-style CSVs, or any other CSV through a column map, one streamed row at a time."""
+"""Reads a source of captioned videos, whatever its format, one streamed row at a time."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import posixpath
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TextIO
-from urllib.parse import urljoin
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import fsspec
 
 from infra import storage
+from tasks.ingest import annotations, folders, tables
+from tasks.ingest.rows import SPLITS, KeysSeen, Row, clean_key, reading, split_of
 from tasks.records import ClipRef, Failure, UserError
 
 # The 2M and the 10M tables of WebVid order their columns differently, so columns go by name.
 WEBVID_COLUMNS = {"key": "videoid", "url": "contentUrl", "caption": "name"}
-MAX_KEY = 80
 MAX_CAPTION = 4000
+FORMATS = ("csv", "parquet", "jsonl", "msrvtt", "sample", "folder", "classes")
+_FOLDERS = ("folder", "classes")
+_ENDINGS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A table of captioned videos.
+    """A table, an annotation or a folder of captioned videos.
 
     Relative URLs resolve against `base_url` where given, else against the table's own folder. `base_url` says where the
-    same files are found today (a mirror, a loopback port); it is no part of what the data set is.
+    same files are found today (a mirror, a loopback port, a folder); it is no part of what the data set is.
     """
 
-    table: str  # address of a CSV (also .gz) with a header line
-    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))
+    table: str  # address of a file, or of a folder of videos
+    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))  # of a CSV, Parquet or JSON lines
     limit: int | None = None  # the first rows only
     base_url: str | None = None
+    format: str = "auto"  # one of FORMATS; "auto" goes by the name, and by what a folder holds
+    split: str | None = None  # MSR-VTT's own; of any other format "train", "validation" or "test", by hash of the key
+    held_out: float = 0.01  # share of the keys in "validation", and again in "test"
+    captions: str | int = "first"  # of MSR-VTT's 20 a clip: "first", "all" (a row each), or one drawn by this seed
 
 
 def read_rows(spec: SourceSpec, start: int = 0, stop: int | None = None) -> Iterator[ClipRef | Failure]:
-    """Rows start (inclusive) to stop (exclusive) of the table: one record each, either usable or with its reason.
+    """Rows start (inclusive) to stop (exclusive) of the source: one record each, either usable or with its reason.
 
     Reasons: `bad_row` (no key, URL or caption, or unreadable) and `duplicate_key` (the key was seen in an earlier row).
-    The table is read from its head, so that rows and duplicates are the same whatever the range.
+    The source is read from its head, so that rows and duplicates are the same whatever the range. Rows of other splits
+    are not rows of this source.
 
     Raises:
-        UserError: the table is missing or unreadable, or lacks a column.
+        UserError: the source is missing or unreadable, or lacks a column or a split.
     """
     if spec.limit is not None:
         stop = spec.limit if stop is None else min(stop, spec.limit)
-    seen: set[int] = set()  # 64 bits a key: ten million rows take under a gigabyte on the driver
-    with _open_table(spec) as file:
-        reader = csv.reader(file)
-        places = _find_columns(spec, reader)
-        for row in itertools.count():
-            if stop is not None and row >= stop:
-                return
-            try:
-                cells = _next_cells(reader)
-            except csv.Error as error:
-                record: ClipRef | Failure = Failure(f"row-{row}", row, "bad_row", str(error))
-            else:
-                if cells is None:
-                    return
-                record = _parse_row(cells, places, row, seen)
-            if row >= start:
-                yield record
+    seen = KeysSeen()
+    for row, written in enumerate(itertools.islice(_rows_of(spec), stop)):
+        record = _parse_row(written, row, seen)
+        if row >= start:
+            yield record
 
 
 def count_rows(spec: SourceSpec) -> int:
     """How many rows `read_rows` gives, bad ones included."""
-    with _open_table(spec) as file:
-        reader = csv.reader(file)
-        _find_columns(spec, reader)
-        rows = 0
-        while spec.limit is None or rows < spec.limit:
-            try:
-                if _next_cells(reader) is None:
-                    break
-            except csv.Error:
-                pass
-            rows += 1
-    return rows
+    if spec.split is None and find_format(spec) == "parquet":
+        count = tables.count_parquet(spec.table)
+        return count if spec.limit is None else min(count, spec.limit)
+    return sum(1 for _ in itertools.islice(_rows_of(spec), spec.limit))
 
 
 def source_digest(spec: SourceSpec) -> str:
-    """sha256 of the table's bytes: what the rows are, wherever the table lies."""
+    """sha256 of what the rows are, wherever the source lies.
+
+    Of a file that is its bytes. Of a folder it is the sorted names, the sizes and the captions of its videos, so the
+    digest changes with the folder, but not when a video is replaced by one of the same size.
+    """
+    kind = find_format(spec)
+    if kind in _FOLDERS:
+        return folders.folder_digest(spec.table, kind)
     hasher = hashlib.sha256()
-    with _reading(spec), fsspec.open(spec.table, "rb") as file:
+    with reading(spec.table), fsspec.open(spec.table, "rb") as file:
         while piece := file.read(1 << 20):  # type: ignore[attr-defined]
             hasher.update(piece)
     return hasher.hexdigest()
 
 
+def source_identity(spec: SourceSpec) -> dict[str, Any]:
+    """What decides the rows, but for `limit`: the digest and every setting that this format heeds."""
+    kind = find_format(spec)
+    identity: dict[str, Any] = {"table_sha256": source_digest(spec), "columns": dict(spec.columns)}
+    if kind != "csv":
+        identity["format"] = kind
+    if spec.split is not None:
+        identity["split"] = spec.split
+        if kind != "msrvtt":
+            identity["held_out"] = spec.held_out
+    if kind == "msrvtt":
+        identity["captions"] = spec.captions
+    return identity
+
+
+def settled(spec: SourceSpec) -> SourceSpec:
+    """The same source with its format named, so that nobody after has to look."""
+    return replace(spec, format=find_format(spec))
+
+
+def find_format(spec: SourceSpec) -> str:
+    """The format of a source: as the spec says, or by name and folder. Raises UserError for an unknown one."""
+    if spec.format != "auto":
+        if spec.format not in FORMATS:
+            raise UserError(f"format {spec.format!r} is not known; give auto, {', '.join(FORMATS)}")
+        return spec.format
+    ending = _ending(spec.table)
+    if ending in _ENDINGS:
+        return _ENDINGS[ending]
+    if ending == ".json":
+        return "sample" if annotations.is_sample(spec.table) else "msrvtt"
+    return folders.kind_of_folder(spec.table) if folders.is_folder(spec.table) else "csv"
+
+
 def resolve_url(spec: SourceSpec, url: str) -> str:
     """The address of a row's video: a URL with its scheme as it is, a relative one against `base_url` or the table."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
+    if has_scheme(url):
         return url
-    if spec.base_url is not None:
+    if spec.base_url is not None and _over_http(spec.base_url):
         return urljoin(spec.base_url.rstrip("/") + "/", url)
-    if spec.table.startswith(("http://", "https://")):
+    root = local_root(spec)
+    if root is None:
         return urljoin(spec.table, url)
     if url.startswith("/"):
-        return url  # an absolute path; the download refuses what lies outside the table's folder
-    return storage.join(storage.parent(storage.absolute(spec.table)), posixpath.normpath(url))
+        return url  # an absolute path; the download refuses what lies outside the root
+    return storage.join(root, posixpath.normpath(url))
 
 
 def local_root(spec: SourceSpec) -> str | None:
-    """The folder whose files rows may name: the table's own, unless the table or its files come over HTTP."""
-    if spec.base_url is not None or spec.table.startswith(("http://", "https://")):
+    """The folder whose files rows may name: `base_url`, else the table's own; None where the files come over HTTP."""
+    if spec.base_url is not None:
+        return None if _over_http(spec.base_url) else storage.absolute(spec.base_url)
+    if _over_http(spec.table):
         return None
-    return storage.parent(storage.absolute(spec.table))
+    table = storage.absolute(spec.table)
+    if spec.format == "auto":
+        is_folder = _ending(table) not in (*_ENDINGS, ".json") and folders.is_folder(table)
+    else:
+        is_folder = spec.format in _FOLDERS
+    return table if is_folder else storage.parent(table)
 
 
-def clean_key(text: str) -> str:
-    """A key for files and tar members: 1 to 80 of `[A-Za-z0-9_-]`; an altered one gets a short hash, to be distinct."""
-    if re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}", text):
-        return text
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', text)[: MAX_KEY - 9]}-{mark}"
+def has_scheme(url: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) is not None
 
 
-def _parse_row(cells: list[str], places: dict[str, int], row: int, seen: set[int]) -> ClipRef | Failure:
-    values = {name: cells[place].strip() if place < len(cells) else "" for name, place in places.items()}
-    key = clean_key(values["key"]) if values["key"] else f"row-{row}"
-    empty = [name for name in ("key", "url", "caption") if not values[name]]
-    if empty:
-        return Failure(key, row, "bad_row", f"no {' and no '.join(empty)}")
-    if len(values["caption"]) > MAX_CAPTION:
-        return Failure(key, row, "bad_row", f"a caption of {len(values['caption'])} characters, at most {MAX_CAPTION}")
-    mark = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-    if mark in seen:
-        return Failure(key, row, "duplicate_key", "an earlier row has this key")
-    seen.add(mark)
-    return ClipRef(key, values["url"], values["caption"], row)
+def _over_http(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
 
 
-def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
-    """Cells of the next row that is not blank, or None at the end."""
-    for cells in reader:
-        if cells:
-            return cells
-    return None
+def _ending(table: str) -> str:
+    path = urlsplit(table).path if _over_http(table) else table
+    return posixpath.splitext(re.sub(r"\.(gz|bz2|xz|zst)$", "", path.lower()))[1]
 
 
-def _find_columns(spec: SourceSpec, reader: Iterator[list[str]]) -> dict[str, int]:
-    needed = WEBVID_COLUMNS | spec.columns
+def _rows_of(spec: SourceSpec) -> Iterator[Row]:
+    """The rows of the source's split as they are written."""
+    kind = find_format(spec)
+    if kind == "msrvtt":
+        if spec.captions not in ("first", "all") and not isinstance(spec.captions, int):
+            raise UserError(f"captions {spec.captions!r}, expected 'first', 'all' or the number of a seed")
+        return annotations.read_msrvtt(spec.table, spec.split, spec.captions)
     unknown = sorted(set(spec.columns) - set(WEBVID_COLUMNS))
     if unknown:
         raise UserError(f"the column map names {unknown[0]!r}; it may name {', '.join(WEBVID_COLUMNS)}")
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise UserError(f"table {spec.table} is not a CSV ({error}); give a CSV with a header line") from error
-    found = [name.strip() for name in header]
-    missing = [name for name in needed.values() if name not in found]
-    if missing:
-        shown = ", ".join(repr(name[:40]) for name in found[:12]) or "none"
-        raise UserError(
-            f"table {spec.table} has no column {missing[0]!r} (columns found: {shown});"
-            " name its columns in the column map"
-        )
-    return {name: found.index(column) for name, column in needed.items()}
+    columns = WEBVID_COLUMNS | spec.columns
+    match kind:
+        case "csv":
+            rows = tables.read_csv(spec.table, columns)
+        case "jsonl":
+            rows = tables.read_jsonl(spec.table, columns)
+        case "parquet":
+            rows = tables.read_parquet(spec.table, columns)
+        case "sample":
+            rows = annotations.read_sample(spec.table)
+        case _:
+            rows = folders.read_folder(spec.table, kind)
+    if spec.split is None:
+        return rows
+    if spec.split not in SPLITS or not 0 < spec.held_out < 0.5:
+        raise UserError(f"split {spec.split!r} at held_out {spec.held_out}, expected {', '.join(SPLITS)} at 0 to 0.5")
+    # A row without a key has its place in the table for one, so it is counted in one split and in one alone.
+    return (
+        row for number, row in enumerate(rows) if split_of(_key_of(_texts(row)[0], number), spec.held_out) == spec.split
+    )
 
 
-@contextmanager
-def _open_table(spec: SourceSpec) -> Iterator[TextIO]:
-    with (
-        _reading(spec),
-        fsspec.open(spec.table, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer") as file,
-    ):
-        yield file  # type: ignore[misc]
+def _parse_row(written: Row, row: int, seen: KeysSeen) -> ClipRef | Failure:
+    texts = _texts(written)
+    key = _key_of(texts[0], row)
+    if isinstance(written, str):
+        return Failure(key, row, "bad_row", written)
+    _, url, caption = texts
+    empty = [name for name, text in zip(WEBVID_COLUMNS, texts, strict=True) if not text]
+    if empty:
+        return Failure(key, row, "bad_row", f"no {' and no '.join(empty)}")
+    if len(caption) > MAX_CAPTION:
+        return Failure(key, row, "bad_row", f"a caption of {len(caption)} characters, at most {MAX_CAPTION}")
+    if not seen.add(key):
+        return Failure(key, row, "duplicate_key", "an earlier row has this key")
+    return ClipRef(key, url, caption, row)
 
 
-@contextmanager
-def _reading(spec: SourceSpec) -> Iterator[None]:
-    """Turns what a store says about an unreadable table into one sentence."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"no table at {spec.table}; give the address of a CSV") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{spec.table} is a folder; give the address of a CSV in it") from error
-    except UserError:
-        raise
-    except (OSError, EOFError, ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"table {spec.table} cannot be read ({reason}); give the address of a CSV") from error
+def _texts(written: Row) -> tuple[str, ...]:
+    """Key, URL and caption without the space around them."""
+    if isinstance(written, str):
+        return "", "", ""
+    return tuple(text.strip() for text in written)
+
+
+def _key_of(text: str, row: int) -> str:
+    return clean_key(text) if text else f"row-{row}"

@@ -1,14 +1,24 @@
-"""Source tables: any column order, rows that cannot be used counted, and one sentence for a table that is not one."""
+"""Sources of every format: the same rows give the same records, bad ones are counted, and no source is one sentence."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import json
 import re
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from infra import storage
 from tasks.ingest import sources
+from tasks.ingest.rows import KeysSeen, clean_key
 from tasks.ingest.sources import SourceSpec, count_rows, read_rows
 from tasks.records import ClipRef, Failure, UserError, from_json, to_json
 
@@ -19,6 +29,20 @@ WEBVID_10M = "videoid,name,page_idx,page_dir,duration,contentUrl\n"
 def table(folder: Path, text: str, name: str = "t.csv") -> SourceSpec:
     (folder / name).write_text(text, encoding="utf-8")
     return SourceSpec(table=str(folder / name))
+
+
+def captioned(key: str, url: str, caption: str) -> dict[str, str]:
+    return {"videoid": key, "contentUrl": url, "name": caption}
+
+
+def json_lines(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 def test_both_published_column_orders_are_read_by_name(tmp_path: Path) -> None:
@@ -52,8 +76,8 @@ def test_a_range_gives_the_rows_that_the_whole_gives(tmp_path: Path) -> None:
 
 
 def test_keys_are_clean_and_stay_distinct() -> None:
-    assert sources.clean_key("1025449_a-B") == "1025449_a-B"
-    odd = [sources.clean_key(text) for text in ("vid.1", "vid.2", "vid/1", "vid-1", "ключ", "x" * 200, "x" * 201)]
+    assert clean_key("1025449_a-B") == "1025449_a-B"
+    odd = [clean_key(text) for text in ("vid.1", "vid.2", "vid/1", "vid-1", "ключ", "x" * 200, "x" * 201)]
     assert len(set(odd)) == len(odd)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) for key in odd)
 
@@ -72,7 +96,7 @@ def test_a_missing_column_is_told_with_the_columns_found(tmp_path: Path, text: s
 
 def test_a_table_that_cannot_be_opened_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"videoid,contentUrl,name\n" * 999)[:-20])
-    places = {"none.csv": "no table at", ".": "is a folder", "broken.csv.gz": "cannot be read"}
+    places = {"none.csv": "no table at", ".": "holds no videos", "broken.csv.gz": "cannot be read"}
     for name, sentence in places.items():
         with pytest.raises(UserError, match=sentence):
             count_rows(SourceSpec(str(tmp_path / name)))
@@ -108,3 +132,107 @@ def test_the_digest_is_of_the_rows_not_of_the_place(tmp_path: Path) -> None:
     two = table(tmp_path, WEBVID_2M + "1,u,,,cap\n", "two.csv")
     three = table(tmp_path, WEBVID_2M + "1,u,,,Cap\n", "three.csv")
     assert sources.source_digest(one) == sources.source_digest(two) != sources.source_digest(three)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=12))
+def test_the_same_rows_give_the_same_records_in_every_format(rows: list[tuple[str, str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerows([("videoid", "contentUrl", "name"), *rows])
+    objects = [captioned(*row) for row in rows]
+    files = {
+        "t.csv": text.getvalue().encode(),
+        "t.jsonl": json_lines(objects),
+        "t.jsonl.gz": gzip.compress(json_lines(objects)),
+        "t.parquet": parquet(pa.Table.from_pylist(objects)),
+    }
+    found = []
+    for name, data in files.items():
+        storage.write_bytes(f"memory://same/{name}", data)
+        spec = SourceSpec(f"memory://same/{name}")
+        found.append(list(read_rows(spec)))
+        assert count_rows(spec) == len(rows) == len(found[-1])
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_typed_tables_take_text_and_whole_numbers_and_nothing_else(name: str) -> None:
+    rows = [
+        {"videoid": 7, "contentUrl": "u", "name": "cap"},
+        {"videoid": 8, "contentUrl": None, "name": "cap"},
+        {"videoid": 7, "contentUrl": "u", "name": "again"},
+    ]
+    odd = rows[:1] + [{"videoid": 9, "contentUrl": "u", "name": ["a", "b"]}]
+    for written, reasons in ((rows, ["ok", "no url", "an earlier row has this key"]), (odd[1:], ["type list"])):
+        table = pa.Table.from_pylist(written)
+        storage.write_bytes(f"memory://typed/{name}", json_lines(written) if name == "t.jsonl" else parquet(table))
+        found = list(read_rows(SourceSpec(f"memory://typed/{name}")))
+        for record, reason in zip(found, reasons, strict=True):
+            assert reason in (record.detail if isinstance(record, Failure) else "ok")
+    storage.write_bytes(
+        f"memory://typed/{name}", json_lines(rows) if name == "t.jsonl" else parquet(pa.Table.from_pylist(rows))
+    )
+    assert next(read_rows(SourceSpec(f"memory://typed/{name}"))) == ClipRef("7", "u", "cap", 0)
+
+
+def test_lines_that_are_no_objects_are_bad_rows_and_the_next_is_read(tmp_path: Path) -> None:
+    lines = ["", "{", "[1]", "[" * 99_999, "null", '"' + "x" * (1 << 20), json.dumps(captioned("a", "u", "\ud800"))]
+    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps(captioned("k", "u", "c")), *lines]), encoding="utf-8")
+    first, *bad, last = read_rows(SourceSpec(str(tmp_path / "t.jsonl")))
+    assert first == ClipRef("k", "u", "c", 0) and last == ClipRef("a", "u", "?", 6)
+    assert [record.row for record in bad if isinstance(record, Failure) and record.reason == "bad_row"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+
+
+def test_a_text_that_is_none_does_not_cost_the_parquet_table(tmp_path: Path) -> None:
+    broken = pa.array([b"a", b"\xff"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"videoid": [1, 2], "contentUrl": ["u", "v"], "name": broken}), tmp_path / "t.parquet")
+    assert [row.caption for row in read_rows(SourceSpec(str(tmp_path / "t.parquet"))) if isinstance(row, ClipRef)] == [
+        "a",
+        "\ufffd",
+    ]
+
+
+def test_a_parquet_table_is_counted_without_its_rows(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([captioned(str(number), "u", "c") for number in range(3000)])
+    pq.write_table(table, tmp_path / "t.pq")
+    spec = SourceSpec(str(tmp_path / "t.pq"))
+    assert count_rows(spec) == len(list(read_rows(spec))) == 3000
+    assert count_rows(SourceSpec(spec.table, limit=7)) == 7
+    assert count_rows(SourceSpec(spec.table, split="validation", held_out=0.1)) < 1000
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 4000), max_size=4000))
+def test_the_keys_seen_are_an_exact_set(numbers: list[int]) -> None:
+    seen, known = KeysSeen(), set()
+    for number in numbers:
+        assert seen.add(str(number)) == (number not in known)
+        known.add(number)
+
+
+def test_ten_thousand_keys_are_seen_once_each() -> None:
+    seen = KeysSeen()
+    assert all(seen.add(str(number)) for number in range(10_000))
+    assert not any(seen.add(str(number)) for number in range(10_000)) and seen.add("10000")
+
+
+def test_reading_holds_little_more_than_a_mark_a_row(tmp_path: Path) -> None:
+    spec = table(tmp_path, WEBVID_2M + "".join(f"{number},u,,,{'word ' * 20}\n" for number in range(30_000)))
+    assert sum(1 for _ in read_rows(spec, 0, 10)) == 10  # what is imported and compiled on first use is not counted
+    tracemalloc.start()
+    try:
+        assert sum(1 for row in read_rows(spec) if isinstance(row, ClipRef)) == 30_000
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 40 * 30_000

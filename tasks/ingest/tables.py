@@ -1,0 +1,143 @@
+"""Reads tables row by row through a column map: CSV and JSON lines (also compressed), Parquet by its needed columns."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.ingest.rows import NAMES, Row, reading, text_cells
+from tasks.records import UserError
+
+_MAX_LINE = 1 << 20  # characters: a table without line ends does not fill the memory
+_HEAD = 100  # rows of JSON lines that show which columns there are
+_BATCH = 1024  # rows of Parquet in memory at once
+
+
+def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
+    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a column that is missing."""
+    with _open_text(address, "a CSV") as file:
+        reader = csv.reader(_Lines(file))
+        try:
+            header = [name.strip() for name in next(reader, [])]
+        except csv.Error as error:
+            raise UserError(f"table {address} is not a CSV ({error}); give a CSV with a header line") from error
+        _check_columns(address, columns, header)
+        key, url, caption = (header.index(columns[name]) for name in NAMES)
+        least = max(key, url, caption) + 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield str(error)
+                continue
+            if cells is None:
+                return
+            if cells:
+                if len(cells) < least:
+                    cells += [""] * (least - len(cells))
+                yield cells[key], cells[url], cells[caption]
+
+
+def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
+    """The rows of a file with one JSON object a line. Raises UserError when none of the first has a column."""
+    with _open_text(address, "a file of JSON lines") as file:
+        objects = _parse_lines(_Lines(file))
+        head = list(itertools.islice(objects, _HEAD))
+        _check_columns(
+            address, columns, list(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
+        )
+        names = [columns[name] for name in NAMES]
+        for row in itertools.chain(head, objects):
+            yield row if isinstance(row, str) else text_cells([row.get(name) for name in names])
+
+
+def read_parquet(address: str, columns: dict[str, str]) -> Iterator[Row]:
+    """The rows of a Parquet file; a row group's other columns are never read. Raises UserError for a missing column."""
+    names = [columns[name] for name in NAMES]
+    with _open_parquet(address) as table:
+        _check_columns(address, columns, table.schema_arrow.names)
+        for batch in table.iter_batches(_BATCH, columns=sorted(set(names))):
+            yield from map(text_cells, zip(*(_values(batch.column(name)) for name in names), strict=True))
+
+
+def count_parquet(address: str) -> int:
+    """How many rows a Parquet file has, from its footer alone."""
+    with _open_parquet(address) as table:
+        return table.metadata.num_rows
+
+
+class _Lines:
+    """The lines of a text file. One beyond all measure is skipped and raised as `csv.Error`; the next call goes on."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(_MAX_LINE)
+        if not line:
+            raise StopIteration
+        if len(line) == _MAX_LINE and not line.endswith("\n"):
+            while (rest := self._file.readline(_MAX_LINE)) and not rest.endswith("\n"):
+                pass
+            raise csv.Error(f"a line of more than {_MAX_LINE} characters")
+        return line
+
+
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+    """One object or one reason for each line that is not blank."""
+    iterator = iter(lines)
+    while True:
+        try:
+            line = next(iterator)
+            value = json.loads(line) if line.strip() else None
+        except StopIteration:
+            return
+        except (csv.Error, ValueError, RecursionError) as error:
+            yield f"not a line of JSON: {error}"
+            continue
+        if isinstance(value, dict):
+            yield value
+        elif line.strip():
+            yield f"a line of JSON that is of type {type(value).__name__}, not an object"
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # one string that is none does not cost the table
+        return column.cast(pa.binary()).to_pylist()
+
+
+def _check_columns(address: str, columns: dict[str, str], found: list[str]) -> None:
+    missing = [column for column in columns.values() if column not in found]
+    if missing:
+        shown = ", ".join(repr(name[:40]) for name in found[:12]) or "none"
+        raise UserError(
+            f"table {address} has no column {missing[0]!r} (columns found: {shown}); name its columns in the column map"
+        )
+
+
+@contextmanager
+def _open_text(address: str, wanted: str) -> Iterator[TextIO]:
+    with (
+        reading(address, wanted),
+        fsspec.open(address, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer") as file,
+    ):
+        yield file  # type: ignore[misc]
+
+
+@contextmanager
+def _open_parquet(address: str) -> Iterator[pq.ParquetFile]:
+    with reading(address, "a Parquet file"), fsspec.open(address, "rb") as file:
+        yield pq.ParquetFile(file)
