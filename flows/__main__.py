@@ -18,12 +18,14 @@ from typing import Any
 
 import cyclopts
 
+from flows import curation
 from flows.recipes import RECIPES, find_recipe
 from infra import storage
 from infra.settings import apply_environment_defaults
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
+OWN = (["recipes"], ["verify"], ["forget"])  # commands that are no flows, and need none
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip")
 
 # What a person can cure of what the operating system says, and how.
@@ -40,14 +42,14 @@ REMEDIES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command. Returns 0; 2 when a person can cure the error; 1 when it is ours, with the traceback."""
+    """Runs one command. Returns 0 or what it returns; 2 when a person can cure the error; 1 with a traceback if not."""
     # Prefect reads its settings when it is imported. Its console handler would print the traceback of every failed
     # state; people get a sentence instead, and the server of the run keeps the rest.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if "PREFECT_API_URL" not in os.environ:
         apply_environment_defaults(str(_prefect_home(_root_of(arguments))))
     try:
-        _app(arguments)(arguments, result_action="return_value")
+        return _app(arguments)(arguments, result_action="return_value") or 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -59,7 +61,6 @@ def main(arguments: list[str]) -> int:
             return 1
         print(f"error: {sentence(cause)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -104,7 +105,9 @@ def _app(arguments: list[str]) -> cyclopts.App:
         for name, recipe in RECIPES.items():
             print(f"{name:<16} {recipe().about}")
 
-    named = [name for name in FLOWS if name in arguments] or FLOWS
+    app.command(curation.verify)
+    app.command(_alone(curation.forget))
+    named = [name for name in FLOWS if name in arguments] or (() if arguments[:1] in OWN else FLOWS)
     for name in named:
         app.command(_command(name), name=name)
     return app
@@ -125,6 +128,19 @@ def _command(name: str) -> Callable[..., None]:
         find_recipe(given.arguments["recipe"])  # a misspelt name is told before a server is started for it
         with _only_one(given.arguments["root"]), _prefect_server(given.arguments["root"]):
             flow(**given.arguments)
+
+    return run
+
+
+def _alone(forget: Callable[..., int]) -> Callable[..., int]:
+    """The command `forget`, refused while another is at work on the root that the data set lies below."""
+
+    @functools.wraps(forget)
+    def run(*args: Any, **flags: Any) -> int:
+        data = inspect.signature(forget).bind(*args, **flags).arguments["data"]
+        root = storage.parent(storage.parent(storage.absolute(data)))
+        with _only_one(root) if storage.exists(storage.join(root, ".lock")) else contextlib.nullcontext():
+            return forget(*args, **flags)
 
     return run
 
