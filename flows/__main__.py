@@ -14,18 +14,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import cyclopts
 
+from flows import curation
 from flows.recipes import RECIPES, find_recipe
 from infra import storage
 from infra.settings import apply_environment_defaults
-from tasks.ingest.samples import write_sample
-from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
+OWN = (["recipes"], ["sample"], ["verify"], ["forget"])  # commands that are no flows, and need none
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip")
 
 # What a person can cure of what the operating system says, and how.
@@ -42,14 +42,14 @@ REMEDIES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command. Returns 0; 2 when a person can cure the error; 1 when it is ours, with the traceback."""
+    """Runs one command. Returns 0 or what it returns; 2 when a person can cure the error; 1 with a traceback if not."""
     # Prefect reads its settings when it is imported. Its console handler would print the traceback of every failed
     # state; people get a sentence instead, and the server of the run keeps the rest.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if "PREFECT_API_URL" not in os.environ:
         apply_environment_defaults(str(_prefect_home(_root_of(arguments))))
     try:
-        _app(arguments)(arguments, result_action="return_value")
+        return _app(arguments)(arguments, result_action="return_value") or 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -61,7 +61,6 @@ def main(arguments: list[str]) -> int:
             return 1
         print(f"error: {sentence(cause)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -106,48 +105,10 @@ def _app(arguments: list[str]) -> cyclopts.App:
         for name, recipe in RECIPES.items():
             print(f"{name:<16} {recipe().about}")
 
-    @app.command
-    def sample(
-        source: str,
-        output: Annotated[str, cyclopts.Parameter(alias="-o")],
-        split: str | None = None,
-        count: int = 2048,
-        seed: int = 0,
-        held_out: float = 0.01,
-        format: str = "auto",
-        captions: int | str = "first",
-        columns: dict[str, str] | None = None,
-        base_url: str | None = None,
-    ) -> None:
-        """Draw a seeded sample of a source into a file with a hash, which is a source itself.
-
-        Args:
-            source: a table, an annotation or a folder of captioned videos.
-            output: the JSON file to write.
-            split: MSR-VTT's own; of any other source train, validation or test, by a hash of each key.
-            count: how many clips.
-            seed: which clips.
-            held_out: the share of the keys in validation, and again in test.
-            format: csv, parquet, jsonl, msrvtt, sample, folder or classes; auto goes by the name.
-            captions: of several a clip: first, all (a row each), or a number, the seed of a draw.
-            columns: a table's own names, as --columns.key id --columns.url link --columns.caption text.
-            base_url: where relative links lie, instead of the table's own folder.
-        """
-        spec = SourceSpec(
-            source,
-            WEBVID_COLUMNS | (columns or {}),
-            format=format,
-            split=split,
-            held_out=held_out,
-            captions=captions,
-            base_url=base_url,
-        )
-        report = write_sample(spec, count, seed, output)
-        print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
-
-    named = [name for name in FLOWS if name in arguments] or FLOWS
-    if arguments[:1] in (["recipes"], ["sample"]):
-        named = ()  # no flow is loaded for what needs none
+    app.command(curation.sample)
+    app.command(curation.verify)
+    app.command(_alone(curation.forget))
+    named = [name for name in FLOWS if name in arguments] or (() if arguments[:1] in OWN else FLOWS)
     for name in named:
         app.command(_command(name), name=name)
     return app
@@ -168,6 +129,19 @@ def _command(name: str) -> Callable[..., None]:
         find_recipe(given.arguments["recipe"])  # a misspelt name is told before a server is started for it
         with _only_one(given.arguments["root"]), _prefect_server(given.arguments["root"]):
             flow(**given.arguments)
+
+    return run
+
+
+def _alone(forget: Callable[..., int]) -> Callable[..., int]:
+    """The command `forget`, refused while another is at work on the root that the data set lies below."""
+
+    @functools.wraps(forget)
+    def run(*args: Any, **flags: Any) -> int:
+        data = inspect.signature(forget).bind(*args, **flags).arguments["data"]
+        root = storage.parent(storage.parent(storage.absolute(data)))
+        with _only_one(root) if storage.exists(storage.join(root, ".lock")) else contextlib.nullcontext():
+            return forget(*args, **flags)
 
     return run
 

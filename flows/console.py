@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
 from rich.console import Console
 
 # highlight=False: colour of its own on numbers would make columns jump; soft_wrap: a line stays one line in a log file.
@@ -18,8 +17,12 @@ def tell(news: str | Mapping[str, Any]) -> None:
     """The progress callback that flows hand to every stage: a sentence, or counts of a stage under way."""
     text = news if isinstance(news, str) else tick_line(news)
     _console.print(text, markup=False)
-    with contextlib.suppress(MissingContextError):
-        get_run_logger().info(text)  # the same line on the page of the run
+    if "prefect" in sys.modules:  # a command that is no flow need not wait until it is loaded
+        from prefect.exceptions import MissingContextError
+        from prefect.logging import get_run_logger
+
+        with contextlib.suppress(MissingContextError):
+            get_run_logger().info(text)  # the same line on the page of the run
 
 
 def tick_line(news: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ def prepare_stage(spec: PrepareSpec) -> PrepareReport:
     reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
     reused = f", {report.shards_reused} of {report.shards} shards from before" if report.shards_reused else ""
     tell(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")
+    tell(f"report      {report.page}")
     return report
 
 
@@ -63,6 +64,7 @@ def prepare_latents(
     root: str = "runs/demo",
     base: str | None = None,
     keep_frames: bool = False,
+    retry: str | None = None,
 ) -> dict[str, Any]:
     """Download, decode and encode the clips of a table; continues what an earlier call began.
 
@@ -73,9 +75,12 @@ def prepare_latents(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         keep_frames: store the frames as well, which judging needs, where the recipe does not.
+        retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, crash.
     """
     chosen = find_recipe(recipe, base)
     if keep_frames:
         chosen = replace(chosen, prepare=replace(chosen.prepare, keep_pixels=True))
+    classes = tuple(name.strip() for name in retry.split(",")) if retry else ()
+    chosen = replace(chosen, prepare=replace(chosen.prepare, retry=classes))
     with planned_prepare(chosen, source, root) as spec:
         return to_json(prepare_stage(spec))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -69,6 +72,29 @@ def read_range(uri: str, start: int, end: int) -> bytes:
             return file.read(end - start)
     filesystem, name = _remote(uri)
     return cast(bytes, filesystem.cat_file(name, start=start, end=end))
+
+
+def open_stream(uri: str) -> BinaryIO:
+    """One address opened for reading from its head on, a piece at a time. Raises FileNotFoundError."""
+    path = local_path(uri)
+    if path is not None:
+        return path.open("rb")
+    filesystem, name = _remote(uri)
+    return cast(BinaryIO, filesystem.open(name, "rb", cache_type="readahead"))
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """One address as a local file: the file itself, else a copy for the length of the block."""
+    path = local_path(uri)
+    if path is not None:
+        yield path
+        return
+    filesystem, name = _remote(uri)
+    with tempfile.TemporaryDirectory(prefix="trip-copy-") as folder:
+        copy = Path(folder) / "copy"
+        filesystem.get_file(name, str(copy))
+        yield copy
 
 
 def read_json(uri: str) -> Any:
@@ -136,6 +162,14 @@ def list_dir(uri: str) -> list[str]:
             return []
         names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != folder.strip("/")]
     return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+
+
+def drop_unfinished(uri: str) -> None:
+    """Removes the unfinished writes of killed processes from a local folder; other stores never show theirs."""
+    path = local_path(uri)
+    if path is not None:
+        for left in path.glob(f".*{_TEMPORARY_SUFFIX}"):
+            left.unlink(missing_ok=True)
 
 
 def delete(uri: str) -> None:

@@ -1,10 +1,12 @@
-"""What several tests share: a tiny base folder in the standard layout, and an untrained TRIP on top of it."""
+"""What several tests share: a tiny base folder, an untrained TRIP on top of it, and an S3 endpoint on loopback."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,34 @@ def tiny_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         size=32, fusion=FusionConfig(width=16, heads=2), schedule=ScheduleConfig(sampling_steps=2), guidance=1.0
     )
     return save_model(tmp_path_factory.mktemp("tiny") / "model", Trip.from_base(tiny_base, config), tiny_base)
+
+
+@pytest.fixture
+def s3_folder() -> Iterator[str]:
+    """An address on an S3 endpoint of its own, on loopback."""
+    server_module = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        bucket = f"clips-{uuid.uuid4().hex[:8]}"
+        s3fs.S3FileSystem().mkdir(bucket)
+        yield f"s3://{bucket}/data"
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value

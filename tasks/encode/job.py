@@ -18,10 +18,12 @@ from infra import storage
 from infra.cluster import ray_session
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec
+from tasks.encode.repair import find_held, retry_reasons
+from tasks.encode.report import write_report
 from tasks.ingest.download import DownloadSpec, download_clips
 from tasks.ingest.sources import SourceSpec, count_rows, read_rows, settled, source_identity
-from tasks.records import ClipRef, Failure, UserError, add_counts, digest
-from tasks.shards import Sample, ShardSummary
+from tasks.records import ClipRef, Failure, UserError, add_counts, digest, to_json
+from tasks.shards import Forgotten, Outcome, ShardSummary
 from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
 
 Progress = Callable[[dict[str, Any]], None]
@@ -47,6 +49,7 @@ class PrepareSpec:
     gpus_per_worker: float = 0.0
     ray_address: str | None = None
     download: DownloadSpec = DownloadSpec()
+    retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.ingest.reasons
 
     def encode_spec(self) -> EncodeSpec:
         return EncodeSpec(self.num_frames, self.fps, self.size, self.windows_per_clip, self.keep_pixels)
@@ -65,17 +68,24 @@ class PrepareReport:
     manifest_sha: str
     shards: int
     shards_reused: int
+    rows_retried: int
     seconds: float
+    page: str  # the report for people, beside the data set
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """One work unit: rows start (inclusive) to stop of the table, which become shard `index`."""
+    """One work unit: rows start (inclusive) to stop of the table, which become shard `index`.
+
+    Where the shard `held` exists, it is made anew: the rows in `redo` are done again, all others taken over from it.
+    """
 
     index: int
     start: int
     stop: int
     rows: tuple[ClipRef | Failure, ...]
+    held: str | None = None
+    redo: frozenset[int] = frozenset()
 
 
 def recipe(spec: PrepareSpec) -> dict[str, Any]:
@@ -108,7 +118,10 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
 
 
 def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareReport:
-    """Makes the data set, or finishes it: shards whose manifest is there and agrees are kept as they are.
+    """Makes the data set, or finishes it: shards whose index is there and agrees are kept as they are.
+
+    Rows that failed under a class in `retry` are done again, and their shards made anew with the bytes of all other
+    samples. Clips in the data set's list of forgotten ones are left out, and taken out where they still are.
 
     Args:
         progress: called after each shard, and about every 10 s between, with `stage`, `done`, `total` (rows),
@@ -123,6 +136,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         raise UserError(f"output {output}: memory is not shared between workers; give a folder or an object store")
     spec = replace(spec, source=settled(spec.source))
     made_of = recipe(spec)
+    retried = retry_reasons(spec.retry)
     recipe_hash = digest(made_of)
     total = count_rows(spec.source)
     if total == 0:
@@ -130,25 +144,30 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     with _explained(f"output {output}"):
         shards.open_dataset(output, made_of)
         published = storage.exists(storage.join(output, shards.MANIFEST))
+        forgotten = shards.read_forgotten(output)
 
     ledger = _Ledger(total, progress)
     done: dict[int, ShardSummary] = {}
-    names = set(storage.list_dir(output))
+    names = shards.shards_held(output)
+    rows_retried = 0
 
     def missing_units() -> Iterator[_Unit]:
-        for unit in _plan(spec, total):
-            held = _held_shard(output, unit, recipe_hash, names)
+        for unit in _plan(spec, total, forgotten):
+            held = find_held(output, names.get(unit.index, ()), unit.rows, recipe_hash, retried)
             # A unit that gave nothing is tried again as long as the data set is unfinished: the network may be back.
-            if held is not None and (held.encoded or published):
-                done[unit.index] = held
-                ledger.add(held, reused=True)
-            else:
+            if held is None or not (held.summary.encoded or published):
                 yield unit
+            elif held.redo:
+                yield replace(unit, held=held.summary.shard, redo=held.redo)
+            else:
+                done[unit.index] = held.summary
+                ledger.add(held.summary, reused=True)
 
     with _explained(f"output {output}"):
         for unit, summary in _run_units(spec, output, made_of, missing_units(), ledger):
             done[unit.index] = summary
             ledger.add(summary)
+            rows_retried += len(unit.redo)
 
     parts = [done[index] for index in sorted(done)]
     failed = add_counts(part.failed for part in parts)
@@ -162,7 +181,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     source = {"columns": dict(spec.source.columns), "table_sha256": made_of["table_sha256"], "limit": spec.source.limit}
     with _explained(f"output {output}"):
         manifest_sha = shards.publish_dataset(output, made_of, recipe_hash, source, parts)
-    return PrepareReport(
+    report = PrepareReport(
         dataset=output,
         rows=total,
         encoded=encoded,
@@ -172,27 +191,47 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         manifest_sha=manifest_sha,
         shards=len(parts),
         shards_reused=ledger.shards_reused,
+        rows_retried=rows_retried,
         seconds=round(time.monotonic() - began, 3),
+        page=shards.report_addresses(output)["html"],
     )
+    with _explained(f"report {report.page}"):
+        write_report(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
+    return report
 
 
 def encode_unit(encoder: ClipEncoder, spec: PrepareSpec, output: str, recipe_hash: str, unit: _Unit) -> ShardSummary:
     """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this process."""
-    refs = [row for row in unit.rows if isinstance(row, ClipRef)]
-    fetched = download_clips(refs, spec.source, spec.download)
-
-    def outcomes() -> Iterator[list[Sample] | Failure]:
-        for row in unit.rows:
-            if isinstance(row, Failure):
-                yield row
-                continue
-            ref, result = next(fetched)
-            assert ref == row
-            yield result if isinstance(result, Failure) else encoder.encode(ref, result)
-
     made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
+    kept: Iterator[Outcome] = iter(())
+    if unit.held is not None:
+        held = shards.read_shard_manifest(output, unit.held)
+        if held is None:
+            raise UserError(f"the index of {unit.held} in {output} is gone; is another command at work there?")
+        kept = shards.stored_outcomes(output, held)
+        made_with = {name: _both(held.made_with.get(name, now), now) for name, now in made_with.items()}
+    redone = [row for row in unit.rows if unit.held is None or row.row in unit.redo]
+    fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
+
+    def outcomes() -> Iterator[Outcome]:
+        for row in unit.rows:
+            before = next(kept, None)
+            if before is not None and row.row not in unit.redo:
+                yield before
+            elif isinstance(row, Failure):
+                yield row
+            else:
+                ref, result = next(fetched)
+                assert ref == row
+                yield result if isinstance(result, Failure) else encoder.encode(ref, result)
+
     rows = (unit.start, unit.stop)
     return shards.write_shard(output, unit.index, rows, outcomes(), recipe_hash, made_with).summary()
+
+
+def _both(before: str, now: str) -> str:
+    """The versions that the samples of one shard were made with."""
+    return before if now in before.split(", ") else f"{before}, {now}"
 
 
 # Ray restarts a lost worker and gives it its unit again, but not for ever: a video may be what kills it.
@@ -223,26 +262,16 @@ def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
         raise UserError(str(error)) from error
 
 
-def _plan(spec: PrepareSpec, total: int) -> Iterator[_Unit]:
+def _plan(spec: PrepareSpec, total: int, forgotten: Forgotten) -> Iterator[_Unit]:
     """The work units in order, made while the table streams by: unit i is always the same rows and the same shard."""
     rows: list[ClipRef | Failure] = []
     start = 0
     for row in read_rows(spec.source):
-        rows.append(row)
+        rows.append(forgotten.failure(row) or row)
         if len(rows) == spec.clips_per_shard or start + len(rows) == total:
             yield _Unit(start // spec.clips_per_shard, start, start + len(rows), tuple(rows))
             start += len(rows)
             rows = []
-
-
-def _held_shard(output: str, unit: _Unit, recipe_hash: str, names: set[str]) -> ShardSummary | None:
-    """What an earlier run finished of a unit, when it is of this recipe and these rows."""
-    name = shards.shard_name(unit.index)
-    if f"{name}.json" not in names or f"{name}.tar" not in names:
-        return None
-    held = shards.read_shard_manifest(output, unit.index)
-    agrees = held is not None and (held.start, held.stop, held.recipe_hash) == (unit.start, unit.stop, recipe_hash)
-    return held.summary() if held is not None and agrees else None
 
 
 def _run_units(
@@ -355,6 +384,10 @@ class _Ledger:
         else:
             self._made += rows
         self._tell()
+
+    @property
+    def rows_made(self) -> int:
+        return self._made
 
     def tick(self) -> None:
         """A line while a long shard is under way, at most every `_TICK_SECONDS`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infra import storage
 from tasks import shards
@@ -31,6 +34,14 @@ def sample(key: str, seed: int = 0, keep_pixels: bool = True) -> Sample:
         meta={"clip": key, "times": [0.0, 0.25]},
         pixels=pixels if keep_pixels else None,
     )
+
+
+FIELDS = sample("a_000").pack().members
+
+
+def tar_of(folder: Path, index: int = 0) -> Path:
+    (tar,) = folder.glob(f"{shards.shard_name(index)}-*.tar")
+    return tar
 
 
 def make_dataset(uri: str) -> str:
@@ -83,7 +94,7 @@ def test_books_that_do_not_close_are_not_written(tmp_path: Path) -> None:
 def test_webdataset_reads_the_shards_as_plain_tars(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     make_dataset(str(tmp_path))
-    read = list(webdataset.WebDataset([str(tmp_path / "shard-00000.tar")], shardshuffle=False).decode())
+    read = list(webdataset.WebDataset([str(tar_of(tmp_path))], shardshuffle=False).decode())
     assert [entry["__key__"] for entry in read] == ["a_000", "a_001", "c_000"]
     np.testing.assert_array_equal(read[1]["latents.npy"], sample("a_001", 2).latents)
     assert read[0]["caption.txt"] == sample("a_000").caption and read[0]["meta.json"]["clip"] == "a_000"
@@ -106,7 +117,20 @@ def test_a_pickle_inside_an_array_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception):
         np.load(io.BytesIO(buffer.getvalue()), allow_pickle=True)  # the bomb is live
     with pytest.raises(ValueError):
-        shards._decode("latents", buffer.getvalue())
+        shards.decode_field("latents", buffer.getvalue())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(shards.SUFFIXES)), st.data())
+def test_damaged_bytes_of_a_field_decode_or_are_a_value_error(name: str, data: st.DataObject) -> None:
+    damaged = bytearray(FIELDS[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, min(len(damaged), 130) - 1))
+        damaged[place : place + data.draw(st.integers(0, 2))] = data.draw(
+            st.sampled_from([*b"{}()[],:'0-\n\xff"])
+        ).to_bytes()
+    with contextlib.suppress(ValueError):
+        shards.decode_field(name, bytes(damaged))
 
 
 def test_a_field_that_was_not_kept_is_named(tmp_path: Path) -> None:
@@ -125,11 +149,11 @@ def test_a_folder_without_its_last_file_is_no_data_set(tmp_path: Path) -> None:
 
 def test_a_cut_shard_and_a_stale_index_are_told_apart_from_data(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
-    tar = tmp_path / "shard-00001.tar"
+    tar = tar_of(tmp_path, 1)
     tar.write_bytes(tar.read_bytes()[:1000])
     with pytest.raises(UserError, match="cut short"):
         ShardDataset(str(tmp_path)).read(3)
-    index = tmp_path / "shard-00000.json"
+    index = tar_of(tmp_path).with_suffix(".json")
     index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0"}))
     with pytest.raises(UserError, match="stale"):
         ShardDataset(str(tmp_path)).read(0)
@@ -145,7 +169,7 @@ def test_another_recipe_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_longest_key_fits_a_plain_tar_header(tmp_path: Path) -> None:
     key = shards.sample_key("k" * 80, 999)
     shards.write_shard(str(tmp_path), 0, (0, 1), [[sample(key)]], "h")
-    with tarfile.open(tmp_path / "shard-00000.tar") as tar:
+    with tarfile.open(tar_of(tmp_path)) as tar:
         assert all(member.pax_headers == {} and member.mtime == 0 for member in tar)
 
 

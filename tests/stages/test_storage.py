@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,44 +12,14 @@ from infra import storage
 
 
 @pytest.fixture(params=["local", "file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
-        yield from _bucket()
-    else:
-        yield {
-            "local": str(tmp_path / "data"),
-            "file": f"file://{tmp_path}/data",
-            "memory": f"memory://{uuid.uuid4().hex}/data",
-        }[request.param]
-
-
-def _bucket() -> Iterator[str]:
-    server_module = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        bucket = f"clips-{uuid.uuid4().hex[:8]}"
-        s3fs.S3FileSystem().mkdir(bucket)
-        yield f"s3://{bucket}/data"
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        return request.getfixturevalue("s3_folder")
+    return {
+        "local": str(tmp_path / "data"),
+        "file": f"file://{tmp_path}/data",
+        "memory": f"memory://{uuid.uuid4().hex}/data",
+    }[request.param]
 
 
 def test_a_folder_of_files_behaves_alike_at_every_address(folder: str) -> None:
@@ -110,6 +79,26 @@ def test_a_failed_write_leaves_the_old_content_and_no_trace(tmp_path: Path, monk
 def test_an_unfinished_write_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".state.json.123.part").write_bytes(b"half")
     assert storage.list_dir(str(tmp_path)) == []
+
+
+def test_a_stream_and_a_local_copy_hold_what_was_written(folder: str) -> None:
+    address = storage.join(folder, "one.bin")
+    content = os.urandom(3_000_000)
+    storage.write_bytes(address, content)
+    with storage.open_stream(address) as file:
+        assert file.read(5) == content[:5] and file.read() == content[5:]
+    with storage.local_copy(address) as path:
+        assert path.read_bytes() == content
+    assert storage.read_bytes(address) == content
+    with pytest.raises(FileNotFoundError):
+        storage.open_stream(storage.join(folder, "none"))
+
+
+def test_what_a_killed_writer_left_is_dropped_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".state.json.123.part").write_bytes(b"half")
+    (tmp_path / "notes.part").write_bytes(b"a person's")
+    storage.drop_unfinished(str(tmp_path))
+    assert os.listdir(tmp_path) == ["notes.part"]
 
 
 def test_addresses_join_and_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

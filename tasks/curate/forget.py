@@ -1,0 +1,137 @@
+"""Removes clips from a finished data set because a rights holder asks, and leaves a data set that verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from tasks.records import Failure, UserError
+from tasks.shards import (
+    DatasetManifest,
+    Forgotten,
+    Outcome,
+    ShardManifest,
+    clip_key_of,
+    decode_field,
+    forgotten_sha256,
+    mark,
+    publish_dataset,
+    read_forgotten,
+    read_manifest,
+    read_shard_manifest,
+    report_addresses,
+    stored_outcomes,
+    write_forgotten,
+    write_shard,
+)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class ForgetReport:
+    """What was removed: rows of the table, their samples, and the shards that were made anew without them."""
+
+    dataset: str
+    rows: int
+    samples: int
+    shards: int
+    unknown: tuple[str, ...]
+    manifest_sha: str
+
+
+def forget(
+    dataset: str,
+    ids: Collection[str],
+    reason: str = "asked for",
+    as_key: Callable[[str], str] = str,
+    progress: Progress | None = None,
+) -> ForgetReport:
+    """Removes clips by key or by URL; their rows become failures under `forgotten`, with a hash in place of the key.
+
+    The order makes it safe to be killed at any moment, and the same command completes it: first the list of what is
+    forgotten, from where on readers refuse the data set; then the shards without it; then the manifest that names them.
+    An id that the data set does not hold is returned as unknown; it goes on the list all the same.
+
+    Args:
+        ids: as the person wrote them. as_key: how the data set spells such an id as a clip key.
+        progress: called after each shard with `stage`, `done`, `total` (rows) and `forgotten`.
+    Raises:
+        UserError: no finished data set, or a damaged shard.
+    """
+    dataset = storage.absolute(dataset)
+    manifest, _ = read_manifest(dataset)
+    before = read_forgotten(dataset)
+    complete = manifest.forgotten_sha256 == forgotten_sha256(before)
+    known = {word for word in ids if complete and before.marks.keys() & {mark(word), mark(as_key(word))}}
+
+    words = {as_key(word): word for word in ids}
+    named: dict[str, str] = {}  # clip key -> the id it was named by
+    for index in _indexes(dataset, manifest):
+        named |= {key: words[key] for key in _keys(index) if key in words}
+    urls = set(ids) - known - set(named.values())
+    if urls:  # what is no key may be a URL, which only the samples and the details of failures say
+        for index in _indexes(dataset, manifest):
+            named |= {key: url for key, url in _urls(dataset, index, urls)}
+    asked = [*named, *ids, *words]
+    forgotten = Forgotten({mark(word): reason for word in asked} | before.marks)
+    if forgotten != before:
+        write_forgotten(dataset, forgotten)
+
+    for address in report_addresses(dataset).values():  # its pictures and captions may be of what is removed
+        storage.delete(address)
+    parts, rows, samples, shards = [], 0, 0, 0
+    for number, index in enumerate(_indexes(dataset, manifest)):
+        removed = _removed(index, forgotten)
+        after = index
+        if removed:
+            span = (index.start, index.stop)
+            outcomes = _without(dataset, index, removed)
+            after = write_shard(dataset, number, span, outcomes, index.recipe_hash, index.made_with)
+            shards += 1
+        rows, samples = rows + len(removed), samples + len(index.samples) - len(after.samples)
+        parts.append(after.summary())
+        if progress is not None:
+            progress({"stage": "forget", "done": index.stop, "total": manifest.rows, "forgotten": rows})
+    sha = publish_dataset(dataset, manifest.recipe, manifest.recipe_hash, manifest.source, parts)
+    unknown = tuple(word for word in ids if word not in known | set(named.values()))
+    return ForgetReport(dataset, rows, samples, shards, unknown, sha)
+
+
+def _indexes(dataset: str, manifest: DatasetManifest) -> Iterator[ShardManifest]:
+    """The index of every shard, one at a time."""
+    for shard in manifest.shards:
+        index = read_shard_manifest(dataset, shard.shard)
+        if index is None or index.sha256 != shard.sha256:
+            raise UserError(f"the index of {shard.shard} in {dataset} is missing or stale; prepare the data again")
+        yield index
+
+
+def _keys(index: ShardManifest) -> set[str]:
+    """Keys of all clips and of all rows that failed."""
+    return {clip_key_of(entry.key) for entry in index.samples} | {failure.key for failure in index.failures}
+
+
+def _urls(dataset: str, index: ShardManifest, urls: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(clip key, URL) of the rows that are known to come from one of `urls`; one range read a clip."""
+    for entries in index.clips().values():
+        offset, size = entries[0].members["meta"]
+        meta = decode_field("meta", storage.read_range(storage.join(dataset, index.shard), offset, offset + size))
+        if meta.get("url") in urls:
+            yield clip_key_of(entries[0].key), meta["url"]
+    for failure in index.failures:
+        yield from ((failure.key, url) for url in urls if failure.detail.startswith(f"{url}: "))
+
+
+def _removed(index: ShardManifest, forgotten: Forgotten) -> dict[int, Failure]:
+    """The rows of a shard that change, as they stand in the books from now on."""
+    rows = [Failure(clip_key_of(entries[0].key), row, "") for row, entries in index.clips().items()]
+    changed = [forgotten.failure(row) for row in (*rows, *index.failures)]
+    return {failure.row: failure for failure in changed if failure is not None}
+
+
+def _without(dataset: str, index: ShardManifest, removed: dict[int, Failure]) -> Iterator[Outcome]:
+    outcomes = stored_outcomes(dataset, index)
+    return (removed.get(row, outcome) for row, outcome in enumerate(outcomes, index.start))

@@ -1,0 +1,75 @@
+"""Checks one stored sample: its fields are there, decode, have their shapes and types, and agree with each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tasks.shards import SUFFIXES, PackedSample, clip_key_of, decode_field
+
+_REQUIRED = sorted(set(SUFFIXES) - {"pixels"})
+_ARRAYS = {"first": ("uint8", 3), "latents": ("float16", 4), "pixels": ("uint8", 4), "tokens": ("int32", 1)}
+
+
+class SampleChecker:
+    """Remembers what the first sample looked like, for all others of a data set look the same."""
+
+    def __init__(self) -> None:
+        self._looks: dict[str, tuple[int, ...]] = {}
+
+    def problems(self, packed: PackedSample, rows: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with a sample of a shard that stands for rows start (inclusive) to stop."""
+        fields: dict[str, Any] = {}
+        yield from (f"{packed.key} has no {name}" for name in _REQUIRED if name not in packed.members)
+        for name, data in packed.members.items():
+            if name not in SUFFIXES:
+                yield f"{packed.key} has {name!r}, which is no field"
+                continue
+            try:
+                fields[name] = decode_field(name, data)
+            except ValueError as error:
+                yield f"{packed.key}.{SUFFIXES[name]}: {error}"
+        arrays = {name: value for name, value in fields.items() if name in _ARRAYS}
+        for name, array in arrays.items():
+            yield from (f"{packed.key}.{SUFFIXES[name]}: {problem}" for problem in self._array_problems(name, array))
+        yield from (f"{packed.key}: {problem}" for problem in _disagreements(packed.key, fields, rows))
+
+    def _array_problems(self, name: str, array: np.ndarray) -> Iterator[str]:
+        dtype, dimensions = _ARRAYS[name]
+        if array.dtype != dtype or array.ndim != dimensions:
+            yield f"{array.dtype} of {array.ndim} dimensions, expected {dtype} of {dimensions}"
+            return
+        if not np.isfinite(array).all():
+            yield "holds values that are not finite"
+        # The number of frames may differ from clip to clip; height, width and channels do not.
+        look = array.shape[1:] if dimensions == 4 else array.shape
+        if look != self._looks.setdefault(name, look):
+            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self._looks[name]))})"
+
+
+def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> Iterator[str]:
+    meta, latents, pixels, first = (fields.get(name) for name in ("meta", "latents", "pixels", "first"))
+    if meta is not None and not isinstance(meta, dict):
+        yield "meta is not an object"
+        meta = None
+    said = meta or {}
+    if said.get("clip", clip_key_of(key)) != clip_key_of(key):
+        yield f"meta names the clip {said['clip']!r}"
+    row = said.get("row", rows[0])
+    if not (isinstance(row, int) and rows[0] <= row < rows[1]):
+        yield f"meta names row {row!r}, the shard has {rows[0]} to {rows[1] - 1}"
+    times = said.get("times")
+    if latents is not None and isinstance(times, list) and len(times) != len(latents):
+        yield f"{len(latents)} frames of latents, {len(times)} times"
+    if pixels is not None and latents is not None and len(pixels) != len(latents):
+        yield f"{len(latents)} frames of latents, {len(pixels)} of pixels"
+    if pixels is None:
+        return
+    if first is not None and not (len(pixels) and np.array_equal(pixels[0], first)):
+        yield "the first frame is not that of the pixels"
+    sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
+    if said.get("pixels_sha256", sha256) != sha256:
+        yield "the pixels are not those that were encoded (pixels_sha256)"

@@ -1,0 +1,84 @@
+"""The data set at rest: webdataset tar shards with a byte index beside each, and a manifest that is written last.
+
+A data set is a folder at any address:
+
+    recipe.json                 what the samples are made with, written first; another recipe is refused here
+    shard-00000-<digest>.tar    plain webdataset tar: members `<sample key>.<field>`; equal samples give equal bytes
+    shard-00000-<digest>.json   its index: rows, failures, sha256, and where each member lies; written after the tar
+    forgotten.json              hashes of clips that were removed on request and must not come back, where there are any
+    manifest.json               counts and the list of shards; written last, a reader trusts nothing without it
+
+A shard is named after its content and never written over. So a shard that is made anew (rows retried, clips forgotten)
+lies beside the old one until the manifest names it, a reader that is at work sees the old data set or an error but no
+mixture, and a data set whose rows succeeded at the second try has the bytes of one where they did at the first.
+
+Fields of a sample: `latents.npy` fp16 [F, 4, h, w] raw latents, `first.png` uint8 [H, W, 3] frame 1, `caption.txt`,
+`tokens.npy` int32 [L], `meta.json` provenance, and `pixels.npy` uint8 [F, H, W, 3] where pixels were kept.
+"""
+
+from tasks.shards.fields import SUFFIXES, decode_field, encode_field
+from tasks.shards.forgotten import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
+from tasks.shards.layout import (
+    MANIFEST,
+    RECIPE,
+    SCHEMA_VERSION,
+    DatasetManifest,
+    Entry,
+    PackedSample,
+    Sample,
+    ShardManifest,
+    ShardSummary,
+    clip_key_of,
+    index_name,
+    parse_record,
+    sample_key,
+    shard_name,
+    shard_number,
+)
+from tasks.shards.reading import (
+    ShardDataset,
+    read_manifest,
+    read_shard_manifest,
+    shards_held,
+    split_keys,
+    stored_outcomes,
+)
+from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
+
+__all__ = [
+    "FORGOTTEN",
+    "MANIFEST",
+    "RECIPE",
+    "SCHEMA_VERSION",
+    "SUFFIXES",
+    "DatasetManifest",
+    "Entry",
+    "Forgotten",
+    "Outcome",
+    "PackedSample",
+    "Sample",
+    "ShardDataset",
+    "ShardManifest",
+    "ShardSummary",
+    "clip_key_of",
+    "decode_field",
+    "encode_field",
+    "forgotten_sha256",
+    "index_name",
+    "mark",
+    "open_dataset",
+    "parse_record",
+    "publish_dataset",
+    "read_forgotten",
+    "read_manifest",
+    "read_shard_manifest",
+    "report_addresses",
+    "sample_key",
+    "shard_name",
+    "shard_number",
+    "shards_held",
+    "split_keys",
+    "stored_outcomes",
+    "write_forgotten",
+    "write_shard",
+]

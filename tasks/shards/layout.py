@@ -1,0 +1,185 @@
+"""The format of a data set: the names in it, and the records that its JSON files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from tasks.records import Failure, count_by_reason, digest
+from tasks.shards.fields import SUFFIXES, encode_field
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window of one clip, as it is stored; see the head of `tasks.shards` for the shapes."""
+
+    key: str
+    caption: str
+    latents: np.ndarray
+    first: np.ndarray
+    tokens: np.ndarray
+    meta: dict[str, Any]
+    pixels: np.ndarray | None = None
+
+    def pack(self) -> PackedSample:
+        values = {name: getattr(self, name) for name in SUFFIXES}
+        return PackedSample(self.key, {name: encode_field(name, v) for name, v in values.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample as the bytes of its members, by field: what a shard that is made anew takes over from the old one."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies in its tar: {field: [offset, size]} in bytes."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """What one shard holds; its books close: `stop - start == encoded + len(failures)`."""
+
+    shard: str  # name of the tar
+    start: int  # first row of the source table, inclusive
+    stop: int  # exclusive
+    recipe_hash: str
+    encoded: int  # rows that gave at least one sample
+    samples: list[Entry]
+    failures: list[Failure]
+    sha256: str
+    size_bytes: int
+    schema_version: int = SCHEMA_VERSION
+    made_with: dict[str, str] = field(default_factory=dict)  # library versions, for the record
+
+    def summary(self) -> ShardSummary:
+        return ShardSummary(
+            shard=self.shard,
+            start=self.start,
+            stop=self.stop,
+            recipe_hash=self.recipe_hash,
+            encoded=self.encoded,
+            samples=len(self.samples),
+            failed=count_by_reason(self.failures),
+            size_bytes=self.size_bytes,
+            sha256=self.sha256,
+        )
+
+    def named(self, index: int) -> ShardManifest:
+        """The same under the name that follows from what it says."""
+        content = dataclasses.asdict(self) | {"shard": ""}
+        return dataclasses.replace(self, shard=f"{shard_name(index)}-{digest(content)}.tar")
+
+    def clips(self) -> dict[int, list[Entry]]:
+        """The samples of each encoded row, by row. Raises ValueError when the books do not close."""
+        failed = {failure.row for failure in self.failures}
+        rows = [row for row in range(self.start, self.stop) if row not in failed]
+        groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: clip_key_of(entry.key))]
+        within = all(self.start <= row < self.stop for row in failed)
+        if not (within and len(failed) == len(self.failures) and len(rows) == len(groups) == self.encoded):
+            raise ValueError(
+                f"rows {self.start} to {self.stop - 1} are not {self.encoded} encoded (samples of {len(groups)} clips)"
+                f" and {len(self.failures)} failures of one row each"
+            )
+        return dict(zip(rows, groups, strict=True))
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the driver keeps of one shard: small, so that millions of clips pass it as counts."""
+
+    shard: str
+    start: int
+    stop: int
+    recipe_hash: str
+    encoded: int
+    samples: int
+    failed: dict[str, int]
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PublishedShard:
+    """What the data set's manifest says of one shard."""
+
+    shard: str
+    rows: tuple[int, int]
+    samples: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """The mark of completion; its books close over all shards: `rows == encoded + sum(failed.values())`."""
+
+    recipe: dict[str, Any]
+    recipe_hash: str
+    source: dict[str, Any]
+    rows: int
+    encoded: int
+    samples: int
+    failed: dict[str, int]
+    shards: list[PublishedShard]
+    schema_version: int = SCHEMA_VERSION
+    forgotten_sha256: str | None = None  # of the list of removed clips that these shards obey
+
+
+def parse_record(kind: type[Record], content: bytes) -> Record:
+    """A record from the JSON it was written as, every type checked. Raises ValueError that names the place."""
+    try:
+        return _adapter(kind).validate_json(content, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place + ': ' if place else ''}{first['msg']}") from None
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of the shard whose tar has this name; None for a name that is not a tar's."""
+    match = re.fullmatch(r"shard-(\d{5,})(-[0-9a-f]{16})?\.tar", name)
+    return int(match[1]) if match else None
+
+
+def index_name(shard: str) -> str:
+    """Name of the index of a shard's tar."""
+    return f"{shard.removesuffix('.tar')}.json"
+
+
+def sample_key(clip_key: str, window: int) -> str:
+    """Key of a clip's window; the clip key must be clean (`[A-Za-z0-9_-]`, at most 80), for a dot would split it."""
+    return f"{clip_key}_{window:03d}"
+
+
+def clip_key_of(key: str) -> str:
+    """The clip a sample was cut from."""
+    return key.rsplit("_", 1)[0]

@@ -1,0 +1,165 @@
+"""Writes a data set: shards one by one, each whole or absent, and the manifest that makes them count."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from tasks.records import Failure, UserError, add_counts
+from tasks.shards.fields import SUFFIXES
+from tasks.shards.forgotten import forgotten_sha256, read_forgotten
+from tasks.shards.layout import (
+    MANIFEST,
+    RECIPE,
+    DatasetManifest,
+    Entry,
+    PackedSample,
+    PublishedShard,
+    Sample,
+    ShardManifest,
+    ShardSummary,
+    index_name,
+    shard_number,
+)
+
+# What a row comes to: the samples of its clip (new, or as another shard holds them), or why there are none.
+Outcome = Sequence[Sample | PackedSample] | Failure
+
+
+def write_shard(
+    dataset: str,
+    index: int,
+    rows: tuple[int, int],
+    outcomes: Iterable[Outcome],
+    recipe_hash: str,
+    made_with: dict[str, str] | None = None,
+) -> ShardManifest:
+    """Writes one shard under the name of its content: the tar in one atomic put, then its index.
+
+    Args:
+        dataset: address of the data set's folder.
+        index: number of the shard. rows: the range of the source table it stands for.
+        outcomes: one per row, in order. Consumed one by one.
+    Raises:
+        OSError: the address cannot be written.
+    """
+    entries: list[Entry] = []
+    failures: list[Failure] = []
+    encoded = 0
+    with tempfile.TemporaryDirectory(prefix="trip-shard-") as spool:
+        path = Path(spool) / "shard.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for outcome in outcomes:
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    continue
+                assert outcome, "a row without samples needs a reason"
+                encoded += 1
+                for sample in outcome:
+                    packed = sample.pack() if isinstance(sample, Sample) else sample
+                    entries.append(Entry(packed.key, _add_members(tar, packed)))
+        assert encoded + len(failures) == rows[1] - rows[0], f"{index}: {encoded} + {len(failures)} of rows {rows}"
+        manifest = ShardManifest(
+            shard="",
+            start=rows[0],
+            stop=rows[1],
+            recipe_hash=recipe_hash,
+            encoded=encoded,
+            samples=entries,
+            failures=failures,
+            sha256=storage.sha256_file(path),
+            size_bytes=path.stat().st_size,
+            made_with=made_with or {},
+        ).named(index)
+        storage.upload_file(path, storage.join(dataset, manifest.shard))
+    storage.write_json(storage.join(dataset, index_name(manifest.shard)), dataclasses.asdict(manifest))
+    return manifest
+
+
+def _add_members(tar: tarfile.TarFile, packed: PackedSample) -> dict[str, tuple[int, int]]:
+    """Appends a sample's members and returns where their data lie: {field: (offset, size)}."""
+    members: dict[str, tuple[int, int]] = {}
+    for name, data in packed.members.items():
+        info = tarfile.TarInfo(f"{packed.key}.{SUFFIXES[name]}")
+        info.size, info.mode = len(data), 0o644
+        tar.addfile(info, io.BytesIO(data))
+        blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        members[name] = (tar.offset - blocks, len(data))
+    return members
+
+
+def open_dataset(dataset: str, recipe: dict[str, Any]) -> None:
+    """Claims a folder for one recipe before the first shard; also the early test that it can be written.
+
+    Raises:
+        UserError: the folder holds samples of another recipe; the message names what differs.
+    """
+    address = storage.join(dataset, RECIPE)
+    try:
+        held = storage.read_json(address)
+    except FileNotFoundError:
+        storage.write_json(address, recipe)
+        return
+    except ValueError:
+        held = {}
+    if held != json.loads(json.dumps(recipe)):
+        names = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
+        changes = ", ".join(f"{name} {held.get(name)!r} -> {recipe.get(name)!r}" for name in names)
+        raise UserError(
+            f"{dataset} holds a data set made another way ({changes});"
+            " choose another output, or delete that folder to make it anew"
+        )
+
+
+def publish_dataset(
+    dataset: str, recipe: dict[str, Any], recipe_hash: str, source: dict[str, Any], shards: Sequence[ShardSummary]
+) -> str:
+    """Writes the data set's manifest, the mark of completion, and returns its sha256. Every row is accounted for.
+
+    Then shards that the manifest does not name are removed: what a newer one took the place of, and what a killed
+    writer left.
+    """
+    position = 0
+    for shard in shards:
+        assert shard.start == position and shard.recipe_hash == recipe_hash, f"{shard.shard} does not follow"
+        position = shard.stop
+    failed = add_counts(shard.failed for shard in shards)
+    encoded = sum(shard.encoded for shard in shards)
+    assert position == encoded + sum(failed.values()), f"{position} rows, {encoded} encoded, failed {failed}"
+    manifest = DatasetManifest(
+        recipe=recipe,
+        recipe_hash=recipe_hash,
+        source=source,
+        rows=position,
+        encoded=encoded,
+        samples=sum(shard.samples for shard in shards),
+        failed=failed,
+        shards=[PublishedShard(s.shard, (s.start, s.stop), s.samples, s.size_bytes, s.sha256) for s in shards],
+        forgotten_sha256=forgotten_sha256(read_forgotten(dataset)),
+    )
+    content = storage.json_bytes(dataclasses.asdict(manifest))
+    storage.write_bytes(storage.join(dataset, MANIFEST), content)
+    _sweep(dataset, {name for shard in shards for name in (shard.shard, index_name(shard.shard))})
+    return hashlib.sha256(content).hexdigest()
+
+
+def report_addresses(dataset: str) -> dict[str, str]:
+    """Where the report on how a data set was made lies, by kind: beside it, for its times differ from run to run."""
+    return {kind: f"{dataset.rstrip('/')}.report.{kind}" for kind in ("json", "html")}
+
+
+def _sweep(dataset: str, named: set[str]) -> None:
+    """Removes shards that are not `named`, the index of each before its tar: an index says that its tar is there."""
+    names = storage.list_dir(dataset)
+    for tar in [name for name in names if shard_number(name) is not None and name not in named]:
+        storage.delete(storage.join(dataset, index_name(tar)))
+        storage.delete(storage.join(dataset, tar))
+    storage.drop_unfinished(dataset)
