@@ -75,7 +75,7 @@ def prepare_latents(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         keep_frames: store the frames as well, which judging needs, where the recipe does not.
-        retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, crash.
+        retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, decoder.
     """
     chosen = find_recipe(recipe, base)
     if keep_frames:

@@ -13,6 +13,17 @@ from typing import Any, TypeVar
 
 Record = TypeVar("Record")
 
+# What a later run may hope to do better, by class; a reason that is in none of them will not change by itself.
+RETRY_CLASSES = {
+    "network": frozenset({"network", "truncated"}),
+    "timeout": frozenset({"timeout", "too_slow", "http_408"}),
+    "server": frozenset({"http_425", *(f"http_{status}" for status in range(500, 600))}),
+    # A CDN answers 403 also to those who ask too much; asking again within the run would not help.
+    "throttled": frozenset({"http_403", "http_429"}),
+    # Another machine may have the memory or the time.
+    "decoder": frozenset({"decoder_crash", "decoder_timeout", "out_of_memory"}),
+}
+
 
 class UserError(ValueError):
     """One sentence for a person: the value that is wrong, what was expected, the remedy. Shown without a traceback."""

@@ -14,9 +14,13 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trip_model.frame import frame_box, has_full_range, square_box, to_square
+
+# Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.
+CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
 MAX_IMAGE_PIXELS = 64_000_000  # a photo larger than this is refused before it is unpacked (decompression bombs)
 
 
@@ -41,24 +45,6 @@ class Clip:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """Resize the shorter side to `size` and crop the centre: (new width, new height, left, top) in pixels."""
-    scale = size / min(width, height)
-    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
-    return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
-
-
-def _to_square(frame: av.VideoFrame, size: int, aspect: float, reformatter: VideoReformatter) -> np.ndarray:
-    """One decoded frame as uint8 [size, size, 3]; `aspect` is a pixel's width over its height."""
-    new_width, new_height, left, top = square_box(max(1, round(frame.width * aspect)), frame.height, size)
-    rgb = reformatter.reformat(
-        frame, width=new_width, height=new_height, format="rgb24", interpolation=Interpolation.BICUBIC
-    ).to_ndarray()
-    square = rgb[top : top + size, left : left + size]
-    # PyAV reports the rotation but does not apply it; a quarter turn of a centred square stays a centred square.
-    return np.ascontiguousarray(np.rot90(square, round(getattr(frame, "rotation", 0) / 90) % 4))
-
-
 def read_windows(
     source: bytes | str | Path, num_frames: int, fps: float, size: int, windows: int = 1, start_seconds: float = 0.0
 ) -> list[Clip]:
@@ -66,24 +52,28 @@ def read_windows(
 
     The grid lies on presentation stamps relative to the first shown frame: grid point k takes the frame on show at
     `start + k / fps` (the last one stamped at or before it), so variable frame rates and late starts come out right.
-    Every frame is converted at most once and only when a grid point needs it.
+    Every frame is converted at most once and only when a grid point needs it. A file that breaks off gives the windows
+    before the break, and `info` says what broke; `info` also counts frames that the decoder had to mend (of all those
+    it went through, shown or not) and stamps that run backwards.
 
     Args:
         source: the bytes of a video file, or its path.
         num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
         windows: how many clips at most; clip w starts at `start_seconds + w * num_frames / fps`.
     Raises:
-        ClipError: `undecodable`, `no_video_stream`, `no_timestamps` or `too_short`.
+        ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the first window was
+            whole) or `too_short`. MemoryError: the frames do not fit.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     step, half_step = 1.0 / fps, 0.5 / fps
     chosen: list[tuple[float, np.ndarray]] = []
     reformatter = VideoReformatter()
-    corrupt = 0
+    corrupt = backward = 0
+    broken = ""
     info: dict[str, Any] = {}
     duration = 0.0
     try:
-        with av.open(file, "r", metadata_errors="ignore") as container:
+        with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise ClipError("no_video_stream", "the file holds no video stream")
             stream = container.streams.video[0]
@@ -107,12 +97,21 @@ def read_windows(
                 if chosen and chosen[-1][0] == shown_time:
                     chosen.append(chosen[-1])
                 else:
-                    chosen.append((shown_time, _to_square(shown, size, aspect, reformatter)))
+                    chosen.append((shown_time, to_square(shown, size, aspect, reformatter)))
+                if len(chosen) == 1:
+                    info.update(
+                        pixel_format=shown.format.name,
+                        range="full" if has_full_range(shown) else "limited",
+                        rotation=shown.rotation,
+                        pixel_aspect=aspect,
+                        resize_crop=list(frame_box(shown, size, aspect)),
+                    )
 
             for frame in container.decode(stream):
                 if frame.pts is None or frame.time is None:
                     raise ClipError("no_timestamps", "a frame carries no presentation stamp")
                 corrupt += bool(frame.is_corrupt)
+                backward += shown is not None and frame.time < shown.time
                 first = frame.time if first is None else first
                 now = frame.time - first - start_seconds
                 while shown is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
@@ -128,9 +127,11 @@ def read_windows(
             while shown is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
                 take()
     except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, ClipError):
+        if isinstance(error, ClipError | MemoryError):
             raise
-        raise ClipError("undecodable", f"{type(error).__name__} after {len(chosen)} grid frames") from error
+        broken = f"{type(error).__name__} after {len(chosen)} grid frames"
+        if len(chosen) < num_frames:
+            raise ClipError("damaged" if chosen else "undecodable", broken) from error
 
     count = len(chosen) // num_frames
     if count == 0:
@@ -138,7 +139,9 @@ def read_windows(
             "too_short",
             f"{max(duration, 0):.2f} s give {len(chosen)} frames at {fps:g} fps, {num_frames} are needed",
         )
-    info |= {"corrupt_frames": corrupt, "start_seconds": start_seconds}
+    info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
+    if broken:
+        info["broken"] = broken
     clips = []
     for window in range(count):
         part = chosen[window * num_frames : (window + 1) * num_frames]

@@ -1,18 +1,25 @@
-"""Turns one clip's file into samples: decode on the time grid, VAE-encode each window, tokenize the caption."""
+"""Turns clips' files into samples: decoded ahead, VAE-encoded in equal batches, captions tokenized.
+
+The files of a unit pass `decode_ahead`, then `ClipEncoder.encode`; every row keeps its place and comes out once.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tasks.encode.decoder import DecoderPool, DecodeSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
 from trip_model.encoders import encode_pixels, load_text_encoder, load_vae, vae_factor
-from trip_model.video import ClipError, read_windows
+from trip_model.video import Clip, ClipError
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -26,10 +33,50 @@ class EncodeSpec:
     size: int = 256
     windows_per_clip: int = 1
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
+    frames_per_batch: int = 16  # of one VAE call, always; another number rounds another way in the last bits
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One clip on its way from its file to its samples."""
+
+    ref: ClipRef
+    sha256: str
+    size_bytes: int
+    clips: list[Clip]
+
+
+def open_decoders(spec: EncodeSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
+    """The processes that decode for one encoder."""
+    arguments = {"num_frames": spec.num_frames, "fps": spec.fps, "size": spec.size, "windows": spec.windows_per_clip}
+    return DecoderPool(decode.processes or cpus, decode, arguments)
+
+
+def decode_ahead(
+    rows: Iterable[tuple[ClipRef, Fetched] | Failure], decoders: DecoderPool
+) -> Iterator[Decoded | Failure]:
+    """Decodes the rows ahead of the caller, `decoders.ahead` at most, and yields them in their order."""
+
+    def finish(row: tuple[ClipRef, Fetched, Future[list[Clip]]] | Failure) -> Decoded | Failure:
+        if isinstance(row, Failure):
+            return row
+        ref, fetched, future = row
+        try:
+            return Decoded(ref, fetched.sha256, len(fetched.data), future.result())
+        except ClipError as error:
+            return Failure(ref.key, ref.row, error.reason, error.detail)
+
+    waiting: deque[tuple[ClipRef, Fetched, Future[list[Clip]]] | Failure] = deque()
+    for row in rows:
+        waiting.append(row if isinstance(row, Failure) else (*row, decoders.submit(row[1].data)))
+        if len(waiting) >= decoders.ahead:
+            yield finish(waiting.popleft())
+    while waiting:
+        yield finish(waiting.popleft())
 
 
 class ClipEncoder:
-    """Loads the VAE and the tokenizer of a base folder once; then `encode` is a pure function of a clip's bytes.
+    """Loads the VAE and the tokenizer of a base folder once; then a sample is a pure function of its clip's frames.
 
     Raises:
         UserError: a spec that the VAE cannot serve. trip_model.encoders.BaseFolderError: a part cannot be loaded.
@@ -43,39 +90,86 @@ class ClipEncoder:
         if spec.size % factor:
             raise UserError(f"size {spec.size} is no multiple of {factor}, the step of the VAE in {base}")
         self._text = load_text_encoder(base)
+        self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
-    def encode(self, ref: ClipRef, fetched: Fetched) -> list[Sample] | Failure:
-        """The samples of one clip, one per window; or a Failure under the decoder's reason, or `non_finite_latents`."""
-        spec = self.spec
-        try:
-            clips = read_windows(fetched.data, spec.num_frames, spec.fps, spec.size, spec.windows_per_clip)
-        except ClipError as error:
-            return Failure(ref.key, ref.row, error.reason, error.detail)
+    def encode(self, rows: Iterable[Decoded | Failure]) -> Iterator[list[Sample] | Failure]:
+        """The samples of each clip, one per window, or its Failure (`non_finite_latents` comes in here), in order."""
+        waiting: deque[Decoded | Failure] = deque()
+
+        def frames() -> Iterator[list[np.ndarray]]:
+            for row in rows:
+                waiting.append(row)
+                if isinstance(row, Decoded):
+                    yield [frame for clip in row.clips for frame in clip.pixels]
+
+        for latents in self._encode_frames(frames()):
+            while isinstance(waiting[0], Failure):
+                yield waiting.popleft()  # type: ignore[misc]
+            yield self._samples(waiting.popleft(), latents)  # type: ignore[arg-type]
+        yield from waiting  # type: ignore[misc]
+
+    def _encode_frames(self, parts: Iterable[list[np.ndarray]]) -> Iterator[np.ndarray]:
+        """Raw latents float32 [F, 4, h, w] of each part, F frames uint8 [H, W, 3], in order.
+
+        Parts share VAE calls, and every call is of `frames_per_batch` frames, so that the neighbours of a frame change
+        nothing about its latents. Two calls are under way while a part is with the caller.
+        """
+        size = self.spec.frames_per_batch
+        lengths: deque[int] = deque()
+        calls: deque[Future[np.ndarray]] = deque()
+        frames: list[np.ndarray] = []
+        done: list[np.ndarray] = []
+
+        def call() -> None:
+            batch = np.stack(frames[:size] + frames[-1:] * (size - len(frames)))
+            del frames[:size]
+            calls.append(self._vae_thread.submit(lambda: encode_pixels(self._vae, batch, size).numpy()))
+
+        def finished(most: int) -> Iterator[np.ndarray]:
+            while len(calls) > most:
+                done.extend(calls.popleft().result())
+                while lengths and len(done) >= lengths[0]:
+                    length = lengths.popleft()
+                    yield np.stack(done[:length])
+                    del done[:length]
+
+        for part in parts:
+            lengths.append(len(part))
+            frames.extend(part)
+            while len(frames) >= size:
+                call()
+                yield from finished(2)
+        if frames:
+            call()
+        yield from finished(0)
+
+    def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
+        ref, spec = row.ref, self.spec
         tokens = self._text.tokenize([ref.caption])[0].numpy().astype(np.int32)
         samples = []
-        for window, clip in enumerate(clips):
-            latents = encode_pixels(self._vae, clip.pixels).numpy()
-            if not np.isfinite(latents).all() or np.abs(latents).max() > _FP16_MAX:
+        for window, clip in enumerate(row.clips):
+            part, latents = np.split(latents, [len(clip.pixels)])
+            if not np.isfinite(part).all() or np.abs(part).max() > _FP16_MAX:
                 return Failure(ref.key, ref.row, "non_finite_latents", f"window {window} does not fit float16")
             samples.append(
                 Sample(
                     key=sample_key(ref.key, window),
                     caption=ref.caption,
-                    latents=latents.astype(np.float16),
+                    latents=part.astype(np.float16),
                     first=clip.pixels[0],
                     tokens=tokens,
                     meta={
                         "clip": ref.key,
                         "row": ref.row,
                         "url": ref.url,
-                        "sha256": fetched.sha256,
-                        "size_bytes": len(fetched.data),
+                        "sha256": row.sha256,
+                        "size_bytes": row.size_bytes,
                         "window": window,
                         "times": [round(float(t), 6) for t in clip.times],
                         "fps": spec.fps,
                         "size": spec.size,
                         "decoder": clip.info,
-                        "pixels_sha256": hashlib.sha256(clip.pixels.tobytes()).hexdigest(),
+                        "pixels_sha256": hashlib.sha256(clip.pixels.data).hexdigest(),
                     },
                     pixels=clip.pixels if spec.keep_pixels else None,
                 )
@@ -85,7 +179,7 @@ class ClipEncoder:
 
 def check_spec(spec: EncodeSpec) -> None:
     """Raises UserError for a number that no clip can satisfy."""
-    for name in ("num_frames", "fps", "size", "windows_per_clip"):
+    for name in ("num_frames", "fps", "size", "windows_per_clip", "frames_per_batch"):
         if not getattr(spec, name) > 0:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
     if spec.num_frames < 2:

@@ -17,10 +17,11 @@ import torch
 from infra import storage
 from infra.cluster import ray_session
 from tasks import shards
-from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec
+from tasks.encode.decoder import DecoderPool, DecodeSpec, check_decoding
+from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec, decode_ahead, open_decoders
 from tasks.encode.repair import find_held, retry_reasons
 from tasks.encode.report import write_report
-from tasks.ingest.download import DownloadSpec, download_clips
+from tasks.ingest.download import DownloadSpec, Fetched, download_clips
 from tasks.ingest.sources import SourceSpec, count_rows, read_rows, settled, source_identity
 from tasks.records import ClipRef, Failure, UserError, add_counts, digest, to_json
 from tasks.shards import Forgotten, Outcome, ShardSummary
@@ -43,16 +44,20 @@ class PrepareSpec:
     size: int = 256
     windows_per_clip: int = 1
     keep_pixels: bool = False
+    frames_per_batch: int = 16
     clips_per_shard: int = 256  # rows of one work unit: what a lost worker costs
     workers: int = 2  # Ray workers; 0 runs in this process, without Ray
     cpus_per_worker: int = 1  # also its torch threads
     gpus_per_worker: float = 0.0
     ray_address: str | None = None
     download: DownloadSpec = DownloadSpec()
-    retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.ingest.reasons
+    decode: DecodeSpec = DecodeSpec()
+    retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.records.RETRY_CLASSES
 
     def encode_spec(self) -> EncodeSpec:
-        return EncodeSpec(self.num_frames, self.fps, self.size, self.windows_per_clip, self.keep_pixels)
+        return EncodeSpec(
+            self.num_frames, self.fps, self.size, self.windows_per_clip, self.keep_pixels, self.frames_per_batch
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         UserError: the table or the base cannot be read, or a number makes no sense.
     """
     check_spec(spec.encode_spec())
+    check_decoding(spec.decode)
     for name, least in (("clips_per_shard", 1), ("workers", 0), ("cpus_per_worker", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
@@ -110,6 +116,7 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         "size": spec.size,
         "windows_per_clip": spec.windows_per_clip,
         "keep_pixels": spec.keep_pixels,
+        "frames_per_batch": spec.frames_per_batch,
         "clips_per_shard": spec.clips_per_shard,
         "latents": "posterior mean, float16, unscaled",
         "vae_sha256": folder_hash(base, "vae"),
@@ -200,8 +207,10 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     return report
 
 
-def encode_unit(encoder: ClipEncoder, spec: PrepareSpec, output: str, recipe_hash: str, unit: _Unit) -> ShardSummary:
-    """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this process."""
+def encode_unit(
+    encoder: ClipEncoder, decoders: DecoderPool, spec: PrepareSpec, output: str, recipe_hash: str, unit: _Unit
+) -> ShardSummary:
+    """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this machine."""
     made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
     kept: Iterator[Outcome] = iter(())
     if unit.held is not None:
@@ -213,17 +222,21 @@ def encode_unit(encoder: ClipEncoder, spec: PrepareSpec, output: str, recipe_has
     redone = [row for row in unit.rows if unit.held is None or row.row in unit.redo]
     fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
 
+    def files() -> Iterator[tuple[ClipRef, Fetched] | Failure]:
+        for row in redone:
+            if isinstance(row, Failure):
+                yield row
+                continue
+            ref, result = next(fetched)
+            assert ref == row
+            yield result if isinstance(result, Failure) else (ref, result)
+
+    made = encoder.encode(decode_ahead(files(), decoders))
+
     def outcomes() -> Iterator[Outcome]:
         for row in unit.rows:
             before = next(kept, None)
-            if before is not None and row.row not in unit.redo:
-                yield before
-            elif isinstance(row, Failure):
-                yield row
-            else:
-                ref, result = next(fetched)
-                assert ref == row
-                yield result if isinstance(result, Failure) else encoder.encode(ref, result)
+            yield before if before is not None and row.row not in unit.redo else next(made)
 
     rows = (unit.start, unit.stop)
     return shards.write_shard(output, unit.index, rows, outcomes(), recipe_hash, made_with).summary()
@@ -234,21 +247,23 @@ def _both(before: str, now: str) -> str:
     return before if now in before.split(", ") else f"{before}, {now}"
 
 
-# Ray restarts a lost worker and gives it its unit again, but not for ever: a video may be what kills it.
+# Ray restarts a lost worker and gives it its unit again, but not for ever: the unit may be more than its machine holds.
 @ray.remote(max_restarts=-1, max_task_retries=_LOST_WORKER_RETRIES)
 class EncodeWorker:
-    """Loads the encoders once, then turns units into shards."""
+    """Loads the encoders and starts the decoders once, then turns units into shards."""
 
     def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
         self._spec, self._output, self._made_of = spec, output, made_of
         self._encoder: ClipEncoder | None = None
+        self._decoders = open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker)
 
     def encode(self, unit: _Unit) -> ShardSummary:
         # Loaded by the first unit rather than in __init__, where an error would reach the driver as a dead actor.
         if self._encoder is None:
             torch.set_num_threads(self._spec.cpus_per_worker)
             self._encoder = _load_encoder(self._spec, self._made_of)
-        return encode_unit(self._encoder, self._spec, self._output, digest(self._made_of), unit)
+        recipe_hash = digest(self._made_of)
+        return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, unit)
 
 
 def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
@@ -283,8 +298,9 @@ def _run_units(
         return
     if spec.workers == 0:
         encoder = _load_encoder(spec, made_of)
-        for unit in itertools.chain([first], units):
-            yield unit, encode_unit(encoder, spec, output, digest(made_of), unit)
+        with open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker) as decoders:
+            for unit in itertools.chain([first], units):
+                yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), unit)
         return
     with _joined_ray(spec):
         workers = _workers_that_fit(spec)
@@ -325,7 +341,7 @@ def _result(reference: ray.ObjectRef, unit: _Unit) -> ShardSummary:
     except ray.exceptions.RayActorError:
         raise UserError(
             f"rows {unit.start} to {unit.stop - 1} lost their worker {_LOST_WORKER_RETRIES + 1} times;"
-            " look for a video that kills the decoder, or give the machine more memory or fewer workers"
+            " give the machine more memory, or ask for fewer workers or fewer processes that decode"
         ) from None
 
 

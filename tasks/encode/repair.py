@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tasks.ingest.reasons import RETRY_CLASSES
-from tasks.records import ClipRef, Failure, UserError
+from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 from tasks.shards import ShardManifest, ShardSummary, read_shard_manifest
 from tasks.shards.forgotten import REASON as FORGOTTEN
 

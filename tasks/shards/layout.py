@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tasks.records import Failure, count_by_reason, digest
 from tasks.shards.fields import SUFFIXES, encode_field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 

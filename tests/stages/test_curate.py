@@ -134,7 +134,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a manifest that is none": (lambda f: (f / "manifest.json").write_text("["), ["manifest.json is not JSON"]),
     "a manifest of another time": (
         lambda f: edit(f / "manifest.json", lambda v: v.update(schema_version=9)),
-        ["schema 9, expected 1"],
+        ["schema 9, expected 2"],
     ),
     "a manifest with too many rows": (
         lambda f: edit(f / "manifest.json", lambda v: v.update(rows=7)),

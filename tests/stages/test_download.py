@@ -14,10 +14,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tasks.ingest import download
-from tasks.ingest.download import DownloadSpec, Fetched, download_clips, is_public, is_video
+from tasks.ingest import addresses
+from tasks.ingest.addresses import is_public
+from tasks.ingest.answers import is_video, looks_like, opts_out, seconds_to_wait
+from tasks.ingest.download import DownloadSpec, Fetched, download_clips
 from tasks.ingest.sources import SourceSpec
-from tasks.records import ClipRef, Failure
+from tasks.records import RETRY_CLASSES, ClipRef, Failure
 
 VIDEO = b"\x00\x00\x00\x18ftypmp42" + bytes(range(256)) * 40
 FAST = DownloadSpec(read_seconds=0.4, total_seconds=2.0, backoff_seconds=0.01, allow_private=True)
@@ -76,6 +78,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", how["to"])
         if "retry" in how:
             self.send_header("Retry-After", how["retry"])
+        if "robots" in how:
+            for tag in how["robots"].split("|"):
+                self.send_header("X-Robots-Tag", tag)
+        if "drip" in how:
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            for place in range(0, len(body), 40):
+                self.wfile.write(body[place : place + 40])
+                time.sleep(0.05)
+            return
         if "endless" in how:
             self.end_headers()
             for _ in range(200):
@@ -128,15 +140,93 @@ def test_a_clip_arrives_whole_with_its_hash(server: Server) -> None:
         ("status=302&to=/clip%3Fstatus%3D404", "http_404", 2),
         ("status=302&to=/clip", "ok", 2),
         ("status=302&to=ftp://host/x", "blocked_address", 1),
+        ("status=302&to=http://[x/", "bad_url", 1),
+        ("status=501", "http_501", 1),
+        ("status=503&heals=2&retry=Mon,+01+Jan+2024+00:00:00+%2B999999999999", "ok", 2),
+        ("status=503&heals=2&retry=" + "9" * 400, "ok", 2),
+        ("drip=1", "too_slow", 3),
+        ("robots=noai", "robots_opt_out", 1),
+        ("robots=otherbot: noindex|nofollow", "ok", 1),
     ],
 )
 def test_each_answer_has_its_reason_and_its_number_of_attempts(
     server: Server, query: str, want: str, asked: int
 ) -> None:
-    result = fetch(f"{server.url}/clip?{query}", replace(FAST, max_bytes=1_000_000))
+    spec = replace(FAST, max_bytes=1_000_000, max_backoff_seconds=0.1, rate_seconds=0.3)
+    result = fetch(f"{server.url}/clip?{query}", spec)
     assert reason(result) == want and len(server.asked) == asked
     if isinstance(result, Failure):
         assert (result.key, result.row) == ("k", 7)
+
+
+def test_a_page_instead_of_a_video_is_told_as_one(server: Server) -> None:
+    result = fetch(f"{server.url}/clip?page=1")
+    assert isinstance(result, Failure) and "a web page, 38 bytes" in result.detail
+    for data, name in {
+        b"": "an empty file",
+        b"\n<!-- x -->\n<!DOCTYPE HTML>": "a web page",
+        b"<?xml version='1.0'?><Error/>": "XML",
+        b'{"error": 1}': "JSON",
+        b"RIFF\n...WEBPVP8 ": "a picture",
+        b"\x1f\x8b\x08": "a compressed file",
+    }.items():
+        assert looks_like(data).startswith(name), data
+    assert looks_like(b"\x00\x01") == "2 bytes that begin b'\\x00\\x01'"
+
+
+def test_a_site_that_opts_out_is_left_unless_told_otherwise(server: Server) -> None:
+    url = f"{server.url}/clip?robots=nofollow|noindex"
+    result = fetch(url)
+    assert reason(result) == "robots_opt_out"
+    assert reason(fetch(url, replace(FAST, heed_robots=False))) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("tags", "out"),
+    [
+        (["noai"], True),
+        (["nofollow, NoImageAI"], True),
+        (["none"], True),
+        (["trip-i2v: noindex"], True),
+        (["*: noindex"], True),
+        (["googlebot: noindex, noai"], False),
+        (["googlebot: nofollow, trip-i2v: noai"], True),
+        (["googlebot: noindex", "noai"], True),
+        (["max-snippet: 20, noindex"], True),
+        (["unavailable_after: Friday, 25-Jun-10 15:00:00 GMT, noindex"], True),
+        (["all"], False),
+        ([], False),
+    ],
+)
+def test_the_robots_header_is_read_as_it_is_meant(tags: list[str], out: bool) -> None:
+    assert opts_out(tags) is out
+
+
+def test_a_pause_is_in_seconds_or_a_date_and_anything_else_is_none() -> None:
+    assert seconds_to_wait("7") == 7.0 and seconds_to_wait("Mon, 01 Jan 2024 00:00:00 GMT") == 0.0
+    assert seconds_to_wait("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9  # type: ignore[operator]
+    for nonsense in ("", "soon", "-1", "Mon, 01 Jan 2024 00:00:00 +999999999999", "99 99 9999"):
+        assert seconds_to_wait(nonsense) is None
+
+
+def test_attempts_are_told(server: Server) -> None:
+    healed = fetch(f"{server.url}/clip?status=503&heals=2")
+    assert isinstance(healed, Fetched) and healed.attempts == 2
+    failed = fetch(f"{server.url}/clip?status=503")
+    assert isinstance(failed, Failure) and failed.detail.endswith(", 3 attempts")
+
+
+def test_classes_of_reasons_for_a_later_run_do_not_overlap() -> None:
+    words = [word for reasons in RETRY_CLASSES.values() for word in reasons]
+    assert len(words) == len(set(words))
+    assert "http_403" in RETRY_CLASSES["throttled"] and not {"http_404", "not_a_video", "robots_opt_out"} & set(words)
+
+
+def test_one_host_gets_no_more_than_its_share_and_waiting_for_it_is_no_timeout(server: Server) -> None:
+    refs = [ClipRef(f"k{i}", f"{server.url}/clip?wait=0.2&n={i}", "c", i) for i in range(12)]
+    spec = replace(FAST, concurrency=12, per_host=2, total_seconds=0.5, attempts=1)
+    assert [reason(result) for _, result in download_clips(refs, SourceSpec("/nowhere/t.csv"), spec)] == ["ok"] * 12
+    assert server.most_at_once == 2
 
 
 def test_a_header_that_announces_too_much_is_believed_without_reading(server: Server) -> None:
@@ -176,7 +266,7 @@ def test_a_redirect_and_a_name_cannot_lead_inside_either(server: Server, monkeyp
     async def rebound(self: object, host: str, port: int = 0, family: int = 0) -> list[dict]:
         return [{"hostname": host, "host": "192.168.0.9", "port": port, "family": 2, "proto": 0, "flags": 0}]
 
-    monkeypatch.setattr(download.aiohttp.ThreadedResolver, "resolve", rebound)
+    monkeypatch.setattr(addresses.aiohttp.ThreadedResolver, "resolve", rebound)
     assert reason(fetch("http://clips.example/a.mp4", guarded)) == "blocked_address"
 
 
@@ -207,9 +297,9 @@ def test_files_are_read_beside_the_table_and_nowhere_else(tmp_path: Path) -> Non
     assert reason(fetch(f"file://{tmp_path}/set/videos/a.mp4", source=remote)) == "blocked_address"
 
 
-@pytest.mark.parametrize("url", ["http://", "http://[bad", "http://host:99999/x", "http://127.1/x"])
+@pytest.mark.parametrize("url", ["http://", "http://[bad", "http://host:99999/x", "http://127.1/x", "//[bad"])
 def test_a_url_that_is_none_is_one_failed_row(url: str) -> None:
-    assert reason(fetch(url)) == "bad_url"
+    assert reason(fetch(url, source=SourceSpec("https://host/t.csv"))) == "bad_url"
 
 
 def test_results_come_in_order_and_never_more_at_once_than_asked(server: Server) -> None:

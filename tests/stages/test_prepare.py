@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,13 +20,14 @@ import torch
 from infra import storage
 from infra.cluster import ray_session
 from tasks.encode import job
-from tasks.encode.encoder import ClipEncoder, EncodeSpec
+from tasks.encode.decoder import DecodeSpec
+from tasks.encode.encoder import ClipEncoder, EncodeSpec, decode_ahead, open_decoders
 from tasks.encode.job import PrepareSpec, prepare
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.download import DownloadSpec, Fetched
 from tasks.ingest.sources import SourceSpec
 from tasks.records import ClipRef, Failure, UserError, from_json, to_json
-from tasks.shards import ShardDataset
+from tasks.shards import Sample, ShardDataset
 from trip_model.encoders import encode_pixels, load_vae
 from trip_model.video import read_clip, video_bytes
 
@@ -50,10 +52,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def encoded(
+    base: Path, spec: EncodeSpec, rows: list[tuple[ClipRef, Fetched] | Failure]
+) -> list[list[Sample] | Failure]:
+    with open_decoders(spec, DecodeSpec(), 1) as decoders:
+        return list(ClipEncoder(base, spec).encode(decode_ahead(rows, decoders)))
+
+
 def test_a_clip_becomes_samples_that_say_where_they_come_from(tiny_base: Path, corpus: str) -> None:
     data = next((Path(corpus).parent / "videos").rglob("*.mp4")).read_bytes()
-    encoder = ClipEncoder(tiny_base, EncodeSpec(num_frames=4, size=32, windows_per_clip=2, keep_pixels=True))
-    samples = encoder.encode(ClipRef("k", "videos/k.mp4", "a red circle", 5), Fetched(data, "hash"))
+    spec = EncodeSpec(num_frames=4, size=32, windows_per_clip=2, keep_pixels=True)
+    [samples] = encoded(tiny_base, spec, [(ClipRef("k", "videos/k.mp4", "a red circle", 5), Fetched(data, "hash"))])
     assert isinstance(samples, list) and [sample.key for sample in samples] == ["k_000", "k_001"]
     first, second = samples
     clip = read_clip(data, num_frames=4, fps=4.0, size=32)
@@ -76,8 +85,44 @@ def test_a_clip_becomes_samples_that_say_where_they_come_from(tiny_base: Path, c
     ],
 )
 def test_a_clip_that_cannot_be_used_is_a_row_with_a_reason(tiny_base: Path, data: bytes, reason: str) -> None:
-    result = ClipEncoder(tiny_base, EncodeSpec(size=32)).encode(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))
+    [result] = encoded(tiny_base, EncodeSpec(size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
     assert isinstance(result, Failure) and (result.key, result.row, result.reason) == ("k", 3, reason)
+
+
+@pytest.mark.parametrize("frames_per_batch", [1, 5, 16, 64])
+def test_the_neighbours_of_a_clip_change_nothing_about_its_sample(
+    tiny_base: Path, corpus: str, frames_per_batch: int
+) -> None:
+    spec = EncodeSpec(num_frames=3, size=32, windows_per_clip=3, frames_per_batch=frames_per_batch)
+    videos = [path.read_bytes() for path in sorted((Path(corpus).parent / "videos").rglob("*.mp4"))]
+    rows: list[tuple[ClipRef, Fetched] | Failure] = [
+        (ClipRef(f"k{row}", "u", "a shape", row), Fetched(data, "hash")) for row, data in enumerate(videos)
+    ]
+    with_failures = [
+        Failure("a", 0, "x"),
+        *rows[:2],
+        Failure("b", 1, "x"),
+        rows[3],
+        (rows[4][0], Fetched(b"", "")),
+        rows[5],
+    ]  # type: ignore[index]
+    together, apart = encoded(tiny_base, spec, rows), encoded(tiny_base, spec, with_failures)
+    reasons = [outcome.reason if isinstance(outcome, Failure) else "" for outcome in apart]
+    assert reasons == ["x", "", "", "x", "", "undecodable", ""]
+    for alone, place in ((1, 0), (2, 1), (4, 3), (6, 5)):
+        for sample, other in zip(apart[alone], together[place], strict=True):  # type: ignore[arg-type]
+            assert sample.key == other.key and sample.meta == other.meta
+            np.testing.assert_array_equal(sample.latents, other.latents)
+
+
+def test_latents_that_are_not_finite_are_a_failure(tiny_base: Path, corpus: str, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    vae = load_vae(base)
+    vae.quant_conv.bias.fill_(1e6)  # type: ignore[union-attr, operator]
+    vae.save_pretrained(base / "vae")  # type: ignore[operator]
+    data = next((Path(corpus).parent / "videos").rglob("*.mp4")).read_bytes()
+    [result] = encoded(base, EncodeSpec(num_frames=4, size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
+    assert isinstance(result, Failure) and result.reason == "non_finite_latents"
 
 
 def test_a_size_that_the_vae_cannot_halve_is_told(tiny_base: Path) -> None:
@@ -232,6 +277,8 @@ def test_bad_input_is_one_sentence(tiny_base: Path, corpus: str, tmp_path: Path)
         "memory is not shared": replace(spec, output="memory://x"),
         "fps 0": replace(spec, fps=0.0),
         "clips_per_shard 0": replace(spec, clips_per_shard=0),
+        "decode.processes 0": replace(spec, decode=DecodeSpec(processes=0)),
+        "frames_per_batch 0": replace(spec, frames_per_batch=0),
         "size 36 is no multiple": replace(spec, output=str(tmp_path / "odd"), size=36),
     }
     for sentence, bad in cases.items():

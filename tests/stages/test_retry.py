@@ -26,9 +26,8 @@ from tasks.encode.job import PrepareSpec, prepare
 from tasks.encode.repair import retry_reasons
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tasks.ingest.download import DownloadSpec
-from tasks.ingest.reasons import RETRY_CLASSES
 from tasks.ingest.sources import SourceSpec
-from tasks.records import UserError
+from tasks.records import RETRY_CLASSES, UserError
 from tasks.shards import ShardDataset, report_addresses
 from tests.stages.kills import Killed, kill_at
 from trip_model.encoders import decode_latents, load_vae

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -67,6 +68,173 @@ def test_pixels_that_are_not_square_are_stretched_before_the_crop() -> None:
         container.mux(stream.encode())
     frame = read_clip(buffer.getvalue(), 2, 4.0, 32).pixels[0]
     assert frame[3].mean() > 240 and frame[16].mean() < 10
+
+
+def coded(
+    codec: str, pixel_format: str, container: str, picture: np.ndarray, frames: int = 8, **settings: object
+) -> bytes:
+    """A video at 4 fps that shows one picture, uint8 [H, W, 3] or [H, W, 4], in the given coding."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=4)
+        stream.height, stream.width = picture.shape[:2]
+        stream.pix_fmt = pixel_format
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
+        frame = frame.reformat(format=pixel_format, dst_color_range=settings.get("color_range"))
+        for k in range(frames):
+            frame.pts, frame.time_base = k, Fraction(1, 4)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+STEPS = np.repeat(np.repeat(np.array([[[0], [70]], [[140], [255]]], np.uint8), 32, 0), 32, 1).repeat(3, 2)
+
+
+def corners(pixels: np.ndarray) -> list[int]:
+    """The level in the middle of each quarter of a square, row by row."""
+    quarter, far = len(pixels) // 4, len(pixels) * 3 // 4
+    return [round(float(pixels[y, x].mean())) for y in (quarter, far) for x in (quarter, far)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "container", "color_range", "said"),
+    [
+        ("libx264", "yuv420p", "mp4", None, "limited"),
+        ("libx264", "yuv420p", "matroska", 1, "limited"),
+        ("libx264", "yuv420p", "matroska", 2, "full"),
+        ("libx264", "yuvj420p", "mp4", None, "full"),
+        ("libx265", "yuv420p10le", "matroska", 1, "limited"),
+        ("libx265", "yuv420p10le", "matroska", 2, "full"),
+        ("libx264", "gray", "matroska", None, "limited"),
+        ("ffv1", "gray", "matroska", None, "full"),
+        ("ffv1", "gray10le", "matroska", 2, "full"),
+        ("ffv1", "yuv444p16le", "matroska", 1, "limited"),
+        ("utvideo", "gbrp", "avi", None, "full"),
+        ("mjpeg", "yuvj420p", "avi", None, "full"),
+        ("mpeg4", "yuv420p", "avi", None, "limited"),
+        ("libvpx-vp9", "yuv420p", "webm", 2, "full"),
+        ("png", "rgb24", "mov", None, "full"),
+    ],
+)
+def test_black_and_white_stay_so_in_every_coding(
+    codec: str, pixel_format: str, container: str, color_range: int | None, said: str
+) -> None:
+    settings = {"color_range": color_range} if color_range else {}
+    source = STEPS
+    if pixel_format == "gray" and codec == "libx264":  # becomes limited yuv420p, so its levels must be given so
+        source = (16 + STEPS * (219 / 255)).round().astype(np.uint8)
+    clip = read_clip(coded(codec, pixel_format, container, source, **settings), 4, 4.0, 64)
+    np.testing.assert_allclose(corners(clip.pixels[0]), [0, 70, 140, 255], atol=4)
+    assert clip.info["range"] == said and clip.info["corrupt_frames"] == 0
+
+
+def test_gray_of_limited_range_is_spread_as_colour_is() -> None:
+    dark = np.full((64, 64, 3), 16, np.uint8)
+    dark[:, 32:] = 235
+    settings = {"options": {"x265-params": "log-level=none"}, "color_range": 1}
+    clip = read_clip(coded("libx265", "gray", "matroska", dark, **settings), 4, 4.0, 64)
+    assert clip.info["pixel_format"] == "gray" and clip.info["range"] == "limited"
+    np.testing.assert_allclose(corners(clip.pixels[0]), [0, 255, 0, 255], atol=3)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "container"),
+    [("qtrle", "argb", "mov"), ("png", "rgba", "mov"), ("ffv1", "yuva420p", "matroska"), ("ffv1", "bgra", "matroska")],
+)
+def test_what_is_transparent_lies_on_white_as_in_a_photo(codec: str, pixel_format: str, container: str) -> None:
+    picture = np.zeros((64, 64, 4), np.uint8)
+    picture[:32, :32] = (200, 0, 0, 255)
+    picture[:32, 32:] = (0, 0, 0, 0)
+    picture[32:, :32] = (0, 0, 0, 128)
+    picture[32:, 32:] = (0, 0, 200, 255)
+    frame = read_clip(coded(codec, pixel_format, container, picture), 4, 4.0, 32).pixels[0]
+    assert np.abs(frame.astype(int) - load_image(picture, 32))[[8, 8, 24, 24], [8, 24, 8, 24]].max() <= 5
+
+
+@pytest.mark.parametrize("size", [(65, 63), (33, 97), (1, 1), (2, 64)])
+def test_odd_sides_are_no_trouble(size: tuple[int, int]) -> None:
+    picture = np.full((*size, 3), 90, np.uint8)
+    pixels = read_clip(coded("ffv1", "yuv420p", "matroska", picture), 4, 4.0, 32).pixels
+    assert pixels.shape == (4, 32, 32, 3) and np.abs(pixels.astype(int) - 90).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), [0, 70, 140, 255]),
+        ((0, 1, -1, 0), [140, 0, 255, 70]),  # a quarter turn clockwise, as phones held upright write it
+        ((0, -1, 1, 0), [70, 255, 0, 140]),
+        ((-1, 0, 0, -1), [255, 140, 70, 0]),
+        ((-1, 0, 0, 1), [70, 0, 255, 140]),  # mirrored
+        ((1, 0, 0, -1), [140, 255, 0, 70]),
+        ((0, 1, 1, 0), [0, 140, 70, 255]),
+    ],
+)
+def test_turned_and_mirrored_videos_come_out_upright(matrix: tuple[int, int, int, int], shown: list[int]) -> None:
+    data = coded("libx264", "yuv420p", "mp4", STEPS)
+    a, b, c, d = (value << 16 for value in matrix)
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    track = data.index(plain, data.index(b"tkhd"))
+    turned = data[:track] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[track + len(plain) :]
+    clip = read_clip(turned, 4, 4.0, 64)
+    np.testing.assert_allclose(corners(clip.pixels[0]), shown, atol=4)
+
+
+def test_a_clip_says_how_it_was_decoded() -> None:
+    info = read_clip(coded("libx264", "yuv420p", "mp4", STEPS.repeat(2, 1)), 4, 4.0, 32).info
+    assert info["pixel_format"] == "yuv420p" and info["pixel_aspect"] == 1.0 and info["rotation"] == 0
+    assert info["resize_crop"] == [64, 32, 16, 0] and info["backward_stamps"] == 0 and "broken" not in info
+
+
+def test_frames_at_29_97_are_taken_at_their_own_stamps() -> None:
+    step = Fraction(1001, 30000)
+    clip = read_clip(ramp_video(list(range(25)), time_base=step), num_frames=3, fps=4.0, size=32)
+    assert levels(clip.pixels) == [0, 7, 14]
+    np.testing.assert_allclose(clip.times, [0, 7 * 1001 / 30000, 14 * 1001 / 30000], atol=1e-3)
+
+
+def test_a_file_of_one_frame_is_too_short_for_a_clip_and_enough_for_a_frame() -> None:
+    with pytest.raises(ClipError, match="too_short"):
+        read_clip(ramp_video([0]), num_frames=2, fps=4.0, size=32)
+    assert read_clip(ramp_video([0]), num_frames=1, fps=4.0, size=32).pixels.shape == (1, 32, 32, 3)
+
+
+def noise_video(frames: int = 100) -> bytes:
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return video_bytes(np.stack([np.roll(picture, k, axis=1) for k in range(frames)]), 25.0)
+
+
+def test_a_file_that_breaks_off_gives_the_windows_before_the_break() -> None:
+    whole = noise_video()
+    cut = whole[: len(whole) // 2]
+    want = read_windows(whole, 4, 5.0, 32, 9)
+    got = read_windows(cut, 4, 5.0, 32, 9)
+    assert 0 < len(got) < len(want) and got[0].info["broken"].startswith("InvalidDataError after")
+    for clip, wanted in zip(got, want, strict=False):
+        np.testing.assert_array_equal(clip.pixels, wanted.pixels)
+    with pytest.raises(ClipError, match="damaged: InvalidDataError after"):
+        read_clip(cut, 16, 5.0, 32)
+
+
+def test_frames_that_the_decoder_had_to_mend_are_counted() -> None:
+    data = bytearray(noise_video())
+    start = data.index(b"mdat") + 2000
+    for place in np.random.default_rng(1).integers(start, len(data) - 1, 10):
+        data[place] ^= 255
+    assert read_clip(bytes(data), 16, 5.0, 32).info["corrupt_frames"] > 0
+    assert read_clip(noise_video(), 16, 5.0, 32).info["corrupt_frames"] == 0
+
+
+@pytest.mark.parametrize("playlist", ["#EXTM3U\n#EXTINF:3.0,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"])
+def test_a_playlist_is_no_container(playlist: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(video_bytes(np.zeros((8, 32, 32, 3), np.uint8), 4.0))
+    (tmp_path / "list").write_text(playlist.format("a.mp4"))
+    for source in (tmp_path / "list", (tmp_path / "list").read_bytes()):
+        with pytest.raises(ClipError, match="undecodable"):
+            read_clip(source, 2, 4.0, 32)
 
 
 def test_too_short_a_video_is_refused_with_its_length() -> None:
