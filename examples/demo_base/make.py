@@ -201,7 +201,7 @@ def frame_pairs(seed: int, batch: int) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(np.stack([np.stack(pair) for pair in pairs])).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
 
-def steady_decoder(out: Path, steps: int, seed: int, batch: int = 4) -> None:
+def steady_decoder(out: Path, steps: int, seed: int, steadiness: float, batch: int = 4) -> None:
     """Trains the VAE's decoder alone to keep still what stands still, also under faint noise on the latents.
 
     A VAE of single frames flickers: what moves shifts the colours of what does not. The latents stay as they are.
@@ -225,7 +225,7 @@ def steady_decoder(out: Path, steps: int, seed: int, batch: int = 4) -> None:
         error = y - x
         edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
         flicker = (error[1::2] - error[::2]).abs().mean()
-        loss = error.abs().mean() + 5 * error.square().mean() + 0.1 * edges + 2 * flicker
+        loss = error.abs().mean() + 5 * error.square().mean() + 0.1 * edges + steadiness * flicker
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder, 1.0)
@@ -464,6 +464,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=["tokenizer", "vae", "decoder", "denoiser", "preview"])
     parser.add_argument("--vae-steps", type=int, default=3500)
     parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--steadiness", type=float, default=2.0, help="weight of the flicker in the decoder's loss")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--go-on", action="store_true", help="train the denoiser in --out further")
@@ -476,7 +477,7 @@ if __name__ == "__main__":
     if args.only in (None, "vae"):
         make_vae(args.out, args.vae_steps, args.seed)
     if args.only in (None, "decoder"):
-        steady_decoder(args.out, args.decoder_steps, args.seed)
+        steady_decoder(args.out, args.decoder_steps, args.seed, args.steadiness)
     if args.only in (None, "denoiser"):
         make_denoiser(args.out, args.steps, args.clips, args.seed, args.batch, args.go_on)
     if args.only in (None, "preview"):
