@@ -87,7 +87,7 @@ def _chart_png(counts: dict[str, int]) -> bytes:
     axes.bar_label(bars, [f"{counts[name]:,}" for name in names], padding=3)
     axes.set_xscale("symlog", linthresh=1)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("rows")
+    axes.set_xlabel("rows (logarithmic)")
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
