@@ -62,7 +62,9 @@ def load_vae(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     from diffusers import AutoencoderKL
 
     try:
-        vae: Any = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32, use_safetensors=True)
+        vae: Any = AutoencoderKL.from_pretrained(
+            Path(base) / "vae", torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+        )
     except OSError as error:
         raise BaseFolderError(f"the VAE of {base} cannot be loaded: {str(error).splitlines()[0]}") from error
     return vae.requires_grad_(False).eval().to(device)
