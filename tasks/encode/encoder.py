@@ -1,4 +1,4 @@
-"""Turns clips' files into samples: decoded ahead, VAE-encoded in equal batches, captions tokenized.
+"""Turns clips' files into samples: decoded ahead, VAE-encoded clip by clip, captions tokenized.
 
 The files of a unit pass `decode_ahead`, then `ClipEncoder.encode`; every row keeps its place and comes out once.
 """
@@ -33,7 +33,7 @@ class EncodeSpec:
     size: int = 256
     windows_per_clip: int = 1
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
-    frames_per_batch: int = 16  # of one VAE call, always; another number rounds another way in the last bits
+    frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ class ClipEncoder:
     def _encode_frames(self, parts: Iterable[list[np.ndarray]]) -> Iterator[np.ndarray]:
         """Raw latents float32 [F, 4, h, w] of each part, F frames uint8 [H, W, 3], in order.
 
-        Parts share VAE calls, and every call is of `frames_per_batch` frames, so that the neighbours of a frame change
-        nothing about its latents. Two calls are under way while a part is with the caller.
+        A call holds frames of one part alone, `frames_per_batch` at most: with several threads, and on a GPU, the place
+        of a frame in its call decides its last bits, and a part must not depend on its neighbours. Two calls are under
+        way while a part is with the caller.
         """
         size = self.spec.frames_per_batch
         lengths: deque[int] = deque()
@@ -121,7 +122,7 @@ class ClipEncoder:
         done: list[np.ndarray] = []
 
         def call() -> None:
-            batch = np.stack(frames[:size] + frames[-1:] * (size - len(frames)))
+            batch = np.stack(frames[:size])
             del frames[:size]
             calls.append(self._vae_thread.submit(lambda: encode_pixels(self._vae, batch, size).numpy()))
 
@@ -136,11 +137,9 @@ class ClipEncoder:
         for part in parts:
             lengths.append(len(part))
             frames.extend(part)
-            while len(frames) >= size:
+            while frames:
                 call()
                 yield from finished(2)
-        if frames:
-            call()
         yield from finished(0)
 
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:

@@ -62,14 +62,15 @@ def whole(
     cluster: None, dataset: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateSpec, Any, list[str]]:
     """One evaluation that nobody interrupted: its spec, its report, and what it said."""
-    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"))
+    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2)
     lines: list[str] = []
     return spec, evaluate(spec, lines.append), lines
 
 
 def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
+    # One worker: what costs here is each worker's imports.
     spec = EvaluateSpec(str(model), dataset, str(output), clips=5, batch=2, held_out_fraction=0.5, bootstrap=100)
-    return replace(spec, examples=2, steps=2, **changes)
+    return replace(spec, **({"examples": 2, "steps": 2, "workers": 1} | changes))
 
 
 def test_only_windows_of_held_out_clips_are_judged(tmp_path: Path):
@@ -143,7 +144,7 @@ def test_what_is_missing_is_made_again_with_identical_numbers(
     shutil.rmtree(tmp_path / "copy" / "scores")
     next((tmp_path / "copy" / "generations").rglob("*.npz")).unlink()
     lines: list[str] = []
-    again = evaluate(replace(spec, output=str(tmp_path / "copy")), lines.append)
+    again = evaluate(replace(spec, output=str(tmp_path / "copy"), workers=1), lines.append)
     assert again.metrics == report.metrics and again.key == report.key
     assert any(line.startswith("generate   ") and "found from before" in line for line in lines)
     for name in report.files:
@@ -156,7 +157,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
 ):
     spec, report, _ = whole
-    fields = to_json(replace(spec, output=str(tmp_path / "killed"), workers=1))
+    spec = replace(spec, workers=1)
+    fields = to_json(replace(spec, output=str(tmp_path / "killed")))
     script = f"from tasks.evaluate.job import *; evaluate(EvaluateSpec(**{fields!r}))"
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL) as process:
@@ -175,7 +177,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
 
 def test_another_seed_is_another_evaluation(whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path):
     spec, report, _ = whole
-    other = evaluate(replace(spec, output=str(tmp_path), seed=1, clips=2), lambda line: None)
+    other = evaluate(replace(spec, output=str(tmp_path), seed=1, clips=2, workers=1), lambda line: None)
     assert other.key != report.key and other.metrics["trip"] != report.metrics["trip"]
 
 
