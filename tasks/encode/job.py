@@ -139,8 +139,10 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     """
     began = time.monotonic()
     output = storage.absolute(spec.output)
-    if output.startswith("memory://"):
-        raise UserError(f"output {output}: memory is not shared between workers; give a folder or an object store")
+    if output.startswith("memory://") and spec.workers > 0:
+        raise UserError(
+            f"output {output}: memory is not shared between workers; give a folder or an object store, or 0 workers"
+        )
     spec = replace(spec, source=settled(spec.source))
     made_of = recipe(spec)
     retried = retry_reasons(spec.retry)
