@@ -20,7 +20,7 @@ from tasks import shards
 from tasks.encode.decoder import DecoderPool, DecodeSpec, check_decoding
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec, decode_ahead, open_decoders
 from tasks.encode.repair import find_held, retry_reasons
-from tasks.encode.report import write_report
+from tasks.encode.report import write_report, write_report_apart
 from tasks.ingest.download import DownloadSpec, Fetched, download_clips
 from tasks.ingest.sources import SourceSpec, count_rows, read_rows, settled, source_identity
 from tasks.records import ClipRef, Failure, UserError, add_counts, digest, to_json
@@ -205,7 +205,9 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         page=shards.report_addresses(output)["html"],
     )
     with _explained(f"report {report.page}"):
-        write_report(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
+        # Without workers this process has loaded the VAE anyway, and its memory may be the store.
+        write = write_report_apart if spec.workers else write_report
+        write(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
     return report
 
 
