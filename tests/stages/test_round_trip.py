@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_stored_latents_of_real_clips_decode_to_the_frames_that_the_vae_gives_di
         SourceSpec(str(real_clips)), str(tmp_path / "set"), str(DEMO_BASE), size=64, keep_pixels=True, workers=0
     )
     data = ShardDataset(prepare(spec).dataset)
-    vae = load_vae(DEMO_BASE)
+    vae: Any = load_vae(DEMO_BASE)
     scale = vae.config.scaling_factor
     assert len(data) == 5
     for place in range(len(data)):
