@@ -20,7 +20,7 @@ from tasks import shards
 from tasks.encode.decoder import DecoderPool, DecodeSpec, check_decoding
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec, decode_ahead, open_decoders
 from tasks.encode.repair import find_held, retry_reasons
-from tasks.encode.report import write_report
+from tasks.encode.report import write_report, write_report_apart
 from tasks.ingest.download import DownloadSpec, Fetched, download_clips
 from tasks.ingest.sources import SourceSpec, count_rows, read_rows, settled, source_identity
 from tasks.records import ClipRef, Failure, UserError, add_counts, digest, to_json
@@ -139,8 +139,10 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     """
     began = time.monotonic()
     output = storage.absolute(spec.output)
-    if output.startswith("memory://"):
-        raise UserError(f"output {output}: memory is not shared between workers; give a folder or an object store")
+    if output.startswith("memory://") and spec.workers > 0:
+        raise UserError(
+            f"output {output}: memory is not shared between workers; give a folder or an object store, or 0 workers"
+        )
     spec = replace(spec, source=settled(spec.source))
     made_of = recipe(spec)
     retried = retry_reasons(spec.retry)
@@ -203,7 +205,9 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         page=shards.report_addresses(output)["html"],
     )
     with _explained(f"report {report.page}"):
-        write_report(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
+        # Without workers this process has loaded the VAE anyway, and its memory may be the store.
+        write = write_report_apart if spec.workers else write_report
+        write(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
     return report
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -30,12 +34,9 @@ def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made:
         numbers: the stage's report. base: the folder or hub name whose VAE made the latents.
         size_bytes: of all shards. rows_made: the rows that this run did itself.
     """
+    if _is_written(numbers):
+        return
     addresses = report_addresses(numbers["dataset"])
-    try:
-        if storage.read_json(addresses["json"])["manifest_sha"] == numbers["manifest_sha"]:
-            return
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass
     rates = {
         "encoded_share": round(numbers["encoded"] / numbers["rows"], 4),
         "rows_made": rows_made,
@@ -45,6 +46,31 @@ def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made:
     sheet = _contact_sheet_png(ShardDataset(numbers["dataset"]), base)
     storage.write_bytes(addresses["html"], _page(numbers, rates, sheet).encode())
     storage.write_json(addresses["json"], numbers | rates)  # last: its presence says that the page is there as well
+
+
+def write_report_apart(numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
+    """`write_report` in a process of its own: the VAE and its libraries would cost a driver a third of a gigabyte.
+
+    Raises:
+        OSError: that process failed; the text is the last line that it wrote.
+    """
+    if _is_written(numbers):
+        return
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = json.dumps([numbers, base, size_bytes, rows_made])
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=arguments, env=environment, text=True, stderr=subprocess.PIPE
+    )
+    if done.returncode != 0:
+        raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1])
+
+
+def _is_written(numbers: dict[str, Any]) -> bool:
+    try:
+        held = storage.read_json(report_addresses(numbers["dataset"])["json"])
+        return held["manifest_sha"] == numbers["manifest_sha"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _contact_sheet_png(dataset: ShardDataset, base: str) -> bytes:
@@ -111,3 +137,7 @@ def _page(numbers: dict[str, Any], rates: dict[str, Any], sheet: bytes) -> str:
 
 def _image(png: bytes, about: str) -> str:
     return f'<img alt="{about}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+if __name__ == "__main__":
+    write_report(*json.load(sys.stdin))

@@ -274,7 +274,7 @@ def test_bad_input_is_one_sentence(tiny_base: Path, corpus: str, tmp_path: Path)
         "has no rows": replace(spec, source=SourceSpec(str(tmp_path / "empty.csv"))),
         "lacks unet, vae": replace(spec, base=str(tmp_path / "base")),
         "cannot be written": replace(spec, output=str(tmp_path / "file")),
-        "memory is not shared": replace(spec, output="memory://x"),
+        "memory is not shared": replace(spec, output="memory://x", workers=1),
         "fps 0": replace(spec, fps=0.0),
         "clips_per_shard 0": replace(spec, clips_per_shard=0),
         "decode.processes 0": replace(spec, decode=DecodeSpec(processes=0)),

@@ -24,10 +24,11 @@ from tasks.curate.forget import forget
 from tasks.curate.verify import problems
 from tasks.encode.job import PrepareSpec, prepare
 from tasks.encode.repair import retry_reasons
+from tasks.encode.report import write_report_apart
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tasks.ingest.download import DownloadSpec
 from tasks.ingest.sources import SourceSpec
-from tasks.records import RETRY_CLASSES, UserError
+from tasks.records import RETRY_CLASSES, UserError, to_json
 from tasks.shards import ShardDataset, report_addresses
 from tests.stages.kills import Killed, kill_at
 from trip_model.encoders import decode_latents, load_vae
@@ -238,3 +239,17 @@ def test_the_report_shows_reasons_and_decoded_latents_and_lies_beside_the_data(
     before = storage.read_bytes(addresses["json"])
     prepare(spec)
     assert storage.read_bytes(addresses["json"]) == before
+
+
+def test_the_report_of_a_process_of_its_own_is_the_same_and_its_failure_is_one_line(spec: PrepareSpec) -> None:
+    report = prepare(spec)
+    addresses = report_addresses(report.dataset)
+    held = {address: storage.read_bytes(address) for address in addresses.values()}
+    size_bytes = storage.read_json(addresses["json"])["size_bytes"]
+    for address in held:
+        storage.delete(address)
+    with pytest.raises(OSError, match="base 'nowhere/at/all' is not a folder") as caught:
+        write_report_apart(to_json(report), "nowhere/at/all", size_bytes, report.rows)
+    assert "\n" not in str(caught.value) and not storage.exists(addresses["json"])
+    write_report_apart(to_json(report), spec.base, size_bytes, report.rows)
+    assert {address: storage.read_bytes(address) for address in held} == held
