@@ -186,7 +186,7 @@ def _cells(pixels: np.ndarray) -> np.ndarray:
 
 
 def _bars(pixels: np.ndarray) -> float:
-    black = pixels.max(axis=(0, 3)) <= _BLACK
+    black = pixels.max(axis=0).max(axis=-1) <= _BLACK
     shares = []
     for lines in (black, black.T):
         reach = len(lines) // 32 + 2  # how soon behind its edge a picture must show: edges are blurred
