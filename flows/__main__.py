@@ -25,7 +25,7 @@ from infra.settings import apply_environment_defaults
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
-OWN = (["recipes"], ["sample"], ["verify"], ["forget"])  # commands that are no flows, and need none
+OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"])  # commands that are no flows, and need none
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip")
 
 # What a person can cure of what the operating system says, and how.
@@ -108,6 +108,7 @@ def _app(arguments: list[str]) -> cyclopts.App:
     app.command(curation.sample)
     app.command(curation.verify)
     app.command(_alone(curation.forget))
+    app.command(_alone(curation.deduplicate))
     named = [name for name in FLOWS if name in arguments] or (() if arguments[:1] in OWN else FLOWS)
     for name in named:
         app.command(_command(name), name=name)
@@ -133,15 +134,15 @@ def _command(name: str) -> Callable[..., None]:
     return run
 
 
-def _alone(forget: Callable[..., int]) -> Callable[..., int]:
-    """The command `forget`, refused while another is at work on the root that the data set lies below."""
+def _alone(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that changes a data set, refused while another is at work on the root that the data set lies below."""
 
-    @functools.wraps(forget)
-    def run(*args: Any, **flags: Any) -> int:
-        data = inspect.signature(forget).bind(*args, **flags).arguments["data"]
+    @functools.wraps(command)
+    def run(*args: Any, **flags: Any) -> Any:
+        data = inspect.signature(command).bind(*args, **flags).arguments["data"]
         root = storage.parent(storage.parent(storage.absolute(data)))
         with _only_one(root) if storage.exists(storage.join(root, ".lock")) else contextlib.nullcontext():
-            return forget(*args, **flags)
+            return command(*args, **flags)
 
     return run
 

@@ -1,4 +1,6 @@
-"""The commands around a data set: `sample` draws rows, `verify` names every problem, `forget` removes clips."""
+"""The commands around a data set: `sample` draws rows, `verify` names every problem, `forget` and
+`deduplicate` remove clips.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Annotated
 import cyclopts
 
 from flows.console import tell
+from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
 from tasks.ingest.rows import clean_key
@@ -88,3 +91,14 @@ def forget(data: str, ids: Path, reason: str = "asked for") -> int:
         print(f"not in the data set: {word}")
     tell(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards made anew")
     return int(bool(report.unknown))
+
+
+def deduplicate(data: str, distance: int = 4) -> None:
+    """Remove clips that show what an earlier row shows, by their perceptual hashes; the same again changes nothing.
+
+    Args:
+        data: address of the data set's folder; it was prepared with filters.
+        distance: how many of a hash's 64 bits may differ, 0 to 8.
+    """
+    removal = remove_duplicates(data, distance, tell)
+    tell(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards made anew")

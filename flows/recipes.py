@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.settings import CHECKOUT
+from tasks.encode.filters import FilterSpec
 from tasks.encode.job import PrepareSpec
 from tasks.evaluate.job import EvaluateSpec
 from tasks.ingest.sources import SourceSpec
@@ -152,11 +153,25 @@ def _variant(base: Recipe, name: str, about: str, **changes: Any) -> Recipe:
     return replace(base, name=f"{base.name}-{name}", about=f"{base.name}, {about}", train=train)
 
 
+def filtered(base: Recipe) -> Recipe:
+    """The same without windows that teach little; the bounds were measured, see docs/decisions/filters.md."""
+    bounds = FilterSpec(
+        least_side=base.prepare.size,
+        least_brightness=0.1,
+        least_contrast=0.1,
+        most_bars=0.05,
+        most_cut=0.35,
+        least_motion=0.005,
+    )
+    about = f"{base.name}, without windows that are static, cut, dark, faded, small or barred"
+    return replace(base, name=f"{base.name}-filtered", about=about, prepare=replace(base.prepare, filters=bounds))
+
+
 def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for base in (paper, demo):
         recipes[base().name] = base
-        for variant in (trip_c, trip_te, trip_minus, trip_w):
+        for variant in (trip_c, trip_te, trip_minus, trip_w, filtered):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from infra import storage
-from tasks.records import Failure, UserError
+from tasks.curate.removal import Progress, indexes, remove_rows
+from tasks.records import Failure
 from tasks.shards import (
-    DatasetManifest,
     Forgotten,
-    Outcome,
     ShardManifest,
     clip_key_of,
     decode_field,
     forgotten_sha256,
     mark,
-    publish_dataset,
     read_forgotten,
     read_manifest,
-    read_shard_manifest,
     report_addresses,
-    stored_outcomes,
     write_forgotten,
-    write_shard,
 )
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ def forget(
 
     Args:
         ids: as the person wrote them. as_key: how the data set spells such an id as a clip key.
-        progress: called after each shard with `stage`, `done`, `total` (rows) and `forgotten`.
+        progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
         UserError: no finished data set, or a damaged shard.
     """
@@ -69,11 +61,11 @@ def forget(
 
     words = {as_key(word): word for word in ids}
     named: dict[str, str] = {}  # clip key -> the id it was named by
-    for index in _indexes(dataset, manifest):
+    for index in indexes(dataset, manifest):
         named |= {key: words[key] for key in _keys(index) if key in words}
     urls = set(ids) - known - set(named.values())
     if urls:  # what is no key may be a URL, which only the samples and the details of failures say
-        for index in _indexes(dataset, manifest):
+        for index in indexes(dataset, manifest):
             named |= {key: url for key, url in _urls(dataset, index, urls)}
     asked = [*named, *ids, *words]
     forgotten = Forgotten({mark(word): reason for word in asked} | before.marks)
@@ -82,31 +74,9 @@ def forget(
 
     for address in report_addresses(dataset).values():  # its pictures and captions may be of what is removed
         storage.delete(address)
-    parts, rows, samples, shards = [], 0, 0, 0
-    for number, index in enumerate(_indexes(dataset, manifest)):
-        removed = _removed(index, forgotten)
-        after = index
-        if removed:
-            span = (index.start, index.stop)
-            outcomes = _without(dataset, index, removed)
-            after = write_shard(dataset, number, span, outcomes, index.recipe_hash, index.made_with)
-            shards += 1
-        rows, samples = rows + len(removed), samples + len(index.samples) - len(after.samples)
-        parts.append(after.summary())
-        if progress is not None:
-            progress({"stage": "forget", "done": index.stop, "total": manifest.rows, "forgotten": rows})
-    sha = publish_dataset(dataset, manifest.recipe, manifest.recipe_hash, manifest.source, parts)
+    removal = remove_rows(dataset, manifest, lambda index: _removed(index, forgotten), "forget", progress)
     unknown = tuple(word for word in ids if word not in known | set(named.values()))
-    return ForgetReport(dataset, rows, samples, shards, unknown, sha)
-
-
-def _indexes(dataset: str, manifest: DatasetManifest) -> Iterator[ShardManifest]:
-    """The index of every shard, one at a time."""
-    for shard in manifest.shards:
-        index = read_shard_manifest(dataset, shard.shard)
-        if index is None or index.sha256 != shard.sha256:
-            raise UserError(f"the index of {shard.shard} in {dataset} is missing or stale; prepare the data again")
-        yield index
+    return ForgetReport(dataset, removal.rows, removal.samples, removal.shards, unknown, removal.manifest_sha)
 
 
 def _keys(index: ShardManifest) -> set[str]:
@@ -130,8 +100,3 @@ def _removed(index: ShardManifest, forgotten: Forgotten) -> dict[int, Failure]:
     rows = [Failure(clip_key_of(entries[0].key), row, "") for row, entries in index.clips().items()]
     changed = [forgotten.failure(row) for row in (*rows, *index.failures)]
     return {failure.row: failure for failure in changed if failure is not None}
-
-
-def _without(dataset: str, index: ShardManifest, removed: dict[int, Failure]) -> Iterator[Outcome]:
-    outcomes = stored_outcomes(dataset, index)
-    return (removed.get(row, outcome) for row, outcome in enumerate(outcomes, index.start))

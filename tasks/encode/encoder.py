@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.encode.decoder import DecoderPool, DecodeSpec
+from tasks.encode.decoder import READER, DecoderPool, DecodeSpec
+from tasks.encode.filters import MEASURING_READER, FilterSpec, Screen, Window, check_filters
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
@@ -34,6 +35,7 @@ class EncodeSpec:
     windows_per_clip: int = 1
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
     frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
+    filters: FilterSpec = FilterSpec()
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,31 @@ class Decoded:
     ref: ClipRef
     sha256: str
     size_bytes: int
-    clips: list[Clip]
+    windows: list[Window]
 
 
 def open_decoders(spec: EncodeSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
     """The processes that decode for one encoder."""
     arguments = {"num_frames": spec.num_frames, "fps": spec.fps, "size": spec.size, "windows": spec.windows_per_clip}
-    return DecoderPool(decode.processes or cpus, decode, arguments)
+    reader = MEASURING_READER if spec.filters.chosen() else READER
+    return DecoderPool(decode.processes or cpus, decode, arguments, reader)
 
 
 def decode_ahead(
-    rows: Iterable[tuple[ClipRef, Fetched] | Failure], decoders: DecoderPool
+    rows: Iterable[tuple[ClipRef, Fetched] | Failure], decoders: DecoderPool, screen: Screen | None = None
 ) -> Iterator[Decoded | Failure]:
-    """Decodes the rows ahead of the caller, `decoders.ahead` at most, and yields them in their order."""
+    """Decodes the rows ahead of the caller, `decoders.ahead` at most, and yields them in their order.
+
+    What `screen` leaves out is not encoded; a clip that it leaves no window of becomes a Failure.
+    """
+    screen = screen or Screen(FilterSpec())
 
     def finish(row: tuple[ClipRef, Fetched, Future[list[Clip]]] | Failure) -> Decoded | Failure:
         if isinstance(row, Failure):
             return row
         ref, fetched, future = row
         try:
-            return Decoded(ref, fetched.sha256, len(fetched.data), future.result())
+            return Decoded(ref, fetched.sha256, len(fetched.data), screen(future.result()))
         except ClipError as error:
             return Failure(ref.key, ref.row, error.reason, error.detail)
 
@@ -90,6 +97,7 @@ class ClipEncoder:
         if spec.size % factor:
             raise UserError(f"size {spec.size} is no multiple of {factor}, the step of the VAE in {base}")
         self._text = load_text_encoder(base)
+        self.screen = Screen(spec.filters)
         self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
     def encode(self, rows: Iterable[Decoded | Failure]) -> Iterator[list[Sample] | Failure]:
@@ -100,7 +108,7 @@ class ClipEncoder:
             for row in rows:
                 waiting.append(row)
                 if isinstance(row, Decoded):
-                    yield [frame for clip in row.clips for frame in clip.pixels]
+                    yield [frame for window in row.windows for frame in window.clip.pixels]
 
         for latents in self._encode_frames(frames()):
             while isinstance(waiting[0], Failure):
@@ -146,13 +154,14 @@ class ClipEncoder:
         ref, spec = row.ref, self.spec
         tokens = self._text.tokenize([ref.caption])[0].numpy().astype(np.int32)
         samples = []
-        for window, clip in enumerate(row.clips):
+        for window in row.windows:
+            clip = window.clip
             part, latents = np.split(latents, [len(clip.pixels)])
             if not np.isfinite(part).all() or np.abs(part).max() > _FP16_MAX:
-                return Failure(ref.key, ref.row, "non_finite_latents", f"window {window} does not fit float16")
+                return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.place} does not fit float16")
             samples.append(
                 Sample(
-                    key=sample_key(ref.key, window),
+                    key=sample_key(ref.key, window.place),
                     caption=ref.caption,
                     latents=part.astype(np.float16),
                     first=clip.pixels[0],
@@ -163,13 +172,14 @@ class ClipEncoder:
                         "url": ref.url,
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
-                        "window": window,
+                        "window": window.place,
                         "times": [round(float(t), 6) for t in clip.times],
                         "fps": spec.fps,
                         "size": spec.size,
                         "decoder": clip.info,
                         "pixels_sha256": hashlib.sha256(clip.pixels.data).hexdigest(),
-                    },
+                    }
+                    | window.said,
                     pixels=clip.pixels if spec.keep_pixels else None,
                 )
             )
@@ -183,3 +193,4 @@ def check_spec(spec: EncodeSpec) -> None:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
     if spec.num_frames < 2:
         raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
+    check_filters(spec.filters)

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from infra.cluster import ray_session
 from tasks import shards
 from tasks.encode.decoder import DecoderPool, DecodeSpec, check_decoding
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, check_spec, decode_ahead, open_decoders
+from tasks.encode.filters import VERSION, FilterSpec
 from tasks.encode.repair import find_held, retry_reasons
 from tasks.encode.report import write_report, write_report_apart
 from tasks.ingest.download import DownloadSpec, Fetched, download_clips
@@ -45,6 +46,7 @@ class PrepareSpec:
     windows_per_clip: int = 1
     keep_pixels: bool = False
     frames_per_batch: int = 16
+    filters: FilterSpec = FilterSpec()
     clips_per_shard: int = 256  # rows of one work unit: what a lost worker costs
     workers: int = 2  # Ray workers; 0 runs in this process, without Ray
     cpus_per_worker: int = 1  # also its torch threads
@@ -55,9 +57,8 @@ class PrepareSpec:
     retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.records.RETRY_CLASSES
 
     def encode_spec(self) -> EncodeSpec:
-        return EncodeSpec(
-            self.num_frames, self.fps, self.size, self.windows_per_clip, self.keep_pixels, self.frames_per_batch
-        )
+        names = [field.name for field in fields(EncodeSpec)]
+        return EncodeSpec(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         "keep_pixels": spec.keep_pixels,
         "frames_per_batch": spec.frames_per_batch,
         "clips_per_shard": spec.clips_per_shard,
+        # Without filters not a word, so that data sets from before there were any are still of their recipe.
+        **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
         "latents": "posterior mean, float16, unscaled",
         "vae_sha256": folder_hash(base, "vae"),
         "tokenizer_sha256": folder_hash(base, "tokenizer"),
@@ -235,7 +238,7 @@ def encode_unit(
             assert ref == row
             yield result if isinstance(result, Failure) else (ref, result)
 
-    made = encoder.encode(decode_ahead(files(), decoders))
+    made = encoder.encode(decode_ahead(files(), decoders, encoder.screen))
 
     def outcomes() -> Iterator[Outcome]:
         for row in unit.rows:
