@@ -6,7 +6,6 @@ No file is known that crashes the FFmpeg of today; the day that one turns up, it
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from typing import Any
 
 from trip_model.video import Clip, read_windows
@@ -24,6 +23,5 @@ def read_or_crash(source: bytes, **arguments: Any) -> list[Clip]:
 def install() -> None:
     """Makes the encoders of this process open decoders with this reader; Ray runs it as a worker process starts."""
     from tasks.encode import encoder
-    from tasks.encode.decoder import DecoderPool
 
-    encoder.DecoderPool = partial(DecoderPool, reader=f"{__name__}:read_or_crash")  # type: ignore[misc, assignment]
+    encoder.READER = f"{__name__}:read_or_crash"
