@@ -101,54 +101,30 @@ class ClipEncoder:
         self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
     def encode(self, rows: Iterable[Decoded | Failure]) -> Iterator[list[Sample] | Failure]:
-        """The samples of each clip, one per window, or its Failure (`non_finite_latents` comes in here), in order."""
-        waiting: deque[Decoded | Failure] = deque()
+        """The samples of each clip, one per window, or its Failure (`non_finite_latents` comes in here), in order.
 
-        def frames() -> Iterator[list[np.ndarray]]:
-            for row in rows:
-                waiting.append(row)
-                if isinstance(row, Decoded):
-                    yield [frame for window in row.windows for frame in window.clip.pixels]
-
-        for latents in self._encode_frames(frames()):
-            while isinstance(waiting[0], Failure):
-                yield waiting.popleft()  # type: ignore[misc]
-            yield self._samples(waiting.popleft(), latents)  # type: ignore[arg-type]
-        yield from waiting  # type: ignore[misc]
-
-    def _encode_frames(self, parts: Iterable[list[np.ndarray]]) -> Iterator[np.ndarray]:
-        """Raw latents float32 [F, 4, h, w] of each part, F frames uint8 [H, W, 3], in order.
-
-        A call holds frames of one part alone, `frames_per_batch` at most: with several threads, and on a GPU, the place
-        of a frame in its call decides its last bits, and a part must not depend on its neighbours. Two calls are under
-        way while a part is with the caller.
+        Two clips are with the VAE, or wait for it, while another is with the caller.
         """
-        size = self.spec.frames_per_batch
-        lengths: deque[int] = deque()
-        calls: deque[Future[np.ndarray]] = deque()
-        frames: list[np.ndarray] = []
-        done: list[np.ndarray] = []
 
-        def call() -> None:
-            batch = np.stack(frames[:size])
-            del frames[:size]
-            calls.append(self._vae_thread.submit(lambda: encode_pixels(self._vae, batch, size).numpy()))
+        def finish(row: tuple[Decoded, Future[np.ndarray]] | Failure) -> list[Sample] | Failure:
+            return row if isinstance(row, Failure) else self._samples(row[0], row[1].result())
 
-        def finished(most: int) -> Iterator[np.ndarray]:
-            while len(calls) > most:
-                done.extend(calls.popleft().result())
-                while lengths and len(done) >= lengths[0]:
-                    length = lengths.popleft()
-                    yield np.stack(done[:length])
-                    del done[:length]
+        waiting: deque[tuple[Decoded, Future[np.ndarray]] | Failure] = deque()
+        for row in rows:
+            waiting.append(row if isinstance(row, Failure) else (row, self._vae_thread.submit(self._latents, row)))
+            if len(waiting) > 2:
+                yield finish(waiting.popleft())
+        while waiting:
+            yield finish(waiting.popleft())
 
-        for part in parts:
-            lengths.append(len(part))
-            frames.extend(part)
-            while frames:
-                call()
-                yield from finished(2)
-        yield from finished(0)
+    def _latents(self, row: Decoded) -> np.ndarray:
+        """Raw latents float32 [F, 4, h, w] of all windows of one clip.
+
+        A call of the VAE holds frames of one clip alone: with several threads the place of a frame in its call decides
+        its last bits, and a clip must not depend on its neighbours.
+        """
+        frames = np.concatenate([window.clip.pixels for window in row.windows])
+        return encode_pixels(self._vae, frames, self.spec.frames_per_batch).numpy()
 
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
         ref, spec = row.ref, self.spec
