@@ -130,3 +130,11 @@ def s3_folder() -> Iterator[str]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An address for a data set that is not there yet, in each kind of store."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3_folder")
+    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"

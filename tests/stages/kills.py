@@ -9,6 +9,11 @@ import pytest
 from infra import storage
 
 
+def contents(uri: str) -> dict[str, bytes]:
+    """Every file of a data set by name: what must be equal in the end."""
+    return {name: storage.read_bytes(storage.join(uri, name)) for name in storage.list_dir(uri)}
+
+
 class Killed(BaseException):
     """What a kill looks like from inside: no handler of errors runs."""
 

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import tarfile
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from tasks.curate.forget import forget
 from tasks.curate.verify import problems
 from tasks.records import Failure, UserError, digest
 from tasks.shards import Outcome, Sample, ShardDataset
-from tests.stages.kills import Killed, kill_at
+from tests.stages.kills import Killed, contents, kill_at
 
 RECIPE = {"fps": 4.0, "size": 32}
 HASH = digest(RECIPE)
@@ -59,17 +58,6 @@ def make_dataset(uri: str, outcomes: list[list[Outcome]] = OUTCOMES) -> str:
         start += len(rows)
     shards.publish_dataset(uri, RECIPE, HASH, {"limit": None}, parts)
     return uri
-
-
-@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return request.getfixturevalue("s3_folder")
-    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
-
-
-def contents(uri: str) -> dict[str, bytes]:
-    return {name: storage.read_bytes(storage.join(uri, name)) for name in storage.list_dir(uri)}
 
 
 def tar_of(folder: Path, index: int = 0) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tasks.curate.forget import forget
 from tasks.curate.verify import problems
 from tasks.records import Failure, UserError, digest
 from tasks.shards import Outcome, Sample, ShardDataset
-from tests.stages.kills import Killed, kill_at
+from tests.stages.kills import Killed, contents, kill_at
 
 RECIPE = {"size": 8, "filters": {"most_cut": 0.5, "version": 1}}
 HASH = digest(RECIPE)
@@ -52,17 +51,6 @@ def make_dataset(uri: str) -> str:
         parts.append(shards.write_shard(uri, index, (3 * index, 3 * index + 3), outcomes, HASH).summary())
     shards.publish_dataset(uri, RECIPE, HASH, {"limit": None}, parts)
     return uri
-
-
-@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return request.getfixturevalue("s3_folder")
-    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
-
-
-def contents(uri: str) -> dict[str, bytes]:
-    return {name: storage.read_bytes(storage.join(uri, name)) for name in storage.list_dir(uri)}
 
 
 def test_the_earliest_row_stays_and_the_books_close(uri: str) -> None:
