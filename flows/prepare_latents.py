@@ -13,8 +13,9 @@ from flows.console import tell
 from flows.recipes import Recipe, find_recipe
 from flows.stage import STAGE_POLICY, address
 from infra import storage
-from tasks.encode.job import PrepareReport, PrepareSpec, prepare
-from tasks.encode.job import recipe as made_of
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.encode.spec import recipe as made_of
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.sources import SourceSpec, settled
 from tasks.records import UserError, to_json

@@ -11,7 +11,7 @@ from typing import Any
 
 from infra.settings import CHECKOUT
 from tasks.encode.filters import FilterSpec
-from tasks.encode.job import PrepareSpec
+from tasks.encode.spec import PrepareSpec
 from tasks.evaluate.job import EvaluateSpec
 from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError
