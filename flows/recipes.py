@@ -148,6 +148,18 @@ def trip_w(base: Recipe) -> Recipe:
     return _variant(base, "trip-w", "Table 6: linear weights instead of the transformer", fusion=fusion)
 
 
+def checkpoint_schedule(base: Recipe) -> Recipe:
+    """The betas that the base was trained with instead of the paper's."""
+    schedule = replace(base.train.model.schedule, bridge="checkpoint")
+    return _variant(base, "checkpoint-schedule", "with the base's own betas", schedule=schedule)
+
+
+def matched_schedule(base: Recipe) -> Recipe:
+    """The paper's betas, the 3D-UNet told the base's time step of equal noise (docs/decisions/schedule.md)."""
+    schedule = replace(base.train.model.schedule, bridge="snr")
+    return _variant(base, "matched-schedule", "the UNet told the base's step of equal noise", schedule=schedule)
+
+
 def _variant(base: Recipe, name: str, about: str, **changes: Any) -> Recipe:
     train = replace(base.train, model=replace(base.train.model, **changes))
     return replace(base, name=f"{base.name}-{name}", about=f"{base.name}, {about}", train=train)
@@ -171,7 +183,7 @@ def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for base in (paper, demo):
         recipes[base().name] = base
-        for variant in (trip_c, trip_te, trip_minus, trip_w, filtered):
+        for variant in (trip_c, trip_te, trip_minus, trip_w, checkpoint_schedule, matched_schedule, filtered):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

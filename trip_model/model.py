@@ -93,7 +93,9 @@ class Trip(nn.Module):
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
-        output = drop_condition_slot(self.unet(joined, t_B, text_BLD).sample, self.config.condition)
+        output = drop_condition_slot(
+            self.unet(joined, self.schedule.unet_steps(t_B), text_BLD).sample, self.config.condition
+        )
 
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)

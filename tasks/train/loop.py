@@ -33,6 +33,7 @@ from trip_model.checkpoint import config_from_json, save_model
 from trip_model.encoders import folder_hash, load_text_encoder, load_vae, resolve_base
 from trip_model.model import Trip, TripConfig, base_unet_output, measure_residual_std
 from trip_model.objective import ObjectiveConfig, draw, training_loss
+from trip_model.schedule import bridged
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -146,7 +147,12 @@ def run_training(
         config = config_from_json(resumed.facts["config"])
     else:
         z_0 = data.first_latents(spec.measure_clips).permute(0, 2, 1, 3, 4) * scaling
-        config = replace(spec.model, residual_std=measure_residual_std(z_0), unet_output=base_unet_output(base))
+        config = replace(
+            spec.model,
+            residual_std=measure_residual_std(z_0),
+            unet_output=base_unet_output(base),
+            schedule=bridged(spec.model.schedule, base),
+        )
     torch.manual_seed(spec.seed)  # the fusion module's first weights
     trip = Trip.from_base(base, config).to(device).train()
     trained = dict(trip.named_parameters())
