@@ -11,22 +11,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from trip_model.encoders import BaseFolderError
+from trip_model.fusion import FusionConfig
 from trip_model.model import Trip, TripConfig
+from trip_model.schedule import BaseSchedule, ScheduleConfig
 from trip_model.unet import load_unet
 
 FORMAT = 1
 
 
-_CONFIG = TypeAdapter(TripConfig)
-
-
 def config_from_json(data: dict[str, Any]) -> TripConfig:
-    """A `TripConfig` from its JSON form. Raises ValueError for a value or a name that there is not."""
-    return _CONFIG.validate_python(data, extra="forbid")
+    """A `TripConfig` from its JSON form."""
+    schedule: dict[str, Any] = dict(data["schedule"])
+    if schedule.get("base") is not None:
+        schedule["base"] = BaseSchedule(**schedule["base"])
+    return TripConfig(
+        **data
+        | {
+            "fusion": FusionConfig(**data["fusion"]),
+            "schedule": ScheduleConfig(**schedule),
+            "residual_std": tuple(data["residual_std"]),
+        }
+    )
 
 
 def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: dict[str, Any] | None = None) -> Path:
