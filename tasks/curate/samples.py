@@ -14,11 +14,14 @@ _REQUIRED = sorted(set(SUFFIXES) - {"pixels"})
 _ARRAYS = {"first": ("uint8", 3), "latents": ("float16", 4), "pixels": ("uint8", 4), "tokens": ("int32", 1)}
 
 
+Looks = dict[str, tuple[int, ...]]  # what all samples share of a field's shape, by field
+
+
 class SampleChecker:
     """Remembers what the first sample looked like, for all others of a data set look the same."""
 
-    def __init__(self) -> None:
-        self._looks: dict[str, tuple[int, ...]] = {}
+    def __init__(self, looks: Looks) -> None:
+        self.looks = dict(looks)
 
     def problems(self, packed: PackedSample, rows: tuple[int, int]) -> Iterator[str]:
         """What is wrong with a sample of a shard that stands for rows start (inclusive) to stop."""
@@ -46,8 +49,8 @@ class SampleChecker:
             yield "holds values that are not finite"
         # The number of frames may differ from clip to clip; height, width and channels do not.
         look = array.shape[1:] if dimensions == 4 else array.shape
-        if look != self._looks.setdefault(name, look):
-            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self._looks[name]))})"
+        if look != self.looks.setdefault(name, look):
+            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.looks[name]))})"
 
 
 def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> Iterator[str]:
