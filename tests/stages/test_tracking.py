@@ -224,13 +224,13 @@ for line in sys.stdin:
 class Server:
     """An MLflow server on a SQLite store, which can be killed and started again."""
 
-    def __init__(self, store):
+    def __init__(self, store, artifacts):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{port}"
         self.parent = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(port)],
-            env=os.environ | {"_MLFLOW_SERVER_FILE_STORE": store},
+            env=os.environ | {"_MLFLOW_SERVER_FILE_STORE": store, "_MLFLOW_SERVER_ARTIFACT_ROOT": str(artifacts)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -249,7 +249,7 @@ class Server:
 
 def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox tries again, and sooner
-    server, spool = Server(store), tmp_path / "spool.jsonl"
+    server, spool = Server(store, tmp_path), tmp_path / "spool.jsonl"
     server.start()
     try:
         tracking = Tracking(server.uri, "exp", spool=str(spool))
