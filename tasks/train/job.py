@@ -19,6 +19,7 @@ from typing import Any, Literal
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.tracking import Tracking
@@ -81,7 +82,9 @@ def train(
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
 
-    ticks = _Ticks.options(num_cpus=0).remote() if progress is not None else None
+    # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    ticks = _Ticks.options(num_cpus=0, scheduling_strategy=here).remote() if progress is not None else None
     errors: list[BaseException] = []
 
     def fit() -> None:
