@@ -82,9 +82,11 @@ def train(
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
 
-    # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    ticks = _Ticks.options(num_cpus=0, scheduling_strategy=here).remote() if progress is not None else None
+    ticks = None
+    if progress is not None:
+        # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ticks = _Ticks.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
