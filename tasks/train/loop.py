@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,13 +21,7 @@ from torch import nn
 from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
-from tasks.train.checkpoints import (
-    Tensors,
-    newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from tasks.train.checkpoints import CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
 from tasks.train.loader import TrainingData
 from trip_model.checkpoint import config_from_json, save_model
 from trip_model.encoders import folder_hash, load_text_encoder, load_vae, resolve_base
@@ -36,6 +30,9 @@ from trip_model.objective import ObjectiveConfig, draw, training_loss
 from trip_model.schedule import bridged
 
 Tick = Callable[[dict[str, Any]], None]
+# Asked on every rank after every step, and must say the same on all: go on, write a checkpoint and go on, or and stop.
+Notice = Callable[[], Literal["", "save", "stop"]]
+BEST_BY = "validation_loss"  # the checkpoint with the lowest is kept beside the newest ones, once it is measured
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,10 @@ class TrainReport:
     spec_digest: str
 
 
+class TrainingStopped(UserError):
+    """A training that was told to stop has written a checkpoint and stopped; the same command continues it."""
+
+
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but where it is put and how it is spread over machines."""
     neutral = replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1)
@@ -120,24 +121,46 @@ def make_optimizer(model: Trip, spec: TrainSpec) -> torch.optim.AdamW:
 
 
 def run_training(
-    spec: TrainSpec, rank: int = 0, world: int = 1, device: str = "cpu", on_tick: Tick | None = None
+    spec: TrainSpec,
+    rank: int = 0,
+    world: int = 1,
+    device: str = "cpu",
+    on_tick: Tick | None = None,
+    watcher: Watcher | None = None,
+    notice: Notice | None = None,
 ) -> TrainReport:
     """Trains to `spec.steps`, from the newest complete checkpoint if there is one; rank 0 writes.
 
     `on_tick` gets {"step", "steps", "loss", "frame_1", "frame_last", "learning_rate", "samples_per_second",
     "seconds_left"} every `tick_every` steps, averaged since the last one. With `world` above 1 a process group exists.
+    `watcher` follows the checkpoints, `notice` asks for one between the regular ones.
+
+    Raises:
+        TrainingStopped: `notice` said "stop"; the checkpoint is written.
     """
     done = finished_report(spec)
     if done is not None:
         return done
+    with CheckpointStore(storage.join(spec.output, "checkpoints"), best=BEST_BY, watcher=watcher) as checkpoints:
+        return _train(spec, checkpoints, rank, world, device, on_tick, notice)
+
+
+def _train(
+    spec: TrainSpec,
+    checkpoints: CheckpointStore,
+    rank: int,
+    world: int,
+    device: str,
+    on_tick: Tick | None,
+    notice: Notice | None,
+) -> TrainReport:
     started = time.monotonic()
     dataset = ShardDataset(spec.dataset)
     base = resolve_base(spec.base)
     data = TrainingData(dataset, spec.held_out_fraction, spec.seed)
-    store = storage.join(spec.output, "checkpoints")
-    resumed = newest_checkpoint(store)
+    resumed = checkpoints.newest()
     if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
-        raise UserError(f"{store} holds checkpoints of another training; give another output address")
+        raise UserError(f"{checkpoints.uri} holds checkpoints of another training; give another output address")
 
     vae: Any = load_vae(base)
     scaling = float(vae.config.scaling_factor)
@@ -172,7 +195,7 @@ def run_training(
         parts: dict[str, Tensors] = {"weights": dict(trip.state_dict()), "optimizer": optimizer_tensors(optimizer)}
         facts = {"spec_digest": spec_digest(spec), "config": asdict(config)}
         facts |= {"loss_first": losses.first, "loss_last": losses.last}
-        save_checkpoint(store, step, parts | ({"average": average} if average else {}), facts)
+        checkpoints.save(step, parts | ({"average": average} if average else {}), facts, {"loss": losses.last})
 
     tick_time, tick_step = time.monotonic(), first_step
     for step in range(first_step, spec.steps):
@@ -215,9 +238,14 @@ def run_training(
                 }
             )
             tick_time, tick_step = time.monotonic(), step + 1
-        if rank == 0 and ((step + 1) % spec.checkpoint_every == 0 or finished):
+        asked = notice() if notice is not None else ""
+        if rank == 0 and (asked or finished or (step + 1) % spec.checkpoint_every == 0):
             checkpoint(step + 1)
+        if asked == "stop" and not finished:
+            checkpoints.wait()
+            raise TrainingStopped(f"stopped at step {step + 1} of {spec.steps} as told; the same command continues")
 
+    checkpoints.wait()
     report = TrainReport(
         output=spec.output,
         model=storage.join(spec.output, "model"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 
 from infra import storage
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, write_shard
-from tasks.train.checkpoints import complete_steps, newest_checkpoint
+from tasks.train.checkpoints import CheckpointStore
+from tasks.train.job import TrackingSpec, train
 from tasks.train.loader import TrainingData
-from tasks.train.loop import TrainSpec, learning_rate_factor, run_training
+from tasks.train.loop import TrainingStopped, TrainSpec, learning_rate_factor, run_training
 from trip_model.checkpoint import load_model
 from trip_model.fusion import FusionConfig
 from trip_model.model import TripConfig
@@ -96,9 +100,15 @@ def train_until(spec: TrainSpec, last_step: int) -> list[float]:
 
 
 def weights(spec: TrainSpec) -> dict[str, torch.Tensor]:
-    checkpoint = newest_checkpoint(storage.join(spec.output, "checkpoints"))
+    checkpoint = CheckpointStore(storage.join(spec.output, "checkpoints")).newest()
     assert checkpoint is not None and checkpoint.step == spec.steps
     return checkpoint.parts["weights"] | checkpoint.parts["average"]
+
+
+def assert_same_weights(one: TrainSpec, other: TrainSpec) -> None:
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_a_run_killed_after_four_steps_continues_bitwise(spec: TrainSpec, tmp_path: Path) -> None:
@@ -106,8 +116,7 @@ def test_a_run_killed_after_four_steps_continues_bitwise(spec: TrainSpec, tmp_pa
     broken = replace(spec, output=str(tmp_path / "broken"))
     first, rest = train_until(broken, 4), train_until(broken, 6)
     assert first[:3] + rest == whole  # step 4 was lost with the kill and is done again
-    for name, tensor in weights(spec).items():
-        assert torch.equal(tensor, weights(broken)[name]), name
+    assert_same_weights(spec, broken)
 
 
 def test_resume_walks_back_past_a_damaged_checkpoint(spec: TrainSpec, tmp_path: Path) -> None:
@@ -115,7 +124,7 @@ def test_resume_walks_back_past_a_damaged_checkpoint(spec: TrainSpec, tmp_path: 
     broken = replace(spec, checkpoint_every=2)
     train_until(broken, 5)
     store = storage.join(broken.output, "checkpoints")
-    assert complete_steps(store) == [4, 2]
+    assert CheckpointStore(store).steps() == [4, 2]
     file = Path(store) / "step-00000004" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert train_until(broken, 6) == whole[2:]
@@ -168,3 +177,75 @@ def test_learning_rate_warms_up_and_decays_to_zero(spec: TrainSpec) -> None:
     shaped = replace(spec, steps=100, warmup_steps=10, cosine=True)
     factors = [learning_rate_factor(step, shaped) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0) and factors[100] < 1e-6
+
+
+def test_sigterm_saves_at_the_step_under_way_and_the_same_call_continues_bitwise(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    whole = train_until(spec, 6)
+    stopped = replace(spec, output=str(tmp_path / "stopped"))
+    losses: list[float] = []
+
+    def tick(values: dict) -> None:
+        losses.append(values["loss"])
+        if values["step"] == 4 and len(losses) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match="step 4 of 6.*same command continues"):
+        train(stopped, tick, in_process=True)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert CheckpointStore(storage.join(stopped.output, "checkpoints")).steps() == [4, 3]
+    train(stopped, tick, in_process=True)
+    assert losses == whole
+    assert_same_weights(spec, stopped)
+
+
+def test_a_training_killed_and_continued_is_one_tracked_run_with_its_checkpoints(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def tick(values: dict) -> None:
+        if values["step"] == 5 and not list(Path(spec.output).glob("report.json")) and not killed:
+            killed.append(5)
+            raise Killed
+
+    killed: list[int] = []
+    tracking = TrackingSpec(uri, "exp", "tiny")
+    with pytest.raises(Killed):
+        train(spec, tick, tracking, in_process=True)
+    train(spec, tick, tracking, in_process=True)
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("exp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == ShardDataset(spec.dataset).manifest_sha256[:36]
+    document = client.download_artifacts(run.info.run_id, "spec.json", str(tmp_path))
+    assert storage.read_json(document)["learning_rate_unet"] == spec.learning_rate_unet
+    models = client.search_logged_models([experiment.experiment_id], "model_type = 'checkpoint'")
+    assert sorted((model.tags["step"], model.status.name) for model in models) == [("3", "READY"), ("6", "READY")]
+    for model in models:
+        assert Path(model.tags["uri"]).is_dir() and model.source_run_id == run.info.run_id
+    assert not (Path(spec.output) / "tracking.jsonl").exists()
+
+
+def test_tracking_that_is_down_stops_nothing_and_catches_up_when_the_command_is_repeated(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.job.FLUSH_SECONDS", 0.2)
+    wall = tmp_path / "store"
+    wall.write_text("a file where the folder should be")
+    tracking = TrackingSpec(f"sqlite:///{wall}/mlflow.db", "exp", "tiny")
+    report = train(spec, None, tracking, in_process=True)
+    wall.unlink()
+    assert train(spec, None, tracking, in_process=True) == report
+    client = MlflowClient(tracking.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert run.info.status == "FINISHED" and not (Path(spec.output) / "tracking.jsonl").exists()
