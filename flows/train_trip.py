@@ -55,8 +55,8 @@ def tracking_address(tracking_uri: str | None, root: str) -> str:
 @task(name="train", **STAGE_POLICY)
 def train_stage(spec: TrainSpec, tracking: TrackingSpec) -> TrainReport:
     """Ray Train runs the loop; it continues from the newest complete checkpoint."""
-    report = finished_report(spec)
-    if report is not None:
+    if finished_report(spec) is not None:
+        report = train(spec, None, tracking)  # delivers what tracking could not take while it was down
         tell(f"train       {report.step} steps are done already, loss {report.loss_last:.4f}")
         return report
 
