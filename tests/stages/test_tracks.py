@@ -40,7 +40,7 @@ ALL_KEPT = {"clip": "track", "keep_pixels": True, "keep_logvar": True, "keep_tex
 
 def moving(frames: int, seed: int) -> np.ndarray:
     """A smooth picture that moves by two pixels a frame: uint8 [F, 32, 32, 3]."""
-    wave = np.sin(np.arange(32 + 2 * frames) / (3 + seed)) * 90 + 128
+    wave = np.sin(np.arange(32 + 2 * frames) / (6 + seed)) * 30 + 60
     return np.stack([np.broadcast_to(wave[2 * k : 2 * k + 32, None], (32, 32, 3)) for k in range(frames)]).astype("u1")
 
 
