@@ -138,11 +138,8 @@ class ShardDataset:
 
     def num_frames(self, i: int, field: str = "latents") -> int:
         """How many frames sample i has, told by the size of a field that goes by frames. Raises as `read` does."""
-        shard, _, size = self._member(i, field)
-        layout = self._layout(i, field)
-        if layout.row_bytes == 0 or (size - layout.begin) % layout.row_bytes:
-            raise UserError(f"{shard} of {self.uri} is damaged ({size} bytes of {field}); verify the data set")
-        return (size - layout.begin) // layout.row_bytes
+        manifest, entry = self._find(i)
+        return self._frames_of(manifest.shard, field, *self._place(entry, field))[1]
 
     def read(
         self, i: int, fields: Sequence[str] = ("latents", "caption"), frames: tuple[int, int] | None = None
@@ -155,17 +152,19 @@ class ShardDataset:
             IndexError: no sample i, or not these frames. KeyError: the data set does not hold a field.
             UserError: the shard is damaged.
         """
-        sample: dict[str, Any] = {"key": self._find(i)[1].key}
+        manifest, entry = self._find(i)
+        shard = manifest.shard
+        sample: dict[str, Any] = {"key": entry.key}
         for name in fields:
-            shard, offset, size = self._member(i, name)
+            offset, size = self._place(entry, name)
             if frames is None or name not in BY_FRAME:
                 sample[name] = decode_field(name, self._bytes(shard, offset, size))
                 continue
-            (start, stop), count, layout = frames, self.num_frames(i, name), self._layout(i, name)
+            (start, stop), (layout, count) = frames, self._frames_of(shard, name, offset, size)
             if not 0 <= start < stop <= count:
                 raise IndexError(f"frames {start} to {stop} of {count}")
-            begin, row_bytes = offset + layout.begin, layout.row_bytes
-            data = self._bytes(shard, begin + start * row_bytes, (stop - start) * row_bytes)
+            begin, frame_bytes = offset + layout.begin, layout.row_bytes
+            data = self._bytes(shard, begin + start * frame_bytes, (stop - start) * frame_bytes)
             sample[name] = np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:]).copy()
         return sample
 
@@ -184,22 +183,27 @@ class ShardDataset:
         manifest = self._shard_manifest(shard)
         return manifest, manifest.samples[i - (int(self._ends[shard - 1]) if shard else 0)]
 
-    def _member(self, i: int, name: str) -> tuple[str, int, int]:
-        """The tar that a field of sample i lies in, its offset there and its size."""
-        manifest, entry = self._find(i)
+    def _place(self, entry: Entry, name: str) -> tuple[int, int]:
+        """Offset and size of a field of a sample."""
         if name not in entry.members:
             raise KeyError(f"{name!r} is not among the fields of {self.uri}: {', '.join(entry.members)}")
-        return manifest.shard, *entry.members[name]
+        return entry.members[name]
 
-    def _layout(self, i: int, name: str) -> Layout:
-        """How the frames of a field lie: that of the first sample asked for, as all are alike but for their number."""
+    def _frames_of(self, shard: str, name: str, offset: int, size: int) -> tuple[Layout, int]:
+        """How the frames of a field lie in its member, and how many there are.
+
+        The first header that is read tells the layout of all: they are alike but for the number of frames, and that
+        follows from the size. So a window costs one range read, not two.
+        """
         if name not in self._layouts:
-            shard, offset, size = self._member(i, name)
             try:
                 self._layouts[name] = npy_layout(self._bytes(shard, offset, min(size, NPY_HEAD_BYTES)))
             except ValueError as error:
                 raise UserError(f"{shard} of {self.uri} is damaged ({error}); verify the data set") from error
-        return self._layouts[name]
+        layout = self._layouts[name]
+        if layout.row_bytes == 0 or (size - layout.begin) % layout.row_bytes:
+            raise UserError(f"{shard} of {self.uri} is damaged ({size} bytes of {name}); verify the data set")
+        return layout, (size - layout.begin) // layout.row_bytes
 
     def _bytes(self, shard: str, offset: int, size: int) -> bytes:
         try:
