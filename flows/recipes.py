@@ -179,11 +179,40 @@ def filtered(base: Recipe) -> Recipe:
     return replace(base, name=f"{base.name}-filtered", about=about, prepare=replace(base.prepare, filters=bounds))
 
 
+def tracks(base: Recipe) -> Recipe:
+    """The same on whole clips: every frame is stored, and the window that is trained on is drawn anew each time."""
+    about = f"{base.name}, with all frames of a clip stored and windows drawn in training"
+    return replace(base, name=f"{base.name}-tracks", about=about, prepare=replace(base.prepare, clip="track"))
+
+
+def posterior(base: Recipe) -> Recipe:
+    """The same with latents drawn from the VAE's posterior, where the others train on its mean."""
+    return replace(
+        base,
+        name=f"{base.name}-posterior",
+        about=f"{base.name}, with latents drawn from the VAE's posterior instead of its mean",
+        prepare=replace(base.prepare, keep_logvar=True),
+        train=replace(base.train, sample_posterior=True),
+    )
+
+
+def stored_text(base: Recipe) -> Recipe:
+    """The same with text features computed once, for training where disks are cheaper than the text encoder."""
+    return replace(
+        base,
+        name=f"{base.name}-stored-text",
+        about=f"{base.name}, with the captions' text features stored instead of computed in training",
+        prepare=replace(base.prepare, keep_text=True),
+        train=replace(base.train, stored_text=True),
+    )
+
+
 def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for base in (paper, demo):
         recipes[base().name] = base
-        for variant in (trip_c, trip_te, trip_minus, trip_w, checkpoint_schedule, matched_schedule, filtered):
+        schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, posterior, stored_text)
+        for variant in (trip_c, trip_te, trip_minus, trip_w, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

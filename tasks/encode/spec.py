@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from tasks import shards
 from tasks.encode.decoder import DecodeSpec, check_decoding
@@ -25,8 +25,12 @@ class PrepareSpec:
     num_frames: int = 16
     fps: float = 4.0
     size: int = 256
+    clip: Literal["windows", "track"] = "windows"
     windows_per_clip: int = 1
+    longest_track: int = 240
     keep_pixels: bool = False
+    keep_logvar: bool = False
+    keep_text: bool = False
     frames_per_batch: int = 16
     filters: FilterSpec = FilterSpec()
     clips_per_shard: int = 256  # rows of one work unit: what a lost worker costs
@@ -76,19 +80,21 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         base = resolve_base(spec.base)
     except BaseFolderError as error:
         raise UserError(str(error)) from error
+    tracks = {"clip": spec.clip, "longest_track": spec.longest_track}
     return {
         "schema_version": shards.SCHEMA_VERSION,
         **source_identity(spec.source),
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "size": spec.size,
-        "windows_per_clip": spec.windows_per_clip,
+        **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
         "keep_pixels": spec.keep_pixels,
         "frames_per_batch": spec.frames_per_batch,
         "clips_per_shard": spec.clips_per_shard,
-        # Without filters not a word, so that data sets from before there were any are still of their recipe.
+        # What is off is not named, so that data sets from before it existed are still of their recipe.
         **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
-        "latents": "posterior mean, float16, unscaled",
+        "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",
         "vae_sha256": folder_hash(base, "vae"),
+        **({"text_encoder_sha256": folder_hash(base, "text_encoder")} if spec.keep_text else {}),
         "tokenizer_sha256": folder_hash(base, "tokenizer"),
     }

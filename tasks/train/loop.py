@@ -57,6 +57,8 @@ class TrainSpec:
     tick_every: int = 10
     held_out_fraction: float = 0.1
     measure_clips: int = 256  # training samples from which the residual's deviation is measured
+    sample_posterior: bool = False  # draw latents from the VAE's posterior, of a data set made with keep_logvar
+    stored_text: bool = False  # take text features from a data set made with keep_text
     seed: int = 0
     workers: int = 1
     cpus_per_worker: int = 2
@@ -84,8 +86,10 @@ class TrainingStopped(UserError):
 
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but where it is put and how it is spread over machines."""
-    neutral = replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1)
-    return digest(neutral)
+    neutral = asdict(replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1))
+    # What is off is not named, so that trainings from before it existed are still of their spec.
+    later = ("sample_posterior", "stored_text")
+    return digest({name: value for name, value in neutral.items() if value or name not in later})
 
 
 def finished_report(spec: TrainSpec) -> TrainReport | None:
@@ -157,7 +161,12 @@ def _train(
     started = time.monotonic()
     dataset = ShardDataset(spec.dataset)
     base = resolve_base(spec.base)
-    data = TrainingData(dataset, spec.held_out_fraction, spec.seed)
+    data = TrainingData(
+        dataset, spec.held_out_fraction, spec.seed, spec.model.num_frames, spec.sample_posterior, spec.stored_text
+    )
+    made_by = dataset.published.recipe.get("text_encoder_sha256")
+    if spec.stored_text and made_by != folder_hash(base, "text_encoder"):
+        raise UserError(f"the stored text of {spec.dataset} is not by the text encoder of {base}; train without it")
     resumed = checkpoints.newest()
     if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
         raise UserError(f"{checkpoints.uri} holds checkpoints of another training; give another output address")
@@ -206,7 +215,8 @@ def _train(
             config.schedule.num_train_timesteps, spec.objective.text_dropout,
         )  # fmt: skip
         torch.manual_seed(_dropout_seed(spec.seed, step, rank))
-        loss, error_BF = training_loss(model, z_0, text.encode(batch.tokens_BL), empty_text, drawn, spec.objective)
+        text_BLD = text.encode(batch.tokens_BL) if batch.text_BLD is None else batch.text_BLD.to(device)
+        loss, error_BF = training_loss(model, z_0, text_BLD, empty_text, drawn, spec.objective)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rates")
         factor = learning_rate_factor(step, spec)
@@ -301,6 +311,7 @@ def _export(spec: TrainSpec, trip: Trip, base: Path, dataset: ShardDataset, repo
         "spec_digest": spec_digest(spec),
         "steps": spec.steps,
         "seed": spec.seed,
+        **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
     }
     spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
     try:

@@ -146,7 +146,7 @@ def test_frame_one_has_no_error_and_deviation_is_measured(spec: TrainSpec) -> No
 
 
 def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
-    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    data = TrainingData(ShardDataset(dataset), 0.2, 3, FRAMES)
     for step in range(7):
         whole = data.batch(step, 4)
         halves = [data.batch(step, 4, rank, 2) for rank in range(2)]
@@ -155,7 +155,7 @@ def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
 
 
 def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: str) -> None:
-    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    data = TrainingData(ShardDataset(dataset), 0.2, 3, FRAMES)
     count = len(data.samples)
     for epoch in range(3):
         assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
@@ -170,7 +170,7 @@ def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> Non
 
 def test_workers_must_divide_the_batch(dataset: str) -> None:
     with pytest.raises(UserError, match="3 workers"):
-        TrainingData(ShardDataset(dataset), 0.2, 0).batch(0, 4, 0, 3)
+        TrainingData(ShardDataset(dataset), 0.2, 0, FRAMES).batch(0, 4, 0, 3)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(spec: TrainSpec) -> None:
