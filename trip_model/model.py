@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import UNet3DConditionModel
 from torch import nn
 
 from trip_model.conditioning import Condition, drop_condition_slot, unet_input
 from trip_model.fusion import FusionConfig, TemporalNoiseFusion, linear_decay, linear_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
 from trip_model.schedule import NoiseSchedule, ScheduleConfig
-from trip_model.unet import load_unet, set_dropout, widen_input
+from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
 
 MIN_RESIDUAL_STD = 0.02  # a data set of stills must not forbid motion for good
 
@@ -52,13 +51,12 @@ class TripConfig:
 class Trip(nn.Module):
     """Noise prediction eps(z_t, t, c, z_0^1): a 3D-UNet for the residual, the image noise prior, and their fusion."""
 
-    def __init__(self, unet: UNet3DConditionModel, config: TripConfig) -> None:
+    def __init__(self, unet: UNet3D, config: TripConfig) -> None:
         super().__init__()
         self.config = config
-        settings: Any = unet.config
-        self.unet = widen_input(unet) if config.condition == "channel" and settings.in_channels == 4 else unet
+        self.unet = widen_input(unet) if config.condition == "channel" and unet.config.in_channels == 4 else unet
         set_dropout(self.unet, config.unet_dropout)
-        channels = settings.out_channels
+        channels = unet.config.out_channels
         self.fusion = TemporalNoiseFusion(config.fusion, channels) if config.fusion.kind == "tnf" else None
         self.schedule = NoiseSchedule(config.schedule)
 
@@ -93,7 +91,7 @@ class Trip(nn.Module):
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
-        output = drop_condition_slot(self.unet(joined, t_B, text_BLD).sample, self.config.condition)
+        output = drop_condition_slot(self.unet(joined, t_B, text_BLD), self.config.condition)
 
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)
