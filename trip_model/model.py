@@ -40,8 +40,14 @@ class TripConfig:
     residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)  # s_i by frame, measured on the data set before training
     unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
     unet_dropout: float = 0.0
+    # The time step that the 3D-UNet is told for the clean frame; the paper's text implies one for all frames.
+    clean_frame_timestep: Literal["shared", "zero"] = "shared"
 
     def __post_init__(self) -> None:
+        if self.clean_frame_timestep == "zero" and self.condition == "channel":
+            raise ValueError(
+                "clean_frame_timestep 'zero' needs a clean frame: condition 'head' or 'tail', not 'channel'"
+            )
         if len(self.residual_std) != self.num_frames:
             raise ValueError(
                 f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames"
@@ -91,7 +97,12 @@ class Trip(nn.Module):
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
-        output = drop_condition_slot(self.unet(joined, t_B, text_BLD), self.config.condition)
+        t = t_B
+        if self.config.clean_frame_timestep == "zero":
+            t_BF = t_B[:, None].expand(-1, frames)
+            clean_B1 = torch.zeros_like(t_BF[:, :1])
+            t = torch.cat([clean_B1, t_BF] if self.config.condition == "head" else [t_BF, clean_B1], dim=1)
+        output = drop_condition_slot(self.unet(joined, t, text_BLD), self.config.condition)
 
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)

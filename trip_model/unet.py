@@ -33,6 +33,7 @@ from trip_model.unet_blocks import (
 CLASS_NAME = "UNet3DConditionModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK_TYPES = ("CrossAttnDownBlock3D", "DownBlock3D", "CrossAttnUpBlock3D", "UpBlock3D")
+FIXED = ("downsample_padding", "mid_block_scale_factor", "act_fn", "num_attention_heads", "time_cond_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,9 @@ class UNetConfig:
                 raise ValueError(f"block type {kind!r}, expected one of {', '.join(BLOCK_TYPES)}")
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
             raise ValueError(f"{len(self.block_out_channels)} widths, expected one for each down and each up block")
-        only = UNetConfig.__dataclass_fields__
-        for name in ("downsample_padding", "mid_block_scale_factor", "act_fn", "num_attention_heads", "time_cond_proj_dim"):
-            if getattr(self, name) != only[name].default:
-                raise ValueError(f"{name} {getattr(self, name)!r}, expected {only[name].default!r}")
+        for setting in fields(self):
+            if setting.name in FIXED and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name} {getattr(self, setting.name)!r}, expected {setting.default!r}")
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UNetConfig:
@@ -211,7 +211,9 @@ def load_unet(base: str | Path) -> UNet3D:
         tensors = {name: tensor for file in sorted(names) for name, tensor in load_file(folder / file).items()}
         unet.to_empty(device="cpu").load_state_dict(tensors)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BaseFolderError(f"the 3D-UNet of {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise BaseFolderError(
+            f"the 3D-UNet of {base} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     return unet
 
 
@@ -239,7 +241,7 @@ def widen_input(unet: UNet3D) -> UNet3D:
 
 
 def set_dropout(unet: nn.Module, probability: float) -> None:
-    """Sets the dropout of the 3D-UNet, all of it in the temporal convolutions; 0.1 is what the base was trained with."""
+    """Sets the dropout of the 3D-UNet's temporal convolutions, its only one; the base was trained with 0.1."""
     for module in unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -14,11 +14,14 @@ tokens, D text width, T width of the time embedding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 DROPOUT = 0.1  # of the temporal convolutions, as the text-to-video weights were trained; `unet.set_dropout` sets it
+SHORT = 64  # up to this length the scores are small and PyTorch's fused CPU kernel is all overhead
 MAX_HEADS = 65_535  # CUDA's attention kernels lay the heads along a grid axis of this length
 
 
@@ -91,6 +94,17 @@ class TemporalConvLayer(nn.Module):
         return x_NCHW + to_images(h_BCFS.permute(0, 2, 3, 1), x_NCHW)
 
 
+def attend(q_BHLD: torch.Tensor, k_BHMD: torch.Tensor, v_BHMD: torch.Tensor) -> torch.Tensor:
+    """Softmax attention [B, H, L, D]; on a CPU, sequences as short as a clip's frames go by plain products (4x)."""
+    if q_BHLD.device.type == "cpu" and max(q_BHLD.shape[2], k_BHMD.shape[2]) <= SHORT:
+        q, k, v = (x.contiguous() for x in (q_BHLD * q_BHLD.shape[3] ** -0.5, k_BHMD, v_BHMD))
+        return (q @ k.transpose(2, 3)).softmax(dim=3) @ v
+    if q_BHLD.shape[1] <= MAX_HEADS:
+        return F.scaled_dot_product_attention(q_BHLD, k_BHMD, v_BHMD)
+    parts = zip(*(x.split(MAX_HEADS, dim=1) for x in (q_BHLD, k_BHMD, v_BHMD)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head attention along axis 1 of [batch, sequence, ..., width]; axes between those two act as more heads.
 
@@ -111,11 +125,28 @@ class Attention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         if context_BLD is not None:
             k, v = (p.repeat_interleave(len(x) // len(p), dim=0) for p in (k, v))
-        # [batch, heads, sequence, head width], in as many parts as the kernels' limit asks for
-        parts = (p.flatten(2).unflatten(2, (-1, self.head_width)).transpose(1, 2).split(MAX_HEADS, 1) for p in (q, k, v))
-        out = [F.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)]
-        joined = out[0] if len(out) == 1 else torch.cat(out, dim=1)
-        return self.to_out[0](joined.transpose(1, 2).reshape(x.shape))
+        q, k, v = (p.flatten(2).unflatten(2, (-1, self.head_width)).transpose(1, 2) for p in (q, k, v))
+        return self.to_out[0](attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class _GatedGELU(torch.autograd.Function):
+    """value * gelu(gate) of [..., value | gate]; it keeps its input alone, and joins no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(joined)
+        value, gate = joined.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (joined,) = ctx.saved_tensors
+        value, gate = joined.chunk(2, dim=-1)
+        out = torch.empty_like(joined)
+        grad_value, grad_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=grad_value)
+        torch.ops.aten.gelu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+        return out
 
 
 class GatedGELU(nn.Module):
@@ -126,8 +157,7 @@ class GatedGELU(nn.Module):
         self.proj = nn.Linear(width_in, 2 * width_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return _GatedGELU.apply(self.proj(x))
 
 
 class FeedForward(nn.Module):

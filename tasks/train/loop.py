@@ -60,6 +60,7 @@ class TrainSpec:
     held_out_fraction: float = 0.1
     measure_clips: int = 256  # training samples from which the residual's deviation is measured
     seed: int = 0
+    recompute_activations: bool = False  # less memory for a third more work; the same numbers
     workers: int = 1
     cpus_per_worker: int = 2
     gpus_per_worker: int = 0
@@ -82,7 +83,10 @@ class TrainReport:
 
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but where it is put and how it is spread over machines."""
-    neutral = replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1)
+    neutral = asdict(replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1))
+    del neutral["recompute_activations"]
+    if spec.model.clean_frame_timestep == "shared":
+        del neutral["model"]["clean_frame_timestep"]  # trainings from before this setting keep their identity
     return digest(neutral)
 
 
@@ -149,6 +153,7 @@ def run_training(
         config = replace(spec.model, residual_std=measure_residual_std(z_0), unet_output=base_unet_output(base))
     torch.manual_seed(spec.seed)  # the fusion module's first weights
     trip = Trip.from_base(base, config).to(device).train()
+    trip.unet.recompute_activations = spec.recompute_activations
     trained = dict(trip.named_parameters())
     optimizer = make_optimizer(trip, spec)
     average = {name: p.detach().clone() for name, p in trained.items()} if spec.average_decay else {}
