@@ -60,6 +60,7 @@ class TrainSpec:
     sample_posterior: bool = False  # draw latents from the VAE's posterior, of a data set made with keep_logvar
     stored_text: bool = False  # take text features from a data set made with keep_text
     seed: int = 0
+    recompute_activations: bool = False  # less memory for a third more work; the same numbers
     workers: int = 1
     cpus_per_worker: int = 2
     gpus_per_worker: int = 0
@@ -87,8 +88,7 @@ class TrainingStopped(UserError):
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but where it is put and how it is spread over machines."""
     neutral = asdict(replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1))
-    # What is off is not named, so that trainings from before it existed are still of their spec.
-    later = ("sample_posterior", "stored_text")
+    later = ("sample_posterior", "stored_text", "recompute_activations")
     return digest({name: value for name, value in neutral.items() if value or name not in later})
 
 
@@ -187,6 +187,7 @@ def _train(
         )
     torch.manual_seed(spec.seed)  # the fusion module's first weights
     trip = Trip.from_base(base, config).to(device).train()
+    trip.unet.recompute_activations = spec.recompute_activations
     trained = dict(trip.named_parameters())
     optimizer = make_optimizer(trip, spec)
     average = {name: p.detach().clone() for name, p in trained.items()} if spec.average_decay else {}
