@@ -16,7 +16,7 @@ from infra import storage
 from tasks.evaluate.job import EvaluateReport, EvaluateSpec, evaluate
 from tasks.records import UserError, to_json
 from tasks.shards import ShardDataset
-from tasks.train.loop import finished_report
+from tasks.train.spec import finished_report
 from trip_model.encoders import folder_hash
 
 

@@ -19,7 +19,7 @@ from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError, to_json
 from tasks.shards import ShardDataset
 from tasks.train.job import TrackingSpec, train
-from tasks.train.loop import TrainReport, TrainSpec, finished_report, spec_digest
+from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
 from trip_model.encoders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"

@@ -23,19 +23,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.tracking import Tracking
-from tasks.records import UserError, digest
+from tasks.records import digest
 from tasks.shards import read_manifest
 from tasks.train.checkpoints import Saved
-from tasks.train.loop import (
-    Notice,
-    Tick,
-    TrainingStopped,
-    TrainReport,
-    TrainSpec,
-    finished_report,
-    run_training,
-    spec_digest,
-)
+from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
+from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
 
 MAX_FAILURES = 2  # a lost worker starts the group again from the newest checkpoint
 FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
@@ -76,8 +68,7 @@ def train(
             with _Log(spec, tracking):
                 pass
         return done
-    if spec.global_batch % spec.workers:
-        raise UserError(f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly")
+    check_spec(spec)
     if in_process:
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)

@@ -69,7 +69,8 @@ class TrainingData:
         train_clips, held_out = split_keys({clip_key_of(key): None for key in dataset.keys}, held_out_fraction)
         chosen = set(train_clips)
         self.samples = np.array([i for i, key in enumerate(dataset.keys) if clip_key_of(key) in chosen])
-        self.held_out_clips = len(held_out)
+        first_of = {clip_key_of(key): i for i, key in reversed(list(enumerate(dataset.keys)))}
+        self.held_out_samples = np.array([first_of[clip] for clip in held_out], dtype=np.int64)  # one of each clip
         self.seed = seed
         self._epoch = -1
         self._order = self.samples
@@ -93,16 +94,12 @@ class TrainingData:
         share = global_batch // world
         positions = tuple(range(rank * share, (rank + 1) * share))
         places = [step * global_batch + position for position in positions]
-        windows = [self._window(self.sample_at(place), place) for place in places]
-        text = [window.text for window in windows if window.text is not None]
-        return Batch(
-            raw_latents_BFCHW=torch.stack([window.latents_FCHW for window in windows]),
-            tokens_BL=torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64)),
-            positions=positions,
-            keys=tuple(window.key for window in windows),
-            starts=tuple(window.start for window in windows),
-            text_BLD=torch.from_numpy(np.stack(text).astype(np.float32)) if text else None,
-        )
+        return _collate([self._window(self.sample_at(place), place) for place in places], positions)
+
+    def held_out(self, count: int) -> Batch:
+        """One window of each of up to `count` held-out clips, always the same ones."""
+        picks = self.held_out_samples[:count].tolist()
+        return _collate([self._window(index, place) for place, index in enumerate(picks)], tuple(range(len(picks))))
 
     def first_latents(self, count: int) -> torch.Tensor:
         """Raw latents [B, F, C, H, W] of up to `count` training samples, for measuring the data set."""
@@ -127,3 +124,15 @@ class TrainingData:
             noise = torch.randn(latents.shape, generator=addressed_generator("posterior", self.seed, place))
             latents = latents + torch.exp(0.5 * torch.from_numpy(read["logvar"]).float()) * noise
         return _Window(read["key"], start, latents, read["tokens"], read.get("text"))
+
+
+def _collate(windows: list[_Window], positions: tuple[int, ...]) -> Batch:
+    text = [window.text for window in windows if window.text is not None]
+    return Batch(
+        raw_latents_BFCHW=torch.stack([window.latents_FCHW for window in windows]),
+        tokens_BL=torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64)),
+        positions=positions,
+        keys=tuple(window.key for window in windows),
+        starts=tuple(window.start for window in windows),
+        text_BLD=torch.from_numpy(np.stack(text).astype(np.float32)) if text else None,
+    )

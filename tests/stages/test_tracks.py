@@ -26,7 +26,8 @@ from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError, digest
 from tasks.shards import OPTIONAL, Sample, ShardDataset, publish_dataset, write_shard
 from tasks.train.loader import TrainingData
-from tasks.train.loop import TrainSpec, run_training, spec_digest
+from tasks.train.loop import run_training
+from tasks.train.spec import TrainSpec, spec_digest
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae
 from trip_model.fusion import FusionConfig
 from trip_model.model import TripConfig

@@ -18,11 +18,16 @@ from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, wr
 from tasks.train.checkpoints import CheckpointStore
 from tasks.train.job import TrackingSpec, train
 from tasks.train.loader import TrainingData
-from tasks.train.loop import TrainingStopped, TrainSpec, learning_rate_factor, run_training
+from tasks.train.loop import TrainingStopped, run_training
+from tasks.train.optimizer import learning_rate_factor
+from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
+from tasks.train.validation import LOSS
 from trip_model.checkpoint import load_model
 from trip_model.fusion import FusionConfig
 from trip_model.model import TripConfig
 from trip_model.schedule import ScheduleConfig
+from trip_model.unet import load_unet
+from trip_model.video import read_clip
 
 FRAMES = 4
 
@@ -159,7 +164,7 @@ def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: 
     count = len(data.samples)
     for epoch in range(3):
         assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
-    assert count + data.held_out_clips == 10
+    assert count + len(data.held_out_samples) == 10
 
 
 def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> None:
@@ -249,3 +254,73 @@ def test_tracking_that_is_down_stops_nothing_and_catches_up_when_the_command_is_
     (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
     assert run.info.status == "FINISHED" and not (Path(spec.output) / "tracking.jsonl").exists()
+
+
+def test_a_look_at_held_out_clips_changes_nothing_and_sees_frame_one_known(spec: TrainSpec, tmp_path: Path) -> None:
+    plain = train_until(spec, 6)
+    watched = replace(
+        spec,
+        output=str(tmp_path / "watched"),
+        validation=ValidationSpec(every=2, clips=3, bands=2, animated=1),
+        checkpoint_every=2,
+    )
+    ticks: list[dict] = []
+    run_training(watched, on_tick=ticks.append)
+    assert [tick["loss"] for tick in ticks] == plain
+    assert all(torch.equal(weights(spec)[name], tensor) for name, tensor in weights(watched).items())
+    looks = [tick for tick in ticks if LOSS in tick]
+    assert [tick["step"] for tick in looks] == [2, 4, 6]
+    for look in looks:
+        assert look["validation_loss/frame_01"] < 1e-8 < look["validation_loss/frame_02"]
+        bands = [look["validation_loss/t_000_499"], look["validation_loss/t_500_999"]]
+        assert look[LOSS] == pytest.approx(sum(bands) / 2, rel=1e-5)
+        assert look["validation_z0_error/t_500_999"] > bands[1] and look["validation_motion_ratio"] > 0
+    clips = sorted(Path(watched.output, "samples").iterdir())
+    assert [clip.name[:13] for clip in clips] == ["step-00000002", "step-00000004", "step-00000006"]
+    assert read_clip(clips[0].read_bytes(), FRAMES, 4.0, 32).pixels.shape == (FRAMES, 32, 32, 3)
+    best = min(looks, key=lambda look: look[LOSS])["step"]
+    assert set(CheckpointStore(storage.join(watched.output, "checkpoints")).steps()) == {4, 6, best}
+
+
+def test_a_batch_in_parts_trains_as_the_whole_does(spec: TrainSpec, tmp_path: Path) -> None:
+    calm = replace(spec, model=replace(spec.model, unet_dropout=0.0), global_batch=4)
+    whole = train_until(calm, 6)
+    for change in ({"micro_batch": 1}, {"micro_batch": 3}, {"recompute_activations": True}):
+        other = replace(calm, output=str(tmp_path / str(change)), **change)
+        assert spec_digest(other) == spec_digest(calm)
+        assert train_until(other, 6) == pytest.approx(whole, rel=1e-4)
+
+
+def test_bfloat16_keeps_weights_prior_and_loss_in_float32(spec: TrainSpec, tmp_path: Path) -> None:
+    calm = replace(spec, model=replace(spec.model, unet_dropout=0.0))
+    exact = train_until(calm, 6)
+    coarse = replace(calm, output=str(tmp_path / "coarse"), precision="bfloat16")
+    ticks: list[dict] = []
+    run_training(coarse, on_tick=ticks.append)
+    losses = [tick["loss"] for tick in ticks]
+    assert losses != exact and losses == pytest.approx(exact, rel=0.02)
+    assert max(tick["frame_1"] for tick in ticks) < 1e-8  # the prior is as exact as before
+    assert {tensor.dtype for tensor in weights(coarse).values()} == {torch.float32}
+
+
+def test_temporal_training_moves_what_mixes_frames_and_nothing_else(spec: TrainSpec, tiny_base: Path) -> None:
+    report = run_training(replace(spec, trained="temporal"))
+    before, after = load_unet(tiny_base).state_dict(), load_model(report.model).unet.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(any(part in name for part in ("temp_", "transformer_in")) for name in moved)
+    stored = {name.removeprefix("unet.") for name in weights(spec) if name.startswith("unet.")}
+    assert moved <= stored and all(any(part in name for part in ("temp_", "transformer_in")) for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "steps 0, expected at least 1"),
+        ({"workers": 3}, "a global batch of 2 cannot be split over 3 workers"),
+        ({"micro_batch": 0}, "micro_batch 0, expected at least 1 sample"),
+        ({"validation": ValidationSpec(every=1, clips=0)}, "validation.clips 0, expected"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_told_first(spec: TrainSpec, change: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run_training(replace(spec, **change))
