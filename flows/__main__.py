@@ -26,7 +26,7 @@ from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
 OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"])  # commands that are no flows, and need none
-FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip")
+FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
 
 # What a person can cure of what the operating system says, and how.
 REMEDIES = {

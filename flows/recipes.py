@@ -219,6 +219,16 @@ def stored_text(base: Recipe) -> Recipe:
     )
 
 
+# The rows of Tables 5 and 6 by their names in the paper.
+VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "TRIP": lambda base: base,
+    "TRIP_C": trip_c,
+    "TRIP_TE": trip_te,
+    "TRIP^-": trip_minus,
+    "TRIP^W": trip_w,
+}
+
+
 def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for base in (paper, demo):
