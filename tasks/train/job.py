@@ -6,6 +6,7 @@ Resuming is the same call again: the loop's own checkpoint store says where to g
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -23,8 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.tracking import Tracking
-from tasks.records import UserError, digest
+from tasks.records import digest
 from tasks.shards import read_manifest
+from tasks.train.before_start import check_before_start
 from tasks.train.checkpoints import Saved
 from tasks.train.loop import (
     Notice,
@@ -76,8 +78,8 @@ def train(
             with _Log(spec, tracking):
                 pass
         return done
-    if spec.global_batch % spec.workers:
-        raise UserError(f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly")
+    for warning in check_before_start(spec):
+        logging.getLogger(__name__).warning(warning)
     if in_process:
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
