@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.plan.base import read_base
+from tasks.plan.base import BaseConfig, read_base
 from tasks.plan.counting import ModelCounts, count_model, count_text, count_vae
 from tasks.plan.hardware import Device, find_device
 from tasks.plan.memory import MemoryPlan, plan_memory
@@ -18,7 +18,9 @@ from tasks.records import UserError
 from trip_model.model import TripConfig
 
 CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2dataset#336)
-DECODE_SECONDS = (0.057, 0.129)  # 16 frames to 256 pixels of a 596 x 336 H.264 clip, PyAV, one core: best, worst
+CLIP_SECONDS = 17.5  # the mean of WebVid
+# To 256 pixels from a 596 x 336 H.264 clip of 15 s, PyAV, one core: best, worst.
+DECODE_SECONDS = {"windows": (0.057, 0.129), "track": (0.3, 0.55)}
 PNG_SHARE = 0.31  # of the raw bytes of a first frame; 25 real clips at 256 pixels: 0.27 to 0.36 (10 to 90 %)
 SAMPLE_EXTRAS_BYTES = 7000  # caption, provenance, headers, padding and index, as a data set of the demo has them
 ADAMW_BYTES = 28  # read and written for each parameter: four values in, three out, float32
@@ -39,12 +41,28 @@ class PlanSpec:
     checkpoints_kept: int = 2
     clips: int | None = None
     clips_are: Literal["linked", "drawn", "prepared"] = "linked"  # links to videos, drawn on the spot, latents already
+    stored: Literal["windows", "track"] = "windows"
     windows_per_clip: int = 1
     keep_pixels: bool = False
+    keep_logvar: bool = False
+    keep_text: bool = False
     prepare_cores: int = 1  # all workers of the prepare stage together
+    longest_track: int = 240  # frames
     price: float | None = None  # USD for an hour of one GPU
     mfu: float | None = None  # share of the device's peak, instead of the table's
     gbit: float = 1.0  # download, Gbit/s
+
+    @property
+    def samples(self) -> int:
+        """Of the data set: windows, or a track for each clip."""
+        return (self.clips or 0) * (1 if self.stored == "track" else self.windows_per_clip)
+
+    @property
+    def sample_frames(self) -> int:
+        """Frames that a sample stores."""
+        if self.stored == "windows":
+            return self.model.num_frames
+        return min(self.longest_track, round(CLIP_SECONDS * self.model.fps))
 
 
 @dataclass(frozen=True)
@@ -88,9 +106,7 @@ def make_plan(spec: PlanSpec) -> Plan:
     rows += training
     open_clips = spec.clips and spec.clips_are != "prepared"
     preparing, prepare_seconds = _preparing(spec, device, vae_flops) if open_clips else ([], 0.0)
-    rows += preparing + _storage(
-        spec, counts.parameters, text_parameters + vae_parameters, math.prod(base.latent_shape(spec.model))
-    )
+    rows += preparing + _storage(spec, base, counts.parameters, text_parameters + vae_parameters)
     rows += _cost(spec, train_seconds, prepare_seconds)
     return Plan(bool(memory.micro_batch), _verdict(spec, device, memory, train_seconds, least_seconds), tuple(rows))
 
@@ -157,9 +173,9 @@ def _training(spec: PlanSpec, device: Device, flops: int, parameters: int) -> tu
         Row("time", "training, never below", spec.steps * least, "s", f"{spec.steps:,} steps"),
     ]
     if spec.clips:
-        samples, seen = spec.clips * spec.windows_per_clip, spec.steps * spec.global_batch
-        how = f"{seen:,} samples seen / {samples:,} in the data set"
-        rows.append(Row("time", "epochs", seen / samples, "", how))
+        seen = spec.steps * spec.global_batch
+        how = f"{seen:,} samples seen / {spec.samples:,} in the data set"
+        rows.append(Row("time", "epochs", seen / spec.samples, "", how))
     return rows, spec.steps * seconds, spec.steps * least
 
 
@@ -168,7 +184,7 @@ def _preparing(spec: PlanSpec, device: Device, vae_flops: int) -> tuple[list[Row
     assert spec.clips is not None
     share = spec.mfu or device.utilisation
     rate = device.encode_flops_per_second
-    frames = spec.clips * spec.windows_per_clip * spec.model.num_frames
+    frames = spec.samples * spec.sample_frames
     vae = frames * vae_flops / (spec.workers * rate * share)
     how = f"{frames:,} frames x {work(vae_flops)} / ({spec.workers} x {work(rate)}/s float32 x {share:g})"
     rows = [Row("time", "VAE", vae, "s", how)]
@@ -176,8 +192,9 @@ def _preparing(spec: PlanSpec, device: Device, vae_flops: int) -> tuple[list[Row
         return rows, vae
     videos = spec.clips * CLIP_BYTES
     download = 8 * videos / (spec.gbit * 1e9)
-    low, high = (spec.clips * spec.windows_per_clip * s / spec.prepare_cores for s in DECODE_SECONDS)
-    how = f"{DECODE_SECONDS[0]} to {DECODE_SECONDS[1]} s a window (measured) / {spec.prepare_cores} cores"
+    low, high = (spec.samples * s / spec.prepare_cores for s in DECODE_SECONDS[spec.stored])
+    fast, slow = DECODE_SECONDS[spec.stored]
+    how = f"{fast} to {slow} s a sample (measured) / {spec.prepare_cores} cores"
     slowest = max((download, "the download"), (high, "decoding"), (vae, "the VAE"))
     return [
         Row(
@@ -194,17 +211,23 @@ def _preparing(spec: PlanSpec, device: Device, vae_flops: int) -> tuple[list[Row
     ], slowest[0]
 
 
-def _storage(spec: PlanSpec, parameters: int, frozen: int, latent_values: int) -> list[Row]:
+def _storage(spec: PlanSpec, base: BaseConfig, parameters: int, frozen: int) -> list[Row]:
     rows = []
     if spec.clips:
-        frame = 3 * spec.model.size**2
-        latents = 2 * latent_values  # float16
-        pixels = spec.model.num_frames * frame if spec.keep_pixels else 0
-        sample = latents + PNG_SHARE * frame + SAMPLE_EXTRAS_BYTES + pixels
-        how = f"{latents / 1e3:.0f} KB latents + {PNG_SHARE * frame / 1e3:.0f} frame 1 + 7 rest"
-        how += f" + {pixels / 1e3:.0f} pixels" if pixels else ""
-        samples = spec.clips * spec.windows_per_clip
-        rows.append(Row("storage", "shards", samples * sample, "B", f"{samples:,} x ({how}); videos are not kept"))
+        frame, frames = 3 * spec.model.size**2, spec.sample_frames
+        channels, _, height, side = base.latent_shape(spec.model)
+        latents, text = 2 * channels * height * side * frames, 2 * math.prod(base.text_shape())  # float16
+        parts = {
+            "latents": latents,
+            "log variance": latents * spec.keep_logvar,
+            "text features": text * spec.keep_text,
+            "frame 1": PNG_SHARE * frame,
+            "pixels": frame * frames * spec.keep_pixels,
+            "rest": SAMPLE_EXTRAS_BYTES,
+        }
+        how = " + ".join(f"{part / 1e3:.0f} {name}" for name, part in parts.items() if part)
+        how = f"{spec.samples:,} x ({how} KB); videos are not kept"
+        rows.append(Row("storage", "shards", spec.samples * sum(parts.values()), "B", how))
     values = 4 if spec.average else 3
     one = 4 * values * parameters
     how = f"{parameters / 1e6:,.1f} M x {4 * values} B (weights, moments{', average' if spec.average else ''})"

@@ -50,10 +50,11 @@ def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], t
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = spec.model.size // factor
     expected = (spec.model.num_frames, vae.get("latent_channels", 4), side, side)
-    if sample["latents"].shape != expected:
+    # A longer sample is a track, of which windows are drawn.
+    if sample["latents"].shape[1:] != expected[1:] or len(sample["latents"]) < spec.model.num_frames:
         raise UserError(
             f"the latents of {spec.dataset} are {sample['latents'].shape} (frames, channels, height, width), the recipe"
-            f" expects {expected}: {spec.model.num_frames} frames of {spec.model.size} pixels; prepare with this recipe"
+            f" expects {expected} or more frames: {spec.model.num_frames} of {spec.model.size} pixels; prepare with it"
         )
     length, most = len(sample["tokens"]), text["max_position_embeddings"]
     if length > most:

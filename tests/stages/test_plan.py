@@ -154,11 +154,13 @@ def spec(tiny_base: Path, tmp_path: Path) -> TrainSpec:
 
 def test_what_would_fail_at_step_1_is_told_before(spec: TrainSpec, tmp_path: Path) -> None:
     assert check_before_start(spec) == []
+    window = TripConfig(size=32, num_frames=3, residual_std=(0.0, 0.5, 0.5))
+    assert check_before_start(replace(spec, model=window)) == []
     for change, sentence in (
         ({"workers": 3}, "a global batch of 4 cannot be split over 3 workers"),
         ({"dataset": str(tmp_path / "none")}, "no finished data set at .*none"),
         ({"model": replace(spec.model, size=64)}, r"latents of .* are \(4, 4, 4, 4\) .* expects \(4, 4, 8, 8\)"),
-        ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\): 16 frames of 32 pixels"),
+        ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\) or more frames: 16 of 32 pixels"),
     ):
         with pytest.raises(UserError, match=sentence):
             check_before_start(replace(spec, **change))
