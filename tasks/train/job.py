@@ -6,6 +6,7 @@ Resuming is the same call again: the loop's own checkpoint store says where to g
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -25,9 +26,10 @@ from infra import storage
 from infra.tracking import Tracking
 from tasks.records import digest
 from tasks.shards import read_manifest
+from tasks.train.before_start import check_before_start
 from tasks.train.checkpoints import Saved
 from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
-from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
+from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
 
 MAX_FAILURES = 2  # a lost worker starts the group again from the newest checkpoint
 FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
@@ -68,7 +70,8 @@ def train(
             with _Log(spec, tracking):
                 pass
         return done
-    check_spec(spec)
+    for warning in check_before_start(spec):
+        logging.getLogger(__name__).warning(warning)
     if in_process:
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
