@@ -69,7 +69,7 @@ def paper() -> Recipe:
             global_batch=64,
             warmup_steps=500,
             precision="bfloat16",
-            micro_batch=4,  # fits 80 GB without recomputing; `python -m flows plan` says what else does
+            micro_batch=2,  # 80 GB hold three, 141 GB eight; see `python -m flows plan`
             validation=ValidationSpec(every=1000, clips=64, animated=4),
             workers=8,
             cpus_per_worker=4,
