@@ -21,15 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from benchmarks.rig.family import VICTIMS, adopt_orphans, alive, family, role, victims
+from benchmarks.rig.family import VICTIMS, Leftovers, adopt_orphans, end_family, role, victims
 from benchmarks.rig.files import make_file
 from infra.settings import CHECKOUT
 from tasks.curate.verify import problems
@@ -41,7 +40,7 @@ from tasks.records import to_json
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
 _LOOK_SECONDS = 0.2
 _MOST_RERUNS = 3
-_GRACE_SECONDS = 10.0  # what outlives the last command by more is an orphan
+_GRACE_SECONDS = 90.0  # what outlives the killed command by more is an orphan
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Run:
     def over(self) -> bool:
         return self.process.poll() is not None
 
-    def wait(self, limit: float, look: Callable[[], None] = lambda: None) -> Ended:
+    def wait(self, limit: float, look: Callable[[], Any] = lambda: None) -> Ended:
         """Waits for the end, looking meanwhile; after `limit` seconds the run counts as hung."""
         while not self.over() and self.seconds < limit:
             look()
@@ -151,21 +150,6 @@ def stage_of(spec: PrepareSpec) -> str:
     return f"{shards} shards" + (f", {halves} half" if halves else "") if names else "start"
 
 
-class Leftovers:
-    """What a command left running when it ended, and how long each kind of process stayed, in seconds."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._alive = {process: role(process) for process in family()}
-        self.stayed: dict[str, float] = {}
-
-    def look(self) -> None:
-        for process, what in self._alive.items():
-            if alive(process):
-                self.stayed[what] = round(time.monotonic() - self._began, 1)
-        self._alive = {process: what for process, what in self._alive.items() if alive(process)}
-
-
 def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, folder: Path) -> dict[str, Any] | None:
     """One moment: `share` (0 to 1) of the victim's life. None where the run was over before the victim was found."""
     run = Run(spec, folder)
@@ -188,19 +172,15 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
     ended = run.wait(run.seconds + limit)
     left = Leftovers()
     told = {"status": ended.status, "seconds_after_kill": round(time.monotonic() - killed, 1), "said": ended.said}
-    reused, reruns = None, 0
-    last_said = ended
-    while last_said.status != 0 and reruns < _MOST_RERUNS:
+    reruns = 0
+    while ended.status != 0 and reruns < _MOST_RERUNS:
         reruns += 1
-        last_said = Run(spec, folder).wait(limit, left.look)
+        ended = Run(spec, folder).wait(limit, left.look)
     recovered = time.monotonic() - killed
-    if last_said.report is not None:
-        reused = last_said.report["shards_reused"]
-    while time.monotonic() - killed - recovered < _GRACE_SECONDS and family():
-        left.look()
+    while left.look() and left.seconds < _GRACE_SECONDS:
         time.sleep(_LOOK_SECONDS)
-    output = Path(spec.output)
     orphans = sorted(role(process) for process in end_family())
+    output = Path(spec.output)
     spools = list(folder.glob("trip-*"))
     spool_bytes = sum(path.stat().st_size for spool in spools for path in spool.rglob("*"))
     for spool in spools:
@@ -211,9 +191,9 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
         "stage": stage,
         "first": told,
         "reruns": reruns,
-        "last": None if last_said.status == 0 else last_said.said,
+        "last": {"status": ended.status, "said": ended.said},
         "recovery_seconds": round(recovered, 1),
-        "shards_reused": reused,
+        "shards_reused": ended.report and ended.report["shards_reused"],
         "identical": contents(output) == calm.files,
         "problems": list(problems(str(output))),
         "report_is_of_it": _report_sha(spec) == calm.manifest_sha,
@@ -221,16 +201,6 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
         "orphans": orphans,
         "temporary_folders_left": [len(spools), spool_bytes],
     }
-
-
-def end_family() -> list[psutil.Process]:
-    """Ends all that still runs below this process, and returns it."""
-    left = family()
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # adopted ones are ours to bury
-    return left
 
 
 def _report_sha(spec: PrepareSpec) -> str | None:
@@ -248,6 +218,7 @@ def share_of(moment: int, moments: int, seed: int, attempt: int) -> tuple[str, f
 
 
 def measure(moments: int, seed: int, first: int, count: int, rows: int, size: int, base: str) -> dict[str, Any]:
+    """The moments from `first` on, `count` of the `moments` at most, over a table of `rows` rows."""
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running, not even then
     done = []
@@ -263,8 +234,11 @@ def measure(moments: int, seed: int, first: int, count: int, rows: int, size: in
             told = None
             for attempt in range(3):
                 victim, share = share_of(moment, moments, seed, attempt)
-                output = str(folder / f"{moment}-{attempt}")
-                told = told or kill_and_repeat(replace(spec, output=output), calm, victim, share, folder)
+                output = folder / f"{moment}-{attempt}"
+                if told := kill_and_repeat(replace(spec, output=str(output)), calm, victim, share, folder):
+                    break
+                # The machine has become quicker than it was, so that the run was over by then.
+                calm = run_calmly(replace(spec, output=f"{output}-calm"), folder)
             done.append({"moment": moment} | (told or {"victim": victim, "identical": False, "missed": True}))
             print(json.dumps(done[-1]), file=sys.stderr, flush=True)
     return {

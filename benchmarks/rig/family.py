@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from contextlib import suppress
 
 import psutil
@@ -61,3 +62,32 @@ def victims(driver: int) -> dict[str, psutil.Process]:
         found = {role(process): process for process in me.children(recursive=True) if alive(process)}
         found["driver"] = me
     return {what: process for what, process in found.items() if what in VICTIMS}
+
+
+class Leftovers:
+    """What a command left running when it ended, and how long each kind of process stayed, in seconds."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._alive = {process: role(process) for process in family()}
+        self.stayed: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def look(self) -> bool:
+        """Whether any of them is still there."""
+        self._alive = {process: what for process, what in self._alive.items() if alive(process)}
+        self.stayed |= {what: round(self.seconds, 1) for what in self._alive.values()}
+        return bool(self._alive)
+
+
+def end_family() -> list[psutil.Process]:
+    """Ends all that still runs below this process, and returns it."""
+    left = family()
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # adopted ones are ours to bury
+    return left

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
+from infra.cluster import kept_ray_session, machines_left, ray_session
 from tests.conftest import REPOSITORY
 
 
@@ -24,3 +28,18 @@ def test_a_run_whose_driver_worker_or_raylet_is_killed_ends_in_the_bytes_of_an_u
         assert moment["identical"] and moment["report_is_of_it"], moment
         assert moment["problems"] == moment["orphans"] == [], moment
         assert moment["first"]["status"] is not None, f"hung: {moment}"
+
+
+@pytest.mark.slow
+def test_a_kept_session_whose_raylet_was_killed_makes_way_for_a_new_one() -> None:
+    with kept_ray_session():
+        with ray_session(None, 1):
+            assert machines_left()
+            [raylet] = [process for process in psutil.Process().children() if process.name() == "raylet"]
+            raylet.kill()
+            deadline = time.monotonic() + 60
+            while machines_left() and time.monotonic() < deadline:
+                time.sleep(0.5)
+            assert not machines_left()
+        with ray_session(None, 1):
+            assert ray.get(ray.remote(lambda: "there").remote()) == "there"
