@@ -14,7 +14,7 @@ import ray.exceptions
 import torch
 
 from infra import storage
-from infra.cluster import ray_session
+from infra.cluster import machines_left, ray_session
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
 from tasks.encode.ledger import TICK_SECONDS, Ledger, Progress
@@ -200,7 +200,12 @@ def _run_units(
 
 
 def _result(reference: ray.ObjectRef, unit: Unit) -> ShardSummary:
-    """A unit's summary. Raises UserError for what the worker raised for a person, or when its process kept dying."""
+    """A unit's summary.
+
+    Raises:
+        UserError: what the worker raised for a person; or its process kept dying.
+        ray.exceptions.NodeDiedError: Ray has lost its machine; the unit is not to blame, and a new session may do it.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -210,6 +215,8 @@ def _result(reference: ray.ObjectRef, unit: Unit) -> ShardSummary:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError:
+        if not machines_left():
+            raise ray.exceptions.NodeDiedError("Ray's session lost its machine; the same command continues") from None
         raise UserError(
             f"rows {unit.start} to {unit.stop - 1} lost their worker {_LOST_WORKER_RETRIES + 1} times;"
             " give the machine more memory, or ask for fewer workers or fewer processes that decode"
