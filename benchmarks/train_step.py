@@ -1,6 +1,7 @@
 """Measures a train step of the 3D-UNet, ours against diffusers' eager class at equal numerics (issue 4, sixth bar).
 
     python -m benchmarks.train_step [--head-width 8] [--layers 1] [--repeats 7]  a mid-size network, on the CPU
+    python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8      the demo's own network
     python -m benchmarks.train_step --device cuda --full-size --batch 8          text-to-video-ms-1.7b's size, bfloat16
 
 Forward and backward, same weights, same input, dropout off in both; the two take turns, and each reports its median.
@@ -21,23 +22,24 @@ from diffusers import UNet3DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trip_model.unet import UNet3D, UNetConfig, set_dropout
+from trip_model.unet import UNet3D, UNetConfig, load_unet, set_dropout
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both networks' seconds a step, their ratio, and how far output and gradients are from each other."""
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    config = (
-        UNetConfig()
-        if arguments.full_size
-        else UNetConfig(
+    if arguments.base:
+        config = load_unet(arguments.base).config
+    elif arguments.full_size:
+        config = UNetConfig()
+    else:
+        config = UNetConfig(
             block_out_channels=(64, 128, 128, 128),
             layers_per_block=arguments.layers,
             attention_head_dim=arguments.head_width,
             cross_attention_dim=256,
         )
-    )
     ours = UNet3D(config)
     for module in ours.modules():
         if isinstance(module, nn.Conv3d):  # a new network's temporal convolutions end in zeros
@@ -127,6 +129,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full-size", action="store_true", help="1.41 B parameters instead of the mid-size network")
+    parser.add_argument("--base", help="a base folder: the network that its unet/config.json describes")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--head-width", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)

@@ -6,7 +6,7 @@ Why our own, and what it does differently: docs/decisions/unet.md. Shape suffixe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class UNetConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UNetConfig:
         """From the contents of a `config.json`; keys with a leading underscore say who wrote it and are passed over."""
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if not k.startswith("_")}
+        known = {name: value for name, value in data.items() if not name.startswith("_")}
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         unknown = sorted(settings.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}")
@@ -173,7 +174,7 @@ class UNet3D(nn.Module):
         x = x_BCFHW.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self._run(self.transformer_in, self.conv_in(x), frames)
         skips = [x]
-        for level in self.down_blocks:
+        for level in _levels(self.down_blocks):
             for layer in range(len(level.resnets)):
                 x = self._run(level, layer, x, time_NT, text_BLD)
                 skips.append(x)
@@ -182,7 +183,7 @@ class UNet3D(nn.Module):
                 skips.append(x)
         for layer in range(len(self.mid_block.resnets)):
             x = self._run(self.mid_block, layer, x, time_NT, text_BLD)
-        for level in self.up_blocks:
+        for level in _levels(self.up_blocks):
             for layer in range(len(level.resnets)):
                 x = self._run(level, layer, x, time_NT, text_BLD, skips.pop())
             for upsample in level.upsamplers:
@@ -194,6 +195,12 @@ class UNet3D(nn.Module):
         if self.recompute_activations and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+def _levels(blocks: nn.ModuleList) -> Iterator[Level]:
+    for block in blocks:
+        assert isinstance(block, Level)
+        yield block
 
 
 def load_unet(base: str | Path) -> UNet3D:
