@@ -150,8 +150,11 @@ def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
     """The encoders on this machine, which must be those that the recipe names."""
     try:
         base = resolve_base(spec.base)
-        if folder_hash(base, "vae") != made_of["vae_sha256"]:
-            raise UserError(f"base {base} on a worker is not the driver's; give a folder that all machines share")
+        for part in ("vae", "tokenizer", "text_encoder"):
+            if f"{part}_sha256" in made_of and folder_hash(base, part) != made_of[f"{part}_sha256"]:
+                raise UserError(
+                    f"{part} of base {base} on a worker is not the driver's; give a folder that all machines share"
+                )
         return ClipEncoder(base, spec.encode_spec(), "cuda" if spec.gpus_per_worker > 0 else "cpu")
     except BaseFolderError as error:
         raise UserError(str(error)) from error
