@@ -109,6 +109,7 @@ def _crashing_ray(workers: int) -> Iterator[None]:
     apply_environment_defaults()
     os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
     ray.init(
+        address="local",
         num_cpus=workers,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
