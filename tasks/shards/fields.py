@@ -39,7 +39,8 @@ def encode_field(name: str, value: Any) -> bytes:
         return storage.json_bytes(value)
     buffer = io.BytesIO()
     if suffix == "png":
-        Image.fromarray(value).save(buffer, "PNG")
+        # A third of the default's time, 13 ms a clip at 256 pixels, for 11 % more of this one member.
+        Image.fromarray(value).save(buffer, "PNG", compress_level=3)
     else:
         np.save(buffer, np.ascontiguousarray(value), allow_pickle=False)
     return buffer.getvalue()
