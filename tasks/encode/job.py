@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -78,42 +78,41 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = held.summary
                 ledger.add(held.summary, reused=True)
 
-    with _explained(f"output {output}"):
-        for unit, summary in _run_units(spec, output, made_of, missing_units(), ledger.tick):
-            done[unit.index] = summary
-            ledger.add(summary)
-            rows_retried += len(unit.redo)
+    with _Workers(spec, output, made_of) as workers:
+        with _explained(f"output {output}"):
+            for unit, summary in workers.run(missing_units(), ledger.tick):
+                done[unit.index] = summary
+                ledger.add(summary)
+                rows_retried += len(unit.redo)
 
-    parts = [done[index] for index in sorted(done)]
-    failed = add_counts(part.failed for part in parts)
-    encoded = sum(part.encoded for part in parts)
-    if encoded < 2:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in failed.items()) or "none failed"
-        raise UserError(
-            f"{encoded} of {total} clips of {spec.source.table} can be used ({reasons});"
-            f" at least 2 are needed, see the failures in {storage.join(output, 'shard-*.json')}"
+        parts = [done[index] for index in sorted(done)]
+        failed = add_counts(part.failed for part in parts)
+        encoded = sum(part.encoded for part in parts)
+        if encoded < 2:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in failed.items()) or "none failed"
+            raise UserError(
+                f"{encoded} of {total} clips of {spec.source.table} can be used ({reasons});"
+                f" at least 2 are needed, see the failures in {storage.join(output, 'shard-*.json')}"
+            )
+        source = {name: made_of[name] for name in ("columns", "table_sha256")} | {"limit": spec.source.limit}
+        with _explained(f"output {output}"):
+            manifest_sha = shards.publish_dataset(output, made_of, recipe_hash, source, parts)
+        report = PrepareReport(
+            dataset=output,
+            rows=total,
+            encoded=encoded,
+            samples=sum(part.samples for part in parts),
+            failed=failed,
+            recipe_hash=recipe_hash,
+            manifest_sha=manifest_sha,
+            shards=len(parts),
+            shards_reused=ledger.shards_reused,
+            rows_retried=rows_retried,
+            seconds=round(time.monotonic() - began, 3),
+            page=shards.report_addresses(output)["html"],
         )
-    source = {"columns": dict(spec.source.columns), "table_sha256": made_of["table_sha256"], "limit": spec.source.limit}
-    with _explained(f"output {output}"):
-        manifest_sha = shards.publish_dataset(output, made_of, recipe_hash, source, parts)
-    report = PrepareReport(
-        dataset=output,
-        rows=total,
-        encoded=encoded,
-        samples=sum(part.samples for part in parts),
-        failed=failed,
-        recipe_hash=recipe_hash,
-        manifest_sha=manifest_sha,
-        shards=len(parts),
-        shards_reused=ledger.shards_reused,
-        rows_retried=rows_retried,
-        seconds=round(time.monotonic() - began, 3),
-        page=shards.report_addresses(output)["html"],
-    )
-    with _explained(f"report {report.page}"):
-        # Without workers this process has loaded the VAE anyway, and its memory may be the store.
-        write = write_report_apart if spec.workers else write_report
-        write(to_json(report), spec.base, sum(part.size_bytes for part in parts), ledger.rows_made)
+        with _explained(f"report {report.page}"):
+            workers.write_report(to_json(report), sum(part.size_bytes for part in parts), ledger.rows_made)
     return report
 
 
@@ -145,6 +144,9 @@ class EncodeWorker:
         recipe_hash = digest(self._made_of)
         return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, unit)
 
+    def write_report(self, numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
+        write_report(numbers, base, size_bytes, rows_made)
+
 
 def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
     """The encoders on this machine, which must be those that the recipe names."""
@@ -160,46 +162,70 @@ def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
         raise UserError(str(error)) from error
 
 
-def _run_units(
-    spec: PrepareSpec, output: str, made_of: dict[str, Any], units: Iterator[Unit], tick: Callable[[], None]
-) -> Iterator[tuple[Unit, ShardSummary]]:
-    """Hands units to workers, one each, and yields them as they finish. Starts Ray only when there is work.
+class _Workers:
+    """Whoever does the units of one run; Ray's workers start when there is work and stay warm until the block ends."""
 
-    `tick` is called about every `TICK_SECONDS` while nothing finishes.
-    """
-    first = next(units, None)
-    if first is None:
-        return
-    if spec.workers == 0:
-        encoder = _load_encoder(spec, made_of)
-        with open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker) as decoders:
-            for unit in itertools.chain([first], units):
-                yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), unit)
-        return
-    with _joined_ray(spec):
+    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
+        self._spec, self._output, self._made_of = spec, output, made_of
+        self._actors: list[Any] = []  # handles; Ray types them by a plugin
+        self._session = ExitStack()
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._session:
+            for actor in self._actors:
+                ray.kill(actor)
+
+    def run(self, units: Iterator[Unit], tick: Callable[[], None]) -> Iterator[tuple[Unit, ShardSummary]]:
+        """Hands units to workers, one each, and yields them as they finish. Starts Ray only when there is work.
+
+        `tick` is called about every `TICK_SECONDS` while nothing finishes.
+        """
+        spec, output, made_of = self._spec, self._output, self._made_of
+        first = next(units, None)
+        if first is None:
+            return
+        if spec.workers == 0:
+            encoder = _load_encoder(spec, made_of)
+            with open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker) as decoders:
+                for unit in itertools.chain([first], units):
+                    yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), unit)
+            return
+        self._session.enter_context(_joined_ray(spec))
         workers = _workers_that_fit(spec)
         worker = EncodeWorker.options(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker)
         running: dict[ray.ObjectRef, tuple[Any, Unit]] = {}
-        actors: list[Any] = []  # handles; Ray types them by a plugin
-        try:
-            unit: Unit | None = first
-            while unit is not None or running:
-                if unit is not None and len(running) < workers:
-                    idle = [actor for actor in actors if all(actor is not busy for busy, _ in running.values())]
-                    if not idle:
-                        idle = [worker.remote(spec, output, made_of)]
-                        actors += idle
-                    running[idle[0].encode.remote(unit)] = (idle[0], unit)
-                    unit = next(units, None)
-                    continue
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_SECONDS)
-                tick()
-                for reference in ready:
-                    _, finished = running.pop(reference)
-                    yield finished, _result(reference, finished)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        unit: Unit | None = first
+        while unit is not None or running:
+            if unit is not None and len(running) < workers:
+                idle = [actor for actor in self._actors if all(actor is not busy for busy, _ in running.values())]
+                if not idle:
+                    idle = [worker.remote(spec, output, made_of)]
+                    self._actors += idle
+                running[idle[0].encode.remote(unit)] = (idle[0], unit)
+                unit = next(units, None)
+                continue
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_SECONDS)
+            tick()
+            for reference in ready:
+                _, finished = running.pop(reference)
+                yield finished, _result(reference, finished)
+
+    def write_report(self, numbers: dict[str, Any], size_bytes: int, rows_made: int) -> None:
+        """Has the report written by who has the VAE's libraries loaded, for they are ten seconds and half a gigabyte.
+
+        Without workers that is this process, whose memory may be the store; where no worker was needed, one apart.
+        """
+        arguments = (numbers, self._spec.base, size_bytes, rows_made)
+        if self._spec.workers == 0:
+            write_report(*arguments)
+            return
+        for actor in self._actors[:1]:
+            with suppress(ray.exceptions.RayError):
+                ray.get(actor.write_report.remote(*arguments))
+        write_report_apart(*arguments)  # nothing is left to do where a worker did it
 
 
 def _result(reference: ray.ObjectRef, unit: Unit) -> ShardSummary:
