@@ -25,10 +25,9 @@ import torch
 from benchmarks.data_plane import BASE
 from benchmarks.peers.contender import busy_seconds
 from benchmarks.peers.corpus import FPS, FRAMES, SIZE, write_clips, write_table
-from benchmarks.peers.stand_in import StandIn, stand_in_ray
+from benchmarks.peers.stand_in import StandIn, local_ray
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
-from infra.cluster import ray_session
 from tasks.encode.job import PrepareSpec, prepare
 from tasks.ingest.sources import SourceSpec
 from trip_model.encoders import encode_pixels, load_vae
@@ -63,7 +62,10 @@ def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]
     sleep = given.seconds_per_clip / FRAMES
     base = wide_base(folder / "base") if given.vae == "cpu" else Path(BASE)
     vae: Any = load_vae(base) if given.vae == "cpu" else StandIn(sleep)
-    clips = [read_clip(folder / "files" / f"clip-{row}.mp4", FRAMES, FPS, SIZE).pixels for row in range(24)]
+    clips = [
+        read_clip(folder / "files" / f"clip-{row}.mp4", FRAMES, FPS, SIZE).pixels
+        for row in range(given.clips_per_shard)
+    ]
     before = alone(vae, clips)
     spec = PrepareSpec(
         SourceSpec(str(folder / "table.csv"), base_url=url),
@@ -80,7 +82,7 @@ def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]
         if not marks or tick["done"] > marks[-1][0]:
             marks.append((tick["done"], time.monotonic(), busy_seconds([given.core])))
 
-    with ray_session(None, 1) if given.vae == "cpu" else stand_in_ray(1, sleep):
+    with local_ray(1, None if given.vae == "cpu" else sleep):
         report = prepare(spec, progress)
     after = alone(vae, clips)
     marks = [mark for mark in marks if mark[0]]

@@ -6,7 +6,7 @@ import json
 import sys
 
 from benchmarks.peers.corpus import FPS, FRAMES, SIZE
-from benchmarks.peers.stand_in import stand_in_ray
+from benchmarks.peers.stand_in import local_ray
 from benchmarks.rig.table import DOWNLOAD
 from infra.settings import CHECKOUT
 from tasks.encode.job import PrepareSpec, prepare
@@ -28,7 +28,7 @@ def main(table: str, url: str, output: str, workers: int, clips_per_shard: int, 
         workers=workers,
         download=DOWNLOAD,
     )
-    with stand_in_ray(workers):
+    with local_ray(workers, 0.0):
         prepare(spec)
 
 

@@ -97,7 +97,7 @@ def _decoded(row: dict[str, Any]) -> Decoded:
 def main(table: str, output: str, rows: int, cpus: int, way: str) -> None:
     apply_environment_defaults()
     os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     table_rows = ray.data.read_csv(table, override_num_blocks=-(-rows // BLOCK))
     # Shares of a CPU, such that every stage finds a place beside the actors, and all CPUs have something to run.

@@ -44,20 +44,21 @@ def install(seconds_per_frame: float = 0.0) -> None:
 
 
 @contextmanager
-def stand_in_ray(cpus: int, seconds_per_frame: float = 0.0) -> Iterator[None]:
-    """A local session whose workers load the stand-in."""
+def local_ray(cpus: int, stand_in_seconds: float | None) -> Iterator[None]:
+    """A local session whose workers load the stand-in that sleeps so long for each frame; with None the VAE itself."""
 
     def hook() -> None:
-        install(seconds_per_frame)
+        install(stand_in_seconds or 0.0)
 
     apply_environment_defaults()
     os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
     ray.init(
+        "local",  # whatever cluster else is, or was, on this machine
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": hook},
+        runtime_env=None if stand_in_seconds is None else {"worker_process_setup_hook": hook},
     )
     try:
         yield
