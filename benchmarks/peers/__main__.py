@@ -11,6 +11,7 @@ environment: docs/decisions/data_plane_peers.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -25,28 +26,29 @@ import numpy as np
 
 from benchmarks.peers import theirs
 from benchmarks.peers.contender import Cost, run, steady, whole
-from benchmarks.peers.corpus import FPS, FRAMES, NOT_ASKED, SIZE, write_clips, write_faults, write_table
+from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, NOT_ASKED, SIZE, write_clips, write_faults, write_table
 from benchmarks.rig.files import make_file
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
 from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
 from trip_model.video import read_clip
 
-FEW = 8  # rows of the short run, whose time is the start
-ROWS_PER_SHARD = 50
+# Rows of the short run, whose time is the start: a unit for every worker, so that all of them start.
+FEW_PER_CORE = BLOCK
+ROWS_PER_SHARD = 50  # beside video2dataset, which starts its processes anew after five shards
 Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
 
 
 def against_video2dataset(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
-    """Both make 16 frames of each clip: ours keeps pixels beside the stand-in's latents, theirs is mp4."""
+    """Both make 16 frames of each clip: ours become the stand-in's latents and a checksum, theirs mp4."""
     starts: dict[str, Start] = {
-        "ours": lambda table, url, out: _ours(table, url, out, cores, keep_pixels=True),
+        "ours": lambda table, url, out: _ours(table, url, out, cores, ROWS_PER_SHARD, given.keep_pixels),
         "video2dataset": lambda table, url, out: _video2dataset(given, table, out, cores, 60.0),
     }
     numbers = _rates(starts, given, cores, folder)
     files = [folder / "files" / f"clip-{row}.mp4" for row in range(given.rows)]
     want = {row: read_clip(file, FRAMES, FPS, SIZE).pixels for row, file in enumerate(files)}
-    numbers["ours"]["frames"] = _compared(_our_pixels(folder / "ours-many"), want)
+    numbers["ours"]["frames"] = _checked(folder / "ours-many", want)
     result = theirs.read_result(folder / "video2dataset-many")
     numbers["video2dataset"] |= {"frames": _compared(result.frames, want), "books": result.counted}
     return numbers
@@ -63,7 +65,7 @@ def against_ray_data(given: argparse.Namespace, cores: list[int], folder: Path) 
 
         return start
 
-    starts: dict[str, Start] = {"ours": lambda table, url, out: _ours(table, url, out, cores, keep_pixels=False)}
+    starts: dict[str, Start] = {"ours": lambda table, url, out: _ours(table, url, out, cores, BLOCK, keep_pixels=False)}
     starts |= {f"ray_data_{way}": ray_data(way) for way in given.ways}
     numbers = _rates(starts, given, cores, folder)
     numbers["ours"]["samples"] = len(ShardDataset(str(folder / "ours-many")))
@@ -84,7 +86,7 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
         )
         with serving(folder / "files") as url:
             write_table(table, rows, url)
-            _ours(table, url, folder / "ours", cores, keep_pixels=True)
+            _ours(table, url, folder / "ours", cores, ROWS_PER_SHARD, keep_pixels=True)
         with serving(folder / "files") as url:  # a server that starts anew: what heals after one answer is ill again
             write_table(table, rows, url)
             _video2dataset(given, table, folder / "video2dataset", cores, DOWNLOAD.read_seconds)
@@ -116,17 +118,18 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
 def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
     """Each contender on few rows and on all of them: rates with and without its start, and how ours compares."""
     rows = write_clips(given.videos, folder / "files", given.rows)
-    numbers: dict[str, Any] = {"rows": len(rows), "cores": cores}
+    few_rows = FEW_PER_CORE * len(cores)
+    numbers: dict[str, Any] = {"rows": len(rows), "rows_of_the_start": few_rows, "cores": cores}
     with serving(folder / "files") as url:
         few, many = folder / "few.csv", folder / "many.csv"
-        write_table(few, rows[:FEW], url)
+        write_table(few, rows[:few_rows], url)
         write_table(many, rows, url)
         for name, start in starts.items():
             short = start(few, url, folder / f"{name}-few")
             long = start(many, url, folder / f"{name}-many")
             numbers[name] = {
                 "whole": whole(long, len(rows), len(cores)),
-                "steady": steady(short, long, len(rows) - FEW, len(cores)),
+                "steady": steady(short, long, len(rows) - few_rows, len(cores)),
             }
     for kind in ("whole", "steady"):
         rates = {name: numbers[name][kind]["clips_per_second_per_core"] for name in starts}
@@ -136,9 +139,9 @@ def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int]
     return numbers
 
 
-def _ours(table: Path, url: str, output: Path, cores: list[int], keep_pixels: bool) -> Cost:
+def _ours(table: Path, url: str, output: Path, cores: list[int], clips_per_shard: int, keep_pixels: bool) -> Cost:
     arguments = {"table": str(table), "url": url, "output": str(output), "workers": len(cores)}
-    return _python("ours", cores, output, arguments | {"clips_per_shard": ROWS_PER_SHARD, "keep_pixels": keep_pixels})
+    return _python("ours", cores, output, arguments | {"clips_per_shard": clips_per_shard, "keep_pixels": keep_pixels})
 
 
 def _video2dataset(given: argparse.Namespace, table: Path, output: Path, cores: list[int], timeout: float) -> Cost:
@@ -164,18 +167,24 @@ def _our_failures(dataset: Path) -> dict[int, str]:
     return {failure.row: failure.reason for index in indexes if index is not None for failure in index.failures}
 
 
+def _checked(dataset: Path, want: dict[int, np.ndarray]) -> dict[str, int]:
+    """How many clips came out, and how many of exactly the frames that the reader gives, by their checksum."""
+    data = ShardDataset(str(dataset))
+    told = [data.read(place, ("meta",))["meta"] for place in range(len(data))]
+    same = (meta["pixels_sha256"] == hashlib.sha256(want[meta["row"]].data).hexdigest() for meta in told)
+    return {"clips": len(told), "identical": sum(same)}
+
+
 def _compared(frames: dict[int, np.ndarray], want: dict[int, np.ndarray]) -> dict[str, Any]:
-    """How many clips came out, with how many frames, how near to the frames that the reader gives."""
-    alike = [row for row in want if row in frames and frames[row].shape == want[row].shape]
-    distances = [_psnr(frames[row], want[row]) for row in alike]
-    lossy = [distance for distance in distances if np.isfinite(distance)]
+    """How many clips came out, with how many frames, how near to those of the reader where there are as many."""
+    distances = [
+        _psnr(frames[row], want[row]) for row in want if row in frames and frames[row].shape == want[row].shape
+    ]
     return {
         "clips": len(frames),
         "frame_counts": Counter(len(clip) for clip in frames.values()),
-        "identical": len(distances) - len(lossy),
-        "psnr_db_of_the_rest": {"median": round(float(np.median(lossy)), 1), "least": round(min(lossy), 1)}
-        if lossy
-        else None,
+        "psnr_db_median": round(float(np.median(distances)), 1) if distances else None,
+        "psnr_db_least": round(min(distances), 1) if distances else None,
     }
 
 
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, help="a folder of videos; clips of 4 s are cut from those long enough")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--each", type=int, default=2, help="rows of each kind of fault")
+    parser.add_argument("--keep-pixels", action="store_true", help="beside video2dataset, ours stores frames as well")
     parser.add_argument("--cores", type=int, nargs="+", default=[0], help="numbers of the cores of each contender")
     parser.add_argument("--video2dataset", help="the Python interpreter of its environment")
     parser.add_argument("--ffmpeg", default="/usr/bin/ffmpeg", help="the program of that name that it calls")

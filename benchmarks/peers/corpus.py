@@ -16,6 +16,7 @@ from benchmarks.rig.files import make_file
 from benchmarks.rig.table import ENCODED, KINDS
 
 SECONDS, HEIGHT, FPS, FRAMES, SIZE = 4.0, 360, 4, 16, 256  # a clip is one window of 16 frames at 4 fps
+BLOCK = 16  # rows of a work unit: a block of Ray Data, a shard of ours beside it
 MOST_PIECES = 40
 FAULT_SIZE = 64
 # Not for every contender: a crash that only our reader has; what would stop it for minutes or take all memory; lines

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import ray.data
 
-from benchmarks.peers.corpus import FPS, FRAMES, SIZE
+from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, SIZE
 from benchmarks.peers.ours import BASE
 from benchmarks.peers.stand_in import install
 from infra.settings import CHECKOUT, apply_environment_defaults
@@ -29,7 +29,6 @@ from tasks.shards import SUFFIXES
 from trip_model.video import Clip, read_windows
 
 BATCH = 8  # clips of one call
-BLOCK = 16  # rows of one block: what a task gets
 Batch = dict[str, Any]  # columns, arrays of equal length
 
 
