@@ -4,7 +4,7 @@
     python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]
     python -m benchmarks.peers ray-data --videos FOLDER [--rows 200]
 
-Each prints one JSON. Run it on a quiet machine: processor time is that of whole cores. How to make video2dataset's
+Each prints one JSON. Run it on a quiet machine; `others_cpu_seconds` tells whether it was. How to make video2dataset's
 environment: docs/decisions/data_plane_peers.md.
 """
 
@@ -132,10 +132,11 @@ def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int]
                 "steady": steady(short, long, len(rows) - few_rows, len(cores)),
             }
     for kind in ("whole", "steady"):
-        rates = {name: numbers[name][kind]["clips_per_second_per_core"] for name in starts}
-        numbers[f"times_as_fast_{kind}"] = {
-            name: round(rates["ours"] / rate, 2) for name, rate in rates.items() if name != "ours"
-        }
+        for measure, better in (("clips_per_second_per_core", 1), ("cpu_seconds_per_clip", -1)):
+            found = {name: numbers[name][kind][measure] for name in starts}
+            numbers[f"ours_is_better_{kind}_{measure}"] = {
+                name: round((found["ours"] / value) ** better, 2) for name, value in found.items() if name != "ours"
+            }
     return numbers
 
 
