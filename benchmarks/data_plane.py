@@ -27,7 +27,8 @@ from benchmarks.rig.watch import Timeline, watching
 from infra.cluster import OBJECT_STORE_BYTES, ray_session
 from infra.settings import CHECKOUT, apply_environment_defaults
 from tasks.curate.verify import problems
-from tasks.encode.job import PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareSpec
 from tasks.ingest.drawing import draw_clip
 from tasks.ingest.sources import SourceSpec
 from trip_model.video import video_bytes
@@ -108,6 +109,7 @@ def _crashing_ray(workers: int) -> Iterator[None]:
     apply_environment_defaults()
     os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
     ray.init(
+        address="local",
         num_cpus=workers,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -4,68 +4,52 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import cyclopts
 
 from flows.console import tell
+from flows.source import PLAIN, Reading
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
 from tasks.ingest.rows import clean_key
 from tasks.ingest.samples import write_sample
-from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
 from tasks.records import UserError
 
 
 def sample(
     source: str,
     output: Annotated[str, cyclopts.Parameter(alias="-o")],
-    split: str | None = None,
     count: int = 2048,
     seed: int = 0,
-    held_out: float = 0.01,
-    format: str = "auto",
-    captions: int | str = "first",
-    columns: dict[str, str] | None = None,
-    base_url: str | None = None,
+    *,
+    reading: Reading = PLAIN,
 ) -> None:
     """Draw a seeded sample of a source into a file with a hash, which is a source itself.
 
     Args:
         source: a table, an annotation or a folder of captioned videos.
         output: the JSON file to write.
-        split: MSR-VTT's own; of any other source train, validation or test, by a hash of each key.
         count: how many clips.
         seed: which clips.
-        held_out: the share of the keys in validation, and again in test.
-        format: csv, parquet, jsonl, msrvtt, sample, folder or classes; auto goes by the name.
-        captions: of several a clip: first, all (a row each), or a number, the seed of a draw.
-        columns: a table's own names, as --columns.key id --columns.url link --columns.caption text.
-        base_url: where relative links lie, instead of the table's own folder.
+        reading: how the source is read.
     """
-    spec = SourceSpec(
-        source,
-        WEBVID_COLUMNS | (columns or {}),
-        format=format,
-        split=split,
-        held_out=held_out,
-        captions=captions,
-        base_url=base_url,
-    )
-    report = write_sample(spec, count, seed, output)
+    report = write_sample(reading.of(source), count, seed, output)
     print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
 
 
-def verify(data: str) -> int:
+def verify(data: str, workers: int | None = None) -> int:
     """Check every byte of a data set and name each problem in a line of its own; exit code 1 where there is one.
 
     Args:
         data: address of the data set's folder, as the prepare stage names it.
+        workers: how many shards are read at once; without it one a core, at most 8.
     """
     count = 0
-    for problem in problems(data, tell):
+    for problem in problems(data, tell, min(8, os.cpu_count() or 1) if workers is None else workers):
         print(problem, flush=True)
         count += 1
     tell(f"verify      {data}: {f'{count} problems' if count else 'whole'}")

@@ -9,13 +9,14 @@ from prefect import flow, task
 
 from flows.console import tell
 from flows.recipes import Recipe, find_recipe
+from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, address
 from flows.train_trip import planned_training, prepared_dataset
 from infra import storage
 from tasks.evaluate.job import EvaluateReport, EvaluateSpec, evaluate
 from tasks.records import UserError, to_json
 from tasks.shards import ShardDataset
-from tasks.train.loop import finished_report
+from tasks.train.spec import finished_report
 from trip_model.encoders import folder_hash
 
 
@@ -61,6 +62,8 @@ def evaluate_trip(
     dataset: str | None = None,
     model: str | None = None,
     held_out: str | None = None,
+    *,
+    reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Judge a model on held-out clips; continues what an earlier call began.
 
@@ -72,10 +75,11 @@ def evaluate_trip(
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
         held_out: address of another prepared data set, none of which was trained on, to judge by.
+        reading: how the source was read.
     """
     chosen = find_recipe(recipe, base)
     if model is None or held_out is None:
-        dataset = dataset or prepared_dataset(chosen, source, root)
+        dataset = dataset or prepared_dataset(chosen, named_source(source, reading), root)
     if model is None:
         assert dataset is not None
         model = trained_model(chosen, dataset, root)

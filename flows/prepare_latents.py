@@ -9,22 +9,25 @@ from typing import Any
 
 from prefect import flow, task
 
+from flows.artifacts import PreparePages
 from flows.console import tell
 from flows.recipes import Recipe, find_recipe
+from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, address
 from infra import storage
-from tasks.encode.job import PrepareReport, PrepareSpec, prepare
-from tasks.encode.job import recipe as made_of
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.encode.spec import recipe as made_of
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.sources import SourceSpec, settled
 from tasks.records import UserError, to_json
 
 
 @contextlib.contextmanager
-def opened_source(recipe: Recipe, source: str | None, root: str) -> Iterator[SourceSpec]:
-    """The source of that address; without one the recipe's demo corpus, drawn below `root` and served on loopback."""
+def opened_source(recipe: Recipe, source: SourceSpec | None, root: str) -> Iterator[SourceSpec]:
+    """The source that is named; without one the recipe's demo corpus, drawn below `root` and served on loopback."""
     if source is not None:
-        yield settled(replace(recipe.prepare.source, table=source))
+        yield settled(source)
         return
     if recipe.demo_clips is None:
         raise UserError(f"recipe {recipe.name!r} has no clips of its own; name a table or a folder: --source TABLE.csv")
@@ -38,7 +41,7 @@ def opened_source(recipe: Recipe, source: str | None, root: str) -> Iterator[Sou
 
 
 @contextlib.contextmanager
-def planned_prepare(recipe: Recipe, source: str | None, root: str) -> Iterator[PrepareSpec]:
+def planned_prepare(recipe: Recipe, source: SourceSpec | None, root: str) -> Iterator[PrepareSpec]:
     """The spec of the stage, its addresses filled in; the source answers inside the block."""
     with opened_source(recipe, source, root) as table:
         spec = replace(recipe.prepare, source=table)
@@ -49,11 +52,13 @@ def planned_prepare(recipe: Recipe, source: str | None, root: str) -> Iterator[P
 @task(name="prepare", **STAGE_POLICY)
 def prepare_stage(spec: PrepareSpec) -> PrepareReport:
     """Ray workers download, decode and encode; shards that are there are kept."""
-    report = prepare(spec, tell)
+    pages = PreparePages()
+    report = prepare(spec, pages)
     reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
     reused = f", {report.shards_reused} of {report.shards} shards from before" if report.shards_reused else ""
     tell(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")
     tell(f"report      {report.page}")
+    pages.close(report)
     return report
 
 
@@ -65,22 +70,25 @@ def prepare_latents(
     base: str | None = None,
     keep_frames: bool = False,
     retry: str | None = None,
+    *,
+    reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Download, decode and encode the clips of a table; continues what an earlier call began.
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
-        source: a table of links in WebVid's columns (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's
-            annotation or a sample; without it the demo draws its own clips.
+        source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
+            without it the demo draws its own clips.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         keep_frames: store the frames as well, which judging needs, where the recipe does not.
         retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, decoder.
+        reading: how the source is read.
     """
     chosen = find_recipe(recipe, base)
     if keep_frames:
         chosen = replace(chosen, prepare=replace(chosen.prepare, keep_pixels=True))
     classes = tuple(name.strip() for name in retry.split(",")) if retry else ()
     chosen = replace(chosen, prepare=replace(chosen.prepare, retry=classes))
-    with planned_prepare(chosen, source, root) as spec:
+    with planned_prepare(chosen, named_source(source, reading), root) as spec:
         return to_json(prepare_stage(spec))

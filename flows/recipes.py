@@ -11,11 +11,11 @@ from typing import Any
 
 from infra.settings import CHECKOUT
 from tasks.encode.filters import FilterSpec
-from tasks.encode.job import PrepareSpec
+from tasks.encode.spec import PrepareSpec
 from tasks.evaluate.job import EvaluateSpec
 from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError
-from tasks.train.loop import TrainSpec
+from tasks.train.spec import TrainSpec, ValidationSpec
 from trip_model.fusion import FusionConfig
 from trip_model.model import TripConfig
 from trip_model.objective import ObjectiveConfig
@@ -68,6 +68,9 @@ def paper() -> Recipe:
             held_out_fraction=0.0001,
             global_batch=64,
             warmup_steps=500,
+            precision="bfloat16",
+            micro_batch=2,  # 80 GB hold three, 141 GB eight; see `python -m flows plan`
+            validation=ValidationSpec(every=1000, clips=64, animated=4),
             workers=8,
             cpus_per_worker=4,
             gpus_per_worker=1,
@@ -115,6 +118,9 @@ def demo() -> Recipe:
             average_decay=0.99,
             checkpoint_every=60,
             tick_every=20,
+            precision="float32",
+            micro_batch=None,
+            validation=ValidationSpec(every=320, clips=8, animated=1),
             held_out_fraction=0.1,
             # Two workers of one thread each get a third more done on two cores than one of two threads.
             workers=2,
@@ -148,6 +154,24 @@ def trip_w(base: Recipe) -> Recipe:
     return _variant(base, "trip-w", "Table 6: linear weights instead of the transformer", fusion=fusion)
 
 
+def checkpoint_schedule(base: Recipe) -> Recipe:
+    """The betas that the base was trained with instead of the paper's."""
+    schedule = replace(base.train.model.schedule, bridge="checkpoint")
+    return _variant(base, "checkpoint-schedule", "with the base's own betas", schedule=schedule)
+
+
+def matched_schedule(base: Recipe) -> Recipe:
+    """The paper's betas, the 3D-UNet told the base's time step of equal noise (docs/decisions/schedule.md)."""
+    schedule = replace(base.train.model.schedule, bridge="snr")
+    return _variant(base, "matched-schedule", "the UNet told the base's step of equal noise", schedule=schedule)
+
+
+def temporal(base: Recipe) -> Recipe:
+    """Only what mixes frames is trained of the 3D-UNet: 39 % of its weights, and an optimiser of that size."""
+    about = f"{base.name}, training only what mixes frames"
+    return replace(base, name=f"{base.name}-temporal", about=about, train=replace(base.train, trained="temporal"))
+
+
 def _variant(base: Recipe, name: str, about: str, **changes: Any) -> Recipe:
     train = replace(base.train, model=replace(base.train.model, **changes))
     return replace(base, name=f"{base.name}-{name}", about=f"{base.name}, {about}", train=train)
@@ -167,11 +191,50 @@ def filtered(base: Recipe) -> Recipe:
     return replace(base, name=f"{base.name}-filtered", about=about, prepare=replace(base.prepare, filters=bounds))
 
 
+def tracks(base: Recipe) -> Recipe:
+    """The same on whole clips: every frame is stored, and the window that is trained on is drawn anew each time."""
+    about = f"{base.name}, with all frames of a clip stored and windows drawn in training"
+    return replace(base, name=f"{base.name}-tracks", about=about, prepare=replace(base.prepare, clip="track"))
+
+
+def posterior(base: Recipe) -> Recipe:
+    """The same with latents drawn from the VAE's posterior, where the others train on its mean."""
+    return replace(
+        base,
+        name=f"{base.name}-posterior",
+        about=f"{base.name}, with latents drawn from the VAE's posterior instead of its mean",
+        prepare=replace(base.prepare, keep_logvar=True),
+        train=replace(base.train, sample_posterior=True),
+    )
+
+
+def stored_text(base: Recipe) -> Recipe:
+    """The same with text features computed once, for training where disks are cheaper than the text encoder."""
+    return replace(
+        base,
+        name=f"{base.name}-stored-text",
+        about=f"{base.name}, with the captions' text features stored instead of computed in training",
+        prepare=replace(base.prepare, keep_text=True),
+        train=replace(base.train, stored_text=True),
+    )
+
+
+# The rows of Tables 5 and 6 by their names in the paper.
+VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "TRIP": lambda base: base,
+    "TRIP_C": trip_c,
+    "TRIP_TE": trip_te,
+    "TRIP^-": trip_minus,
+    "TRIP^W": trip_w,
+}
+
+
 def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for base in (paper, demo):
         recipes[base().name] = base
-        for variant in (trip_c, trip_te, trip_minus, trip_w, filtered):
+        schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, posterior, stored_text)
+        for variant in (trip_c, trip_te, trip_minus, trip_w, temporal, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

@@ -10,6 +10,7 @@ from prefect import flow, task
 from flows.console import tell
 from flows.evaluate_trip import planned_evaluation, trained_model
 from flows.recipes import Recipe, find_recipe
+from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY
 from flows.train_trip import EXPERIMENT, prepared_dataset, tracking_address
 from infra import storage
@@ -63,6 +64,8 @@ def register_trip(
     report: str | None = None,
     tracking_uri: str | None = None,
     name: str = "trip",
+    *,
+    reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Register a model with its evaluation, and promote it when the gate passed.
 
@@ -76,10 +79,11 @@ def register_trip(
         report: address of an evaluation's folder, instead of the one that belongs to the model.
         tracking_uri: where MLflow keeps runs and models; without it a SQLite file below the root.
         name: the model's name in the registry.
+        reading: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)
     chosen = find_recipe(recipe, base)
-    dataset = dataset or prepared_dataset(chosen, source, root)
+    dataset = dataset or prepared_dataset(chosen, named_source(source, reading), root)
     model = model or trained_model(chosen, dataset, root)
     if report is None:
         report = planned_evaluation(chosen, model, dataset, root).output

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Group, Parameter
 from PIL import Image
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -15,6 +16,7 @@ from flows.evaluate_trip import evaluate_trip
 from flows.prepare_latents import prepare_latents
 from flows.recipes import find_recipe
 from flows.register_trip import register_trip
+from flows.source import PLAIN, Reading
 from flows.train_trip import tracking_address, train_trip
 from infra import storage
 from infra.cluster import kept_ray_session
@@ -76,17 +78,24 @@ def reproduce(
     base: str | None = None,
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
+    *,
+    reading: Reading = PLAIN,
+    held_out_reading: Annotated[
+        Reading, Parameter(name="--held-out-source", group=Group("How the held-out source is read", sort_key=2))
+    ] = PLAIN,
 ) -> dict[str, Any]:
     """Run every stage: prepare, train, evaluate, register, and animate a held-out photo. The same command resumes.
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
-        source: a table of links in WebVid's columns (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's
-            annotation or a sample; without it the demo draws its own clips.
+        source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
+            without it the demo draws its own clips.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
-        held_out_source: a second table to judge by; needed where the recipe keeps no frames of the first.
+        held_out_source: a second source to judge by; needed where the recipe keeps no frames of the first.
         tracking_uri: where MLflow keeps runs and models; without it a SQLite file below the root.
+        reading: how the source is read.
+        held_out_reading: how the second source is read.
     """
     chosen = find_recipe(recipe, base)
     tracking = tracking_address(tracking_uri, root)
@@ -95,13 +104,15 @@ def reproduce(
             f"recipe {recipe!r} keeps no frames to judge by; name a table for that: --held-out-source TABLE.csv"
         )
     with kept_ray_session():
-        dataset = prepare_latents(recipe, source, root, base)["dataset"]
+        dataset = prepare_latents(recipe, source, root, base, reading=reading)["dataset"]
         held_out = None
         if held_out_source is not None:
-            held_out = prepare_latents(recipe, held_out_source, root, base, keep_frames=True)["dataset"]
-        model = train_trip(recipe, source, root, base, dataset, tracking)["model"]
-        report = evaluate_trip(recipe, source, root, base, dataset, model, held_out)
-    version = register_trip(recipe, source, root, base, dataset, model, report["uri"], tracking)
+            held_out = prepare_latents(recipe, held_out_source, root, base, keep_frames=True, reading=held_out_reading)[
+                "dataset"
+            ]
+        model = train_trip(recipe, source, root, base, dataset, tracking, reading=reading)["model"]
+        report = evaluate_trip(recipe, source, root, base, dataset, model, held_out, reading=reading)
+    version = register_trip(recipe, source, root, base, dataset, model, report["uri"], tracking, reading=reading)
     fraction = 1.0 if held_out else chosen.train.held_out_fraction
     shown = animate_photo(model, held_out or dataset, fraction, chosen.evaluate.seed, root)
     gate = report["gate"]

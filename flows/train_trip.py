@@ -10,20 +10,22 @@ from prefect import flow, task
 from flows.console import tell
 from flows.prepare_latents import planned_prepare
 from flows.recipes import Recipe, find_recipe
+from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, address
 from infra import storage
 from infra.cluster import ray_session
 from infra.tracking import default_artifact_location
+from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError, to_json
 from tasks.shards import ShardDataset
 from tasks.train.job import TrackingSpec, train
-from tasks.train.loop import TrainReport, TrainSpec, finished_report, spec_digest
+from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
 from trip_model.encoders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"
 
 
-def prepared_dataset(recipe: Recipe, source: str | None, root: str) -> str:
+def prepared_dataset(recipe: Recipe, source: SourceSpec | None, root: str) -> str:
     """The address where the data set of this recipe and source lies. Raises UserError when it is not finished."""
     with planned_prepare(recipe, source, root) as spec:
         return ShardDataset(spec.output).uri
@@ -53,8 +55,8 @@ def tracking_address(tracking_uri: str | None, root: str) -> str:
 @task(name="train", **STAGE_POLICY)
 def train_stage(spec: TrainSpec, tracking: TrackingSpec) -> TrainReport:
     """Ray Train runs the loop; it continues from the newest complete checkpoint."""
-    report = finished_report(spec)
-    if report is not None:
+    if finished_report(spec) is not None:
+        report = train(spec, None, tracking)  # delivers what tracking could not take while it was down
         tell(f"train       {report.step} steps are done already, loss {report.loss_last:.4f}")
         return report
 
@@ -83,6 +85,8 @@ def train_trip(
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
+    *,
+    reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Train TRIP on a prepared data set; continues from the newest checkpoint.
 
@@ -93,9 +97,10 @@ def train_trip(
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         tracking_uri: where MLflow keeps runs; without it a SQLite file below the root.
+        reading: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)
     chosen = find_recipe(recipe, base)
-    spec = planned_training(chosen, dataset or prepared_dataset(chosen, source, root), root)
+    spec = planned_training(chosen, dataset or prepared_dataset(chosen, named_source(source, reading), root), root)
     tracking = TrackingSpec(uri, EXPERIMENT, f"train {recipe}", default_artifact_location(uri))
     return to_json(train_stage(spec, tracking))

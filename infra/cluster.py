@@ -28,8 +28,10 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     at the address.
     """
     if ray.is_initialized():
-        yield
-        return
+        if machines_left():
+            yield
+            return
+        ray.shutdown()  # a kept session whose machine was lost under an earlier stage, or an earlier try of this one
     apply_environment_defaults()
     if _keepers and num_cpus is not None:
         num_cpus = max(num_cpus, os.cpu_count() or 1)  # the stages to come may ask for more than this one
@@ -57,6 +59,7 @@ def _start_local(num_cpus: int | None) -> None:
     for last_try in (False, True):
         try:
             ray.init(
+                address="local",  # not what somebody else has started on this machine
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -89,6 +92,11 @@ def kept_ray_session() -> Iterator[None]:
         _keepers.remove(token)
         if not _keepers and ray.is_initialized():
             ray.shutdown()
+
+
+def machines_left() -> bool:
+    """Whether the open session has a machine; it never gets another where the one that it started on is lost."""
+    return any(node["Alive"] for node in ray.nodes())
 
 
 def lost_a_machine(error: object) -> bool:

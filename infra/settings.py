@@ -44,6 +44,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # a bar per loaded model and worker
     "GIT_PYTHON_REFRESH": "quiet",  # mlflow asks git for the commit and warns at length where git is missing
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own five hold one call for minutes; what matters is tried again by us
 }
 
 

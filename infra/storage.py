@@ -148,6 +148,31 @@ def upload_file(local: str | Path, uri: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def local_draft(uri: str) -> Iterator[Path]:
+    """A local path to write one file to; leaving the block puts it at the address, atomically, an error leaves nothing.
+
+    On this machine's disks the draft is renamed, so the content is written once; on the way to another store it lies
+    in the temporary folder.
+    """
+    path = local_path(uri)
+    if path is None:
+        filesystem, name = _remote(uri)
+        with tempfile.TemporaryDirectory(prefix="trip-draft-") as folder:
+            draft = Path(folder) / "draft"
+            yield draft
+            filesystem.put_file(str(draft), name)
+        return
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def list_dir(uri: str) -> list[str]:
     """Sorted names directly below a folder, unfinished local writes left out; empty when there is no such folder."""
     path = local_path(uri)

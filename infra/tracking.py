@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
+
+from infra.outbox import Outbox, Record
 
 KEY_TAG = "trip.key"
 SOURCE_TYPE = "uri"
@@ -26,10 +26,7 @@ TROUBLE = (MlflowException, SQLAlchemyError, OSError)
 _log = logging.getLogger(__name__)
 _METRIC_NAME = re.compile(r"[^\w./ :-]")
 _METRICS_PER_BATCH = 900  # the server takes 1000 entities in one call
-_MAX_PENDING = 50_000
-_LONGEST_PAUSE_SECONDS = 30.0
-
-Record = dict[str, Any]
+_SYSTEM_METRICS_SECONDS = 10.0
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -110,32 +107,68 @@ def run_page(uri: str, experiment: str, run_id: str) -> str:
     return f"http://127.0.0.1:5000{path} (after: mlflow server --port 5000 --backend-store-uri {uri})"
 
 
+def system_monitors() -> list[Any]:
+    """mlflow's own monitors of this machine's processors, disk, network and GPUs; none where psutil is missing."""
+    try:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    except ImportError:
+        return []
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except (ImportError, RuntimeError):  # no NVML here, or no GPU
+        pass
+    monitors[0].collect_metrics()  # a processor's load is measured between two calls
+    monitors[0].clear_metrics()
+    return monitors
+
+
 class Tracking:
     """One training run in MLflow, written in order by a background thread.
 
-    No method raises for a tracking store in trouble and none but `start_run` and `finish` waits. What could not be
-    delivered stays queued, is tried again with growing pauses, and is kept as JSON lines in `spool` if that path is
-    given; the next `start_run` with the same spool sends it first. `failures` counts failed attempts, `dropped` the
-    records given up (refused by the store, or the queue was full), and `last_error` says why.
+    No method raises for a tracking store in trouble, and none waits but `start_run`, `flush` and `finish`, which have
+    a limit. What could not be delivered stays queued, is tried again with growing pauses, and is kept as JSON lines in
+    `spool` if that path is given; the next `start_run` with the same spool sends it first (`infra/outbox.py`).
     """
 
-    def __init__(self, uri: str, experiment: str, artifact_location: str | None = None, spool: str | None = None):
+    def __init__(
+        self, uri: str, experiment: str, artifact_location: str | None = None, spool: str | Path | None = None
+    ) -> None:
         self.uri = uri
         self.experiment = experiment
         self.artifact_location = artifact_location or default_artifact_location(uri)
         self.run_id = ""
-        self.failures = 0
-        self.dropped = 0
-        self.last_error = ""
-        self._spool = Path(spool) if spool else None
-        self._spooled = 0  # how many records at the head of the queue the spool file already holds
         self._experiment_id = ""
         self._logged_step: dict[str, int] = {}
-        self._pending: deque[Record] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
         self._client: MlflowClient | None = None
-        self._thread: threading.Thread | None = None
+        self._monitors: list[Any] | None = None
+        self._monitored = 0.0
+        self._started = self._finished = False
+        self._outbox = Outbox(f"tracking at {uri}", self._send, _batch_size, TROUBLE, _refused, spool)
+
+    @property
+    def failures(self) -> int:
+        """How many attempts to reach the store have failed."""
+        return self._outbox.failures
+
+    @property
+    def dropped(self) -> int:
+        """How many records were given up: refused by the store, or the queue was full."""
+        return self._outbox.dropped
+
+    @property
+    def last_error(self) -> str:
+        """What the store, or the way to it, said last; "" while all went well."""
+        return self._outbox.last_error
+
+    @property
+    def run_page(self) -> str:
+        """Where a person sees the run; "" while it has none."""
+        return run_page(self.uri, self._experiment_id, self.run_id) if self.run_id else ""
 
     def start_run(
         self,
@@ -152,159 +185,85 @@ class Tracking:
         last steps leaves one point per step. Returns "" when the store does not answer within `wait_seconds`; the
         run is then opened later, in the background.
         """
-        if self._thread is not None:
+        if self._started:
             raise ValueError(f"run {name!r}: this Tracking already has a run, make a new one")
-        for record in self._read_spool():
-            self._pending.append(record)
-        self._spooled = len(self._pending)
+        self._started = True
         start = {"op": "start", "name": name, "run_id": run_id, "key": key}
         start.update(params=dict(params or {}), tags={k: str(v) for k, v in (tags or {}).items()})
-        self._put(json.loads(json.dumps(start, default=str)))
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
-        began = time.monotonic()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._pending or self.failures > 2, timeout=wait_seconds)
-        if not self.run_id:
-            waited = time.monotonic() - began
-            _log.warning("tracking at %s gave no run in %.0f s, going on: %s", self.uri, waited, self.last_error)
+        self._put(start)
+        self._outbox.start()
+        if wait_seconds and not self._outbox.flush(wait_seconds, failures=3):
+            _log.warning("tracking at %s gave no run yet, going on: %s", self.uri, self.last_error or "no answer")
         return self.run_id
-
-    @property
-    def run_page(self) -> str:
-        """Where a person sees the run; "" while it has none."""
-        return run_page(self.uri, self._experiment_id, self.run_id) if self.run_id else ""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Queues numbers of one step; returns at once."""
         clean = {_METRIC_NAME.sub("_", name): float(value) for name, value in values.items()}
         self._put({"op": "metrics", "values": clean, "step": int(step), "time_ms": int(time.time() * 1000)})
 
+    def system_metrics(self, step: int) -> None:
+        """Queues the state of this machine as `system/...`, at most once in ten seconds; nothing without psutil.
+
+        The training step is their step, so that a resumed run goes on where it was.
+        """
+        if self._monitors is None:
+            self._monitors = system_monitors()
+        if not self._monitors or time.monotonic() - self._monitored < _SYSTEM_METRICS_SECONDS:
+            return
+        self._monitored = time.monotonic()
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            try:
+                monitor.collect_metrics()
+                values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            except Exception as error:  # noqa: BLE001 - counters that a machine does not have stop no training
+                _log.debug("no system metrics of %s: %s", type(monitor).__name__, error)
+            monitor.clear_metrics()
+        self.metrics(values, step)
+
     def artifacts(self, local_path: str, artifact_path: str) -> None:
         """Queues the upload of a file, or of a folder's contents, into folder `artifact_path` of the run."""
         self._put({"op": "artifacts", "local_path": str(local_path), "artifact_path": artifact_path})
 
+    def document(self, name: str, value: Mapping[str, Any]) -> None:
+        """Queues a JSON file of the run; a second one of the same name takes its place."""
+        self._put({"op": "document", "name": name, "value": dict(value)})
+
     def dataset_input(self, name: str, digest: str, source_uri: str, context: str = "training") -> None:
-        """Queues the link from the run to the data set it read."""
+        """Queues the link from the run to the data set it read; MLflow keeps the first 36 characters of a digest."""
         self._put({"op": "dataset", "name": name, "digest": digest, "source_uri": source_uri, "context": context})
 
+    def checkpoint(self, step: int, uri: str, digest: str, metrics: Mapping[str, float]) -> None:
+        """Queues a LoggedModel of type "checkpoint" without artifacts, which points to `uri`; its metrics as
+        `checkpoint/...`, so that MLflow's search finds the best one."""
+        clean = {"checkpoint/" + _METRIC_NAME.sub("_", name): float(value) for name, value in metrics.items()}
+        record = {"op": "checkpoint", "step": int(step), "uri": uri, "digest": digest, "values": clean}
+        self._put(record | {"time_ms": int(time.time() * 1000)})
+
+    def checkpoint_removed(self, step: int) -> None:
+        """Queues a tag on the LoggedModel of a checkpoint: its files are gone."""
+        self._put({"op": "checkpoint_removed", "step": int(step)})
+
     def flush(self, wait_seconds: float = 10.0) -> bool:
-        """Waits until the queue is empty, at most `wait_seconds`; True when everything was delivered."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._pending, timeout=wait_seconds)
+        """Waits until the queue is empty, at most `wait_seconds`; True when everything was delivered.
+
+        What was not is in the spool from then on, and outlives a kill of this process.
+        """
+        return self._outbox.flush(wait_seconds)
 
     def finish(self, status: str = "FINISHED", wait_seconds: float = 30.0) -> bool:
         """Ends the run as FINISHED, FAILED or KILLED; True when everything was delivered in time."""
-        if self._thread is None:
+        if not self._started:
             return True
-        with self._changed:
-            already_closed = self._closing
-        if not already_closed:
+        if not self._finished:
+            self._finished = True
             self._put({"op": "status", "status": status})
-        with self._changed:
-            self._closing = True  # one last attempt, no more pauses
-            self._changed.notify_all()
-        self._thread.join(timeout=wait_seconds)
-        left = len(self._pending)
-        if left:
-            self._write_spool()
-            where = f"kept in {self._spool}" if self._spool else "lost"
-            _log.warning("tracking at %s: %d records not delivered, %s: %s", self.uri, left, where, self.last_error)
-        return left == 0
-
-    # What follows runs in the background thread, apart from _put and _read_spool.
+        return self._outbox.close(wait_seconds)
 
     def _put(self, record: Record) -> None:
-        with self._changed:
-            if len(self._pending) >= _MAX_PENDING:
-                self.dropped += 1
-                return
-            self._pending.append(record)
-            self._changed.notify_all()
+        self._outbox.put(json.loads(json.dumps(record, default=str)))  # a copy, as a spool would give it back
 
-    def _read_spool(self) -> list[Record]:
-        if self._spool is None or not self._spool.exists():
-            return []
-        records = []
-        for line in self._spool.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the line a killed process was writing
-                self.dropped += 1
-        return records
-
-    def _deliver(self) -> None:
-        pause = 0.5
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing)
-                if not self._pending:
-                    return
-                batch = self._next_batch()
-            try:
-                self._send(batch)
-            except TROUBLE as error:
-                self._note(error)
-                if not _refused(error):
-                    self._write_spool()
-                    with self._changed:
-                        self._changed.notify_all()
-                        if self._closing:
-                            return
-                        self._changed.wait_for(lambda: self._closing, timeout=pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                    continue
-                self.dropped += len(batch)
-            pause = 0.5
-            self._delivered(len(batch))
-
-    def _next_batch(self) -> list[Record]:
-        """The run of metrics records at the head of the queue that fits one call, or the one record of another kind."""
-        batch: list[Record] = []
-        size = 0
-        for record in self._pending:
-            if record["op"] != "metrics":
-                break
-            size += len(record["values"])
-            if batch and size > _METRICS_PER_BATCH:
-                break
-            batch.append(record)
-        return batch or [self._pending[0]]
-
-    def _delivered(self, count: int) -> None:
-        with self._changed:
-            for _ in range(count):
-                self._pending.popleft()
-            self._spooled = max(0, self._spooled - count)
-            if self._spool is not None and not self._pending:
-                self._spooled = 0
-                try:
-                    self._spool.unlink(missing_ok=True)
-                except OSError as error:
-                    self._note(error)
-            self._changed.notify_all()
-
-    def _write_spool(self) -> None:
-        """Appends what the file does not hold yet. A replay may send a record again, which changes nothing."""
-        if self._spool is None:
-            return
-        with self._changed:
-            fresh = list(self._pending)[self._spooled :]
-            try:
-                self._spool.parent.mkdir(parents=True, exist_ok=True)
-                with self._spool.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in fresh)
-            except OSError as error:
-                self._note(error)
-            else:
-                self._spooled += len(fresh)
-
-    def _note(self, error: Exception) -> None:
-        self.failures += 1
-        message = " ".join(str(error).split())[:300]
-        self.last_error = f"{type(error).__name__}: {message}"
-        log = _log.warning if self.failures == 1 else _log.debug
-        log("tracking at %s: %s", self.uri, self.last_error)
+    # What follows runs in the background thread.
 
     def _send(self, batch: list[Record]) -> None:
         if self._client is None:
@@ -319,8 +278,15 @@ class Tracking:
                 path = Path(record["local_path"])
                 send = client.log_artifacts if path.is_dir() else client.log_artifact
                 send(self.run_id, str(path), record["artifact_path"])
+            case "document":
+                client.log_dict(self.run_id, record["value"], record["name"])
             case "dataset":
                 log_dataset(client, self.run_id, *(record[k] for k in ("name", "digest", "source_uri", "context")))
+            case "checkpoint":
+                self._log_checkpoint(client, record)
+            case "checkpoint_removed":
+                for model in self._logged_models(client, record["step"]):
+                    client.set_logged_model_tags(model.model_id, {"removed": "true"})
             case "status":
                 client.set_terminated(self.run_id, status=record["status"])
 
@@ -333,8 +299,8 @@ class Tracking:
             run_id = open_run(client, self._experiment_id, record["name"], record["key"], record["tags"])
             record["run_id"] = run_id  # a second attempt takes up this run
         log_params(client, run_id, record["params"])
-        logged = client.get_run(run_id).data.metrics
-        self._logged_step = {name: max(m.step for m in client.get_metric_history(run_id, name)) for name in logged}
+        # The last point of every metric with its step, which the public dictionary of values leaves out.
+        self._logged_step = {metric.key: metric.step for metric in client.get_run(run_id).data._metric_objs}
         self.run_id = run_id
 
     def _new_points(self, batch: list[Record]) -> list[Metric]:
@@ -345,6 +311,50 @@ class Tracking:
             for name, value in record["values"].items()
             if record["step"] > self._logged_step.get(name, -1)
         ]
+
+    def _logged_models(self, client: MlflowClient, step: int) -> list[LoggedModel]:
+        """The LoggedModels of this run's checkpoint at a step: none, or one."""
+        own = f"name = '{_checkpoint_name(step)}' AND source_run_id = '{self.run_id}'"
+        return list(client.search_logged_models([self._experiment_id], own, max_results=1))
+
+    def _log_checkpoint(self, client: MlflowClient, record: Record) -> None:
+        """One LoggedModel per step: a training that was killed and writes a step again points to the new files."""
+        tags = {"uri": record["uri"], "step": str(record["step"]), "digest": record["digest"]}
+        found = self._logged_models(client, record["step"])
+        if found:
+            model_id = found[0].model_id
+            client.set_logged_model_tags(model_id, tags)
+            if "removed" in found[0].tags:
+                client.delete_logged_model_tag(model_id, "removed")
+        else:
+            name = _checkpoint_name(record["step"])
+            model = client.create_logged_model(self._experiment_id, name, self.run_id, tags, model_type="checkpoint")
+            model_id = model.model_id
+        client.finalize_logged_model(model_id, "READY")
+        points = [
+            Metric(name, value, record["time_ms"], record["step"], model_id=model_id, run_id=self.run_id)
+            for name, value in record["values"].items()
+            if record["step"] > self._logged_step.get(name, -1)
+        ]
+        if points:
+            client.log_batch(self.run_id, metrics=points)
+
+
+def _checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _batch_size(pending: Iterable[Record]) -> int:
+    """How many metrics records at the head of the queue fit one call; 1 for a record of another kind."""
+    count = size = 0
+    for record in pending:
+        if record["op"] != "metrics":
+            break
+        size += len(record["values"])
+        if count and size > _METRICS_PER_BATCH:
+            break
+        count += 1
+    return max(1, count)
 
 
 def _refused(error: Exception) -> bool:

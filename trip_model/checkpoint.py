@@ -16,20 +16,22 @@ from safetensors.torch import load_file, save_file
 from trip_model.encoders import BaseFolderError
 from trip_model.fusion import FusionConfig
 from trip_model.model import Trip, TripConfig
-from trip_model.schedule import ScheduleConfig
-from trip_model.unet import load_unet
+from trip_model.schedule import BaseSchedule, ScheduleConfig
+from trip_model.unet import load_unet, save_unet
 
 FORMAT = 1
 
 
 def config_from_json(data: dict[str, Any]) -> TripConfig:
     """A `TripConfig` from its JSON form."""
-    data = dict(data)
+    schedule: dict[str, Any] = dict(data["schedule"])
+    if schedule.get("base") is not None:
+        schedule["base"] = BaseSchedule(**schedule["base"])
     return TripConfig(
         **data
         | {
             "fusion": FusionConfig(**data["fusion"]),
-            "schedule": ScheduleConfig(**data["schedule"]),
+            "schedule": ScheduleConfig(**schedule),
             "residual_std": tuple(data["residual_std"]),
         }
     )
@@ -39,7 +41,7 @@ def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: di
     """Writes the model with the frozen parts of its base; `trip.json` comes last and marks the folder as whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.unet.save_pretrained(folder / "unet", safe_serialization=True)
+    save_unet(model.unet, folder / "unet")
     if model.fusion is not None:
         (folder / "fusion").mkdir(exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in model.fusion.state_dict().items()}

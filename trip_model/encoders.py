@@ -81,13 +81,17 @@ def encode_pixels(vae: Any, pixels: np.ndarray, batch: int = 32) -> torch.Tensor
 
     Every frame is encoded alone, so the image latent of a photo equals frame 1 of the clip that begins with it.
     """
+    return encode_posterior(vae, pixels, batch)[0]
+
+
+@torch.no_grad()
+def encode_posterior(vae: Any, pixels: np.ndarray, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels uint8 [F, H, W, 3] to the VAE's posterior: mean and log variance, each float32 [F, 4, h, w], unscaled."""
     device = next(vae.parameters()).device
     frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-    means = [
-        vae.encode(part.to(device, torch.float32) / 127.5 - 1).latent_dist.mean.float().cpu()
-        for part in frames.split(batch)
-    ]
-    return torch.cat(means)
+    parts = [vae.encode(part.to(device, torch.float32) / 127.5 - 1).latent_dist for part in frames.split(batch)]
+    mean, logvar = torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts])
+    return mean.float().cpu(), logvar.float().cpu()
 
 
 @torch.no_grad()

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import UNet3DConditionModel
 from torch import nn
 
 from trip_model.conditioning import Condition, drop_condition_slot, unet_input
 from trip_model.fusion import FusionConfig, TemporalNoiseFusion, linear_decay, linear_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
 from trip_model.schedule import NoiseSchedule, ScheduleConfig
-from trip_model.unet import load_unet, set_dropout, widen_input
+from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
 
 MIN_RESIDUAL_STD = 0.02  # a data set of stills must not forbid motion for good
 
@@ -41,8 +40,14 @@ class TripConfig:
     residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)  # s_i by frame, measured on the data set before training
     unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
     unet_dropout: float = 0.0
+    # The time step that the 3D-UNet is told for the clean frame; the paper's text implies one for all frames.
+    clean_frame_timestep: Literal["shared", "zero"] = "shared"
 
     def __post_init__(self) -> None:
+        if self.clean_frame_timestep == "zero" and self.condition == "channel":
+            raise ValueError(
+                "clean_frame_timestep 'zero' needs a clean frame: condition 'head' or 'tail', not 'channel'"
+            )
         if len(self.residual_std) != self.num_frames:
             raise ValueError(
                 f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames"
@@ -52,13 +57,12 @@ class TripConfig:
 class Trip(nn.Module):
     """Noise prediction eps(z_t, t, c, z_0^1): a 3D-UNet for the residual, the image noise prior, and their fusion."""
 
-    def __init__(self, unet: UNet3DConditionModel, config: TripConfig) -> None:
+    def __init__(self, unet: UNet3D, config: TripConfig) -> None:
         super().__init__()
         self.config = config
-        settings: Any = unet.config
-        self.unet = widen_input(unet) if config.condition == "channel" and settings.in_channels == 4 else unet
+        self.unet = widen_input(unet) if config.condition == "channel" and unet.config.in_channels == 4 else unet
         set_dropout(self.unet, config.unet_dropout)
-        channels = settings.out_channels
+        channels = unet.config.out_channels
         self.fusion = TemporalNoiseFusion(config.fusion, channels) if config.fusion.kind == "tnf" else None
         self.schedule = NoiseSchedule(config.schedule)
 
@@ -93,7 +97,12 @@ class Trip(nn.Module):
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
-        output = drop_condition_slot(self.unet(joined, t_B, text_BLD).sample, self.config.condition)
+        t = self.schedule.unet_steps(t_B)
+        if self.config.clean_frame_timestep == "zero":
+            t_BF = t[:, None].expand(-1, frames)
+            clean_B1 = torch.zeros_like(t_BF[:, :1])
+            t = torch.cat([clean_B1, t_BF] if self.config.condition == "head" else [t_BF, clean_B1], dim=1)
+        output = drop_condition_slot(self.unet(joined, t, text_BLD), self.config.condition)
 
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)

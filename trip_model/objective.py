@@ -44,6 +44,10 @@ class Draw:
     noise: torch.Tensor  # float32, shaped like z_0
     drop_B: torch.Tensor  # bool, captions to leave out
 
+    def part(self, samples: torch.Tensor) -> Draw:
+        """The draws of some of the samples."""
+        return Draw(self.t_B[samples], self.noise[samples], self.drop_B[samples])
+
 
 def draw(
     seed: int,
@@ -75,11 +79,13 @@ def training_loss(
     empty_text_1LD: torch.Tensor,
     drawn: Draw,
     config: ObjectiveConfig,
+    compute: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective (Equation 10): mean squared error between the drawn noise and the fused prediction.
 
     Args:
         model: a `Trip`, or a data-parallel wrapper of one. z_0_BCFHW: final latents, float32; frame 1 is the image.
+        compute: the networks' arithmetic, bfloat16 under autocast; z_t, the prior and the loss are float32 always.
     Returns:
         (loss, noise error by time step and frame [B, F], detached and unweighted).
     """
@@ -91,7 +97,9 @@ def training_loss(
     # The image latent is frame 1 of the same draw, so that its residual is exactly zero.
     z_first = z_0_BCFHW[:, :, :1].float()
     text = torch.where(drawn.drop_B.to(device)[:, None, None], empty_text_1LD, text_BLD)
-    error_BF = (model(z_t, z_first, t_B, text) - noise).square().mean(dim=(1, 3, 4))
+    with torch.autocast(device.type, compute, enabled=compute is not None):
+        predicted = model(z_t, z_first, t_B, text)
+    error_BF = (predicted - noise).square().mean(dim=(1, 3, 4))
     if config.weighting == "noise":
         return error_BF.mean(), error_BF.detach()
     unknown_BF = (1 - trip.shrinkage(t_B, z_t.shape[2])).flatten(1)

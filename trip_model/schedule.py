@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
+
+Betas = Literal["linear", "scaled_linear"]
+
+
+@dataclass(frozen=True)
+class BaseSchedule:
+    """The schedule that the base's 3D-UNet was trained with, from its `scheduler/scheduler_config.json`."""
+
+    beta_start: float
+    beta_end: float
+    beta_schedule: Betas
+    num_train_timesteps: int
 
 
 @dataclass(frozen=True)
@@ -20,9 +35,13 @@ class ScheduleConfig:
     num_train_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 2e-2
-    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
+    beta_schedule: Betas = "linear"
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     sampling_steps: int = 50
+    # The paper's betas differ from those that its base was trained with. `paper` leaves it at that, `checkpoint` takes
+    # the base's betas instead, `snr` keeps the paper's and tells the 3D-UNet the base's step of equal noise.
+    bridge: Literal["paper", "checkpoint", "snr"] = "paper"
+    base: BaseSchedule | None = None  # under `snr`: what the steps are matched to
 
 
 class NoiseSchedule:
@@ -34,14 +53,26 @@ class NoiseSchedule:
     def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
         self.config = config
         self.alphas_cumprod_T: torch.Tensor = self.ddim().alphas_cumprod
+        self._unet_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)
 
     def ddim(self) -> DDIMScheduler:
         """A fresh DDIM sampler (eta 0) with the settings that are right for latents: no clipping of x0."""
-        known: dict[str, Any] = asdict(self.config)
-        known.pop("sampling_steps")
+        config = self.config
         return DDIMScheduler(
-            **known, clip_sample=False, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon"
+            num_train_timesteps=config.num_train_timesteps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=config.beta_schedule,
+            timestep_spacing=config.timestep_spacing,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            steps_offset=0,
+            prediction_type="epsilon",
         )
+
+    def unet_steps(self, t_B: torch.Tensor) -> torch.Tensor:
+        """What the 3D-UNet is told for time steps `t_B`: themselves, or under the bridge `snr` the matched ones."""
+        return t_B if self._unet_steps_T is None else self._unet_steps_T.to(t_B.device)[t_B]
 
     def signal_and_noise(self, t_B: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(sqrt(abar_t), sqrt(1 - abar_t)) of Equation 1, float32, shaped [B, 1, ...] to meet a tensor of `ndim`."""
@@ -53,3 +84,49 @@ class NoiseSchedule:
         """Forward diffusion (Equation 1): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, in float32."""
         signal, sigma = self.signal_and_noise(t_B, z_0.ndim)
         return signal * z_0.float() + sigma * noise.float()
+
+
+def bridged(config: ScheduleConfig, base: str | Path) -> ScheduleConfig:
+    """The schedule as it is trained with on a base: its `bridge` carried out, and recorded.
+
+    Raises:
+        ValueError: betas that the base's scheduler names and this project does not know.
+    """
+    if config.bridge == "paper":
+        return config
+    found = read_base_schedule(base)
+    if config.bridge == "snr":
+        return replace(config, base=found)
+    return replace(
+        config,
+        beta_start=found.beta_start,
+        beta_end=found.beta_end,
+        beta_schedule=found.beta_schedule,
+        num_train_timesteps=found.num_train_timesteps,
+    )
+
+
+def read_base_schedule(base: str | Path) -> BaseSchedule:
+    """The schedule of a base folder; what its `scheduler_config.json` leaves out is as diffusers has it."""
+    file = Path(base) / "scheduler" / "scheduler_config.json"
+    said = json.loads(file.read_text())
+    if said.get("beta_schedule", "linear") not in ("linear", "scaled_linear") or said.get("trained_betas"):
+        raise ValueError(f"{file}: beta_schedule {said.get('beta_schedule')!r}, expected 'linear' or 'scaled_linear'")
+    return BaseSchedule(
+        beta_start=float(said.get("beta_start", 1e-4)),
+        beta_end=float(said.get("beta_end", 2e-2)),
+        beta_schedule=said.get("beta_schedule", "linear"),
+        num_train_timesteps=int(said.get("num_train_timesteps", 1000)),
+    )
+
+
+def matched_steps(alphas_cumprod_T: torch.Tensor, base: BaseSchedule) -> torch.Tensor:
+    """The base's time step of equal signal-to-noise ratio for every step of a schedule, float32 [T], fractional.
+
+    z_t depends on t through abar_t alone, so at the matched step the 3D-UNet meets exactly what it was trained on.
+    Steps noisier than the base's last one are told as that one: its range ends there.
+    """
+    theirs = NoiseSchedule(replace(ScheduleConfig(), **vars(base))).alphas_cumprod_T.double()
+    ours = alphas_cumprod_T.double()
+    steps = np.interp(-ours.logit().numpy(), -theirs.logit().numpy(), np.arange(base.num_train_timesteps))
+    return torch.from_numpy(steps).float()

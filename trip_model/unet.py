@@ -1,53 +1,239 @@
-"""The 3D-UNet of the residual path: diffusers' `UNet3DConditionModel`, loaded from a base folder."""
+"""The 3D-UNet of the residual path: our own forward on the weights and folders of diffusers' `UNet3DConditionModel`.
+
+Why our own, and what it does differently: docs/decisions/unet.md. Shape suffixes as in `unet_blocks`.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import UNet3DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trip_model.encoders import BaseFolderError
+from trip_model.unet_blocks import (
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    TemporalConvLayer,
+    TemporalTransformer,
+    Upsample,
+)
+
+CLASS_NAME = "UNet3DConditionModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BLOCK_TYPES = ("CrossAttnDownBlock3D", "DownBlock3D", "CrossAttnUpBlock3D", "UpBlock3D")
+FIXED = ("downsample_padding", "mid_block_scale_factor", "act_fn", "num_attention_heads", "time_cond_proj_dim")
 
 
-class TemporalConv(nn.Conv3d):
-    """A (3, 1, 1) convolution run as a (3, 1) convolution over [B, C, F, H W]: same weights, same numbers.
+@dataclass(frozen=True)
+class UNetConfig:
+    """A 3D-UNet's `config.json`, with diffusers' names; the defaults are those of text-to-video-ms-1.7b."""
 
-    CPU kernels for Conv3d fall back to im2col, and several GPU releases had slow or wrong bfloat16 Conv3d.
+    sample_size: int | None = None  # latent side that it was trained at; any other works
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock3D",) * 3, "DownBlock3D")
+    up_block_types: tuple[str, ...] = ("UpBlock3D", *("CrossAttnUpBlock3D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1024
+    attention_head_dim: int = 64
+    num_attention_heads: None = None
+    time_cond_proj_dim: None = None
+
+    def __post_init__(self) -> None:
+        for kind in (*self.down_block_types, *self.up_block_types):
+            if kind not in BLOCK_TYPES:
+                raise ValueError(f"block type {kind!r}, expected one of {', '.join(BLOCK_TYPES)}")
+        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
+            raise ValueError(f"{len(self.block_out_channels)} widths, expected one for each down and each up block")
+        for setting in fields(self):
+            if setting.name in FIXED and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name} {getattr(self, setting.name)!r}, expected {setting.default!r}")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> UNetConfig:
+        """From the contents of a `config.json`; keys with a leading underscore say who wrote it and are passed over."""
+        known = {name: value for name, value in data.items() if not name.startswith("_")}
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        unknown = sorted(settings.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}")
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        """The text of its `config.json`, as diffusers writes it."""
+        named = {"_class_name": CLASS_NAME, "_diffusers_version": diffusers.__version__, **asdict(self)}
+        return json.dumps(named, indent=2, sort_keys=True) + "\n"
+
+
+class Level(nn.Module):
+    """One resolution: layers of ResNet block and temporal convolution, the first `transformers` with transformers."""
+
+    def __init__(self, config: UNetConfig, channels_in: Sequence[int], channels: int, transformers: int) -> None:
+        super().__init__()
+        groups, head = config.norm_num_groups, config.attention_head_dim
+        time_width = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(c, channels, time_width, groups, config.norm_eps) for c in channels_in)
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(channels, groups) for _ in channels_in)
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(channels, head, groups, config.cross_attention_dim) for _ in range(transformers)
+        )
+        self.temp_attentions = nn.ModuleList(
+            TemporalTransformer(channels, channels // head, head, groups) for _ in range(transformers)
+        )
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def forward(
+        self,
+        layer: int,
+        x_NCHW: torch.Tensor,
+        time_NT: torch.Tensor,
+        text_BLD: torch.Tensor,
+        skip_NCHW: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One layer of the level, joined by the skip of the way down on the way up."""
+        frames = len(x_NCHW) // len(text_BLD)
+        x = x_NCHW if skip_NCHW is None else torch.cat([x_NCHW, skip_NCHW], dim=1)
+        x = self.temp_convs[layer](self.resnets[layer](x, time_NT), frames)
+        if layer < len(self.attentions):
+            x = self.temp_attentions[layer](self.attentions[layer](x, text_BLD), frames)
+        return x
+
+
+class UNet3D(nn.Module):
+    """The 3D-UNet eps(x, t, c), with the state dict of diffusers' `UNet3DConditionModel`, name for name.
+
+    `recompute_activations` keeps only what enters each layer and computes the rest again in the backward pass (a third
+    more work, the same numbers bit by bit, dropout included); diffusers' class refuses it.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        batch, _, frames, height, width = input.shape
-        out = F.conv2d(input.reshape(batch, -1, frames, height * width), self.weight[..., 0], self.bias, padding=(1, 0))
-        return out.view(batch, -1, frames, height, width)
+    recompute_activations = False
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, layers = config.block_out_channels, config.layers_per_block
+        channels = widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.time_proj = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(channels, 4 * channels)
+        self.transformer_in = TemporalTransformer(channels, 8, config.attention_head_dim, config.norm_num_groups)
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skips = [channels]
+        for kind, width in zip(config.down_block_types, widths, strict=True):
+            level = Level(config, [channels, *[width] * (layers - 1)], width, layers if "CrossAttn" in kind else 0)
+            self.down_blocks.append(level)
+            channels = width
+            skips += [width] * layers
+            if len(self.down_blocks) < len(widths):
+                level.downsamplers.append(Downsample(width))
+                skips.append(width)
+        self.mid_block = Level(config, [channels, channels], channels, 1)
+        for kind, width in zip(config.up_block_types, reversed(widths), strict=True):
+            joined = [c + skips.pop() for c in (channels, *[width] * layers)]
+            level = Level(config, joined, width, len(joined) if "CrossAttn" in kind else 0)
+            self.up_blocks.append(level)
+            channels = width
+            if skips:
+                level.upsamplers.append(Upsample(width))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+
+    def forward(self, x_BCFHW: torch.Tensor, t: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+        """The network's output, [B, C, F, H, W] with `out_channels`.
+
+        Args:
+            x_BCFHW: noised latents with the condition. text_BLD: text features c, one for each sample.
+            t: time steps, 0-based, one for each sample (B,) or for each of its frames (B, F), or one for all ().
+        """
+        batch, _, frames = x_BCFHW.shape[:3]
+        t = t if t.ndim == 2 else t.expand(batch)
+        time = F.silu(self.time_embedding(self.time_proj(t.flatten()).to(self.conv_in.weight.dtype)))
+        time_NT = time.unflatten(0, (batch, -1)).expand(-1, frames, -1).flatten(0, 1)
+
+        x = x_BCFHW.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = self._run(self.transformer_in, self.conv_in(x), frames)
+        skips = [x]
+        for level in _levels(self.down_blocks):
+            for layer in range(len(level.resnets)):
+                x = self._run(level, layer, x, time_NT, text_BLD)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for layer in range(len(self.mid_block.resnets)):
+            x = self._run(self.mid_block, layer, x, time_NT, text_BLD)
+        for level in _levels(self.up_blocks):
+            for layer in range(len(level.resnets)):
+                x = self._run(level, layer, x, time_NT, text_BLD, skips.pop())
+            for upsample in level.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+
+    def _run(self, module: nn.Module, *inputs: Any) -> torch.Tensor:
+        if self.recompute_activations and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
 
 
-def load_unet(folder: str | Path) -> UNet3DConditionModel:
-    """The 3D-UNet of a base or model folder (its `unet/`), float32, with the temporal convolutions of `TemporalConv`.
+def _levels(blocks: nn.ModuleList) -> Iterator[Level]:
+    for block in blocks:
+        assert isinstance(block, Level)
+        yield block
+
+
+def load_unet(base: str | Path) -> UNet3D:
+    """The 3D-UNet of a base or model folder (its `unet/`), float32; weights in one file or in shards with an index.
 
     Raises:
-        BaseFolderError: the folder's `unet/` cannot be read.
+        BaseFolderError: no such folder, another kind of network, or weights that are not its own.
     """
+    folder = Path(base) / "unet"
     try:
-        unet = UNet3DConditionModel.from_pretrained(
-            Path(folder) / "unet", torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError) as error:
-        raise BaseFolderError(f"the 3D-UNet of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return use_temporal_conv(unet)
-
-
-def use_temporal_conv(unet: UNet3DConditionModel) -> UNet3DConditionModel:
-    """Makes every (3, 1, 1) convolution run through `TemporalConv`; parameters and state-dict keys stay as they are."""
-    for module in unet.modules():
-        if type(module) is nn.Conv3d and module.kernel_size == (3, 1, 1):
-            module.__class__ = TemporalConv
+        with torch.device("meta"):
+            unet = UNet3D(UNetConfig.from_json(json.loads((folder / "config.json").read_text())))
+        index = folder / f"{WEIGHTS}.index.json"
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WEIGHTS}
+        tensors = {name: tensor for file in sorted(names) for name, tensor in load_file(folder / file).items()}
+        unet.to_empty(device="cpu").load_state_dict(tensors)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BaseFolderError(
+            f"the 3D-UNet of {base} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     return unet
 
 
-def widen_input(unet: UNet3DConditionModel) -> UNet3DConditionModel:
+def save_unet(unet: UNet3D, folder: str | Path) -> None:
+    """Writes `config.json` and the weights, readable by `load_unet` and by diffusers' `UNet3DConditionModel`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(unet.config.to_json())
+
+
+def widen_input(unet: UNet3D) -> UNet3D:
     """TRIP_C (Table 5): doubles `conv_in`'s input channels; the new weights are zero, so the output is unchanged."""
     old = unet.conv_in
     wide = nn.Conv2d(2 * old.in_channels, old.out_channels, (3, 3), padding=(1, 1))
@@ -57,12 +243,12 @@ def widen_input(unet: UNet3DConditionModel) -> UNet3DConditionModel:
         wide.weight[:, : old.in_channels] = old.weight
         wide.bias.copy_(old.bias)
     unet.conv_in = wide
-    unet.register_to_config(in_channels=2 * old.in_channels)
+    unet.config = replace(unet.config, in_channels=wide.in_channels)
     return unet
 
 
 def set_dropout(unet: nn.Module, probability: float) -> None:
-    """Sets every dropout of the 3D-UNet; diffusers hard-codes 0.1 in its temporal convolutions."""
+    """Sets the dropout of the 3D-UNet's temporal convolutions, its only one; the base was trained with 0.1."""
     for module in unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -38,7 +38,7 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded window of a video."""
+    """A decoded window of a video, or the whole of it as a track."""
 
     pixels: np.ndarray  # uint8 [F, H, W, 3]
     times: np.ndarray  # float32 [F], seconds since the video's first shown frame, the true stamps
@@ -64,6 +64,41 @@ def read_windows(
         ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the first window was
             whole) or `too_short`. MemoryError: the frames do not fit.
     """
+    chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, size, start_seconds)
+    return [
+        _clip(chosen[window * num_frames : (window + 1) * num_frames], info | {"window": window}, start_seconds)
+        for window in range(len(chosen) // num_frames)
+    ]
+
+
+def read_track(source: bytes | str | Path, num_frames: int, fps: float, size: int, longest: int) -> list[Clip]:
+    """Decodes a whole video on the time grid of `read_windows`, whose window i is frames i * n to (i + 1) * n here.
+
+    Args:
+        num_frames: frames that the track has at least. longest: frames after which it is cut off; `info` then says so.
+    Returns:
+        The track alone, a list as `read_windows` gives it.
+    Raises:
+        ClipError, MemoryError: as `read_windows`.
+    """
+    chosen, info = _read_grid(source, num_frames, longest + 1, fps, size)  # one more tells whether the video goes on
+    return [_clip(chosen[:longest], info | ({"cut_off_at": longest} if len(chosen) > longest else {}))]
+
+
+def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0) -> Clip:
+    """The first clip of a video, see `read_windows`."""
+    return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
+
+
+def _clip(part: list[tuple[float, np.ndarray]], info: dict[str, Any], start_seconds: float = 0.0) -> Clip:
+    times = np.asarray([t + start_seconds for t, _ in part], dtype=np.float32)
+    return Clip(np.stack([pixels for _, pixels in part]), times, info)
+
+
+def _read_grid(
+    source: bytes | str | Path, least: int, wanted: int, fps: float, size: int, start_seconds: float = 0.0
+) -> tuple[list[tuple[float, np.ndarray]], dict[str, Any]]:
+    """`least` to `wanted` frames on the grid of `read_windows` as (time, pixels), and what the decoder says of them."""
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     step, half_step = 1.0 / fps, 0.5 / fps
     chosen: list[tuple[float, np.ndarray]] = []
@@ -90,7 +125,6 @@ def read_windows(
             first: float | None = None
             shown: av.VideoFrame | None = None
             shown_time = 0.0
-            wanted = num_frames * windows
 
             def take() -> None:
                 assert shown is not None
@@ -130,34 +164,18 @@ def read_windows(
         if isinstance(error, ClipError | MemoryError):
             raise
         broken = f"{type(error).__name__} after {len(chosen)} grid frames"
-        if len(chosen) < num_frames:
+        if len(chosen) < least:
             raise ClipError("damaged" if chosen else "undecodable", broken) from error
 
-    count = len(chosen) // num_frames
-    if count == 0:
+    if len(chosen) < least:
         raise ClipError(
             "too_short",
-            f"{max(duration, 0):.2f} s give {len(chosen)} frames at {fps:g} fps, {num_frames} are needed",
+            f"{max(duration, 0):.2f} s give {len(chosen)} frames at {fps:g} fps, {least} are needed",
         )
     info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
     if broken:
         info["broken"] = broken
-    clips = []
-    for window in range(count):
-        part = chosen[window * num_frames : (window + 1) * num_frames]
-        clips.append(
-            Clip(
-                pixels=np.stack([pixels for _, pixels in part]),
-                times=np.asarray([t + start_seconds for t, _ in part], dtype=np.float32),
-                info=info | {"window": window},
-            )
-        )
-    return clips
-
-
-def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0) -> Clip:
-    """The first clip of a video, see `read_windows`."""
-    return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
+    return chosen, info
 
 
 def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:

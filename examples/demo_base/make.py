@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame, draw_scene  # noqa: E402
 from trip_model.conditioning import drop_condition_slot, unet_input  # noqa: E402
 from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae  # noqa: E402
-from trip_model.unet import load_unet, set_dropout, use_temporal_conv  # noqa: E402
+from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout  # noqa: E402
 from trip_model.video import write_video  # noqa: E402
 
 SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
@@ -320,8 +320,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def new_unet() -> UNet3DConditionModel:
-    return UNet3DConditionModel(
+def new_unet() -> UNet3D:
+    config = UNetConfig(
         sample_size=SIZE // 8,
         block_out_channels=(32, 64),
         down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
@@ -331,14 +331,15 @@ def new_unet() -> UNet3DConditionModel:
         attention_head_dim=8,
         norm_num_groups=8,
     )
+    return UNet3D(config)
 
 
 class Denoiser(torch.nn.Module):
     """Text encoder and 3D-UNet in one module, so that one optimiser step and one all-reduce cover both."""
 
-    def __init__(self, text: CLIPTextModel, unet: UNet3DConditionModel) -> None:
+    def __init__(self, text: CLIPTextModel, unet: UNet3D) -> None:
         super().__init__()
-        self.text, self.unet = text, use_temporal_conv(unet)
+        self.text, self.unet = text, unet
         set_dropout(self.unet, 0.0)
 
     def forward(
@@ -346,8 +347,8 @@ class Denoiser(torch.nn.Module):
     ) -> torch.Tensor:
         text = self.text(token_ids)[0]
         if not with_first:
-            return self.unet(z_t, t, text).sample
-        return drop_condition_slot(self.unet(unet_input(z_t, z_first, "head"), t, text).sample, "head")
+            return self.unet(z_t, t, text)
+        return drop_condition_slot(self.unet(unet_input(z_t, z_first, "head"), t, text), "head")
 
 
 def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool) -> None:
@@ -427,7 +428,7 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
             saved = copy.deepcopy(denoiser)
             with torch.no_grad():
                 torch._foreach_copy_(list(saved.parameters()), averaged)
-            saved.unet.half().save_pretrained(out / "unet", safe_serialization=True)
+            save_unet(saved.unet.half(), out / "unet")
             saved.text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
             scheduler.save_pretrained(out / "scheduler")
             _forget_origin(out / "unet")
@@ -451,7 +452,7 @@ def preview(out: Path, seed: int = 0) -> None:
     empty = text.encode(text.tokenize([""])).expand_as(features)
     z = torch.randn(4, 4, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
-        with_text, without = unet(torch.cat([z, z]), t, torch.cat([features, empty])).sample.chunk(2)
+        with_text, without = unet(torch.cat([z, z]), t, torch.cat([features, empty])).chunk(2)
         z = scheduler.step(without + 2.0 * (with_text - without), t, z).prev_sample
     rows = [decode_latents(vae, z[i].permute(1, 0, 2, 3)) for i in range(4)]
     sheet = np.concatenate([np.concatenate(list(row[::3]), axis=1) for row in rows])

@@ -8,17 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from tasks.shards import SUFFIXES, PackedSample, clip_key_of, decode_field
+from tasks.shards import OPTIONAL, SUFFIXES, PackedSample, clip_key_of, decode_field
 
-_REQUIRED = sorted(set(SUFFIXES) - {"pixels"})
-_ARRAYS = {"first": ("uint8", 3), "latents": ("float16", 4), "pixels": ("uint8", 4), "tokens": ("int32", 1)}
+_REQUIRED = sorted(set(SUFFIXES) - {*OPTIONAL})
+_ARRAYS = {
+    "first": ("uint8", 3),
+    "latents": ("float16", 4),
+    "logvar": ("float16", 4),
+    "pixels": ("uint8", 4),
+    "text": ("float16", 2),
+    "tokens": ("int32", 1),
+}
+
+
+Looks = dict[str, tuple[int, ...]]  # what all samples share of a field's shape, by field
 
 
 class SampleChecker:
     """Remembers what the first sample looked like, for all others of a data set look the same."""
 
-    def __init__(self) -> None:
-        self._looks: dict[str, tuple[int, ...]] = {}
+    def __init__(self, looks: Looks) -> None:
+        self.looks = dict(looks)
 
     def problems(self, packed: PackedSample, rows: tuple[int, int]) -> Iterator[str]:
         """What is wrong with a sample of a shard that stands for rows start (inclusive) to stop."""
@@ -46,12 +56,13 @@ class SampleChecker:
             yield "holds values that are not finite"
         # The number of frames may differ from clip to clip; height, width and channels do not.
         look = array.shape[1:] if dimensions == 4 else array.shape
-        if look != self._looks.setdefault(name, look):
-            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self._looks[name]))})"
+        if look != self.looks.setdefault(name, look):
+            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.looks[name]))})"
 
 
 def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> Iterator[str]:
     meta, latents, pixels, first = (fields.get(name) for name in ("meta", "latents", "pixels", "first"))
+    logvar, text, tokens = (fields.get(name) for name in ("logvar", "text", "tokens"))
     if meta is not None and not isinstance(meta, dict):
         yield "meta is not an object"
         meta = None
@@ -66,6 +77,10 @@ def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> I
         yield f"{len(latents)} frames of latents, {len(times)} times"
     if pixels is not None and latents is not None and len(pixels) != len(latents):
         yield f"{len(latents)} frames of latents, {len(pixels)} of pixels"
+    if logvar is not None and latents is not None and logvar.shape != latents.shape:
+        yield f"latents of shape {latents.shape}, their log variance of {logvar.shape}"
+    if text is not None and tokens is not None and len(text) != len(tokens):
+        yield f"{len(tokens)} tokens, text features of {len(text)}"
     if pixels is None:
         return
     if first is not None and not (len(pixels) and np.array_equal(pixels[0], first)):

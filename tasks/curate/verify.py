@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import tarfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 from infra import storage
-from tasks.curate.samples import SampleChecker
+from tasks.curate.shard import check_shards
 from tasks.records import Failure, UserError, add_counts, digest
 from tasks.shards import (
     FORGOTTEN,
     MANIFEST,
     RECIPE,
-    SCHEMA_VERSION,
-    SUFFIXES,
     DatasetManifest,
     Forgotten,
-    PackedSample,
     ShardManifest,
     ShardSummary,
     clip_key_of,
     forgotten_sha256,
     index_name,
     mark,
-    parse_record,
     read_forgotten,
     read_manifest,
     shard_number,
@@ -42,17 +36,24 @@ class _Seen:
     """What is remembered from shard to shard."""
 
     forgotten: Forgotten
-    samples: SampleChecker
     clips: set[int] = field(default_factory=set)  # 64 bits of hash for each
     parts: list[ShardSummary] = field(default_factory=list)
 
 
-def problems(dataset: str, progress: Progress | None = None) -> Iterator[str]:
+def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -> Iterator[str]:
     """Every problem of a data set, as a line that names the file; none where it is whole. Reads all of it, once.
+
+    The lines are the same, in the same order, whatever the number of workers. Memory: two shards' indexes and a
+    sample for each of them, and some 100 bytes a clip.
 
     Args:
         progress: called after each shard with `stage`, `done`, `total` (rows), `mb_per_s` and `eta_seconds`.
+        workers: threads that read shards; hashing and decoding let each other run.
+    Raises:
+        UserError: fewer than one worker.
     """
+    if workers < 1:
+        raise UserError(f"workers {workers}, expected at least 1")
     dataset = storage.absolute(dataset)
     names = set(storage.list_dir(dataset))
     if not names:
@@ -71,16 +72,17 @@ def problems(dataset: str, progress: Progress | None = None) -> Iterator[str]:
 
     tars = {name for name in names if shard_number(name) is not None}
     shards = [shard.shard for shard in manifest.shards] if manifest else sorted(tars)
-    seen = _Seen(forgotten, SampleChecker())
+    seen = _Seen(forgotten)
     began, size_bytes = time.monotonic(), 0
-    for place, shard in enumerate(shards):
-        index = yield from _index(dataset, shard)
+    for place, found in enumerate(check_shards(dataset, shards, workers)):
+        yield from found.index_problems
+        index = found.index
         if index is None:
             continue
         if manifest is not None:
             yield from _disagreement(index, place, manifest)
         yield from _index_problems(index, recipe_hash, seen)
-        yield from _tar_problems(dataset, index, seen)
+        yield from found.tar_problems
         seen.parts.append(index.summary())
         if progress is not None:
             size_bytes += index.size_bytes
@@ -114,25 +116,6 @@ def _recipe_problems(dataset: str, manifest: DatasetManifest | None) -> Generato
     if digest(manifest.recipe) != manifest.recipe_hash:
         yield f"{MANIFEST}: recipe_hash is {manifest.recipe_hash}, its recipe hashes to {digest(manifest.recipe)}"
     return manifest.recipe_hash
-
-
-def _index(dataset: str, shard: str) -> Generator[str, None, ShardManifest | None]:
-    """The index of a shard, whatever its books say."""
-    name = index_name(shard)
-    try:
-        index = parse_record(ShardManifest, storage.read_bytes(storage.join(dataset, name)))
-    except FileNotFoundError:
-        yield f"{name}: is missing"
-        return None
-    except ValueError as error:
-        yield f"{name}: cannot be read ({error})"
-        return None
-    number = shard_number(shard)
-    if index.schema_version != SCHEMA_VERSION:
-        yield f"{name}: has schema {index.schema_version}, expected {SCHEMA_VERSION}"
-    elif number is None or index.named(number).shard != shard:
-        yield f"{name}: was changed after it was written, for its name is that of another content"
-    return index
 
 
 def _disagreement(index: ShardManifest, place: int, manifest: DatasetManifest) -> Iterator[str]:
@@ -171,54 +154,6 @@ def _index_problems(index: ShardManifest, recipe_hash: str | None, seen: _Seen) 
         yield f"{name}: names a clip that was asked to be forgotten; repeat the command that forgets"
 
 
-def _tar_problems(dataset: str, index: ShardManifest, seen: _Seen) -> Iterator[str]:
-    """Streams a tar past its index, its checksum and the checks of its samples."""
-    try:
-        with storage.open_stream(storage.join(dataset, index.shard)) as file:
-            stream = _Hashed(file)
-            try:
-                with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
-                    yield from _member_problems(tar, index, seen)
-            except (tarfile.TarError, EOFError) as error:
-                yield f"{index.shard}: cannot be read as a tar ({error})"
-            while stream.read(1 << 20):
-                pass
-    except FileNotFoundError:
-        yield f"{index.shard}: is missing"
-        return
-    if stream.size_bytes != index.size_bytes:
-        yield f"{index.shard}: {stream.size_bytes} bytes, expected {index.size_bytes}"
-    if (found := stream.hasher.hexdigest()) != index.sha256:
-        yield f"{index.shard}: damaged, sha256 {found}, expected {index.sha256}"
-
-
-def _member_problems(tar: tarfile.TarFile, index: ShardManifest, seen: _Seen) -> Iterator[str]:
-    """Member by member in the index's order; after the first that is elsewhere, all others would be."""
-    end = 0
-    for entry in index.samples:
-        members = {}
-        for name, (offset, size) in sorted(entry.members.items(), key=lambda item: item[1]):
-            wanted = f"{entry.key}.{SUFFIXES.get(name, name)}"
-            member = tar.next()
-            if member is None:
-                yield f"{index.shard}: ends before {wanted}"
-                return
-            if (member.name, member.offset_data, member.size) != (wanted, offset, size) or not member.isreg():
-                found = f"{member.name} of {member.size} bytes at {member.offset_data}"
-                yield f"{index.shard}: holds {found}, its index {wanted} of {size} bytes at {offset}"
-                return
-            if offset != end + tarfile.BLOCKSIZE:
-                yield f"{index.shard}: {offset - end} bytes before {wanted}, expected a header of {tarfile.BLOCKSIZE}"
-            file = tar.extractfile(member)
-            assert file is not None
-            members[name] = file.read()
-            end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        found = seen.samples.problems(PackedSample(entry.key, members), (index.start, index.stop))
-        yield from (f"{index.shard}: {problem}" for problem in found)
-    if (member := tar.next()) is not None:
-        yield f"{index.shard}: holds {member.name}, which its index does not name"
-
-
 def _book_problems(manifest: DatasetManifest, parts: list[ShardSummary]) -> Iterator[str]:
     sums = {
         "rows": sum(part.stop - part.start for part in parts),
@@ -246,18 +181,3 @@ def _how_far(parts: list[ShardSummary]) -> str:
         f"unfinished: {MANIFEST} is missing; {len(parts)} shards hold rows {rows} ({encoded} encoded);"
         " the same prepare command continues"
     )
-
-
-class _Hashed:
-    """A stream that is hashed and counted as it is read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.hasher = hashlib.sha256()
-        self.size_bytes = 0
-
-    def read(self, size: int) -> bytes:
-        piece = self._file.read(size)
-        self.hasher.update(piece)
-        self.size_bytes += len(piece)
-        return piece

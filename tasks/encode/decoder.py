@@ -30,6 +30,7 @@ from tasks.records import UserError
 from trip_model.video import Clip, ClipError
 
 READER = "trip_model.video:read_windows"
+TRACK_READER = "trip_model.video:read_track"
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
@@ -50,7 +51,7 @@ class DecoderPool:
     """Processes that decode one video each at a time; they start with the first videos and end with `close`.
 
     Args:
-        arguments: what the reader gets by name beside the bytes: `num_frames`, `fps`, `size`, `windows`.
+        arguments: what the reader gets by name beside the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
         reader: `module:function` that makes a list of Clip of a video's bytes.
     """
 

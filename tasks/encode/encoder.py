@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from tasks.encode.decoder import READER, DecoderPool, DecodeSpec
+from tasks.encode.decoder import READER, TRACK_READER, DecoderPool, DecodeSpec
 from tasks.encode.filters import MEASURING_READER, FilterSpec, Screen, Window, check_filters
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
-from trip_model.encoders import encode_pixels, load_text_encoder, load_vae, vae_factor
+from trip_model.encoders import encode_posterior, load_text_encoder, load_vae, vae_factor
 from trip_model.video import Clip, ClipError
 
 _FP16_MAX = float(np.finfo(np.float16).max)
@@ -32,8 +33,12 @@ class EncodeSpec:
     num_frames: int = 16
     fps: float = 4.0
     size: int = 256
-    windows_per_clip: int = 1
+    clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
+    windows_per_clip: int = 1  # at most
+    longest_track: int = 240  # frames; a longer track is cut off there
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
+    keep_logvar: bool = False  # also store the posterior's log variance, so that training can draw latents
+    keep_text: bool = False  # also store the caption's text features
     frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
     filters: FilterSpec = FilterSpec()
 
@@ -45,14 +50,15 @@ class Decoded:
     ref: ClipRef
     sha256: str
     size_bytes: int
-    windows: list[Window]
+    windows: list[Window]  # a track is one long window
 
 
 def open_decoders(spec: EncodeSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
     """The processes that decode for one encoder."""
-    arguments = {"num_frames": spec.num_frames, "fps": spec.fps, "size": spec.size, "windows": spec.windows_per_clip}
-    reader = MEASURING_READER if spec.filters.chosen() else READER
-    return DecoderPool(decode.processes or cpus, decode, arguments, reader)
+    grid: dict[str, Any] = {"num_frames": spec.num_frames, "fps": spec.fps, "size": spec.size}
+    reader = READER if spec.clip == "windows" else TRACK_READER
+    grid |= {"windows": spec.windows_per_clip} if spec.clip == "windows" else {"longest": spec.longest_track}
+    return DecoderPool(decode.processes or cpus, decode, grid, MEASURING_READER if spec.filters.chosen() else reader)
 
 
 def decode_ahead(
@@ -83,7 +89,7 @@ def decode_ahead(
 
 
 class ClipEncoder:
-    """Loads the VAE and the tokenizer of a base folder once; then a sample is a pure function of its clip's frames.
+    """Loads the VAE and the text encoder of a base folder once; then a sample is a pure function of its clip's frames.
 
     Raises:
         UserError: a spec that the VAE cannot serve. trip_model.encoders.BaseFolderError: a part cannot be loaded.
@@ -96,7 +102,7 @@ class ClipEncoder:
         factor = vae_factor(self._vae)
         if spec.size % factor:
             raise UserError(f"size {spec.size} is no multiple of {factor}, the step of the VAE in {base}")
-        self._text = load_text_encoder(base)
+        self._text = load_text_encoder(base, device if spec.keep_text else "cpu")
         self.screen = Screen(spec.filters)
         self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
@@ -118,30 +124,35 @@ class ClipEncoder:
             yield finish(waiting.popleft())
 
     def _latents(self, row: Decoded) -> np.ndarray:
-        """Raw latents float32 [F, 4, h, w] of all windows of one clip.
+        """Raw latents of all windows of one clip, then their log variance where kept: float32 [1 or 2, F, 4, h, w].
 
         A call of the VAE holds frames of one clip alone: with several threads the place of a frame in its call decides
-        its last bits, and a clip must not depend on its neighbours.
+        its last bits, and a clip must not depend on its neighbours. Calls begin at every `frames_per_batch`-th frame;
+        where that divides `num_frames`, a window has the bits of the same frames of its track.
         """
         frames = np.concatenate([window.clip.pixels for window in row.windows])
-        return encode_pixels(self._vae, frames, self.spec.frames_per_batch).numpy()
+        posterior = encode_posterior(self._vae, frames, self.spec.frames_per_batch)
+        return np.stack(posterior[: 2 if self.spec.keep_logvar else 1])
 
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
         ref, spec = row.ref, self.spec
-        tokens = self._text.tokenize([ref.caption])[0].numpy().astype(np.int32)
+        tokens = self._text.tokenize([ref.caption])
+        text = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16) if spec.keep_text else None
+        if text is not None and not np.isfinite(text).all():
+            return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
         samples = []
         for window in row.windows:
             clip = window.clip
-            part, latents = np.split(latents, [len(clip.pixels)])
+            part, latents = np.split(latents, [len(clip.pixels)], axis=1)
             if not np.isfinite(part).all() or np.abs(part).max() > _FP16_MAX:
                 return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.place} does not fit float16")
             samples.append(
                 Sample(
                     key=sample_key(ref.key, window.place),
                     caption=ref.caption,
-                    latents=part.astype(np.float16),
+                    latents=part[0].astype(np.float16),
                     first=clip.pixels[0],
-                    tokens=tokens,
+                    tokens=tokens[0].numpy().astype(np.int32),
                     meta={
                         "clip": ref.key,
                         "row": ref.row,
@@ -157,6 +168,8 @@ class ClipEncoder:
                     }
                     | window.said,
                     pixels=clip.pixels if spec.keep_pixels else None,
+                    logvar=part[1].astype(np.float16) if spec.keep_logvar else None,
+                    text=text,
                 )
             )
         return samples
@@ -169,4 +182,8 @@ def check_spec(spec: EncodeSpec) -> None:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
     if spec.num_frames < 2:
         raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
+    if spec.clip not in ("windows", "track"):
+        raise UserError(f"clip {spec.clip!r}, expected 'windows' or 'track'")
+    if spec.clip == "track" and spec.longest_track < spec.num_frames:
+        raise UserError(f"longest_track {spec.longest_track}, expected at least num_frames, which is {spec.num_frames}")
     check_filters(spec.filters)

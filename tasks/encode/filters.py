@@ -1,5 +1,6 @@
 """Filters: what the frames of a window measure, and which windows are left out of the data set for it.
 
+A track is judged as one long window: what is wrong anywhere in it leaves all of it out (docs/decisions/tracks.md).
 The processes that decode measure (`read_measured`), the process that encodes judges (`Screen`).
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tasks.records import UserError
-from trip_model.video import Clip, ClipError, read_windows
+from trip_model.video import Clip, ClipError, read_track, read_windows
 
 MEASURING_READER = "tasks.encode.filters:read_measured"
 VERSION = 1  # part of the recipe; goes up when a score is measured in another way
@@ -124,10 +125,10 @@ def picture_hash(pixels: np.ndarray) -> str | None:
 
 
 def read_measured(source: bytes, **grid: Any) -> list[Clip]:
-    """`read_windows`, every window with what it measures in its info; the reader of the processes that decode."""
+    """`read_windows`, or `read_track`, with what is measured in the info; the reader of the processes that decode."""
     return [
         replace(clip, info=clip.info | {"measured": [scores(clip.pixels, clip.info), picture_hash(clip.pixels)]})
-        for clip in read_windows(source, **grid)
+        for clip in (read_track if "longest" in grid else read_windows)(source, **grid)
     ]
 
 

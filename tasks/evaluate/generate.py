@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.protocols import Item
+from tasks.evaluate.protocols import Item, window_frames
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 
@@ -52,8 +52,8 @@ def load_arrays(uri: str) -> dict[str, NDArray[Any]]:
 
 
 def real_pixels(dataset: ShardDataset, item: Item) -> NDArray[np.uint8]:
-    """The true frames of an item: uint8 [F, H, W, 3]."""
-    return dataset.read(item.index, ("pixels",))["pixels"]
+    """The true frames of an item, of a track those of its first window: uint8 [F, H, W, 3]."""
+    return dataset.read(item.index, ("pixels",), (0, window_frames(dataset, item.index)))["pixels"]
 
 
 def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:

@@ -20,6 +20,16 @@ class Item:
     seed: int
 
 
+def window_frames(dataset: ShardDataset, index: int) -> int:
+    """How many frames of a sample are judged: all of a window; of a track, what is a window by the data set's recipe.
+
+    Raises:
+        KeyError: the data set holds no pixels.
+    """
+    held = dataset.num_frames(index, "pixels")
+    return min(held, dataset.published.recipe.get("num_frames", held))
+
+
 @dataclass(frozen=True)
 class Protocol:
     """The items of one evaluation in their fixed order; equal hashes mean that the same thing was asked."""
@@ -65,7 +75,7 @@ def held_out_protocol(dataset: ShardDataset, held_out_fraction: float, limit: in
         caption = str(dataset.read(i, ("caption",))["caption"])
         items.append(Item(keys[i], clips[i], i, caption, item_seed(keys[i], seed)))
     try:
-        frames = len(dataset.read(items[0].index, ("pixels",))["pixels"])
+        frames = window_frames(dataset, items[0].index)
     except KeyError as error:
         raise UserError(
             f"{dataset.uri} holds no real frames to compare with; prepare it again with keep_pixels"

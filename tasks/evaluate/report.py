@@ -22,6 +22,13 @@ from trip_model.video import video_bytes
 
 SHEET_CLIPS, SHEET_FRAMES = 6, 8
 INK, PAPER, ACCENT = "#1c1c1e", "#ffffff", "#c2410c"
+REPORT_STYLE = (
+    f"body{{font:16px/1.5 system-ui,sans-serif;color:{INK};max-width:1200px;margin:2rem auto;padding:0 1rem}}"
+    "table{border-collapse:collapse;font-size:14px}th,td{padding:.4rem .7rem;border-bottom:1px solid #ddd;"
+    "text-align:left;vertical-align:top}.wide{overflow-x:auto}img{max-width:100%}"
+    ".videos{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;max-width:400px}video{max-width:100%}"
+    f".gate{{font-weight:600;color:{ACCENT}}}"
+)
 COLOURS = {"frozen": "#8e8e93", "trip": ACCENT, "real": "#1d4ed8"}
 
 
@@ -282,16 +289,9 @@ def _page(
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in gate.reasons)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in summary.notes)
     origin = Table("", ["what", "value"], _flat(provenance)).html()
-    style = (
-        f"body{{font:16px/1.5 system-ui,sans-serif;color:{INK};max-width:1200px;margin:2rem auto;padding:0 1rem}}"
-        "table{border-collapse:collapse;font-size:14px}th,td{padding:.4rem .7rem;border-bottom:1px solid #ddd;"
-        "text-align:left;vertical-align:top}.wide{overflow-x:auto}img{max-width:100%}"
-        ".videos{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;max-width:400px}video{max-width:100%}"
-        f".gate{{font-weight:600;color:{ACCENT}}}"
-    )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>TRIP evaluation</title><style>{style}</style>'
-        f"<h1>Evaluation</h1><p class=gate>Gate: {verdict}</p><ul>{reasons}</ul>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>TRIP evaluation</title>'
+        f"<style>{REPORT_STYLE}</style><h1>Evaluation</h1><p class=gate>Gate: {verdict}</p><ul>{reasons}</ul>"
         f"<h2>Held-out clips: real left, TRIP right</h2><div class=videos>{videos}</div>{own}"
         f'<h2>Frame consistency</h2><img alt="frame consistency by number of frames" '
         f'src="{_data(files, "consistency.png", "image/png")}">'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -22,9 +24,13 @@ _BATCH = 1024  # rows of Parquet in memory at once
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a column that is missing."""
+    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a column that is missing.
+
+    A quote that is never closed costs its own line and none of those after it.
+    """
     with _open_text(address, "a CSV") as file:
-        reader = csv.reader(_Lines(file))
+        lines = _RecordLines(file)
+        reader = csv.reader(lines)
         try:
             header = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
@@ -32,15 +38,29 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
         _check_columns(address, columns, header)
         key, url, caption = (header.index(columns[name]) for name in NAMES)
         least = max(key, url, caption) + 1
+
+        def is_row(line: str | csv.Error) -> bool:
+            try:
+                cells = next(csv.reader([line]), []) if isinstance(line, str) else []
+            except csv.Error:
+                return False
+            has_link = len(cells) == len(header) and re.fullmatch(r"\S*[/.]\S*", cells[url]) is not None
+            return has_link and cells[key] != ""
+
         while True:
+            lines.taken.clear()
             try:
                 cells = next(reader, None)
             except csv.Error as error:
+                lines.give_back()
                 yield str(error)
                 continue
             if cells is None:
                 return
-            if cells:
+            if any(map(is_row, lines.taken[1:])):
+                lines.give_back()
+                yield "a quote that is not closed on its line, nor before the next row"
+            elif cells:
                 if len(cells) < least:
                     cells += [""] * (least - len(cells))
                 yield cells[key], cells[url], cells[caption]
@@ -80,7 +100,7 @@ class _Lines:
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
@@ -92,6 +112,29 @@ class _Lines:
                 pass
             raise csv.Error(f"a line of more than {_MAX_LINE} characters")
         return line
+
+
+class _RecordLines(_Lines):
+    """The same for rows that may span lines: those of one row can be given back, to be read one by one."""
+
+    def __init__(self, file: TextIO) -> None:
+        super().__init__(file)
+        self._again: deque[str | csv.Error] = deque()
+        self.taken: list[str | csv.Error] = []
+
+    def __next__(self) -> str:
+        try:
+            line = self._again.popleft() if self._again else super().__next__()
+        except csv.Error as error:
+            line = error
+        self.taken.append(line)
+        if isinstance(line, csv.Error):
+            raise line
+        return line
+
+    def give_back(self) -> None:
+        """Makes all lines that were taken, but for the first, the next ones again."""
+        self._again.extendleft(reversed(self.taken[1:]))
 
 
 def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:

@@ -13,10 +13,12 @@ lies beside the old one until the manifest names it, a reader that is at work se
 mixture, and a data set whose rows succeeded at the second try has the bytes of one where they did at the first.
 
 Fields of a sample: `latents.npy` fp16 [F, 4, h, w] raw latents, `first.png` uint8 [H, W, 3] frame 1, `caption.txt`,
-`tokens.npy` int32 [L], `meta.json` provenance, and `pixels.npy` uint8 [F, H, W, 3] where pixels were kept.
+`tokens.npy` int32 [L], `meta.json` provenance; where they were kept also `pixels.npy` uint8 [F, H, W, 3], `logvar.npy`
+fp16 like the latents, the log variance of the VAE's posterior, and `text.npy` fp16 [L, D], the caption's text features.
+F is the recipe's `num_frames`, or for tracks (`clip` is `track` in the recipe) that or more, from sample to sample.
 """
 
-from tasks.shards.fields import SUFFIXES, decode_field, encode_field
+from tasks.shards.fields import OPTIONAL, SUFFIXES, decode_field, encode_field
 from tasks.shards.forgotten import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
 from tasks.shards.layout import (
     MANIFEST,
@@ -48,6 +50,7 @@ from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_
 __all__ = [
     "FORGOTTEN",
     "MANIFEST",
+    "OPTIONAL",
     "RECIPE",
     "SCHEMA_VERSION",
     "SUFFIXES",

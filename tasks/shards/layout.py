@@ -24,7 +24,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Sample:
-    """One window of one clip, as it is stored; see the head of `tasks.shards` for the shapes."""
+    """One window or the track of one clip, as it is stored; see the head of `tasks.shards` for the shapes."""
 
     key: str
     caption: str
@@ -33,6 +33,8 @@ class Sample:
     tokens: np.ndarray
     meta: dict[str, Any]
     pixels: np.ndarray | None = None
+    logvar: np.ndarray | None = None
+    text: np.ndarray | None = None
 
     def pack(self) -> PackedSample:
         values = {name: getattr(self, name) for name in SUFFIXES}
@@ -176,7 +178,10 @@ def index_name(shard: str) -> str:
 
 
 def sample_key(clip_key: str, window: int) -> str:
-    """Key of a clip's window; the clip key must be clean (`[A-Za-z0-9_-]`, at most 80), for a dot would split it."""
+    """Key of a clip's window, its track being window 0.
+
+    The clip key must be clean (`[A-Za-z0-9_-]`, at most 80), for a dot would split it.
+    """
     return f"{clip_key}_{window:03d}"
 
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from infra import storage
 from tasks.records import Failure, UserError, to_json
-from tasks.shards.fields import decode_field
+from tasks.shards.fields import BY_FRAME, NPY_HEAD_BYTES, Layout, decode_field, npy_layout
 from tasks.shards.forgotten import forgotten_sha256, read_forgotten
 from tasks.shards.layout import (
     MANIFEST,
     SCHEMA_VERSION,
     DatasetManifest,
+    Entry,
     PackedSample,
     ShardManifest,
     clip_key_of,
@@ -111,6 +112,7 @@ class ShardDataset:
             raise UserError(f"clips of {uri} were asked to be forgotten and are still there; repeat that command")
         self._ends = np.cumsum([shard.samples for shard in self.published.shards], dtype=np.int64)
         self._loaded: dict[int, ShardManifest] = {}
+        self._layouts: dict[str, Layout] = {}
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -130,29 +132,40 @@ class ShardDataset:
         """Key of the clip that sample i was cut from."""
         return clip_key_of(self.keys[i])
 
-    def read(self, i: int, fields: Sequence[str] = ("latents", "caption")) -> dict[str, Any]:
+    def fields(self, i: int) -> tuple[str, ...]:
+        """The fields that sample i has; all samples of a data set have the same. Raises IndexError: no sample i."""
+        return tuple(self._find(i)[1].members)
+
+    def num_frames(self, i: int, field: str = "latents") -> int:
+        """How many frames sample i has, told by the size of a field that goes by frames. Raises as `read` does."""
+        manifest, entry = self._find(i)
+        return self._frames_of(manifest.shard, field, *self._place(entry, field))[1]
+
+    def read(
+        self, i: int, fields: Sequence[str] = ("latents", "caption"), frames: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
         """The named fields of sample i: arrays, str for `caption`, dict for `meta`; `key` comes along always.
 
+        Args:
+            frames: of `latents`, `logvar` and `pixels`, only frames start (inclusive) to stop are fetched.
         Raises:
-            IndexError: no sample i. KeyError: the data set does not hold a field. UserError: the shard is damaged.
+            IndexError: no sample i, or not these frames. KeyError: the data set does not hold a field.
+            UserError: the shard is damaged.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        manifest = self._shard_manifest(shard)
-        entry = manifest.samples[i - (int(self._ends[shard - 1]) if shard else 0)]
+        manifest, entry = self._find(i)
+        shard = manifest.shard
         sample: dict[str, Any] = {"key": entry.key}
         for name in fields:
-            if name not in entry.members:
-                raise KeyError(f"{name!r} is not among the fields of {self.uri}: {', '.join(entry.members)}")
-            offset, size = entry.members[name]
-            try:
-                data = storage.read_range(storage.join(self.uri, manifest.shard), offset, offset + size)
-            except FileNotFoundError as error:
-                raise self._changed(manifest.shard) from error
-            if len(data) != size:
-                raise UserError(f"{manifest.shard} of {self.uri} is cut short; delete it and prepare the data again")
-            sample[name] = decode_field(name, data)
+            offset, size = self._place(entry, name)
+            if frames is None or name not in BY_FRAME:
+                sample[name] = decode_field(name, self._bytes(shard, offset, size))
+                continue
+            (start, stop), (layout, count) = frames, self._frames_of(shard, name, offset, size)
+            if not 0 <= start < stop <= count:
+                raise IndexError(f"frames {start} to {stop} of {count}")
+            begin, frame_bytes = offset + layout.begin, layout.row_bytes
+            data = self._bytes(shard, begin + start * frame_bytes, (stop - start) * frame_bytes)
+            sample[name] = np.frombuffer(data, layout.dtype).reshape(stop - start, *layout.shape[1:]).copy()
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,6 +175,44 @@ class ShardDataset:
         self.__init__(state["uri"])
         if self.manifest_sha256 != state["sha256"]:
             raise self._changed(MANIFEST)
+
+    def _find(self, i: int) -> tuple[ShardManifest, Entry]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        manifest = self._shard_manifest(shard)
+        return manifest, manifest.samples[i - (int(self._ends[shard - 1]) if shard else 0)]
+
+    def _place(self, entry: Entry, name: str) -> tuple[int, int]:
+        """Offset and size of a field of a sample."""
+        if name not in entry.members:
+            raise KeyError(f"{name!r} is not among the fields of {self.uri}: {', '.join(entry.members)}")
+        return entry.members[name]
+
+    def _frames_of(self, shard: str, name: str, offset: int, size: int) -> tuple[Layout, int]:
+        """How the frames of a field lie in its member, and how many there are.
+
+        The first header that is read tells the layout of all: they are alike but for the number of frames, and that
+        follows from the size. So a window costs one range read, not two.
+        """
+        if name not in self._layouts:
+            try:
+                self._layouts[name] = npy_layout(self._bytes(shard, offset, min(size, NPY_HEAD_BYTES)))
+            except ValueError as error:
+                raise UserError(f"{shard} of {self.uri} is damaged ({error}); verify the data set") from error
+        layout = self._layouts[name]
+        if layout.row_bytes == 0 or (size - layout.begin) % layout.row_bytes:
+            raise UserError(f"{shard} of {self.uri} is damaged ({size} bytes of {name}); verify the data set")
+        return layout, (size - layout.begin) // layout.row_bytes
+
+    def _bytes(self, shard: str, offset: int, size: int) -> bytes:
+        try:
+            data = storage.read_range(storage.join(self.uri, shard), offset, offset + size)
+        except FileNotFoundError as error:
+            raise self._changed(shard) from error
+        if len(data) != size:
+            raise UserError(f"{shard} of {self.uri} is cut short; delete it and prepare the data again")
+        return data
 
     def _changed(self, name: str) -> UserError:
         return UserError(f"{name} of {self.uri} is gone or changed since the data set was opened; open it again")

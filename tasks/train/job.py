@@ -5,24 +5,34 @@ Resuming is the same call again: the loop's own checkpoint store says where to g
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import sys
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from infra import storage
 from infra.tracking import Tracking
-from tasks.records import UserError
-from tasks.train.loop import TrainReport, TrainSpec, finished_report, run_training, spec_digest
+from tasks.records import digest
+from tasks.shards import read_manifest
+from tasks.train.before_start import check_before_start
+from tasks.train.checkpoints import Saved
+from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
+from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
 
-Tick = Callable[[dict[str, Any]], None]
 MAX_FAILURES = 2  # a lost worker starts the group again from the newest checkpoint
+FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
 
 
 @dataclass(frozen=True)
@@ -46,22 +56,31 @@ def train(
     Args:
         progress: called in this process with every tick of `run_training`.
         in_process: run the loop here, with one worker and without Ray.
+
+    In this process SIGTERM ends the training after the step under way, with a checkpoint. Under Ray a machine about to
+    be taken away leads to a checkpoint, and Ray Train continues from it on the machines that are left.
+
     Raises:
         UserError: an unusable spec. RuntimeError: the workers failed more than `MAX_FAILURES` times.
+        TrainingStopped: SIGTERM came; the same call continues.
     """
     done = finished_report(spec)
     if done is not None:
+        if _spool(spec).exists():  # what tracking could not take while it was down
+            with _Log(spec, tracking):
+                pass
         return done
-    if spec.global_batch % spec.workers:
-        raise UserError(f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly")
+    for warning in check_before_start(spec):
+        logging.getLogger(__name__).warning(warning)
     if in_process:
-        log = _Log(spec, tracking)
-        try:
-            return log.finish(run_training(spec, on_tick=_both(log.tick, progress)))
-        finally:
-            log.close()
+        with _Log(spec, tracking) as log, _sigterm() as notice:
+            return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
 
-    ticks = _Ticks.options(num_cpus=0).remote() if progress is not None else None
+    ticks = None
+    if progress is not None:
+        # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ticks = _Ticks.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
@@ -113,14 +132,40 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, spec.cpus_per_worker))
     device = "cuda" if spec.gpus_per_worker else "cpu"
     if rank != 0:
-        return asdict(run_training(spec, rank, world, device))
-    log = _Log(spec, config["tracking"])
+        return asdict(run_training(spec, rank, world, device, notice=_preemption()))
     ticks = config["ticks"]
     send = (lambda tick: ticks.put.remote(tick)) if ticks is not None else None
+    with _Log(spec, config["tracking"]) as log:
+        return asdict(run_training(spec, rank, world, device, _both(log.tick, send), log, _preemption()))
+
+
+def _preemption() -> Notice:
+    """Asks for a checkpoint once for every news of a machine about to go.
+
+    The training goes on until the machine does: to return would end it for good, to raise would count as a failure.
+    """
+    known: Any = None
+
+    def notice() -> Literal["", "save", "stop"]:
+        nonlocal known
+        before, known = known, ray.train.get_preemption_info()  # also a barrier: every rank asks at every step
+        return "save" if known is not None and known != before else ""
+
+    return notice
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Notice | None]:
+    """A notice that says "stop" once SIGTERM has come; None outside the main thread, which alone can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        return asdict(log.finish(run_training(spec, rank, world, device, _both(log.tick, send))))
+        yield lambda: "stop" if told.is_set() else ""
     finally:
-        log.close()
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _both(first: Tick, second: Tick | None) -> Tick:
@@ -132,32 +177,52 @@ def _both(first: Tick, second: Tick | None) -> Tick:
     return tick
 
 
+def _spool(spec: TrainSpec) -> Path:
+    """Where rank 0 keeps what tracking has not taken yet: in the output, or for a remote one in a local cache."""
+    output = storage.local_path(spec.output)
+    if output is not None:
+        return output / "tracking.jsonl"
+    return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
+
+
 class _Log:
-    """Rank 0's side of tracking: one MLflow run per training, the same one after a resume."""
+    """Rank 0's side of tracking: one MLflow run per training, the same one after a resume; watches the checkpoints."""
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
-        self._tracking = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location)
+        manifest_sha256 = read_manifest(spec.dataset)[1]
+        self._tracking = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location, _spool(spec))
         key = f"train-{spec_digest(spec)}"
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
-        self._tracking.start_run(tracking.run_name, key=key, params=params, tags={"trip.stage": "train"})
-        self._tracking.dataset_input("latents", spec_digest(spec), spec.dataset)
+        self._tracking.start_run(tracking.run_name, None, key, params, {"trip.stage": "train"}, wait_seconds=0)
+        self._tracking.document("spec.json", asdict(spec))
+        self._tracking.dataset_input("latents", manifest_sha256, spec.dataset)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._tracking is not None:
+            stopped = isinstance(error, TrainingStopped | KeyboardInterrupt)
+            self._tracking.finish("KILLED" if stopped else "FAILED" if error is not None else "FINISHED")
 
     def tick(self, values: dict[str, Any]) -> None:
         if self._tracking is not None:
             numbers = {k: float(v) for k, v in values.items() if k not in ("step", "steps", "seconds_left")}
             self._tracking.metrics(numbers, values["step"])
+            self._tracking.system_metrics(values["step"])
 
-    def finish(self, report: TrainReport) -> TrainReport:
+    def before_mark(self) -> None:
         if self._tracking is not None:
-            self._tracking.finish("FINISHED")
-        return report
+            self._tracking.flush(FLUSH_SECONDS)
 
-    def close(self) -> None:
+    def after_mark(self, saved: Saved) -> None:
         if self._tracking is not None:
-            self._tracking.finish("FAILED" if sys.exc_info()[0] else "FINISHED")
+            self._tracking.checkpoint(saved.step, saved.uri, saved.digest, saved.metrics)
+            for step in saved.removed:
+                self._tracking.checkpoint_removed(step)
 
 
 @ray.remote

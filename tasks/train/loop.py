@@ -6,14 +6,15 @@ continued is bitwise the run that was not.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,215 +22,236 @@ from torch import nn
 from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
-from tasks.train.checkpoints import (
-    Tensors,
-    newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from tasks.train.checkpoints import Checkpoint, CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
 from tasks.train.loader import TrainingData
+from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer
+from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
+from tasks.train.validation import LOSS, Look, Validation
 from trip_model.checkpoint import config_from_json, save_model
 from trip_model.encoders import folder_hash, load_text_encoder, load_vae, resolve_base
-from trip_model.model import Trip, TripConfig, base_unet_output, measure_residual_std
-from trip_model.objective import ObjectiveConfig, draw, training_loss
+from trip_model.model import Trip, base_unet_output, measure_residual_std
+from trip_model.objective import draw, training_loss
+from trip_model.schedule import bridged
+from trip_model.video import video_bytes
 
 Tick = Callable[[dict[str, Any]], None]
+# Asked on every rank after every step, and must say the same on all: go on, write a checkpoint and go on, or and stop.
+Notice = Callable[[], Literal["", "save", "stop"]]
 
 
-@dataclass(frozen=True)
-class TrainSpec:
-    """One training, by addresses and numbers. The defaults are the paper's where it gives them (Section 4.1)."""
-
-    dataset: str
-    output: str
-    base: str
-    model: TripConfig = field(default_factory=TripConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    steps: int = 100_000  # the paper gives no number of steps
-    global_batch: int = 32  # nor a batch size; peers use 24 to 64
-    learning_rate_unet: float = 2e-6
-    learning_rate_fusion: float = 2e-4
-    weight_decay: float = 1e-2
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
-    cosine: bool = False  # decay the learning rates to zero over the run
-    average_decay: float = 0.0  # exponential moving average of the weights that is exported; 0 is off
-    checkpoint_every: int = 1000
-    tick_every: int = 10
-    held_out_fraction: float = 0.1
-    measure_clips: int = 256  # training samples from which the residual's deviation is measured
-    seed: int = 0
-    workers: int = 1
-    cpus_per_worker: int = 2
-    gpus_per_worker: int = 0
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a training made; written beside the model as the mark of completion."""
-
-    output: str
-    model: str
-    step: int
-    loss_first: float
-    loss_last: float
-    samples_seen: int
-    seconds: float
-    model_digest: str
-    spec_digest: str
-
-
-def spec_digest(spec: TrainSpec) -> str:
-    """The identity of what a spec trains: everything but where it is put and how it is spread over machines."""
-    neutral = replace(spec, output="", workers=1, cpus_per_worker=1, gpus_per_worker=0, tick_every=1)
-    return digest(neutral)
-
-
-def finished_report(spec: TrainSpec) -> TrainReport | None:
-    """The report of a completed training of this very spec, or None.
-
-    Raises:
-        UserError: the output holds the training of another spec.
-    """
-    address = storage.join(spec.output, "report.json")
-    if not storage.exists(address):
-        return None
-    report = TrainReport(**storage.read_json(address))
-    if report.spec_digest != spec_digest(spec):
-        raise UserError(f"{spec.output} holds another training ({report.spec_digest}); give another output address")
-    return report
-
-
-def learning_rate_factor(step: int, spec: TrainSpec) -> float:
-    """What both learning rates are multiplied with at a step: linear warm-up, then constant or cosine."""
-    warm = min(1.0, (step + 1) / spec.warmup_steps) if spec.warmup_steps else 1.0
-    if not spec.cosine:
-        return warm
-    through = max(0, step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
-    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
-
-
-def make_optimizer(model: Trip, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW with the paper's two learning rates: 2e-6 for the 3D-UNet and 2e-4 for TNF."""
-    groups: list[dict[str, Any]] = [{"params": list(model.unet.parameters()), "base_lr": spec.learning_rate_unet}]
-    if model.fusion is not None:
-        groups.append({"params": list(model.fusion.parameters()), "base_lr": spec.learning_rate_fusion})
-    return torch.optim.AdamW(groups, lr=spec.learning_rate_unet, weight_decay=spec.weight_decay, fused=True)
+class TrainingStopped(UserError):
+    """A training that was told to stop has written a checkpoint and stopped; the same command continues it."""
 
 
 def run_training(
-    spec: TrainSpec, rank: int = 0, world: int = 1, device: str = "cpu", on_tick: Tick | None = None
+    spec: TrainSpec,
+    rank: int = 0,
+    world: int = 1,
+    device: str = "cpu",
+    on_tick: Tick | None = None,
+    watcher: Watcher | None = None,
+    notice: Notice | None = None,
 ) -> TrainReport:
     """Trains to `spec.steps`, from the newest complete checkpoint if there is one; rank 0 writes.
 
     `on_tick` gets {"step", "steps", "loss", "frame_1", "frame_last", "learning_rate", "samples_per_second",
-    "seconds_left"} every `tick_every` steps, averaged since the last one. With `world` above 1 a process group exists.
+    "seconds_left"} every `tick_every` steps, averaged since the last one, and with a look at held-out clips what
+    `Validation` says. With `world` above 1 a process group exists. `watcher` follows the checkpoints, `notice` asks for
+    one between the regular ones.
+
+    Raises:
+        UserError: a spec that cannot be trained.
+        TrainingStopped: `notice` said "stop"; the checkpoint is written.
     """
     done = finished_report(spec)
     if done is not None:
         return done
+    check_spec(spec)
     started = time.monotonic()
-    dataset = ShardDataset(spec.dataset)
-    base = resolve_base(spec.base)
-    data = TrainingData(dataset, spec.held_out_fraction, spec.seed)
-    store = storage.join(spec.output, "checkpoints")
-    resumed = newest_checkpoint(store)
-    if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
-        raise UserError(f"{store} holds checkpoints of another training; give another output address")
-
-    vae: Any = load_vae(base)
-    scaling = float(vae.config.scaling_factor)
-    text = load_text_encoder(base, device)
-    empty_text = text.encode(text.tokenize([""]))
-    if resumed is not None:
-        config = config_from_json(resumed.facts["config"])
-    else:
-        z_0 = data.first_latents(spec.measure_clips).permute(0, 2, 1, 3, 4) * scaling
-        config = replace(spec.model, residual_std=measure_residual_std(z_0), unet_output=base_unet_output(base))
-    torch.manual_seed(spec.seed)  # the fusion module's first weights
-    trip = Trip.from_base(base, config).to(device).train()
-    trained = dict(trip.named_parameters())
-    optimizer = make_optimizer(trip, spec)
-    average = {name: p.detach().clone() for name, p in trained.items()} if spec.average_decay else {}
-    first_step, losses = 0, _Losses()
-    if resumed is not None:
-        trip.load_state_dict(resumed.parts["weights"])
-        restore_optimizer(optimizer, resumed.parts["optimizer"])
-        average = {name: resumed.parts["average"][name].to(device) for name in average}
-        first_step = resumed.step
-        losses.first = resumed.facts["loss_first"]
-        losses.last = resumed.facts["loss_last"]
-    model: nn.Module = nn.parallel.DistributedDataParallel(trip) if world > 1 else trip
-
-    def checkpoint(step: int) -> None:
-        parts: dict[str, Tensors] = {"weights": dict(trip.state_dict()), "optimizer": optimizer_tensors(optimizer)}
-        facts = {"spec_digest": spec_digest(spec), "config": asdict(config)}
-        facts |= {"loss_first": losses.first, "loss_last": losses.last}
-        save_checkpoint(store, step, parts | ({"average": average} if average else {}), facts)
-
-    tick_time, tick_step = time.monotonic(), first_step
-    for step in range(first_step, spec.steps):
-        batch = data.batch(step, spec.global_batch, rank, world)
-        z_0 = (batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * scaling).to(device)
-        drawn = draw(
-            spec.seed, step, batch.positions, spec.global_batch, z_0.shape[1:],
-            config.schedule.num_train_timesteps, spec.objective.text_dropout,
-        )  # fmt: skip
-        torch.manual_seed(_dropout_seed(spec.seed, step, rank))
-        loss, error_BF = training_loss(model, z_0, text.encode(batch.tokens_BL), empty_text, drawn, spec.objective)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rates")
-        factor = learning_rate_factor(step, spec)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trip.parameters(), spec.clip_norm)
-        optimizer.step()
-        if average:
-            # A young average forgets faster, so that the first weights do not linger in a short run.
-            keep = min(spec.average_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), [p.detach() for p in trained.values()], 1 - keep)
-        losses.add(loss.item(), error_BF)
-
-        finished = step + 1 == spec.steps
-        if rank == 0 and on_tick is not None and ((step + 1) % spec.tick_every == 0 or finished):
-            seconds = max(time.monotonic() - tick_time, 1e-9)
-            steps_per_second = (step + 1 - tick_step) / seconds
-            on_tick(
-                losses.take()
-                | {
-                    "step": step + 1,
-                    "steps": spec.steps,
-                    "learning_rate": spec.learning_rate_fusion * factor,
-                    "samples_per_second": steps_per_second * spec.global_batch,
-                    "seconds_left": (spec.steps - step - 1) / steps_per_second,
-                }
-            )
-            tick_time, tick_step = time.monotonic(), step + 1
-        if rank == 0 and ((step + 1) % spec.checkpoint_every == 0 or finished):
-            checkpoint(step + 1)
-
+    with CheckpointStore(storage.join(spec.output, "checkpoints"), best=LOSS, watcher=watcher) as checkpoints:
+        training = Training(spec, rank, world, device, checkpoints.newest())
+        training.run(checkpoints, on_tick, notice)
+        checkpoints.wait()
     report = TrainReport(
         output=spec.output,
         model=storage.join(spec.output, "model"),
         step=spec.steps,
-        loss_first=losses.first,
-        loss_last=losses.last,
+        loss_first=training.losses.first,
+        loss_last=training.losses.last,
         samples_seen=spec.steps * spec.global_batch,
         seconds=time.monotonic() - started,
         model_digest="",
         spec_digest=spec_digest(spec),
     )
-    if rank == 0:
-        if average:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(average[name])
-        report = _export(spec, trip, base, dataset, report)
-    return report
+    return _export(training, report) if rank == 0 else report
+
+
+class Training:
+    """One rank's part of a training: the model, its optimiser and the data, moved on step by step.
+
+    Raises:
+        UserError: the data set or the checkpoint is not one of this spec.
+    """
+
+    def __init__(self, spec: TrainSpec, rank: int, world: int, device: str, resumed: Checkpoint | None) -> None:
+        if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
+            raise UserError(f"{spec.output} holds checkpoints of another training; give another output address")
+        self.spec, self._rank, self._world, self._device = spec, rank, world, device
+        self.dataset = ShardDataset(spec.dataset)
+        self.base = resolve_base(spec.base)
+        self._data = TrainingData(
+            self.dataset,
+            spec.held_out_fraction,
+            spec.seed,
+            spec.model.num_frames,
+            spec.sample_posterior,
+            spec.stored_text,
+        )
+        made_by = self.dataset.published.recipe.get("text_encoder_sha256")
+        if spec.stored_text and made_by != folder_hash(self.base, "text_encoder"):
+            raise UserError(
+                f"the stored text of {spec.dataset} is not by the text encoder of {self.base}; train without it"
+            )
+        vae: Any = load_vae(self.base)
+        self._scaling = float(vae.config.scaling_factor)
+        self._text = load_text_encoder(self.base, device)
+        self._empty_text = self._text.encode(self._text.tokenize([""]))
+        if resumed is not None:
+            config = config_from_json(resumed.facts["config"])
+        else:
+            z_0 = self._data.first_latents(spec.measure_clips).permute(0, 2, 1, 3, 4) * self._scaling
+            config = replace(
+                spec.model,
+                residual_std=measure_residual_std(z_0),
+                unet_output=base_unet_output(self.base),
+                schedule=bridged(spec.model.schedule, self.base),
+            )
+        torch.manual_seed(spec.seed)  # the fusion module's first weights
+        self.trip = Trip.from_base(self.base, config).to(device).train()
+        self.trip.unet.recompute_activations = spec.recompute_activations
+        self._trained = choose_trained(self.trip, spec)
+        self._optimizer = make_optimizer(self.trip, spec)
+        self.average = MovingAverage(self._trained, spec.average_decay)
+        self.losses = _Losses()
+        self._step = 0
+        if resumed is not None:
+            self._restore(resumed)
+        self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if world > 1 else self.trip
+        self._share = spec.global_batch // world
+        self._micro = min(spec.micro_batch or self._share, self._share)
+        self._validation: Validation | None = None
+        if spec.validation.every and rank == 0:
+            self._validation = Validation(spec.validation, self._data, vae, self._text, self._micro, device)
+
+    def run(self, checkpoints: CheckpointStore, on_tick: Tick | None, notice: Notice | None) -> None:
+        """All steps that are left, with ticks, looks and checkpoints between them."""
+        spec, looked = self.spec, self.spec.validation.every
+        tick_time, tick_step = time.monotonic(), self._step
+        while self._step < spec.steps:
+            self._train_step()
+            step, finished = self._step, self._step == spec.steps
+            numbers: dict[str, float] = {}
+            if self._validation is not None and (step % looked == 0 or finished):
+                with self.average.shown():
+                    look = self._validation.look(self.trip)
+                self._keep_clips(look)
+                numbers = look.numbers
+            if self._rank == 0 and on_tick is not None and (step % spec.tick_every == 0 or finished or numbers):
+                steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
+                on_tick(
+                    self.losses.take()
+                    | numbers
+                    | {
+                        "step": step,
+                        "steps": spec.steps,
+                        "learning_rate": spec.learning_rate_fusion * learning_rate_factor(step - 1, spec),
+                        "samples_per_second": steps_per_second * spec.global_batch,
+                        "seconds_left": (spec.steps - step) / steps_per_second,
+                    }
+                )
+                tick_time, tick_step = time.monotonic(), step
+            asked = notice() if notice is not None else ""
+            if self._rank == 0 and (asked or finished or step % spec.checkpoint_every == 0):
+                checkpoints.save(step, self._parts(), self._facts(), {"loss": self.losses.last} | numbers)
+            if asked == "stop" and not finished:
+                checkpoints.wait()
+                raise TrainingStopped(f"stopped at step {step} of {spec.steps} as told; the same command continues")
+
+    def _train_step(self) -> None:
+        """One step on one global batch: gradients of this rank's share, clipped, then the weights and their average."""
+        spec, step = self.spec, self._step
+        batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
+        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * self._scaling
+        drawn = draw(
+            spec.seed, step, batch.positions, spec.global_batch, z_0.shape[1:],
+            self.trip.config.schedule.num_train_timesteps, spec.objective.text_dropout,
+        )  # fmt: skip
+        factor = learning_rate_factor(step, spec)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self._optimizer.zero_grad(set_to_none=True)
+        total, errors = 0.0, []
+        parts = torch.arange(self._share).split(self._micro)
+        for number, part in enumerate(parts):
+            torch.manual_seed(_dropout_seed(spec.seed, step, self._rank, number))
+            with self._between_ranks(last=number + 1 == len(parts)):
+                text = batch.tokens_BL[part] if batch.text_BLD is None else batch.text_BLD[part]
+                loss, error_BF = training_loss(
+                    self._model,
+                    z_0[part].to(self._device),
+                    self._text.encode(text) if batch.text_BLD is None else text.to(self._device),
+                    self._empty_text,
+                    drawn.part(part),
+                    spec.objective,
+                    torch.bfloat16 if spec.precision == "bfloat16" else None,
+                )
+                loss = loss * (len(part) / self._share)
+                loss.backward()
+            total += loss.item()
+            errors.append(error_BF)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), spec.clip_norm)
+        self._optimizer.step()
+        self.average.update(step)
+        self.losses.add(total, torch.cat(errors))
+        self._step = step + 1
+
+    def _between_ranks(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients meet those of the other ranks once a step, with the last part of the batch."""
+        if isinstance(self._model, nn.parallel.DistributedDataParallel) and not last:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
+
+    def _parts(self) -> dict[str, Tensors]:
+        """The tensors of a checkpoint. What is not trained is in the base, and not written again."""
+        weights = {name: parameter.detach() for name, parameter in self._trained.items()}
+        parts = {"weights": weights, "optimizer": optimizer_tensors(self._optimizer)}
+        return parts | ({"average": self.average.tensors} if self.average.tensors else {})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "spec_digest": spec_digest(self.spec),
+            "config": asdict(self.trip.config),
+            "loss_first": self.losses.first,
+            "loss_last": self.losses.last,
+        }
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(resumed.parts["weights"][name])
+        restore_optimizer(self._optimizer, resumed.parts["optimizer"])
+        self.average.restore(resumed.parts.get("average", {}))
+        self._step = resumed.step
+        self.losses.first, self.losses.last = resumed.facts["loss_first"], resumed.facts["loss_last"]
+
+    def _keep_clips(self, look: Look) -> None:
+        """`samples/step-00000200-KEY.mp4` in the output: how the model moves, look by look."""
+        for key, pixels in look.clips.items():
+            name = f"step-{self._step:08d}-{key}.mp4"
+            content = video_bytes(pixels, self.trip.config.fps, "mp4")
+            storage.write_bytes(storage.join(self.spec.output, "samples", name), content)
 
 
 class _Losses:
@@ -254,23 +276,26 @@ class _Losses:
         return means
 
 
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    return int(digest(["dropout", seed, step, rank]), 16) & (2**63 - 1)
+def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
+    return int(digest(["dropout", seed, step, rank, part]), 16) & (2**63 - 1)
 
 
-def _export(spec: TrainSpec, trip: Trip, base: Path, dataset: ShardDataset, report: TrainReport) -> TrainReport:
+def _export(training: Training, report: TrainReport) -> TrainReport:
     """Writes the model folder, then the report as the mark of completion."""
+    spec = training.spec
     provenance = {
         "dataset": spec.dataset,
-        "dataset_manifest_sha256": dataset.manifest_sha256,
-        "base_sha256": folder_hash(base),
+        "dataset_manifest_sha256": training.dataset.manifest_sha256,
+        "base_sha256": folder_hash(training.base),
         "spec_digest": spec_digest(spec),
         "steps": spec.steps,
         "seed": spec.seed,
+        **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
     }
     spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
     try:
-        folder = save_model(spool / "model", trip, base, provenance)
+        with training.average.shown():
+            folder = save_model(spool / "model", training.trip, training.base, provenance)
         report = replace(report, model_digest=folder_hash(folder))
         storage.delete(report.model)
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -47,7 +47,7 @@ def test_prefect_yaml_names_recipes_and_never_a_number() -> None:
 
 def test_every_flow_has_a_deployment_and_one_has_a_schedule() -> None:
     flows = {d["entrypoint"].split(":")[1] for d in DEPLOYMENTS}
-    assert flows == {"prepare_latents", "train_trip", "evaluate_trip", "register_trip", "reproduce"}
+    assert flows == {"prepare_latents", "train_trip", "evaluate_trip", "register_trip", "reproduce", "ablate"}
     assert [d["name"] for d in DEPLOYMENTS if d.get("schedules")] == ["nightly"]
 
 

@@ -35,6 +35,9 @@ def test_the_stages_of_a_recipe_agree(name: str) -> None:
     )
     assert recipe.train.base == recipe.prepare.base
     assert recipe.train.global_batch % recipe.train.workers == 0
+    # What training reads, prepare has stored.
+    assert recipe.train.sample_posterior == recipe.prepare.keep_logvar
+    assert recipe.train.stored_text == recipe.prepare.keep_text
 
 
 @pytest.mark.parametrize("base", ["paper", "demo"])

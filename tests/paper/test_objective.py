@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.train.loop import TrainSpec, make_optimizer
+from tasks.train.optimizer import make_optimizer
+from tasks.train.spec import TrainSpec
 from trip_model.fusion import FusionConfig
 from trip_model.model import Trip, TripConfig
 from trip_model.objective import Draw, ObjectiveConfig, addressed_generator, draw, training_loss

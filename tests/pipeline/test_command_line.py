@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+from prefect import Flow
+from prefect.utilities.callables import parameter_schema
 
 from flows.__main__ import curable, main, parse, sentence
 from flows.console import tick_line
-from tasks import shards
-from tasks.ingest.sources import clean_key
-from tasks.records import UserError, digest
-from tasks.shards import Sample, ShardDataset
+from flows.evaluate_trip import evaluate_trip
+from flows.prepare_latents import planned_prepare, prepare_latents
+from flows.recipes import find_recipe
+from flows.register_trip import register_trip
+from flows.reproduce import reproduce
+from flows.source import Reading, named_source
+from flows.train_trip import train_trip
+from tasks.encode.filters import FilterSpec
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareSpec
+from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
+from tasks.ingest.sources import SourceSpec, count_rows, read_rows
+from tasks.records import ClipRef, UserError
+from tasks.shards import ShardDataset
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +47,74 @@ def test_flags_follow_from_the_signature() -> None:
         "base": None,
         "dataset": "s3://bucket/data",
         "tracking_uri": None,
+        "reading": Reading(),
     }
+
+
+MSRVTT = {
+    "videos": [{"video_id": f"video{n}", "split": "train" if n else "test"} for n in range(5)],
+    "sentences": [{"video_id": f"video{n}", "caption": f"caption {n}"} for n in range(5)],
+}
+READINGS = [
+    ("MSRVTT.json", []),
+    ("MSRVTT.json", ["--split", "train", "--captions", "all"]),
+    ("own.csv", ["--columns.key", "id", "--columns.url", "link", "--columns.caption", "text"]),
+    ("webvid.csv", ["--split", "train", "--held-out-share", "0.2"]),
+    ("webvid.csv", ["--limit", "3", "--format", "csv", "--base-url", "https://example.org/"]),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), READINGS)
+def test_all_commands_read_a_source_alike_and_find_its_data_set(
+    name: str, flags: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "MSRVTT.json").write_text(json.dumps(MSRVTT))
+    for table, header in (("own.csv", "id,link,text"), ("webvid.csv", "videoid,contentUrl,name")):
+        (tmp_path / table).write_text(header + "\n" + "".join(f"{row},v/{row}.mp4,caption {row}\n" for row in range(8)))
+    source = ["--source", str(tmp_path / name)]
+    common = [*source, "--root", str(tmp_path), "--base", str(tiny_base)]
+    given = parse(["prepare-latents", *common, *flags])
+    recipe = find_recipe("demo", str(tiny_base))
+    with planned_prepare(recipe, named_source(given["source"], given["reading"]), str(tmp_path)) as spec:
+        assert 0 < count_rows(spec.source) == len([row for row in read_rows(spec.source) if isinstance(row, ClipRef)])
+    with planned_prepare(recipe, named_source(given["source"], Reading()), str(tmp_path)) as plain:
+        assert (plain.output == spec.output) == (not flags)
+    for command, flow in (
+        ("train-trip", train_trip),
+        ("evaluate-trip", evaluate_trip),
+        ("register-trip", register_trip),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"no finished data set at {spec.output}:")):
+            flow.fn(**parse([command, *common, *flags]))
+    assert parse(["sample", *source, "-o", "s.json", *flags])["reading"] == given["reading"]
+    assert parse(["reproduce", *common, *flags])["reading"] == given["reading"]
+
+
+def test_a_second_source_is_read_its_own_way() -> None:
+    flags = ["--source", "m.json", "--split", "train", "--held-out-source", "m.json", "--held-out-source.split", "test"]
+    given = parse(["reproduce", *flags])
+    assert (given["reading"], given["held_out_reading"]) == (Reading(split="train"), Reading(split="test"))
+
+
+@pytest.mark.parametrize("flow", [prepare_latents, train_trip, evaluate_trip, register_trip, reproduce])
+def test_a_deployment_says_a_reading_as_json(flow: Flow[..., Any]) -> None:
+    json.dumps(parameter_schema(flow).model_dump())
+    said = {"source": "t.csv", "reading": {"split": "train", "columns": {"key": "id"}, "captions": 7}}
+    expected = Reading(split="train", columns={"key": "id"}, captions=7)
+    assert flow.validate_parameters(said)["reading"] == expected
+    assert flow.validate_parameters(flow.serialize_parameters({"reading": expected}))["reading"] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--limit", "0", "--source", "t.csv"], "limit 0, expected the number of rows to read, at least 1"),
+        (["--split", "train"], "name a table or a folder: --source TABLE"),
+    ],
+)
+def test_a_reading_of_nothing_is_refused(flags: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare_latents.fn(**parse(["prepare-latents", "--root", str(tmp_path), *flags]))
 
 
 def test_an_unknown_recipe_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,50 +145,63 @@ def test_two_commands_do_not_share_a_root(tmp_path: Path, capsys: pytest.Capture
     assert "another command is at work" in capsys.readouterr().err
 
 
+VIDEOS = [f"videos/32px/{FIRST_SEED + number}.mp4" for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a prepared data set: four rows of three drawn clips, the last one of the first row's file."""
+    root = tmp_path_factory.mktemp("made")
+    table = Path(write_demo_corpus(root / "corpus", 3, 32)).with_name("rows.csv")
+    rows = zip(["a", "b.1", "c", "again"], [*VIDEOS, VIDEOS[0]], strict=True)
+    table.write_text("videoid,contentUrl,name\n" + "".join(f"{key},{url},a shape\n" for key, url in rows))
+    base, filters = str(tiny_base), FilterSpec(least_side=32)
+    prepare(PrepareSpec(SourceSpec(str(table)), str(root / "data" / "set"), base, size=32, filters=filters, workers=0))
+    return root
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A finished data set of three clips below a root: runs/data/set."""
-    folder = tmp_path / "runs" / "data" / "set"
-    recipe = {"size": 32}
-    shards.open_dataset(str(folder), recipe)
-    outcomes = [
-        [
-            Sample(
-                key=shards.sample_key(key, 0),
-                caption="a shape",
-                latents=np.zeros((2, 4, 4, 4), np.float16),
-                first=np.zeros((32, 32, 3), np.uint8),
-                tokens=np.zeros(7, np.int32),
-                meta={"url": f"videos/{key}.mp4"},
-            )
-        ]
-        for key in ("a", clean_key("b.1"), "c")
-    ]
-    shard = shards.write_shard(str(folder), 0, (0, 3), outcomes, digest(recipe))
-    shards.publish_dataset(str(folder), recipe, digest(recipe), {}, [shard.summary()])
-    return folder
+def data(made: Path, tmp_path: Path) -> Path:
+    """A copy of that data set below a root of its own: runs/data/set."""
+    shutil.copytree(made / "data", tmp_path / "runs" / "data")
+    return tmp_path / "runs" / "data" / "set"
 
 
 def test_verify_names_each_problem_and_says_so_to_a_script(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--data", str(data)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"verify      {data}: whole"
     (data / "notes.txt").write_text("")
-    assert main(["verify", "--data", str(data)]) == 1
+    assert main(["verify", "--data", str(data), "--workers", "2"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == ["notes.txt: belongs to no data set", f"verify      {data}: 1 problems"]
+    assert main(["verify", "--data", str(data), "--workers", "0"]) == 2
+    assert capsys.readouterr().err == "error: workers 0, expected at least 1\n"
 
 
 def test_forget_takes_ids_as_the_table_has_them(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = tmp_path / "ids.txt"
-    ids.write_text("b.1\n\nvideos/c.mp4\nd\n")
+    ids.write_text(f"b.1\n\n{VIDEOS[2]}\nd\n")
     assert main(["forget", "--data", str(data), "--ids", str(ids), "--reason", "letter of May"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == ["not in the data set: d", "forget      2 rows (2 samples) removed, 1 shards made anew"]
-    assert main(["verify", "--data", str(data)]) == 0 and ShardDataset(str(data)).keys == ["a_000"]
+    assert main(["verify", "--data", str(data)]) == 0 and ShardDataset(str(data)).keys == ["a_000", "again_000"]
     ids.write_text("a\n")
     assert main(["forget", "--data", str(data), "--ids", str(ids)]) == 0
+    capsys.readouterr()
     assert main(["forget", "--data", str(data), "--ids", str(tmp_path / "none.txt")]) == 2
-    assert "give a text file with an id in each line" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "give a text file with an id in each line" in said and said.count("\n") == 1
+
+
+def test_deduplicate_removes_the_later_row(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deduplicate", "--data", str(data), "--distance", "9"]) == 2
+    assert capsys.readouterr().err == "error: distance 9, expected a number of bits from 0 to 8\n"
+    assert main(["deduplicate", "--data", str(data), "--distance", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "deduplicate 1 rows (1 samples) removed, 1 shards made anew"
+    assert main(["verify", "--data", str(data)]) == 0 and "again_000" not in ShardDataset(str(data)).keys
+    assert main(["deduplicate", "--data", str(data.parent / "none")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no finished data set") and said.count("\n") == 1
 
 
 def test_forget_is_refused_while_another_command_is_at_work(

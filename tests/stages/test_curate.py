@@ -161,6 +161,40 @@ def test_each_fault_is_named_and_nothing_else(tmp_path: Path, fault: str) -> Non
         assert "\n" not in line
 
 
+def odd(clip: str, row: int) -> Sample:
+    """A sample that looks otherwise than all others."""
+    return replace(sample(clip, row), latents=np.zeros((3, 4, 8, 8), np.float16))
+
+
+@pytest.mark.parametrize("first", [sample("x0", 0), odd("x0", 0)], ids=["whole", "the odd one first"])
+def test_more_workers_say_the_same_in_the_same_order(tmp_path: Path, first: Sample) -> None:
+    rows = [first] + [odd(f"x{row}", row) if row in (4, 5, 9) else sample(f"x{row}", row) for row in range(1, 12)]
+    make_dataset(str(tmp_path), [[[item]] for item in rows])
+    flip(tar_of(tmp_path, 2), 2000)
+    flip(tar_of(tmp_path, 10), 2000)
+    tar_of(tmp_path, 7).unlink()
+    alone = list(problems(str(tmp_path)))
+    assert len([line for line in alone if "other samples have" in line]) == (3 if first.latents.shape[2] == 4 else 7)
+    for workers in (2, 5):
+        ticks: list[dict[str, Any]] = []
+        assert list(problems(str(tmp_path), ticks.append, workers)) == alone
+        assert [tick["done"] for tick in ticks] == list(range(1, 13))
+    with pytest.raises(UserError, match="workers 0, expected at least 1"):
+        list(problems(str(tmp_path), workers=0))
+
+
+def test_workers_read_no_further_ahead_than_twice_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(str(tmp_path), [[[sample(f"x{row}", row)]] for row in range(12)])
+    opened: list[str] = []
+    stream = storage.open_stream
+    monkeypatch.setattr(storage, "open_stream", lambda uri: (opened.append(uri), stream(uri))[1])
+    (tmp_path / shards.index_name(tar_of(tmp_path).name)).write_text("{}")
+    found = problems(str(tmp_path), workers=2)
+    assert "cannot be read" in next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert len(opened) <= 4
+
+
 def test_an_unfinished_data_set_says_how_far_it_is(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     (tmp_path / "manifest.json").unlink()
@@ -245,7 +279,8 @@ def test_a_clip_that_is_there_twice_is_named(tmp_path: Path) -> None:
 
 def test_forgotten_clips_are_gone_and_the_rest_is_as_it_was(uri: str) -> None:
     make_dataset(uri)
-    before = {key: ShardDataset(uri).read(i, tuple(shards.SUFFIXES)) for i, key in enumerate(ShardDataset(uri).keys)}
+    whole = ShardDataset(uri)
+    before = {key: whole.read(i, whole.fields(i)) for i, key in enumerate(whole.keys)}
     third = [name for name in contents(uri) if name.startswith("shard-00002")]
     kept = {name: contents(uri)[name] for name in third}
     for address in shards.report_addresses(uri).values():
@@ -258,8 +293,9 @@ def test_forgotten_clips_are_gone_and_the_rest_is_as_it_was(uri: str) -> None:
     assert data.manifest_sha256 == report.manifest_sha and data.keys == ["c_000", "f_000"]
     assert data.manifest["failed"] == {"forgotten": 3, "too_short": 1} and data.manifest["rows"] == 6
     for i, key in enumerate(data.keys):
-        got = data.read(i, tuple(shards.SUFFIXES))
-        assert all(np.array_equal(got[name], before[key][name]) for name in shards.SUFFIXES)
+        got = data.read(i, data.fields(i))
+        assert got.keys() == before[key].keys()
+        assert all(np.array_equal(got[name], before[key][name]) for name in got)
     after = contents(uri)
     assert {name: after[name] for name in third} == kept
     for name, content in after.items():

@@ -16,7 +16,8 @@ from tasks.curate.duplicates import deduplicate
 from tasks.curate.verify import problems
 from tasks.encode.encoder import EncodeSpec, check_spec
 from tasks.encode.filters import REASONS, SCORES, FilterSpec, Screen, picture_hash, read_measured, scores
-from tasks.encode.job import PrepareReport, PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.sources import SourceSpec
 from tasks.records import UserError
 from tasks.shards import ShardDataset

@@ -22,7 +22,8 @@ from infra.cluster import ray_session
 from tasks.encode import job
 from tasks.encode.decoder import DecodeSpec
 from tasks.encode.encoder import ClipEncoder, EncodeSpec, decode_ahead, open_decoders
-from tasks.encode.job import PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.download import DownloadSpec, Fetched
 from tasks.ingest.sources import SourceSpec
@@ -155,7 +156,7 @@ def test_every_row_is_in_the_books(tiny_base: Path, corpus: str, tmp_path: Path)
     data = ShardDataset(report.dataset)
     assert data.manifest_sha256 == report.manifest_sha and len(data.keys) == 3
     assert all("." not in key for key in data.keys)
-    assert from_json(job.PrepareReport, json.loads(json.dumps(to_json(report)))) == report
+    assert from_json(PrepareReport, json.loads(json.dumps(to_json(report)))) == report
 
 
 def test_a_run_that_is_killed_and_repeated_ends_in_the_same_bytes(tiny_base: Path, corpus: str, tmp_path: Path) -> None:

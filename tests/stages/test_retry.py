@@ -22,9 +22,10 @@ from PIL import Image
 from infra import storage
 from tasks.curate.forget import forget
 from tasks.curate.verify import problems
-from tasks.encode.job import PrepareSpec, prepare
+from tasks.encode.job import prepare
 from tasks.encode.repair import retry_reasons
 from tasks.encode.report import write_report_apart
+from tasks.encode.spec import PrepareSpec
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tasks.ingest.download import DownloadSpec
 from tasks.ingest.sources import SourceSpec

@@ -14,7 +14,8 @@ from benchmarks.rig.server import serving
 from benchmarks.rig.table import DECODE, DOWNLOAD, ENCODED, KINDS, TABLE, USABLE, Row, audit, write_rig
 from tasks.curate.verify import problems
 from tasks.encode import encoder
-from tasks.encode.job import PrepareReport, PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.drawing import draw_frame, draw_scene
 from tasks.ingest.sources import SourceSpec
 from tasks.shards import ShardDataset

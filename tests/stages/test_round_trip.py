@@ -15,7 +15,8 @@ import torch
 from infra import storage
 from infra.settings import CHECKOUT
 from tasks.curate.verify import problems
-from tasks.encode.job import PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareSpec
 from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.sources import SourceSpec
 from tasks.shards import ShardDataset, report_addresses

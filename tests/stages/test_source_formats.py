@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import storage
-from tasks.encode.job import PrepareSpec, prepare
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareSpec
 from tasks.ingest import sources
 from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.download import DownloadSpec, download_clips

@@ -67,6 +67,29 @@ def test_rows_that_cannot_be_used_are_counted_with_their_reason(tmp_path: Path) 
     assert [row.row for row in rows] == list(range(7)) and count_rows(spec) == 7
 
 
+def test_a_quote_that_is_never_closed_costs_its_own_line_alone(tmp_path: Path) -> None:
+    whole = [f"{i},https://host/{i}.mp4,,,a cat\n" for i in range(9)]
+    broken = whole.copy()
+    broken[1] = '1,https://host/1.mp4,,,"a cat\n'  # closed by the next quote there is, three lines on
+    broken[4] = '4,https://host/4.mp4,,,"a ""dog"", said the cat"\n'
+    broken[6] = '6,"https://host/6.mp4,,,a cat\n'  # closed by nothing
+    spec = table(tmp_path, WEBVID_2M + "".join(broken))
+    reasons = [row.reason if isinstance(row, Failure) else row.key for row in read_rows(spec)]
+    assert reasons == ["0", "bad_row", "2", "3", "4", "5", "bad_row", "7", "8"] and count_rows(spec) == 9
+    endless = WEBVID_2M + '"1,' + whole[2] * 9000 + "x" * (1 << 21) + "\n" + whole[3]  # beyond a cell, beyond a line
+    spec = table(tmp_path, endless, "endless.csv")
+    assert count_rows(spec) == 9002
+    assert [row.reason for row in read_rows(spec) if isinstance(row, Failure)].count("bad_row") == 2
+
+
+def test_a_caption_of_several_lines_is_one_row(tmp_path: Path) -> None:
+    spec = table(tmp_path, WEBVID_2M + '1,u.mp4,,,"waves,\nat, their, own, pace\n"\n2,v.mp4,,,sand\n')
+    assert [row.caption for row in read_rows(spec) if isinstance(row, ClipRef)] == [
+        "waves,\nat, their, own, pace",
+        "sand",
+    ]
+
+
 def test_a_range_gives_the_rows_that_the_whole_gives(tmp_path: Path) -> None:
     spec = table(tmp_path, WEBVID_2M + "".join(f"{i % 7},u{i},,,cap\n" for i in range(20)))
     whole = list(read_rows(spec))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from infra import tracking as tracking_module
 from infra.tracking import Tracking, connect, experiment_id
 
 
@@ -125,3 +130,145 @@ def test_one_tracking_holds_one_run(store):
     with pytest.raises(ValueError, match="already has a run"):
         tracking.start_run("n")
     tracking.finish()
+
+
+def test_checkpoints_are_models_without_artifacts_one_per_step_and_the_best_is_found(store):
+    loss = {1: 0.4, 2: 0.2, 3: 0.3}
+    for attempt in ("first", "again"):  # killed after step 3, back to step 2, which is written anew
+        tracking = Tracking(store, "checkpoints")
+        run_id = tracking.start_run("n", key="k-checkpoints")
+        for step in (1, 2, 3) if attempt == "first" else (2, 3):
+            tracking.checkpoint(step, f"s3://models/step-{step}", f"{attempt}-{step}", {"validation_loss": loss[step]})
+        if attempt == "again":
+            tracking.checkpoint_removed(1)
+            tracking.finish()
+        assert tracking.flush() and tracking.dropped == 0, tracking.last_error
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("checkpoints").experiment_id
+    order = [{"field_name": "metrics.checkpoint/validation_loss", "ascending": True}]
+    models = client.search_logged_models([experiment], "model_type = 'checkpoint'", order_by=order)
+    assert [model.tags["step"] for model in models] == ["2", "3", "1"]
+    assert [model.tags["digest"] for model in models] == ["again-2", "again-3", "first-1"]
+    assert [model.tags.get("removed") for model in models] == [None, None, "true"]
+    for model in models:
+        assert model.status.name == "READY" and model.source_run_id == run_id
+        assert [m.value for m in model.metrics] == [loss[int(model.tags["step"])]]
+    assert points(store, run_id, "checkpoint/validation_loss") == [(1, 0.4), (2, 0.2), (3, 0.3)]
+
+
+def test_a_document_is_a_json_file_of_the_run(store, tmp_path):
+    tracking = Tracking(store, "exp")
+    run_id = tracking.start_run("n")
+    tracking.document("spec.json", {"steps": 9})
+    tracking.document("spec.json", {"steps": 10})
+    assert tracking.finish()
+    file = MlflowClient(store).download_artifacts(run_id, "spec.json", str(tmp_path))
+    assert json.loads(open(file).read()) == {"steps": 10}
+
+
+def test_the_machine_is_watched_at_the_step_of_the_training(store, monkeypatch):
+    monkeypatch.setattr(tracking_module, "_SYSTEM_METRICS_SECONDS", 0.2)
+    tracking = Tracking(store, "exp")
+    run_id = tracking.start_run("n")
+    for step in (1, 2):
+        tracking.system_metrics(step)  # the second comes too soon
+    time.sleep(0.3)
+    tracking.system_metrics(3)
+    assert tracking.finish()
+    assert [step for step, _ in points(store, run_id, "system/cpu_utilization_percentage")] == [1, 3]
+
+
+def test_without_psutil_the_machine_is_not_watched_and_nothing_fails(store, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mlflow.system_metrics.metrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    tracking = Tracking(store, "exp")
+    run_id = tracking.start_run("n")
+    tracking.system_metrics(1)
+    assert tracking.finish()
+    assert MlflowClient(store).get_run(run_id).data.metrics == {}
+
+
+def test_what_was_flushed_outlives_a_kill_while_the_store_is_down(tmp_path):
+    wall = tmp_path / "store"
+    wall.write_text("a file where the folder should be")
+    spool = tmp_path / "spool.jsonl"
+    killed = Tracking(f"sqlite:///{wall}/mlflow.db", "exp", spool=str(spool))
+    killed.start_run("n", key="k", wait_seconds=0)
+    killed.metrics({"loss": 0.5}, 7)
+    assert not killed.flush(0.1)
+    with spool.open("a") as file:
+        file.write('{"op": "metr')  # the kill came in the middle of a line
+    wall.unlink()
+    again = Tracking(f"sqlite:///{wall}/mlflow.db", "exp", spool=str(spool))
+    again.start_run("n", key="k", wait_seconds=0)
+    again.metrics({"loss": 0.25}, 8)
+    assert again.finish(wait_seconds=60) and again.dropped == 1
+    assert points(again.uri, again.run_id, "loss") == [(7, 0.5), (8, 0.25)]
+
+
+# MLflow's server application, forked for every line read, so that a start after a kill pays for no imports.
+SERVER = """
+import os, sys
+from werkzeug.serving import run_simple
+from mlflow.server import app
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=True)
+    print(child, flush=True)
+"""
+
+
+class Server:
+    """An MLflow server on a SQLite store, which can be killed and started again."""
+
+    def __init__(self, store, artifacts):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{port}"
+        self.parent = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(port)],
+            env=os.environ | {"_MLFLOW_SERVER_FILE_STORE": store, "_MLFLOW_SERVER_ARTIFACT_ROOT": str(artifacts)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def start(self):
+        assert self.parent.stdin and self.parent.stdout
+        self.parent.stdin.write("start\n")
+        self.parent.stdin.flush()
+        self.child = int(self.parent.stdout.readline())
+
+    def kill(self):
+        os.kill(self.child, signal.SIGKILL)
+
+
+def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox tries again, and sooner
+    server, spool = Server(store, tmp_path), tmp_path / "spool.jsonl"
+    server.start()
+    try:
+        tracking = Tracking(server.uri, "exp", spool=str(spool))
+        run_id = tracking.start_run("n", key="k-server")
+        tracking.metrics({"loss": 0.1}, 1)
+        assert tracking.flush()
+        server.kill()
+        began = time.monotonic()
+        for step in (2, 3):
+            tracking.metrics({"loss": step / 10}, step)
+        tracking.checkpoint(3, "s3://models/step-3", "digest", {"loss": 0.3})
+        assert not tracking.flush(0.5) and time.monotonic() - began < 3
+        assert len(spool.read_text().splitlines()) == 3
+        server.start()
+        assert tracking.flush(60) and not spool.exists()
+        assert tracking.finish() and tracking.dropped == 0
+    finally:
+        server.kill()
+        server.parent.kill()
+    assert points(store, run_id, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert points(store, run_id, "checkpoint/loss") == [(3, 0.3)]
+    assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 
 from infra import storage
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, write_shard
-from tasks.train.checkpoints import complete_steps, newest_checkpoint
+from tasks.train.checkpoints import CheckpointStore
+from tasks.train.job import TrackingSpec, train
 from tasks.train.loader import TrainingData
-from tasks.train.loop import TrainSpec, learning_rate_factor, run_training
+from tasks.train.loop import TrainingStopped, run_training
+from tasks.train.optimizer import learning_rate_factor
+from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
+from tasks.train.validation import LOSS
 from trip_model.checkpoint import load_model
 from trip_model.fusion import FusionConfig
 from trip_model.model import TripConfig
 from trip_model.schedule import ScheduleConfig
+from trip_model.unet import load_unet
+from trip_model.video import read_clip
 
 FRAMES = 4
 
@@ -96,9 +105,15 @@ def train_until(spec: TrainSpec, last_step: int) -> list[float]:
 
 
 def weights(spec: TrainSpec) -> dict[str, torch.Tensor]:
-    checkpoint = newest_checkpoint(storage.join(spec.output, "checkpoints"))
+    checkpoint = CheckpointStore(storage.join(spec.output, "checkpoints")).newest()
     assert checkpoint is not None and checkpoint.step == spec.steps
     return checkpoint.parts["weights"] | checkpoint.parts["average"]
+
+
+def assert_same_weights(one: TrainSpec, other: TrainSpec) -> None:
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_a_run_killed_after_four_steps_continues_bitwise(spec: TrainSpec, tmp_path: Path) -> None:
@@ -106,8 +121,7 @@ def test_a_run_killed_after_four_steps_continues_bitwise(spec: TrainSpec, tmp_pa
     broken = replace(spec, output=str(tmp_path / "broken"))
     first, rest = train_until(broken, 4), train_until(broken, 6)
     assert first[:3] + rest == whole  # step 4 was lost with the kill and is done again
-    for name, tensor in weights(spec).items():
-        assert torch.equal(tensor, weights(broken)[name]), name
+    assert_same_weights(spec, broken)
 
 
 def test_resume_walks_back_past_a_damaged_checkpoint(spec: TrainSpec, tmp_path: Path) -> None:
@@ -115,7 +129,7 @@ def test_resume_walks_back_past_a_damaged_checkpoint(spec: TrainSpec, tmp_path: 
     broken = replace(spec, checkpoint_every=2)
     train_until(broken, 5)
     store = storage.join(broken.output, "checkpoints")
-    assert complete_steps(store) == [4, 2]
+    assert CheckpointStore(store).steps() == [4, 2]
     file = Path(store) / "step-00000004" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert train_until(broken, 6) == whole[2:]
@@ -137,7 +151,7 @@ def test_frame_one_has_no_error_and_deviation_is_measured(spec: TrainSpec) -> No
 
 
 def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
-    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    data = TrainingData(ShardDataset(dataset), 0.2, 3, FRAMES)
     for step in range(7):
         whole = data.batch(step, 4)
         halves = [data.batch(step, 4, rank, 2) for rank in range(2)]
@@ -146,11 +160,11 @@ def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
 
 
 def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: str) -> None:
-    data = TrainingData(ShardDataset(dataset), 0.2, seed=3)
+    data = TrainingData(ShardDataset(dataset), 0.2, 3, FRAMES)
     count = len(data.samples)
     for epoch in range(3):
         assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
-    assert count + data.held_out_clips == 10
+    assert count + len(data.held_out_samples) == 10
 
 
 def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> None:
@@ -161,10 +175,152 @@ def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> Non
 
 def test_workers_must_divide_the_batch(dataset: str) -> None:
     with pytest.raises(UserError, match="3 workers"):
-        TrainingData(ShardDataset(dataset), 0.2, 0).batch(0, 4, 0, 3)
+        TrainingData(ShardDataset(dataset), 0.2, 0, FRAMES).batch(0, 4, 0, 3)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(spec: TrainSpec) -> None:
     shaped = replace(spec, steps=100, warmup_steps=10, cosine=True)
     factors = [learning_rate_factor(step, shaped) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0) and factors[100] < 1e-6
+
+
+def test_sigterm_saves_at_the_step_under_way_and_the_same_call_continues_bitwise(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    whole = train_until(spec, 6)
+    stopped = replace(spec, output=str(tmp_path / "stopped"))
+    losses: list[float] = []
+
+    def tick(values: dict) -> None:
+        losses.append(values["loss"])
+        if values["step"] == 4 and len(losses) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match="step 4 of 6.*same command continues"):
+        train(stopped, tick, in_process=True)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert CheckpointStore(storage.join(stopped.output, "checkpoints")).steps() == [4, 3]
+    train(stopped, tick, in_process=True)
+    assert losses == whole
+    assert_same_weights(spec, stopped)
+
+
+def test_a_training_killed_and_continued_is_one_tracked_run_with_its_checkpoints(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def tick(values: dict) -> None:
+        if values["step"] == 5 and not list(Path(spec.output).glob("report.json")) and not killed:
+            killed.append(5)
+            raise Killed
+
+    killed: list[int] = []
+    tracking = TrackingSpec(uri, "exp", "tiny")
+    with pytest.raises(Killed):
+        train(spec, tick, tracking, in_process=True)
+    train(spec, tick, tracking, in_process=True)
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("exp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == ShardDataset(spec.dataset).manifest_sha256[:36]
+    document = client.download_artifacts(run.info.run_id, "spec.json", str(tmp_path))
+    assert storage.read_json(document)["learning_rate_unet"] == spec.learning_rate_unet
+    models = client.search_logged_models([experiment.experiment_id], "model_type = 'checkpoint'")
+    assert sorted((model.tags["step"], model.status.name) for model in models) == [("3", "READY"), ("6", "READY")]
+    for model in models:
+        assert Path(model.tags["uri"]).is_dir() and model.source_run_id == run.info.run_id
+    assert not (Path(spec.output) / "tracking.jsonl").exists()
+
+
+def test_tracking_that_is_down_stops_nothing_and_catches_up_when_the_command_is_repeated(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.job.FLUSH_SECONDS", 0.2)
+    wall = tmp_path / "store"
+    wall.write_text("a file where the folder should be")
+    tracking = TrackingSpec(f"sqlite:///{wall}/mlflow.db", "exp", "tiny")
+    report = train(spec, None, tracking, in_process=True)
+    wall.unlink()
+    assert train(spec, None, tracking, in_process=True) == report
+    client = MlflowClient(tracking.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert run.info.status == "FINISHED" and not (Path(spec.output) / "tracking.jsonl").exists()
+
+
+def test_a_look_at_held_out_clips_changes_nothing_and_sees_frame_one_known(spec: TrainSpec, tmp_path: Path) -> None:
+    plain = train_until(spec, 6)
+    watched = replace(
+        spec,
+        output=str(tmp_path / "watched"),
+        validation=ValidationSpec(every=2, clips=3, bands=2, animated=1),
+        checkpoint_every=2,
+    )
+    ticks: list[dict] = []
+    run_training(watched, on_tick=ticks.append)
+    assert [tick["loss"] for tick in ticks] == plain
+    assert all(torch.equal(weights(spec)[name], tensor) for name, tensor in weights(watched).items())
+    looks = [tick for tick in ticks if LOSS in tick]
+    assert [tick["step"] for tick in looks] == [2, 4, 6]
+    for look in looks:
+        assert look["validation_loss/frame_01"] < 1e-8 < look["validation_loss/frame_02"]
+        bands = [look["validation_loss/t_000_499"], look["validation_loss/t_500_999"]]
+        assert look[LOSS] == pytest.approx(sum(bands) / 2, rel=1e-5)
+        assert look["validation_z0_error/t_500_999"] > bands[1] and look["validation_motion_ratio"] > 0
+    clips = sorted(Path(watched.output, "samples").iterdir())
+    assert [clip.name[:13] for clip in clips] == ["step-00000002", "step-00000004", "step-00000006"]
+    assert read_clip(clips[0].read_bytes(), FRAMES, 4.0, 32).pixels.shape == (FRAMES, 32, 32, 3)
+    best = min(looks, key=lambda look: look[LOSS])["step"]
+    assert set(CheckpointStore(storage.join(watched.output, "checkpoints")).steps()) == {4, 6, best}
+
+
+def test_a_batch_in_parts_trains_as_the_whole_does(spec: TrainSpec, tmp_path: Path) -> None:
+    calm = replace(spec, model=replace(spec.model, unet_dropout=0.0), global_batch=4)
+    whole = train_until(calm, 6)
+    for change in ({"micro_batch": 1}, {"micro_batch": 3}, {"recompute_activations": True}):
+        other = replace(calm, output=str(tmp_path / str(change)), **change)
+        assert spec_digest(other) == spec_digest(calm)
+        assert train_until(other, 6) == pytest.approx(whole, rel=1e-4)
+
+
+def test_bfloat16_keeps_weights_prior_and_loss_in_float32(spec: TrainSpec, tmp_path: Path) -> None:
+    calm = replace(spec, model=replace(spec.model, unet_dropout=0.0))
+    exact = train_until(calm, 6)
+    coarse = replace(calm, output=str(tmp_path / "coarse"), precision="bfloat16")
+    ticks: list[dict] = []
+    run_training(coarse, on_tick=ticks.append)
+    losses = [tick["loss"] for tick in ticks]
+    assert losses != exact and losses == pytest.approx(exact, rel=0.02)
+    assert max(tick["frame_1"] for tick in ticks) < 1e-8  # the prior is as exact as before
+    assert {tensor.dtype for tensor in weights(coarse).values()} == {torch.float32}
+
+
+def test_temporal_training_moves_what_mixes_frames_and_nothing_else(spec: TrainSpec, tiny_base: Path) -> None:
+    report = run_training(replace(spec, trained="temporal"))
+    before, after = load_unet(tiny_base).state_dict(), load_model(report.model).unet.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(any(part in name for part in ("temp_", "transformer_in")) for name in moved)
+    stored = {name.removeprefix("unet.") for name in weights(spec) if name.startswith("unet.")}
+    assert moved <= stored and all(any(part in name for part in ("temp_", "transformer_in")) for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "steps 0, expected at least 1"),
+        ({"workers": 3}, "a global batch of 2 cannot be split over 3 workers"),
+        ({"micro_batch": 0}, "micro_batch 0, expected at least 1 sample"),
+        ({"validation": ValidationSpec(every=1, clips=0)}, "validation.clips 0, expected"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_told_first(spec: TrainSpec, change: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run_training(replace(spec, **change))

@@ -1,0 +1,26 @@
+"""One prepare run as a command of its own, for who wants to kill it: `python -m benchmarks.rig.driver SPEC.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tasks.encode.job import prepare
+from tasks.encode.spec import PrepareSpec
+from tasks.records import UserError, from_json, to_json
+
+
+def main(spec: str) -> int:
+    """Prints the report as JSON and returns 0; like the command line, one sentence and 2 for what can be cured."""
+    try:
+        report = prepare(from_json(PrepareSpec, json.loads(Path(spec).read_text())))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(to_json(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,92 @@
+"""What the prepare stage shows on Prefect's pages: progress while it runs, and its books when they are closed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from flows.console import tell, tick_line
+from tasks.encode.spec import PrepareReport
+
+UPDATE_SECONDS = 10.0
+ANSWER_SECONDS = 2.0
+# Hours of work neither fail nor wait because the server that shows them is away; after a while it is asked again.
+AWAY = (httpx.HTTPError, PrefectException)
+AWAY_SECONDS = 300.0
+
+
+class PreparePages:
+    """The progress callback of the stage: tells every tick, and keeps the artifacts of the task run it is used in."""
+
+    def __init__(self) -> None:
+        self._clips_per_second = 0.0
+        self._artifact: UUID | None = None
+        self._due = 0.0
+
+    def __call__(self, news: dict[str, Any]) -> None:
+        tell(news)
+        self._clips_per_second = news["clips_per_second"]
+        if time.monotonic() < self._due and news["done"] < news["total"]:
+            return
+        percent, line = round(100.0 * news["done"] / news["total"], 2), tick_line(news)
+        self._due = time.monotonic() + AWAY_SECONDS
+        with contextlib.suppress(*AWAY), _client() as client:
+            if self._artifact is None:
+                self._artifact = client.create_artifact(_artifact("progress", "prepare-progress", line, percent)).id
+            else:
+                client.update_artifact(self._artifact, ArtifactUpdate(data=percent, description=line))
+            self._due = time.monotonic() + UPDATE_SECONDS
+
+    def close(self, report: PrepareReport) -> None:
+        """Shows what became of the rows, how fast, and where the data set and its report lie."""
+        about = f"What became of {report.rows} rows"
+        with contextlib.suppress(*AWAY), _client() as client:
+            client.create_artifact(_artifact("markdown", "prepare-books", about, books(report, self._clips_per_second)))
+
+
+def books(report: PrepareReport, clips_per_second: float) -> str:
+    """The closed books of a prepare run in markdown."""
+    counts = {"**encoded**": report.encoded} | dict(sorted(report.failed.items(), key=lambda item: -item[1]))
+    rows = "\n".join(f"| {name} | {count:,} | {count / report.rows:.2%} |" for name, count in counts.items())
+    return f"""\
+| what became of the rows | rows | share |
+|---|--:|--:|
+{rows}
+| all | {report.rows:,} | |
+
+{report.samples:,} samples in {report.shards:,} shards, of which {report.shards_reused:,} were there before; \
+{report.rows_retried:,} rows were tried again. \
+This run took {report.seconds:,.0f} s, {clips_per_second:g} clips a second.
+
+- data set: `{report.dataset}`
+- report, with a chart of these counts and a contact sheet of stored latents decoded back: `{report.page}`
+"""
+
+
+def _artifact(kind: str, key: str, description: str, data: float | str) -> ArtifactCreate:
+    context = TaskRunContext.get()
+    assert context is not None, "artifacts belong to a task run"
+    run = context.task_run
+    return ArtifactCreate(
+        type=kind, key=key, description=description, data=data, task_run_id=run.id, flow_run_id=run.flow_run_id
+    )
+
+
+@contextlib.contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
+    """For one short try: the run's own client would wait a minute for an answer, six times."""
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client,
+    ):
+        yield client

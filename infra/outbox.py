@@ -1,0 +1,162 @@
+"""Hands records to a slow or absent receiver from a thread of its own; what is not delivered is kept in a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+_MAX_PENDING = 50_000
+_LONGEST_PAUSE_SECONDS = 30.0
+
+Record = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """A queue of JSON-able records, delivered in order.
+
+    `send` delivers records from the head of the queue, as many as `batch` says. An error of the classes in `trouble`
+    leaves them in the queue, to be tried again after a growing pause, unless `refused` says that asking again will not
+    help: then they are given up. While there is trouble the queue is kept as JSON lines in `spool`, if that path is
+    given, and whoever opens an outbox with the same spool sends those first. A record may be sent twice.
+
+    `failures` counts failed attempts, `dropped` the records given up, and `last_error` says why.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        send: Callable[[list[Record]], None],
+        batch: Callable[[Iterable[Record]], int],
+        trouble: tuple[type[Exception], ...],
+        refused: Callable[[Exception], bool],
+        spool: str | Path | None = None,
+    ) -> None:
+        self.failures = 0
+        self.dropped = 0
+        self.last_error = ""
+        self._name, self._send, self._batch, self._trouble, self._refused = name, send, batch, trouble, refused
+        self._spool = Path(spool) if spool else None
+        self._pending: deque[Record] = deque(self._read_spool())
+        self._spooled = len(self._pending)  # how many records at the head of the queue the spool holds already
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._deliver, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts to deliver."""
+        self._thread.start()
+
+    def put(self, record: Record) -> None:
+        """Queues a record; returns at once. A full queue drops it."""
+        with self._changed:
+            if len(self._pending) >= _MAX_PENDING:
+                self.dropped += 1
+                return
+            self._pending.append(record)
+            self._changed.notify_all()
+
+    def flush(self, wait_seconds: float, failures: int | None = None) -> bool:
+        """Waits until the queue is empty, at most `wait_seconds`, and keeps the rest in the spool; True when it was.
+
+        With `failures` it waits no longer than until so many attempts have failed.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._pending or (failures is not None and self.failures >= failures), wait_seconds
+            )
+            if self._pending:
+                self._write_spool()
+            return not self._pending
+
+    def close(self, wait_seconds: float) -> bool:
+        """One last attempt, at most `wait_seconds`, without pauses; True when everything was delivered."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout=wait_seconds)
+        if self.flush(0):
+            return True
+        where = f"kept in {self._spool}" if self._spool else "lost"
+        _log.warning("%s: %d records not delivered, %s: %s", self._name, len(self._pending), where, self.last_error)
+        return False
+
+    def _deliver(self) -> None:
+        pause = 0.5
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                records = list(islice(self._pending, self._batch(self._pending)))
+            try:
+                self._send(records)
+            except self._trouble as error:
+                self._note(error)
+                if not self._refused(error):
+                    with self._changed:
+                        self._write_spool()
+                        self._changed.notify_all()
+                        if self._closing:
+                            return
+                        self._changed.wait_for(lambda: self._closing, timeout=pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                    continue
+                self.dropped += len(records)
+            pause = 0.5
+            self._delivered(len(records))
+
+    def _delivered(self, count: int) -> None:
+        with self._changed:
+            for _ in range(count):
+                self._pending.popleft()
+            self._spooled = max(0, self._spooled - count)
+            if self._spool is not None and not self._pending:
+                self._spooled = 0
+                try:
+                    self._spool.unlink(missing_ok=True)
+                except OSError as error:
+                    self._note(error)
+            self._changed.notify_all()
+
+    def _read_spool(self) -> list[Record]:
+        if self._spool is None or not self._spool.exists():
+            return []
+        records = []
+        text = self._spool.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # the line a killed process was writing
+                self.dropped += 1
+        if text and not text.endswith("\n"):
+            with self._spool.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        return records
+
+    def _write_spool(self) -> None:
+        """Appends what the file does not hold yet."""
+        if self._spool is None:
+            return
+        fresh = list(islice(self._pending, self._spooled, None))
+        try:
+            self._spool.parent.mkdir(parents=True, exist_ok=True)
+            with self._spool.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in fresh)
+        except OSError as error:
+            self._note(error)
+        else:
+            self._spooled = len(self._pending)
+
+    def _note(self, error: Exception) -> None:
+        self.failures += 1
+        message = " ".join(str(error).split())[:300]
+        self.last_error = f"{type(error).__name__}: {message}"
+        log = _log.warning if self.failures == 1 else _log.debug
+        log("%s: %s", self._name, self.last_error)

@@ -1,0 +1,207 @@
+"""Counts floating-point operations and bytes of the real model on tensors without storage, by torch's own formulas.
+
+A pass on fake tensors dispatches every operation that a real one would, at any size, in seconds and without memory.
+Fake CUDA tensors cannot go backward where there is no GPU, so a GPU is planned on fake CPU tensors under a GPU's rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tasks.plan.base import BaseConfig
+from trip_model.model import Trip, TripConfig
+from trip_model.unet import UNet3D, UNetConfig
+
+
+@dataclass(frozen=True)
+class PassCounts:
+    """One forward and backward pass of a batch; one multiplication with its addition is 2 FLOPs."""
+
+    forward_flops: int
+    flops: int  # forward and backward, recomputed activations included
+    saved_bytes: int  # kept from forward for backward, parameters left out
+    peak_bytes: int  # the most that lives at one moment, parameters, their gradients and the inputs left out
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """What a training step of a model costs, per clip and at all."""
+
+    parameters: int
+    forward_flops: int  # of one clip
+    flops: int  # of one clip, forward and backward
+    recomputed_flops: int  # the same with activations recomputed
+    activation_bytes: int  # what each further clip adds to the peak
+    fixed_bytes: int  # what the peak holds beside, whatever the batch: copies of the weights made by autocast
+    recomputed_activation_bytes: int
+    recomputed_fixed_bytes: int
+
+
+def count_model(base: BaseConfig, config: TripConfig, gpu: bool) -> ModelCounts:
+    """Counts one training step of TRIP on this base. Memory is linear in the batch: two batches give both terms.
+
+    Args:
+        gpu: bfloat16 autocast and fused attention as on a GPU; else float32 as on a CPU.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trip = new_trip(base, config)
+
+        def passes(recompute: bool) -> tuple[PassCounts, int, int]:
+            trip.unet.recompute_activations = recompute
+            one, two = (count_pass(trip, new_inputs(base, config, batch), gpu) for batch in (1, 2))
+            per_clip = two.peak_bytes - one.peak_bytes
+            return one, per_clip, one.peak_bytes - per_clip
+
+        one, per_clip, fixed = passes(recompute=False)
+        again = passes(recompute=True)
+    return ModelCounts(
+        parameters=sum(p.numel() for p in trip.parameters()),
+        forward_flops=one.forward_flops,
+        flops=one.flops,
+        recomputed_flops=again[0].flops,
+        activation_bytes=per_clip,
+        fixed_bytes=fixed,
+        recomputed_activation_bytes=again[1],
+        recomputed_fixed_bytes=again[2],
+    )
+
+
+def new_trip(base: BaseConfig, config: TripConfig) -> Trip:
+    """TRIP in training mode, on a 3D-UNet with fresh weights."""
+    return Trip(UNet3D(UNetConfig.from_json(base.unet)), config).train()
+
+
+def new_inputs(base: BaseConfig, config: TripConfig, batch: int) -> tuple[torch.Tensor, ...]:
+    """Arguments of `Trip.forward` for a batch, shaped as training's."""
+    channels, frames, height, width = base.latent_shape(config)
+    return (
+        torch.empty(batch, channels, frames, height, width),
+        torch.empty(batch, channels, 1, height, width),
+        torch.zeros(batch, dtype=torch.int64),
+        torch.empty(batch, *base.text_shape()),
+    )
+
+
+def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False) -> PassCounts:
+    """Runs and counts one forward and backward pass; of real tensors as of fake ones."""
+    owned = {p.untyped_storage()._cdata for p in trip.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    rules = _gpu_rules() if gpu else contextlib.nullcontext()
+    with rules, StepCounter(owned) as counter:
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: counter.forget(p.grad)) for p in trip.parameters()]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trip(*inputs).square().mean()
+        forward_flops = counter.flops
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    trip.zero_grad(set_to_none=True)
+    return PassCounts(forward_flops, counter.flops, sum(saved.values()), counter.peak)
+
+
+class StepCounter(TorchDispatchMode):
+    """The work of all operations, by the formulas of `FlopCounterMode`, and the peak of the bytes that they made.
+
+    `FlopCounterMode` itself also follows modules, by hooks that keep alive the graphs of recomputed activations.
+    """
+
+    def __init__(self, ignored: set[int]) -> None:
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+        self._ignored = ignored
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def forget(self, tensor: Any) -> None:
+        """Counts a tensor as none of ours from now on."""
+        storage = tensor.untyped_storage()
+        if self._known.pop(storage._cdata, None) is not None:
+            self.live -= storage.nbytes()
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known or place in self._ignored:
+            return
+
+        def drop(_: Any) -> None:
+            if self._known.pop(place, None) is not None:
+                self.live -= size
+
+        self._known[place] = weakref.ref(storage, drop)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@contextlib.contextmanager
+def _gpu_rules() -> Iterator[None]:
+    """CUDA's rules for CPU tensors: bfloat16 autocast with norms in float32, and flash attention.
+
+    The CPU's autocast has the same list of bfloat16 operations, but leaves norms in bfloat16. The functions are
+    replaced, for a `TorchFunctionMode` would be off while the backward pass recomputes activations.
+    """
+    kept = (F.scaled_dot_product_attention, F.group_norm, F.layer_norm)
+    attention, group_norm, layer_norm = kept
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
+        if attn_mask is not None:
+            return attention(q, k, v, attn_mask, *rest, **more)
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    try:
+        F.scaled_dot_product_attention = flash
+        F.group_norm = lambda x, *rest, **more: group_norm(x.float(), *rest, **more)
+        F.layer_norm = lambda x, *rest, **more: layer_norm(x.float(), *rest, **more)
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        F.scaled_dot_product_attention, F.group_norm, F.layer_norm = kept
+
+
+def count_text(base: BaseConfig) -> tuple[int, int]:
+    """(parameters, FLOPs of one caption) of the text encoder."""
+    with FakeTensorMode():
+        model = CLIPTextModel(CLIPTextConfig(**base.text)).eval()
+        return _forward(model, lambda: model(torch.zeros(1, base.text["max_position_embeddings"], dtype=torch.int64)))
+
+
+def count_vae(base: BaseConfig, size: int) -> tuple[int, int]:
+    """(parameters, FLOPs of encoding one frame of `size` pixels) of the VAE."""
+    with FakeTensorMode():
+        vae: Any = AutoencoderKL.from_config(base.vae)
+        return _forward(vae, lambda: vae.eval().encode(torch.empty(1, 3, size, size)))
+
+
+def _forward(model: nn.Module, run: Any) -> tuple[int, int]:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()

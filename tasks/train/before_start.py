@@ -1,0 +1,111 @@
+"""Checks before a training starts what would fail at its first step or its first checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from infra import storage
+from tasks.records import UserError
+from tasks.shards import ShardDataset
+from tasks.train.spec import TrainSpec, check_spec
+from trip_model.encoders import folder_hash, resolve_base
+
+
+def check_before_start(spec: TrainSpec) -> list[str]:
+    """Reads manifests, one sample and the shapes of the base; loads no weights.
+
+    Returns:
+        warnings: what may go wrong, one sentence each.
+    Raises:
+        UserError: what will go wrong. BaseFolderError: a base that is not whole.
+    """
+    check_spec(spec)
+    base = resolve_base(spec.base)
+    unet, vae, text = (
+        json.loads((base / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
+    )
+    if text["hidden_size"] != unet["cross_attention_dim"]:
+        raise UserError(
+            f"the text encoder of {base} is {text['hidden_size']} wide, its 3D-UNet expects"
+            f" {unet['cross_attention_dim']}; take both from one base"
+        )
+    dataset = ShardDataset(spec.dataset)
+    _check_sample(spec, dataset, vae, text)
+    return [*_other_base(spec, dataset, base), *_short_of_room(spec, _parameters(base))]
+
+
+def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], text: dict[str, Any]) -> None:
+    """One sample stands for all: a data set is made by one recipe."""
+    if not len(dataset):
+        raise UserError(f"the data set {spec.dataset} holds no sample; see the reasons in its report")
+    sample = dataset.read(0, ("latents", "tokens"))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = spec.model.size // factor
+    expected = (spec.model.num_frames, vae.get("latent_channels", 4), side, side)
+    # A longer sample is a track, of which windows are drawn.
+    if sample["latents"].shape[1:] != expected[1:] or len(sample["latents"]) < spec.model.num_frames:
+        raise UserError(
+            f"the latents of {spec.dataset} are {sample['latents'].shape} (frames, channels, height, width), the recipe"
+            f" expects {expected} or more frames: {spec.model.num_frames} of {spec.model.size} pixels; prepare with it"
+        )
+    length, most = len(sample["tokens"]), text["max_position_embeddings"]
+    if length > most:
+        raise UserError(
+            f"captions of {spec.dataset} have {length} tokens, the base's text encoder takes {most};"
+            f" prepare with this base"
+        )
+    if sample["tokens"].max() >= text["vocab_size"]:
+        raise UserError(
+            f"captions of {spec.dataset} hold token {sample['tokens'].max()}, the base's text encoder knows"
+            f" {text['vocab_size']}; prepare with this base"
+        )
+
+
+def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]:
+    """Latents of another VAE train without an error, and teach nothing."""
+    recipe = dataset.published.recipe
+    return [
+        f"{spec.dataset} was prepared with another {part} than the one in {base}"
+        for part in ("vae", "tokenizer")
+        if f"{part}_sha256" in recipe and recipe[f"{part}_sha256"] != folder_hash(base, part)
+    ]
+
+
+def _parameters(base: Path) -> int:
+    """Parameters of a base's 3D-UNet, from the headers of its files."""
+    sizes: dict[str, int] = {}
+    for path in (base / "unet").glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    return sum(sizes.values())
+
+
+def _short_of_room(spec: TrainSpec, parameters: int) -> list[str]:
+    """Room for weights, AdamW's moments and their average, float32: on the disk of a local store, and in memory."""
+    state = 4 * parameters * (4 if spec.average_decay else 3)
+    output = storage.local_path(spec.output) if spec.output else None
+    if output is not None:
+        there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        if free < state:
+            raise UserError(
+                f"{there} has {free / 1e9:.1f} GB left, a checkpoint takes {state / 1e9:.1f} GB; free some space or"
+                f" give another output address"
+            )
+    if spec.gpus_per_worker:
+        return []  # the GPUs may be another machine's: `python -m flows plan` knows theirs
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = spec.workers * (state + 4 * parameters)
+    if needed < memory:
+        return []
+    return [
+        f"weights, gradients and AdamW's moments of {spec.workers} workers take {needed / 1e9:.1f} GB, more than this"
+        f" machine's {memory / 1e9:.1f} GB"
+    ]
