@@ -1,10 +1,10 @@
 """Prepare beside video2dataset and Ray Data: issue 3, third bar.
 
-    python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 200]
+    python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 256]
     python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]
-    python -m benchmarks.peers ray-data --videos FOLDER [--rows 200]
+    python -m benchmarks.peers ray-data --videos FOLDER [--rows 256]
 
-Each prints one JSON. Run it on a quiet machine; `others_cpu_seconds` tells whether it was. How to make video2dataset's
+Each prints one JSON. Run it on a quiet machine: processor time is that of whole cores. How to make video2dataset's
 environment: docs/decisions/data_plane_peers.md.
 """
 
@@ -33,8 +33,6 @@ from benchmarks.rig.table import DOWNLOAD
 from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
 from trip_model.video import read_clip
 
-# Rows of the short run, whose time is the start: a unit for every worker, so that all of them start.
-FEW_PER_CORE = BLOCK
 ROWS_PER_SHARD = 50  # beside video2dataset, which starts its processes anew after five shards
 Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
 
@@ -118,18 +116,17 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
 def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
     """Each contender on few rows and on all of them: rates with and without its start, and how ours compares."""
     rows = write_clips(given.videos, folder / "files", given.rows)
-    few_rows = FEW_PER_CORE * len(cores)
-    numbers: dict[str, Any] = {"rows": len(rows), "rows_of_the_start": few_rows, "cores": cores}
+    numbers: dict[str, Any] = {"rows": len(rows), "rows_of_the_start": given.few, "cores": cores}
     with serving(folder / "files") as url:
         few, many = folder / "few.csv", folder / "many.csv"
-        write_table(few, rows[:few_rows], url)
+        write_table(few, rows[: given.few], url)
         write_table(many, rows, url)
         for name, start in starts.items():
             short = start(few, url, folder / f"{name}-few")
             long = start(many, url, folder / f"{name}-many")
             numbers[name] = {
                 "whole": whole(long, len(rows), len(cores)),
-                "steady": steady(short, long, len(rows) - few_rows, len(cores)),
+                "steady": steady(short, long, len(rows) - given.few, len(cores)),
             }
     for kind in ("whole", "steady"):
         for measure, better in (("clips_per_second_per_core", 1), ("cpu_seconds_per_clip", -1)):
@@ -209,7 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("video2dataset", "faults", "ray-data"))
     parser.add_argument("--videos", type=Path, help="a folder of videos; clips of 4 s are cut from those long enough")
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=256)
+    # Enough for a unit of every worker, and for the six pictures of prepare's page, which cost seconds.
+    parser.add_argument("--few", type=int, default=6 * BLOCK, help="rows of the short run, whose time is the start")
     parser.add_argument("--each", type=int, default=2, help="rows of each kind of fault")
     parser.add_argument("--keep-pixels", action="store_true", help="beside video2dataset, ours stores frames as well")
     parser.add_argument("--cores", type=int, nargs="+", default=[0], help="numbers of the cores of each contender")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import subprocess
 import threading
 import time
@@ -14,33 +12,29 @@ from typing import Any
 
 import psutil
 
-_PR_SET_CHILD_SUBREAPER = 36
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One run; the processor time is that of the contender's processes, all generations of them."""
+    """One run. Processor seconds are what the cores were busy, less what this process and its servers took of them."""
 
     seconds: float
     cpu_seconds: float
     peak_mb: float  # of the whole machine, beyond what was in use before
     server_cpu_seconds: float
-    others_cpu_seconds: float  # what else its cores were busy with: a run with much of it is no measurement
 
     def json(self) -> dict[str, float]:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 
 
 def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | None = None) -> Cost:
-    """Runs a command to its end on `cores`.
+    """Runs a command to its end on `cores`. Nothing else may be at work there: their whole time is counted.
 
     Raises:
         SystemExit: it failed; the message holds the end of its log.
     """
     rig = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    # What its processes leave behind becomes ours to wait for, so that none of their time is lost.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     shared = bool(set(psutil.Process().cpu_affinity() or ()) & set(cores))
     before, peak, over = _used_mb(), 0.0, threading.Event()
 
@@ -51,18 +45,16 @@ def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | N
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    busy, served, spent, began = busy_seconds(cores), _spent(rig), _spent_by_children(), time.monotonic()
+    busy, served, began = busy_seconds(cores), _spent(rig), time.monotonic()
     with log.open("wb") as out:
         pinned = ["taskset", "-c", ",".join(map(str, cores)), *command]
         code = subprocess.run(pinned, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    seconds = time.monotonic() - began
-    _wait_for_orphans(rig)
-    busy, served, spent = busy_seconds(cores) - busy, _spent(rig) - served, _spent_by_children() - spent
+    seconds, busy, served = time.monotonic() - began, busy_seconds(cores) - busy, _spent(rig) - served
     over.set()
     watcher.join()
     if code.returncode:
         raise SystemExit(f"{command[:4]} ended with {code.returncode}:\n{log.read_text()[-3000:]}")
-    return Cost(seconds, spent, peak, served, busy - spent - (served if shared else 0))
+    return Cost(seconds, busy - (served if shared else 0), peak, served)
 
 
 def steady(few: Cost, many: Cost, rows: int, cores: int) -> dict[str, Any]:
@@ -82,17 +74,6 @@ def whole(cost: Cost, rows: int, cores: int) -> dict[str, Any]:
         "cpu_seconds_per_clip": round(cost.cpu_seconds / rows, 4),
         **cost.json(),
     }
-
-
-def _wait_for_orphans(rig: list[psutil.Process], seconds: float = 10.0) -> None:
-    ended = time.monotonic() + seconds
-    while set(psutil.Process().children()) - set(rig) and time.monotonic() < ended:
-        if os.waitpid(-1, os.WNOHANG) == (0, 0):
-            time.sleep(0.05)
-
-
-def _spent_by_children() -> float:
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def _spent(processes: list[psutil.Process]) -> float:
