@@ -29,11 +29,11 @@ class StandIn(nn.Module):
         self.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
 
     def encode(self, frames_FCHW: torch.Tensor) -> Any:
-        """What `AutoencoderKL.encode` gives, as far as `encode_pixels` asks for it."""
+        """What `AutoencoderKL.encode` gives, as far as `encode_posterior` asks for it."""
         time.sleep(self._seconds * len(frames_FCHW))
         small = nn.functional.avg_pool2d(frames_FCHW, FACTOR)
         mean = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean)))
 
 
 def install(seconds_per_frame: float = 0.0) -> None:
