@@ -1,0 +1,226 @@
+"""Prepare beside video2dataset and Ray Data: issue 3, third bar.
+
+    python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 256]
+    python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]
+    python -m benchmarks.peers ray-data --videos FOLDER [--rows 256]
+
+Each prints one JSON. Run it on a quiet machine: processor time is that of whole cores. How to make video2dataset's
+environment: docs/decisions/data_plane_peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import theirs
+from benchmarks.peers.contender import Cost, run, steady, whole
+from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, NOT_ASKED, SIZE, write_clips, write_faults, write_table
+from benchmarks.rig.files import make_file
+from benchmarks.rig.server import serving
+from benchmarks.rig.table import DOWNLOAD
+from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
+from trip_model.video import read_clip
+
+ROWS_PER_SHARD = 50  # beside video2dataset, which starts its processes anew after five shards
+Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
+
+
+def against_video2dataset(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
+    """Both make 16 frames of each clip: ours become the stand-in's latents and a checksum, theirs mp4."""
+    starts: dict[str, Start] = {
+        "ours": lambda table, url, out: _ours(table, url, out, cores, ROWS_PER_SHARD, given.keep_pixels),
+        "video2dataset": lambda table, url, out: _video2dataset(given, table, out, cores, 60.0),
+    }
+    numbers = _rates(starts, given, cores, folder)
+    files = [folder / "files" / f"clip-{row}.mp4" for row in range(given.rows)]
+    want = {row: read_clip(file, FRAMES, FPS, SIZE).pixels for row, file in enumerate(files)}
+    numbers["ours"]["frames"] = _checked(folder / "ours-many", want)
+    result = theirs.read_result(folder / "video2dataset-many")
+    numbers["video2dataset"] |= {"frames": _compared(result.frames, want), "books": result.counted}
+    return numbers
+
+
+def against_ray_data(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
+    """All make the same samples with the stand-in; Ray Data once in stages, once with a worker's whole work fused."""
+
+    def ray_data(way: str) -> Start:
+        def start(table: Path, url: str, out: Path) -> Cost:
+            rows = len(table.read_text().splitlines()) - 1
+            arguments = {"table": str(table), "output": str(out), "rows": rows, "cpus": len(cores), "way": way}
+            return _python("ray_data", cores, out, arguments)
+
+        return start
+
+    starts: dict[str, Start] = {"ours": lambda table, url, out: _ours(table, url, out, cores, BLOCK, keep_pixels=False)}
+    starts |= {f"ray_data_{way}": ray_data(way) for way in given.ways}
+    numbers = _rates(starts, given, cores, folder)
+    numbers["ours"]["samples"] = len(ShardDataset(str(folder / "ours-many")))
+    for way in given.ways:
+        tars = (folder / f"ray_data_{way}-many").glob("*.tar")
+        numbers[f"ray_data_{way}"]["samples"] = sum(theirs.count_members(tar, "latents.npy") for tar in tars)
+    return numbers
+
+
+def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
+    """Rows with every fault that both can be given, and what each made of them; counted are those in NOT_ASKED not."""
+    (folder / "inside").mkdir()
+    (folder / "inside" / "secret.mp4").write_bytes(make_file("clip", 1, 64))
+    table = folder / "table.csv"
+    with serving(folder / "inside") as inside:
+        rows = write_faults(
+            folder / "files", given.each, f"{inside.replace('127.0.0.1', 'localhost')}/plain/secret.mp4"
+        )
+        with serving(folder / "files") as url:
+            write_table(table, rows, url)
+            _ours(table, url, folder / "ours", cores, ROWS_PER_SHARD, keep_pixels=True)
+        with serving(folder / "files") as url:  # a server that starts anew: what heals after one answer is ill again
+            write_table(table, rows, url)
+            _video2dataset(given, table, folder / "video2dataset", cores, DOWNLOAD.read_seconds)
+    result = theirs.read_result(folder / "video2dataset")
+    found = {
+        "ours": (_our_pixels(folder / "ours"), _our_failures(folder / "ours")),
+        "video2dataset": (result.frames, result.failed),
+    }
+    table_of: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    wrong = {name: Counter(wrong_successes=0, usable_not_made=0, in_no_book=0) for name in found}
+    for number, row in enumerate(rows):
+        asked = row.kind not in NOT_ASKED
+        table_of[row.kind]["right"] = "not asked" if not asked else "made" if row.usable else "refused"
+        for name, (frames, failed) in found.items():
+            said = f"made, {len(frames[number])} frames" if number in frames else failed.get(number, "in no book")
+            if number in frames and row.usable:
+                file = folder / "files" / row.path.rpartition("/")[2]
+                want = read_clip(file, FRAMES, FPS, SIZE).pixels
+                said += f", {_psnr(frames[number][:FRAMES], want):.0f} dB from the reader's"
+            outcomes = table_of[row.kind].setdefault(name, Counter())
+            outcomes[said] += 1
+            if asked:
+                wrong[name]["wrong_successes"] += number in frames and not row.usable
+                wrong[name]["usable_not_made"] += row.usable and number not in frames
+            wrong[name]["in_no_book"] += number not in frames and number not in failed
+    return {"rows": len(rows), "wrong": wrong, "video2dataset_books": result.counted, "kinds": table_of}
+
+
+def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
+    """Each contender on few rows and on all of them: rates with and without its start, and how ours compares."""
+    rows = write_clips(given.videos, folder / "files", given.rows)
+    numbers: dict[str, Any] = {"rows": len(rows), "rows_of_the_start": given.few, "cores": cores}
+    with serving(folder / "files") as url:
+        few, many = folder / "few.csv", folder / "many.csv"
+        write_table(few, rows[: given.few], url)
+        write_table(many, rows, url)
+        for name, start in starts.items():
+            short = start(few, url, folder / f"{name}-few")
+            long = start(many, url, folder / f"{name}-many")
+            numbers[name] = {
+                "whole": whole(long, len(rows), len(cores)),
+                "steady": steady(short, long, len(rows) - given.few, len(cores)),
+            }
+    for kind in ("whole", "steady"):
+        for measure, better in (("clips_per_second_per_core", 1), ("cpu_seconds_per_clip", -1)):
+            found = {name: numbers[name][kind][measure] for name in starts}
+            numbers[f"ours_is_better_{kind}_{measure}"] = {
+                name: round((found["ours"] / value) ** better, 2) for name, value in found.items() if name != "ours"
+            }
+    return numbers
+
+
+def _ours(table: Path, url: str, output: Path, cores: list[int], clips_per_shard: int, keep_pixels: bool) -> Cost:
+    arguments = {"table": str(table), "url": url, "output": str(output), "workers": len(cores)}
+    return _python("ours", cores, output, arguments | {"clips_per_shard": clips_per_shard, "keep_pixels": keep_pixels})
+
+
+def _video2dataset(given: argparse.Namespace, table: Path, output: Path, cores: list[int], timeout: float) -> Cost:
+    processes = len(cores) * given.processes_per_core
+    command = theirs.command(given.video2dataset, table, output, processes, ROWS_PER_SHARD, timeout)
+    return run(command, cores, output.with_suffix(".log"), theirs.environment(given.ffmpeg))
+
+
+def _python(module: str, cores: list[int], output: Path, arguments: dict[str, Any]) -> Cost:
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}", json.dumps(arguments)]
+    return run(command, cores, output.with_suffix(".log"))
+
+
+def _our_pixels(dataset: Path) -> dict[int, np.ndarray]:
+    data = ShardDataset(str(dataset))
+    samples = (data.read(place, ("pixels", "meta")) for place in range(len(data)))
+    return {sample["meta"]["row"]: sample["pixels"] for sample in samples}
+
+
+def _our_failures(dataset: Path) -> dict[int, str]:
+    manifest, _ = read_manifest(str(dataset))
+    indexes = [read_shard_manifest(str(dataset), shard.shard) for shard in manifest.shards]
+    return {failure.row: failure.reason for index in indexes if index is not None for failure in index.failures}
+
+
+def _checked(dataset: Path, want: dict[int, np.ndarray]) -> dict[str, int]:
+    """How many clips came out, and how many of exactly the frames that the reader gives, by their checksum."""
+    data = ShardDataset(str(dataset))
+    told = [data.read(place, ("meta",))["meta"] for place in range(len(data))]
+    same = (meta["pixels_sha256"] == hashlib.sha256(want[meta["row"]].data).hexdigest() for meta in told)
+    return {"clips": len(told), "identical": sum(same)}
+
+
+def _compared(frames: dict[int, np.ndarray], want: dict[int, np.ndarray]) -> dict[str, Any]:
+    """How many clips came out, with how many frames, how near to those of the reader where there are as many."""
+    distances = [
+        _psnr(frames[row], want[row]) for row in want if row in frames and frames[row].shape == want[row].shape
+    ]
+    return {
+        "clips": len(frames),
+        "frame_counts": Counter(len(clip) for clip in frames.values()),
+        "psnr_db_median": round(float(np.median(distances)), 1) if distances else None,
+        "psnr_db_least": round(min(distances), 1) if distances else None,
+    }
+
+
+def _psnr(found: np.ndarray, want: np.ndarray) -> float:
+    if found.shape != want.shape:
+        return float("nan")
+    error = float(np.mean((found.astype(np.float32) - want) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+@contextmanager
+def _workplace(cores: list[int]) -> Iterator[Path]:
+    """A folder, and this process with its servers on the other cores, where there are any."""
+    everything = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, set(everything) - set(cores) or everything)
+    with tempfile.TemporaryDirectory(prefix="trip-peers-") as name:
+        yield Path(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("video2dataset", "faults", "ray-data"))
+    parser.add_argument("--videos", type=Path, help="a folder of videos; clips of 4 s are cut from those long enough")
+    parser.add_argument("--rows", type=int, default=256)
+    # Enough for a unit of every worker, and for the six pictures of prepare's page, which cost seconds.
+    parser.add_argument("--few", type=int, default=6 * BLOCK, help="rows of the short run, whose time is the start")
+    parser.add_argument("--each", type=int, default=2, help="rows of each kind of fault")
+    parser.add_argument("--keep-pixels", action="store_true", help="beside video2dataset, ours stores frames as well")
+    parser.add_argument("--cores", type=int, nargs="+", default=[0], help="numbers of the cores of each contender")
+    parser.add_argument("--video2dataset", help="the Python interpreter of its environment")
+    parser.add_argument("--ffmpeg", default="/usr/bin/ffmpeg", help="the program of that name that it calls")
+    parser.add_argument("--processes-per-core", type=int, default=1, help="of video2dataset")
+    parser.add_argument("--ways", nargs="+", default=["stages", "fused"], help="of Ray Data: stages, fused")
+    given = parser.parse_args()
+    measures = {"video2dataset": against_video2dataset, "faults": faults, "ray-data": against_ray_data}
+    with _workplace(given.cores) as folder:
+        print(json.dumps(measures[given.what](given, given.cores, folder), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Runs one contender on its cores and says what it took: wall clock, processor seconds, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run. Processor seconds are what the cores were busy, less what this process and its servers took of them."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float  # of the whole machine, beyond what was in use before
+    server_cpu_seconds: float
+
+    def json(self) -> dict[str, float]:
+        return {name: round(value, 2) for name, value in asdict(self).items()}
+
+
+def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | None = None) -> Cost:
+    """Runs a command to its end on `cores`. Nothing else may be at work there: their whole time is counted.
+
+    Raises:
+        SystemExit: it failed; the message holds the end of its log.
+    """
+    rig = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    shared = bool(set(psutil.Process().cpu_affinity() or ()) & set(cores))
+    before, peak, over = _used_mb(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.2):
+            peak = max(peak, _used_mb() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    busy, served, began = busy_seconds(cores), _spent(rig), time.monotonic()
+    with log.open("wb") as out:
+        pinned = ["taskset", "-c", ",".join(map(str, cores)), *command]
+        code = subprocess.run(pinned, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    seconds, busy, served = time.monotonic() - began, busy_seconds(cores) - busy, _spent(rig) - served
+    over.set()
+    watcher.join()
+    if code.returncode:
+        raise SystemExit(f"{command[:4]} ended with {code.returncode}:\n{log.read_text()[-3000:]}")
+    return Cost(seconds, busy - (served if shared else 0), peak, served)
+
+
+def steady(few: Cost, many: Cost, rows: int, cores: int) -> dict[str, Any]:
+    """Rates without the start: of the rows that a long run has more than a short one."""
+    seconds, cpu = many.seconds - few.seconds, many.cpu_seconds - few.cpu_seconds
+    return {
+        "clips_per_second_per_core": round(rows / seconds / cores, 3),
+        "cpu_seconds_per_clip": round(cpu / rows, 4),
+        "start_seconds": round(few.seconds, 1),
+    }
+
+
+def whole(cost: Cost, rows: int, cores: int) -> dict[str, Any]:
+    """Rates of a run as it was, its start included."""
+    return {
+        "clips_per_second_per_core": round(rows / cost.seconds / cores, 3),
+        "cpu_seconds_per_clip": round(cost.cpu_seconds / rows, 4),
+        **cost.json(),
+    }
+
+
+def _spent(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def busy_seconds(cores: list[int]) -> float:
+    """User, nice, system, irq and softirq time of these cores."""
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    mine = [line for line in lines if line[0] in {f"cpu{core}" for core in cores}]
+    return sum(int(line[place]) for line in mine for place in (1, 2, 3, 6, 7)) / _TICK
+
+
+def _used_mb() -> float:
+    memory = psutil.virtual_memory()
+    return (memory.total - memory.available) / 1e6

@@ -1,0 +1,66 @@
+"""A stand-in for the VAE: its shapes, none of its work; or none but waiting, as while a GPU works."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from infra.cluster import OBJECT_STORE_BYTES
+from infra.settings import CHECKOUT, apply_environment_defaults
+
+FACTOR = 8
+
+
+class StandIn(nn.Module):
+    """Latents that are means over 8 x 8 pixels, after `seconds_per_frame` of sleep for each frame."""
+
+    def __init__(self, seconds_per_frame: float = 0.0) -> None:
+        super().__init__()
+        self._seconds = seconds_per_frame
+        self._weight = nn.Parameter(torch.zeros(1), requires_grad=False)  # says on which device it is
+        self.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
+
+    def encode(self, frames_FCHW: torch.Tensor) -> Any:
+        """What `AutoencoderKL.encode` gives, as far as `encode_posterior` asks for it."""
+        time.sleep(self._seconds * len(frames_FCHW))
+        small = nn.functional.avg_pool2d(frames_FCHW, FACTOR)
+        mean = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean)))
+
+
+def install(seconds_per_frame: float = 0.0) -> None:
+    """The encoders of this process load the stand-in from now on."""
+    from tasks.encode import encoder
+
+    encoder.load_vae = lambda base, device="cpu": StandIn(seconds_per_frame)  # type: ignore[assignment]
+
+
+@contextmanager
+def local_ray(cpus: int, stand_in_seconds: float | None) -> Iterator[None]:
+    """A local session whose workers load the stand-in that sleeps so long for each frame; with None the VAE itself."""
+
+    def hook() -> None:
+        install(stand_in_seconds or 0.0)
+
+    apply_environment_defaults()
+    os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
+    ray.init(
+        "local",  # whatever cluster else is, or was, on this machine
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        runtime_env=None if stand_in_seconds is None else {"worker_process_setup_hook": hook},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
