@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.metrics import Estimate
 from tasks.evaluate.published import AS_PUBLISHED, WEBVID_10M
 from tasks.evaluate.report import REPORT_STYLE, Table, number
+from tasks.evaluate.statistics import Estimate
 from tasks.records import UserError
 
 SCHEMA_VERSION = 1

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tasks.evaluate.features import NOT_COMPARABLE, JudgeName
-from tasks.evaluate.metrics import Estimate
 from tasks.evaluate.published import AS_PUBLISHED, WEBVID_10M
 from tasks.evaluate.score import ROW_LABELS, ROWS, Gate, Summary
+from tasks.evaluate.statistics import Estimate
 from trip_model.video import video_bytes
 
 SHEET_CLIPS, SHEET_FRAMES = 6, 8

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tasks.evaluate.consistency import consistency_curve
 from tasks.evaluate.features import (
     OPENAI_VIT_L_14_SHA256,
     JudgeError,
@@ -21,7 +22,6 @@ from tasks.evaluate.features import (
     random_clip,
     state_sha256,
 )
-from tasks.evaluate.metrics import consistency_curve
 from tasks.ingest.drawing import draw_clip
 
 TINY = {

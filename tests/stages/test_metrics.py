@@ -7,20 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from tasks.evaluate.metrics import (
-    Moments,
-    clip_distance,
-    consistency_at,
-    consistency_curve,
-    frechet_distance,
-    kernel_distance,
-    mean_over_clips,
-    merge_all,
-    motion_magnitude,
-    psnr,
-    ratio_of_sums,
-    ssim,
-)
+from tasks.evaluate.consistency import consistency_at, consistency_curve
+from tasks.evaluate.frechet import Moments, frechet_distance, kernel_distance, merge_all
+from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude, psnr, ssim
+from tasks.evaluate.statistics import mean_over_clips, ratio_of_sums
 
 
 def features(rng: np.random.Generator, count: int, width: int, shift: float = 0.0) -> np.ndarray:
