@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evaluate.features import NOT_COMPARABLE, ImageJudge, JudgeName, RandomDistances
+from tasks.evaluate.clip import ImageJudge
 from tasks.evaluate.generate import shown
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.metrics import (
     Estimate,
     Moments,
@@ -26,6 +27,7 @@ from tasks.evaluate.metrics import (
     ssim,
 )
 from tasks.evaluate.protocols import Item
+from tasks.evaluate.random_nets import RandomDistances
 
 # The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
 ROWS = ("frozen", "trip", "real")
