@@ -16,10 +16,12 @@ import ray.exceptions
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate, report, score
-from tasks.evaluate.features import JudgeError, JudgeName, RandomDistances, identify_clip, load_clip
+from tasks.evaluate.clip import identify_clip, load_clip
 from tasks.evaluate.generate import Batch
+from tasks.evaluate.judges import JudgeError, JudgeName
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Protocol, held_out_protocol
+from tasks.evaluate.random_nets import RandomDistances
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 from trip_model.encoders import folder_hash

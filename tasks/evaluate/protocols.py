@@ -42,7 +42,9 @@ class Preset:
     sources: tuple[str, ...] = ()  # formats of the source that the data set may be prepared from; none: any
     split: str | None = None  # of that source
     held_out: bool = False  # only clips that training held out
-    number: int | Literal["all", "asked"] = "all"  # of clips, exactly; "asked": windows, at most as many as the run asks
+    number: int | Literal["all", "asked"] = (
+        "all"  # of clips, exactly; "asked": windows, at most as many as the run asks
+    )
     seed: int = 0  # of the choice among more clips
     windows: Literal["first", "all"] = "first"  # of a clip
     frames: int | None = None
@@ -321,7 +323,5 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
     _frames(manifest.name, rules, dataset, [item.index for item in items])
     excluded = (("not in the data set", len(lacking)),) if lacking else ()
     return check_clips(
-        Protocol(
-            manifest.name, manifest.rules, tuple(items), manifest.frames, manifest.fps, manifest.size, excluded
-        )
+        Protocol(manifest.name, manifest.rules, tuple(items), manifest.frames, manifest.fps, manifest.size, excluded)
     )

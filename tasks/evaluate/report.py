@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from tasks.evaluate.features import NOT_COMPARABLE, JudgeName
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.published import AS_PUBLISHED, WEBVID_10M
 from tasks.evaluate.score import ROW_LABELS, ROWS, Gate, Summary
 from tasks.evaluate.statistics import Estimate

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.evaluate.clip import ImageJudge
 from tasks.evaluate.consistency import consistency_at, consistency_curve
-from tasks.evaluate.features import NOT_COMPARABLE, ImageJudge, JudgeName, RandomDistances
 from tasks.evaluate.frechet import Moments, frechet_distance, kernel_distance
 from tasks.evaluate.generate import shown
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude, psnr, ssim
 from tasks.evaluate.protocols import Item
+from tasks.evaluate.random_nets import RandomDistances
 from tasks.evaluate.statistics import Estimate, mean_over_clips, ratio_of_sums
 
 # The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.evaluate.features import NOT_COMPARABLE, RandomDistances, identify_clip, load_clip
+from tasks.evaluate.clip import identify_clip, load_clip
+from tasks.evaluate.judges import NOT_COMPARABLE
 from tasks.evaluate.progress import Ticks, duration
 from tasks.evaluate.protocols import Item
+from tasks.evaluate.random_nets import RandomDistances
 from tasks.evaluate.report import Example, build, distance_table, own_table, paper_table, side_by_side
 from tasks.evaluate.score import Gate, Summary, gate, judge_clip, summarise
 from tasks.evaluate.statistics import Estimate

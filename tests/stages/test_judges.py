@@ -12,16 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tasks.evaluate.clip import OPENAI_VIT_L_14_SHA256, identify_clip, load_clip, random_clip
 from tasks.evaluate.consistency import consistency_curve
-from tasks.evaluate.features import (
-    OPENAI_VIT_L_14_SHA256,
-    JudgeError,
-    RandomDistances,
-    identify_clip,
-    load_clip,
-    random_clip,
-    state_sha256,
-)
+from tasks.evaluate.judges import JudgeError, state_sha256
+from tasks.evaluate.random_nets import RandomDistances
 from tasks.ingest.drawing import draw_clip
 
 TINY = {
