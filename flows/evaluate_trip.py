@@ -42,7 +42,7 @@ def planned_evaluation(recipe: Recipe, model: str, dataset: str, root: str, fore
     identity = {
         "model": model_hash,
         "dataset": ShardDataset(spec.dataset).manifest_sha256,
-        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.clip_sha256, spec.clip_model],
+        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, to_json(spec.judges)],
     }
     return replace(spec, output=address(root, "evaluate", identity))
 

@@ -16,12 +16,10 @@ import ray.exceptions
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate, report, score
-from tasks.evaluate.clip import identify_clip, load_clip
 from tasks.evaluate.generate import Batch
-from tasks.evaluate.judges import JudgeError, JudgeName
+from tasks.evaluate.judges import JudgeFiles, JudgeName, identify_judges, load_judges
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Protocol, held_out_protocol
-from tasks.evaluate.random_nets import RandomDistances
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 from trip_model.encoders import folder_hash
@@ -33,11 +31,10 @@ _RESTARTS = 2  # a worker lost to a full memory or a dead node is started again 
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """What to evaluate, on what, and with which judge; the rest says by how many hands.
+    """What to evaluate, on what, and with which judges; the rest says by how many hands.
 
     `model` is the folder of a model export and `dataset` that of a shard data set with pixels; `output` receives the
     report. `held_out_fraction` is the one training split by. None for `steps` and `guidance`: the model's own values.
-    `clip_model` is OpenAI's ViT-L-14.pt or an open_clip folder; without it a fixed random tower stands in by name.
     """
 
     model: str
@@ -49,8 +46,7 @@ class EvaluateSpec:
     guidance: float | None = None
     seed: int = 0
     batch: int = 8
-    clip_model: str | None = None
-    clip_sha256: str | None = None
+    judges: JudgeFiles = JudgeFiles()
     bootstrap: int = 2000
     examples: int = 6
     workers: int | None = None  # None: one for every `cpus_per_worker` that Ray has
@@ -112,20 +108,19 @@ class Generator(_Worker):
 class Judge(_Worker):
     """Loads the judges once, then scores batches; each clip on its own."""
 
-    judge: Any = None
+    judges: Any = None
 
     def __init__(self, spec: EvaluateSpec, folder: str, generations: str) -> None:
         super().__init__(spec, folder)
         self.generations = generations
 
     def run(self, batch: Batch) -> None:
-        if self.judge is None:
-            self.judge = load_clip(self.spec.clip_model, self.spec.clip_sha256, self.device)
-            self.distances = RandomDistances(self.device)
+        if self.judges is None:
+            self.judges = load_judges(self.spec.judges, self.device)
         for item in batch:
             real = generate.real_pixels(self.dataset, item)
             generated = generate.load_generated(self.generations, item)
-            arrays = score.judge_clip(self.judge, self.distances, real, generated)
+            arrays = score.judge_clip(self.judges, item, real, generated)
             generate.save_arrays(storage.join(self.folder, generate.file_name(item)), arrays)
 
 
@@ -144,11 +139,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
     dataset = ShardDataset(spec.dataset)
     protocol = held_out_protocol(dataset, spec.held_out_fraction, spec.clips, spec.seed)
-    try:
-        judge = identify_clip(spec.clip_model, spec.clip_sha256)
-    except JudgeError as error:
-        raise UserError(str(error)) from error
-    distances = RandomDistances()
+    judges = identify_judges(spec.judges)
     made = {
         "model_sha256": _model_sha256(spec.model),
         "dataset_manifest_sha256": dataset.manifest_sha256,
@@ -157,7 +148,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         "guidance": spec.guidance,
         "batch": spec.batch,
     }
-    judged = made | {"clip": judge.sha256, "app": distances.app_sha256, "motion": distances.motion_sha256}
+    judged = made | {"judges": [judge.id for judge in judges]}
     summed = judged | {"schema": SCHEMA_VERSION, "bootstrap": spec.bootstrap, "examples": spec.examples}
     key, output = digest(summed), storage.absolute(spec.output)
     found = _finished(output, key, start)
@@ -170,14 +161,14 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     try:
         _run_stages(spec, plan, generations, scores, progress)
         loaded = [generate.load_arrays(storage.join(scores, generate.file_name(item))) for item in protocol.items]
-        summary = score.summarise(protocol.items, loaded, judge, distances, spec.bootstrap)
+        summary = score.summarise(protocol.items, loaded, judges, spec.bootstrap)
         trip = summary.metrics["trip"]
         ratio = trip["motion_ratio"].value if "motion_ratio" in trip else None
         gate = score.gate(ratio, trip["clip_distance_minus_frozen"], summary.clips)
-        provenance = summed | _provenance(spec, dataset, judge, distances)
+        provenance = summed | _provenance(spec, dataset, judges)
         progress(f"report     writing tables, pictures and {min(spec.examples, len(protocol.items))} videos")
         examples = _examples(dataset, protocol, generations, spec.examples)
-        files = report.build(summary, gate, judge, examples, provenance, float(dataset.manifest["recipe"]["fps"]))
+        files = report.build(summary, gate, judges[0], examples, provenance, float(dataset.manifest["recipe"]["fps"]))
         for name, content in files.items():
             storage.write_bytes(storage.join(output, name), content)
         content = {
@@ -316,9 +307,7 @@ def _examples(dataset: ShardDataset, protocol: Protocol, generations: str, count
     return examples
 
 
-def _provenance(
-    spec: EvaluateSpec, dataset: ShardDataset, judge: JudgeName, distances: RandomDistances
-) -> dict[str, Any]:
+def _provenance(spec: EvaluateSpec, dataset: ShardDataset, judges: Sequence[JudgeName]) -> dict[str, Any]:
     """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
     return {
         "model": spec.model,
@@ -326,12 +315,7 @@ def _provenance(
         "dataset_recipe": dataset.manifest["recipe_hash"],
         "held_out_fraction": spec.held_out_fraction,
         "seed": spec.seed,
-        "judges": {
-            "consistency": judge.metric,
-            "consistency_official": judge.official,
-            "appearance": distances.app_metric,
-            "motion": distances.motion_metric,
-        },
+        "judges": {judge.features[0]: asdict(judge) for judge in judges},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},
     }

@@ -1,4 +1,7 @@
-"""Judges without weights files: fixed random nets, for frame consistency and for appearance and motion distances."""
+"""Judges without weights files: fixed random nets, for frame consistency and for appearance and motion distances.
+
+Features: "rfd_app" [F-1, 32] of the frames 2..F, "rfd_motion" [F-1, 32] of the differences of consecutive frames.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.evaluate.judges import state_sha256
+from tasks.evaluate.judges import JudgeName, state_sha256
 
 # The stand-in for CLIP: open_clip's vision tower, far too small to mean anything, large enough to see frames differ.
 # Average pooling, because in an untrained tower the class token hardly looks at the image.
@@ -21,6 +24,11 @@ RANDOM_CLIP = {
 RANDOM_SEED = 0
 # Width of the random features: a Frechet distance wants about 16 samples for each (knowledge of the floor, N >= 16 d).
 RANDOM_WIDTH = 32
+# What each judge looks at, and the seed of its net.
+_SEEN = {
+    "rfd_app": ("frames 2 to the last at their own size, 0-1", 1),
+    "rfd_motion": ("differences of consecutive frames at their own size, 0-1", 2),
+}
 
 
 @torch.no_grad()
@@ -67,26 +75,28 @@ class RandomConv(nn.Module):
         return x_NCHW.mean(dim=(2, 3))
 
 
-class RandomDistances:
-    """Features of single frames (`rfd-app`) and of frame differences (`rfd-motion`) for Frechet distances.
+class RandomDistance:
+    """Features of single frames (`rfd_app`) or of frame differences (`rfd_motion`) for a Frechet distance.
 
-    Two numbers and never one: an untrained net over whole clips nearly misses freezing and speed, one over
+    Two judges and never one: an untrained net over whole clips nearly misses freezing and speed, one over
     differences sees them at once. Frames must be lossless: differences also see a codec's noise.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.appearance, self.motion = RandomConv(seed=1).to(device), RandomConv(seed=2).to(device)
-        self.app_sha256, self.motion_sha256 = state_sha256(self.appearance), state_sha256(self.motion)
-        self.app_metric = f"rfd-app@{self.app_sha256[:8]}"
-        self.motion_metric = f"rfd-motion@{self.motion_sha256[:8]}"
+    def __init__(self, feature: str, device: str = "cpu") -> None:
         self.device = device
+        seen, seed = _SEEN[feature]
+        self.net = RandomConv(seed).to(device)
+        sha256 = state_sha256(self.net)
+        metric = f"{feature.replace('_', '-')}@{sha256[:8]}"
+        self.name = JudgeName(metric, False, sha256, (feature,), seen, least_frames=2)
 
     @torch.no_grad()
-    def features(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Pixels uint8 [F, H, W, 3] -> appearance [F-1, 32] of frames 2..F and motion [F-1, 32] of their differences.
+    def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
+        """Pixels uint8 [F, H, W, 3] -> [F-1, 32] by the feature's name; the caption is not read.
 
         The given frame is left out of the appearance: real and generated share it, which would flatter the distance.
         """
+        (feature,) = self.name.features
         frames = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255.0
-        appearance, motion = self.appearance(frames[1:]), self.motion(frames.diff(dim=0))
-        return appearance.cpu().numpy(), motion.cpu().numpy()
+        seen = frames[1:] if feature == "rfd_app" else frames.diff(dim=0)
+        return {feature: self.net(seen).cpu().numpy()}

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evaluate.clip import ImageJudge
 from tasks.evaluate.consistency import consistency_at, consistency_curve
 from tasks.evaluate.frechet import Moments, frechet_distance, kernel_distance
 from tasks.evaluate.generate import shown
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
+from tasks.evaluate.judges import NOT_COMPARABLE, Judge, JudgeName, judge_item
 from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude, psnr, ssim
 from tasks.evaluate.protocols import Item
-from tasks.evaluate.random_nets import RandomDistances
 from tasks.evaluate.statistics import Estimate, mean_over_clips, ratio_of_sums
 
 # The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
@@ -26,24 +24,20 @@ ROW_LABELS = {"frozen": "Frozen first frame", "trip": "TRIP (this run)", "real":
 Arrays = dict[str, NDArray[Any]]
 
 
-def judge_clip(
-    judge: ImageJudge, distances: RandomDistances, real: NDArray[np.uint8], generated: NDArray[np.uint8]
-) -> Arrays:
-    """All that later sums need of one clip: embeddings, features and numbers, as arrays that go into one npz.
+def judge_clip(judges: Sequence[Judge], item: Item, real: NDArray[np.uint8], generated: NDArray[np.uint8]) -> Arrays:
+    """All that later sums need of one clip: the judges' features and numbers, as arrays that go into one npz.
 
     `real` and `generated` are uint8 [F, H, W, 3]; `generated` holds the model's own frame 1.
     """
     rows = {"frozen": np.repeat(real[:1], len(real), axis=0), "trip": shown(generated, real), "real": real}
-    real_embeddings = judge.embed(real)
     arrays: Arrays = {
-        "embeddings_real": real_embeddings,
-        "embeddings_trip": np.concatenate([real_embeddings[:1], judge.embed(generated[1:])]),
-        "embeddings_frozen": np.repeat(real_embeddings[:1], len(real), axis=0),
         "psnr_trip": np.float64(psnr(generated[0], real[0])),  # type: ignore[dict-item]
         "ssim_trip": np.float64(ssim(generated[0], real[0])),  # type: ignore[dict-item]
     }
     for row, pixels in rows.items():
-        arrays[f"app_{row}"], arrays[f"motion_{row}"] = distances.features(pixels)
+        for judge in judges:
+            found = judge_item(judge, f"{item.key} ({row})", pixels, item.caption)
+            arrays |= {f"{feature}_{row}": values for feature, values in found.items()}
         arrays[f"magnitude_{row}"] = np.float64(motion_magnitude(pixels))  # type: ignore[assignment]
         arrays[f"distance_{row}"] = np.float64(clip_distance(pixels, real))  # type: ignore[assignment]
     return arrays
@@ -69,20 +63,21 @@ def _merged(parts: list[NDArray[Any]]) -> Moments:
 
 
 def summarise(
-    items: Sequence[Item], scores: Sequence[Arrays], judge: JudgeName, distances: RandomDistances, bootstrap: int = 2000
+    items: Sequence[Item], scores: Sequence[Arrays], judges: Sequence[JudgeName], bootstrap: int = 2000
 ) -> Summary:
     """Sums the scores of all items, in the items' order; deterministic, whoever made the scores and when.
 
     Intervals are 95 % bootstrap intervals that draw whole clips. Frechet distances carry none: a percentile interval of
     a Frechet distance is biased to the point of missing its own estimate. Their floor stands in the real row instead.
     """
+    judge, *distances = judges[:3]
     clips = [item.clip for item in items]
     names = list(dict.fromkeys(clips))
     halves = ({name for name in names[::2]}, {name for name in names[1::2]})
     metrics: dict[str, dict[str, Estimate]] = {}
     curves: dict[str, list[Estimate]] = {}
     column = {name: np.array([float(s[name]) for s in scores]) for name in scores[0] if scores[0][name].ndim == 0}
-    by_row = {row: np.stack([consistency_curve(s[f"embeddings_{row}"]) for s in scores]) for row in ROWS}
+    by_row = {row: np.stack([consistency_curve(s[f"clip_frames_{row}"]) for s in scores]) for row in ROWS}
     moving = bool(column["magnitude_real"].sum() > 0)
 
     for row in ROWS:
@@ -100,10 +95,10 @@ def summarise(
     metrics["trip"]["first_frame_psnr_db"] = mean_over_clips(column["psnr_trip"], clips, bootstrap)
     metrics["trip"]["first_frame_ssim"] = mean_over_clips(column["ssim_trip"], clips, bootstrap)
 
-    for kind, name in (("app", distances.app_metric), ("motion", distances.motion_metric)):
-        whole = {row: [s[f"{kind}_{row}"] for s in scores] for row in ROWS}
+    for distance in distances:
+        name, kernel, (feature,) = distance.metric, distance.kernel_metric, distance.features
+        whole = {row: [s[f"{feature}_{row}"] for s in scores] for row in ROWS}
         moments = {row: _merged(parts) for row, parts in whole.items()}
-        kernel = name.replace("rfd-", "rkd-")
         for row in ("frozen", "trip"):
             metrics[row][name] = _frechet(moments, row)
             metrics[row][kernel] = Estimate(kernel_distance(np.concatenate(whole[row]), np.concatenate(whole["real"])))
@@ -123,10 +118,11 @@ def summarise(
             line[f"consistency_4_{row}"] = consistency_at(by_row[row][i], 4)
             line[f"consistency_all_{row}"] = float(by_row[row][i][-1])
         per_clip.append(line)
-    return Summary(metrics, curves, per_clip, _notes(items, len(names), judge, distances), len(names))
+    return Summary(metrics, curves, per_clip, _notes(items, len(names), judges), len(names))
 
 
-def _notes(items: Sequence[Item], clips: int, judge: JudgeName, distances: RandomDistances) -> list[str]:
+def _notes(items: Sequence[Item], clips: int, judges: Sequence[JudgeName]) -> list[str]:
+    judge, appearance, motion = judges[:3]
     consistency = (
         "CLIP ViT-L/14 (OpenAI), consecutive pairs, frame 1 is the given image; the paper does not state its pair "
         "rule, and its rows come from other clips"
@@ -136,7 +132,7 @@ def _notes(items: Sequence[Item], clips: int, judge: JudgeName, distances: Rando
     return [
         f"{len(items)} windows of {clips} unique held-out clips; intervals are 95 %, by bootstrap over clips.",
         f"Frame consistency: {consistency}.",
-        f"{distances.app_metric} and {distances.motion_metric}: Frechet distances to the real clips under fixed random "
+        f"{appearance.metric} and {motion.metric}: Frechet distances to the real clips under fixed random "
         f"nets of single frames (the given one excluded) and of frame differences, real and generated paired by first "
         f"frame, {NOT_COMPARABLE}. The real row holds their floor: one half of the real clips against the other, at "
         "half the number. No interval: a percentile interval of a Frechet distance is biased.",

@@ -19,6 +19,7 @@ from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate
 from tasks.evaluate.job import EvaluateSpec, evaluate
+from tasks.evaluate.judges import JudgeFiles
 from tasks.evaluate.protocols import held_out_protocol, item_seed
 from tasks.ingest.drawing import draw_clip
 from tasks.records import UserError, to_json
@@ -159,7 +160,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     spec, report, _ = whole
     spec = replace(spec, workers=1)
     fields = to_json(replace(spec, output=str(tmp_path / "killed")))
-    script = f"from tasks.evaluate.job import *; evaluate(EvaluateSpec(**{fields!r}))"
+    imports = "from tasks.evaluate.job import EvaluateSpec, evaluate; from tasks.records import from_json"
+    script = f"{imports}; evaluate(from_json(EvaluateSpec, {fields!r}))"
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
@@ -210,7 +212,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "makes frames of 32x32": replace(spec, dataset=large),
         "clips 0": replace(spec, clips=0),
         "batch 0": replace(spec, batch=0),
-        "no CLIP weights": replace(spec, clip_model=str(tmp_path / "clip.pt")),
+        "no CLIP weights": replace(spec, judges=JudgeFiles(clip_model=str(tmp_path / "clip.pt"))),
         "asks for 64 CPU": replace(spec, cpus_per_worker=64),
         "steps 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.evaluate.clip import identify_clip, load_clip
-from tasks.evaluate.judges import NOT_COMPARABLE
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, identify_judges, load_judges
 from tasks.evaluate.progress import Ticks, duration
 from tasks.evaluate.protocols import Item
-from tasks.evaluate.random_nets import RandomDistances
 from tasks.evaluate.report import Example, build, distance_table, own_table, paper_table, side_by_side
 from tasks.evaluate.score import Gate, Summary, gate, judge_clip, summarise
 from tasks.evaluate.statistics import Estimate
 from tasks.ingest.drawing import draw_clip
 from trip_model.video import read_clip
 
+NAMES = identify_judges(JudgeFiles())
 NEARER = Estimate(-0.05, -0.07, -0.02)
 
 
@@ -37,7 +36,7 @@ def noisy(pixels: np.ndarray, seed: int, sd: float = 4.0) -> np.ndarray:
 
 
 def summary_of(make: str, count: int = 6) -> Summary:
-    judge, distances = load_clip(None), RandomDistances()
+    judges = load_judges(JudgeFiles())
     scores = []
     for i in range(count):
         real = real_clip(i)
@@ -48,8 +47,8 @@ def summary_of(make: str, count: int = 6) -> Summary:
             "half speed": real[np.arange(16) // 2],
             "shuffled": real[np.random.default_rng(i).permutation(16)],
         }[make]
-        scores.append(judge_clip(judge, distances, real, generated))
-    return summarise(items(count), scores, identify_clip(None), distances, bootstrap=200)
+        scores.append(judge_clip(judges, items(count)[i], real, generated))
+    return summarise(items(count), scores, NAMES, bootstrap=200)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_gate_passes_and_lists_every_reason_against():
 
 
 def test_tables_never_name_a_metric_it_is_not(summary: Summary):
-    judge = identify_clip(None)
+    judge = NAMES[0]
     own, paper = own_table(summary, judge), paper_table(summary, judge)
     assert [row[0] for row in own.rows] == ["Frozen first frame", "TRIP (this run)", "Real video"]
     for title in own.header + distance_table(summary).header:
@@ -116,7 +115,7 @@ def test_tables_never_name_a_metric_it_is_not(summary: Summary):
 
 def test_report_files_open_and_repeat(summary: Summary):
     examples = [Example(f"clip{i}_000", draw_clip(i, 8)[1], real_clip(i), noisy(real_clip(i), i)) for i in range(2)]
-    arguments = (summary, Gate(False, ("few clips",)), identify_clip(None), examples, {"seed": 0, "a": {"b": "c"}}, 4.0)
+    arguments = (summary, Gate(False, ("few clips",)), NAMES[0], examples, {"seed": 0, "a": {"b": "c"}}, 4.0)
     files = build(*arguments)
     again = build(*arguments)
     assert set(files) == set(again)
@@ -137,18 +136,18 @@ def test_report_files_open_and_repeat(summary: Summary):
 
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
-    judge, distances = load_clip(None), RandomDistances()
+    judges = load_judges(JudgeFiles())
     still = np.repeat(real_clip(0)[:1], 16, axis=0)
-    scores = [judge_clip(judge, distances, still, still)] * 2
-    result = summarise(items(2), scores, identify_clip(None), distances, bootstrap=50)
+    scores = [judge_clip(judges, items(1)[0], still, still)] * 2
+    result = summarise(items(2), scores, NAMES, bootstrap=50)
     assert "motion_ratio" not in result.metrics["trip"] and result.per_clip[0]["motion_ratio"] is None
 
 
 def test_clips_of_fewer_than_four_frames_are_an_error():
-    judge, distances = load_clip(None), RandomDistances()
+    judges = load_judges(JudgeFiles())
     short = real_clip(0)[:3]
     with pytest.raises(ValueError, match="first 4 frames asked of a video of 3"):
-        summarise(items(1), [judge_clip(judge, distances, short, short)], identify_clip(None), distances)
+        summarise(items(1), [judge_clip(judges, items(1)[0], short, short)], NAMES)
 
 
 def test_ticks_tell_what_is_left():

@@ -1,0 +1,24 @@
+"""The command `selftest`: the values that others published, once the judges' files are given."""
+
+from __future__ import annotations
+
+from tasks.evaluate import selftest as test
+from tasks.evaluate.judges import JudgeFiles
+
+NONE = JudgeFiles()
+_VERDICTS = {True: "ok", False: "FAILED", None: "-"}
+
+
+def selftest(*, judges: JudgeFiles = NONE) -> int:
+    """Hold the judges' files against published values, one line each; exit code 1 where one differs.
+
+    Args:
+        judges: the files to test.
+    """
+    import torch
+
+    failed = False
+    for finding in test.selftest(judges, "cuda" if torch.cuda.is_available() else "cpu"):
+        print(f"selftest    {_VERDICTS[finding.passed]:<8}{finding.metric}: {finding.text}", flush=True)
+        failed |= finding.passed is False
+    return int(failed)
