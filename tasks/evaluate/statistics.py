@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,13 @@ class Estimate:
     value: float
     ci_low: float | None = None
     ci_high: float | None = None
+
+
+@lru_cache(maxsize=2)
+def _draws(clusters: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """How often each cluster is drawn, [resamples, clusters]; kept, for all columns of a table draw the same."""
+    even = np.full(clusters, 1 / clusters)
+    return np.random.default_rng(seed).multinomial(clusters, even, size=resamples).astype(np.float64)
 
 
 def ratio_of_sums(
@@ -36,7 +46,7 @@ def ratio_of_sums(
     value = float(tops.sum() / bottoms.sum())
     if len(names) < 2:
         return Estimate(value)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    draws = _draws(len(names), resamples, seed)
     sums = draws @ bottoms
     ratios = (draws @ tops)[sums != 0] / sums[sums != 0]
     low, high = np.quantile(ratios, [0.025, 0.975])
@@ -44,5 +54,34 @@ def ratio_of_sums(
 
 
 def mean_over_clips(values: Any, clusters: list[str], resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean over items with the interval of `ratio_of_sums`. A paired difference is the mean of per-item differences."""
+    """Mean over items with the interval of `ratio_of_sums`."""
     return ratio_of_sums(values, np.ones(len(clusters)), clusters, resamples, seed)
+
+
+def paired_difference(
+    a: Any, b: Any, clusters: list[str], denominators: Any = None, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Mean of a - b over items, drawn clip by clip; with `denominators`, the difference of two ratios of sums.
+
+    Both systems are judged on the same items, so what makes an item hard cancels and the interval is of the difference
+    alone. ValueError where the numbers of items differ: a shorter list would pair the wrong clips.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values differ in number: {first.shape} and {second.shape}")
+    over = np.ones(len(first)) if denominators is None else denominators
+    return ratio_of_sums(first - second, over, clusters, resamples, seed)
+
+
+def unique_clips(clusters: Sequence[str]) -> int:
+    """The number of source videos: the N that an interval and a Frechet distance rest on, however many the items."""
+    return len(set(clusters))
+
+
+def disjoint_parts(clusters: Sequence[str], parts: int, seed: int = 0) -> list[NDArray[np.int64]]:
+    """The items' positions dealt into parts that share no source video, in a seeded order; ValueError on too few."""
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(names) < parts:
+        raise ValueError(f"{len(names)} source videos cannot make {parts} parts; at least {parts} are needed")
+    part = np.random.default_rng(seed).permutation(len(names)) % parts
+    return [np.flatnonzero(part[index] == i) for i in range(parts)]

@@ -1,4 +1,4 @@
-"""The metric core against closed forms, brute force and torch-fidelity."""
+"""Frechet and kernel distances against closed forms, brute force, torch-fidelity and torchmetrics."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from tasks.evaluate.consistency import consistency_at, consistency_curve
-from tasks.evaluate.frechet import Moments, frechet_distance, kernel_distance, merge_all
-from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude, psnr, ssim
-from tasks.evaluate.statistics import mean_over_clips, ratio_of_sums
+from tasks.evaluate.frechet import (
+    FeatureSet,
+    Moments,
+    frechet_distance,
+    frechet_floor,
+    frechet_to_real,
+    kernel_distance,
+    kernel_distance_of_frames,
+    merge_all,
+    paired_frechet_difference,
+)
 
 
 def features(rng: np.random.Generator, count: int, width: int, shift: float = 0.0) -> np.ndarray:
@@ -74,6 +82,24 @@ def test_frechet_agrees_with_torch_fidelity(count: int, width: int):
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize(("count", "width"), [(400, 16), (40, 64)])
+def test_frechet_agrees_with_torchmetrics_given_the_features(count: int, width: int):
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    class Identity(torch.nn.Module):
+        num_features = width
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    rng = np.random.default_rng(4)
+    x, y = features(rng, count, width), features(rng, count, width, shift=0.2)
+    theirs = fid.FrechetInceptionDistance(feature=Identity())
+    theirs.update(torch.from_numpy(x), real=True)
+    theirs.update(torch.from_numpy(y), real=False)
+    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(float(theirs.compute()), rel=1e-5)
+
+
 def test_moments_merge_in_any_split_and_order_to_the_batch_result():
     rng = np.random.default_rng(5)
     x = features(rng, 90, 7, shift=50.0) * 0.1 + 500.0  # a large mean is what breaks raw moments
@@ -95,7 +121,7 @@ def test_half_precision_features_are_computed_in_double():
 def test_broken_features_are_refused(bad: float):
     x = np.ones((5, 3))
     x[2, 1] = bad
-    for measure in (Moments.of, lambda z: kernel_distance(z, np.ones((5, 3))), consistency_curve):
+    for measure in (Moments.of, lambda z: kernel_distance(z, np.ones((5, 3)))):
         with pytest.raises(ValueError, match="NaN"):
             measure(x)
 
@@ -133,91 +159,122 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0
 
 
-def test_consistency_of_unit_vectors_at_known_angles():
-    turns = np.deg2rad([0.0, 60.0, 90.0, 90.0])  # steps of 60, 30 and 0 degrees
-    curve = consistency_curve(5.0 * np.stack([np.cos(turns), np.sin(turns)], axis=1))
-    steps = [0.5, np.cos(np.pi / 6), 1.0]
-    np.testing.assert_allclose(curve, [100 * np.mean(steps[:n]) for n in (1, 2, 3)], rtol=1e-12)
-    assert consistency_at(curve, 2) == pytest.approx(50.0)
-    assert consistency_at(curve, 4) == pytest.approx(100 * np.mean(steps))
-    with pytest.raises(ValueError, match="first 5 frames asked of a video of 4"):
-        consistency_at(curve, 5)
+def systems(rng: np.random.Generator, clips: int, frames: int, width: int) -> tuple[list[FeatureSet], list[str]]:
+    """Real features, two systems that share a part of each clip with them, and the clip of each row."""
+    scale = 1 / np.sqrt(np.arange(1, width + 1))
+
+    def draw() -> np.ndarray:
+        return (
+            np.repeat(rng.normal(size=(clips, width)), frames, 0) + 0.1 * rng.normal(size=(clips * frames, width))
+        ) * scale
+
+    real, clusters = draw(), [f"clip-{i}" for i in range(clips) for _ in range(frames)]
+    rows = real, 0.8 * real + 0.5 * draw() + 0.1, 0.8 * real + 0.3 * draw()
+    return [FeatureSet.of(x, clusters) for x in rows], clusters
 
 
-def test_a_frozen_clip_has_consistency_100_and_order_matters():
-    rng = np.random.default_rng(10)
-    np.testing.assert_allclose(consistency_curve(np.repeat(rng.normal(size=(1, 32)), 16, axis=0)), 100.0, atol=1e-10)
-    line = np.stack([np.cos(np.linspace(0, 1, 8)), np.sin(np.linspace(0, 1, 8))], axis=1)
-    assert consistency_curve(line)[-1] > consistency_curve(line[[0, 5, 1, 6, 2, 7, 3, 4]])[-1]
+@pytest.mark.parametrize(("clips", "frames", "width"), [(60, 4, 5), (30, 1, 40)])  # full rank; fewer rows than features
+def test_influence_is_the_change_of_the_distance_when_a_clip_weighs_more(clips: int, frames: int, width: int):
+    (real, system, _), clusters = systems(np.random.default_rng(15), clips, frames, width)
+    result = frechet_to_real(system, real)
+    assert abs(result.influence.sum()) < 1e-6
+    for chosen in ("clip-3", "clip-7"):
+        within = np.array([name == chosen for name in clusters])
+
+        def weighted(rows: np.ndarray, extra: float, within: np.ndarray = within) -> Moments:
+            weights = np.where(within, 1 + extra, 1.0)
+            weights *= len(rows) / weights.sum()
+            mean = weights @ rows / len(rows)
+            return Moments(len(rows), mean, ((rows - mean) * weights[:, None]).T @ (rows - mean))
+
+        step = 1e-3
+        ends = [frechet_distance(weighted(system.rows, e), weighted(real.rows, e)) for e in (step, -step)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert result.influence[within].mean() * within.mean() == pytest.approx(slope, rel=2e-3, abs=1e-6)
 
 
-def test_motion_distance_and_psnr_of_constructed_pixels():
-    ramp = np.stack([np.full((12, 12, 3), v, dtype=np.uint8) for v in (0, 51, 102, 153)])
-    still = np.repeat(ramp[:1], 4, axis=0)
-    assert motion_magnitude(ramp) == pytest.approx(0.2)
-    assert motion_magnitude(still) == 0.0
-    assert clip_distance(still, ramp) == pytest.approx(np.sqrt((0.2**2 + 0.4**2 + 0.6**2) / 3))
-    assert clip_distance(ramp, ramp) == 0.0
-    assert psnr(ramp[0], ramp[0]) == 100.0
-    assert psnr(ramp[0], ramp[1]) == pytest.approx(20 * np.log10(5))
-    with pytest.raises(ValueError, match="uint8"):
-        motion_magnitude(ramp.astype(np.float32))  # type: ignore[arg-type]
+def test_sd_of_a_frechet_distance_is_its_spread_over_draws_of_clips():
+    results = []
+    for draw in range(100):
+        (real, system, _), _ = systems(np.random.default_rng(draw), 150, 3, 6)
+        results.append(frechet_to_real(system, real))
+    assert np.mean([r.sd for r in results]) == pytest.approx(np.std([r.value for r in results]), rel=0.25)
 
 
-def test_ssim_of_identical_constant_and_noisy_images():
-    rng = np.random.default_rng(11)
-    image = rng.integers(0, 256, size=(32, 24, 3), dtype=np.uint8)
-    assert ssim(image, image) == pytest.approx(1.0)
-    dark, light = np.full((16, 16, 3), 51, np.uint8), np.full((16, 16, 3), 204, np.uint8)
-    assert ssim(dark, light) == pytest.approx((2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4), rel=1e-6)
-    soft = np.clip(image.astype(int) + rng.integers(-20, 21, size=image.shape), 0, 255).astype(np.uint8)
-    hard = np.clip(image.astype(int) + rng.integers(-90, 91, size=image.shape), 0, 255).astype(np.uint8)
-    assert 1 > ssim(soft, image) > ssim(hard, image) > 0
+def test_distance_at_infinity_takes_the_bias_away():
+    rng = np.random.default_rng(16)
+    clusters = [str(i) for i in range(200)]
+    values, limits = [], []
+    for _ in range(30):  # independent sets of one distribution, whose distance is 0
+        result = frechet_to_real(*(FeatureSet.of(rng.normal(size=(200, 20)), clusters) for _ in range(2)))
+        values.append(result.value)
+        limits.append(result.infinity)
+    assert np.mean(values) > 0.5
+    assert abs(np.mean(limits)) < 0.15 * np.mean(values)
+    rows, distances = zip(*result.points, strict=True)
+    assert rows == (200, 100, 50) and distances[0] < distances[1] < distances[2]
 
 
-def test_ssim_of_one_window_is_the_formula_written_out():
-    rng = np.random.default_rng(12)
-    a, b = (rng.integers(0, 256, size=(11, 11, 3), dtype=np.uint8) for _ in range(2))
-    line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
-    weights = np.outer(line, line) / np.outer(line, line).sum()
-    values = []
-    for channel in range(3):
-        x, y = a[..., channel] / 255, b[..., channel] / 255
-        mx, my = (weights * x).sum(), (weights * y).sum()
-        vx, vy = (weights * x * x).sum() - mx**2, (weights * y * y).sum() - my**2
-        cov = (weights * x * y).sum() - mx * my
-        top = (2 * mx * my + 1e-4) * (2 * cov + 9e-4)
-        values.append(top / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
-    assert ssim(a, b) == pytest.approx(np.mean(values), rel=1e-9)
+def test_paired_difference_of_frechet_distances_covers_the_expected_one():
+    runs = []
+    for draw in range(120):
+        (real, a, b), clusters = systems(np.random.default_rng(1000 + draw), 120, 2, 6)
+        runs.append(
+            paired_frechet_difference(frechet_to_real(a, real), frechet_to_real(b, real), clusters, resamples=400)
+        )
+    expected = np.mean([run.value for run in runs])
+    hits = sum(run.ci_low <= expected <= run.ci_high for run in runs)  # type: ignore[operator]
+    assert 106 <= hits <= 120
+    assert expected > 0
 
 
-def test_interval_draws_whole_clips():
-    rng = np.random.default_rng(13)
-    per_clip = rng.normal(size=12)
-    once = mean_over_clips(per_clip, [f"c{i}" for i in range(12)])
-    doubled = mean_over_clips(np.repeat(per_clip, 8), [f"c{i}" for i in range(12) for _ in range(8)])
-    assert once.ci_low is not None and once.ci_high is not None
-    # Eight near-duplicate windows per clip must not narrow the interval.
-    assert (doubled.ci_low, doubled.ci_high) == pytest.approx((once.ci_low, once.ci_high))
-    assert once.ci_low < once.value < once.ci_high
-    naive = mean_over_clips(np.repeat(per_clip, 8), [str(i) for i in range(96)])
-    assert naive.ci_high is not None and naive.ci_high - naive.value < 0.6 * (once.ci_high - once.value)
+def test_difference_of_a_system_from_itself_is_exactly_zero():
+    (real, a, _), clusters = systems(np.random.default_rng(17), 40, 2, 5)
+    result = frechet_to_real(a, real)
+    difference = paired_frechet_difference(result, result, clusters)
+    assert (difference.value, difference.ci_low, difference.ci_high) == (0.0, 0.0, 0.0)
 
 
-def test_interval_covers_the_true_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(14)
-    hits = 0
-    for trial in range(200):
-        e = mean_over_clips(rng.normal(size=40), [str(i) for i in range(40)], resamples=400, seed=trial)
-        hits += e.ci_low is not None and e.ci_high is not None and e.ci_low <= 0 <= e.ci_high
-    assert 175 <= hits <= 200
+def test_floor_is_of_disjoint_halves_of_the_videos():
+    rng = np.random.default_rng(18)
+    clusters = [name for name in "abcdefgh" for _ in range(5)]
+    rows = np.repeat(rng.normal(size=(8, 3)), 5, axis=0)
+    real = FeatureSet.of(rows, clusters)
+    assert sorted(part.count for part in real.parts) == [10, 10, 10, 10]
+    halves = merge_all(real.parts[:2]), merge_all(real.parts[2:])
+    assert frechet_floor(real) == pytest.approx(frechet_distance(*halves))
+    with pytest.raises(ValueError, match="3 source videos cannot make 4 parts"):
+        FeatureSet.of(rows[:15], clusters[:15])
 
 
-def test_motion_ratio_is_a_ratio_of_sums_with_a_reproducible_interval():
-    names = ["a", "b", "c"]
-    e = ratio_of_sums([1.0, 0.0, 2.0], [2.0, 1.0, 3.0], names)
-    assert e.value == pytest.approx(0.5)
-    assert e == ratio_of_sums([1.0, 0.0, 2.0], [2.0, 1.0, 3.0], names)
-    assert ratio_of_sums([1.0], [2.0], ["a"]).ci_low is None
-    with pytest.raises(ValueError, match="sum to zero"):
-        ratio_of_sums([1.0], [0.0], ["a"])
+def test_unpaired_features_are_refused():
+    (real, a, _), clusters = systems(np.random.default_rng(19), 20, 2, 4)
+    with pytest.raises(ValueError, match="not paired"):
+        frechet_to_real(FeatureSet.of(a.rows[2:], clusters[2:]), real)
+    with pytest.raises(ValueError, match="40 rows of features, but 39"):
+        FeatureSet.of(a.rows, clusters[1:])
+
+
+def test_features_without_any_spread_have_a_distance_and_an_interval():
+    (real, a, _), clusters = systems(np.random.default_rng(20), 30, 2, 4)
+    still = frechet_to_real(FeatureSet.of(np.zeros_like(real.rows), clusters), real)
+    assert still.value == pytest.approx((real.rows.mean(0) ** 2).sum() + np.cov(real.rows.T).trace())
+    difference = paired_frechet_difference(still, frechet_to_real(a, real), clusters)
+    assert difference.ci_low is not None and difference.ci_low > 0
+
+
+def test_kernel_distance_of_frames_pairs_no_two_frames_of_one_clip():
+    rng = np.random.default_rng(21)
+    x, y = rng.normal(size=(7, 3, 2)), rng.normal(size=(7, 3, 2)) + 0.3
+    turns = [[(clip + shift) % 3 for clip in range(7)] for shift in range(3)]
+    expected = np.mean([kernel_distance(x[range(7), turn], y[range(7), turn]) for turn in turns])
+    assert kernel_distance_of_frames(x, y) == pytest.approx(expected)
+    same = [kernel_distance_of_frames(*np.repeat(rng.normal(size=(2, 20, 1, 3)), 4, axis=2)) for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200)  # near-duplicate frames leave it unbiased
+
+
+def test_kernel_sum_by_blocks_is_the_whole_sum():
+    x = np.random.default_rng(22).normal(size=(1100, 40))  # more than two blocks, too wide for tensor powers
+    gram = (x @ x.T / 40 + 1) ** 3
+    own = (gram.sum() - np.trace(gram)) / (1100 * 1099)
+    assert kernel_distance(x, x) == pytest.approx(2 * own - 2 * gram.mean(), rel=1e-9)
