@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.published import AS_PUBLISHED, WEBVID_10M
+from tasks.evaluate.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report import REPORT_STYLE, Table, number
 from tasks.evaluate.statistics import Estimate
 from tasks.records import UserError
@@ -151,7 +151,7 @@ def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, float], dict[str, V
 
 def verdicts(comparison: Comparison) -> list[str]:
     """What the distance to the true clip says of each variant, and whether the paper's order holds here."""
-    published = {row.method: row for row in WEBVID_10M}
+    published = {row.method: row.values for row in published_rows("webvid-2048")}
     lines = []
     for variant, found in comparison.differences.items():
         title, digits, _ = METRICS["clip_distance"]
@@ -161,7 +161,7 @@ def verdicts(comparison: Comparison) -> list[str]:
             said = "is not told apart from"
         else:
             said = "is worse than" if low > 0 else "is better than"
-        paper = f"in the paper FVD {published[variant].fvd:g} against {published[REFERENCE].fvd:g}"
+        paper = f"in the paper FVD {published[variant]['FVD']:g} against {published[REFERENCE]['FVD']:g}"
         lines.append(f"{variant} {said} {REFERENCE} here: {number(difference, '+' + digits)}; {paper}.")
     return lines
 
@@ -189,8 +189,13 @@ def tables(comparison: Comparison) -> list[Table]:
     ]
     differences = Table("Paired differences [each seed alone]", ["Difference", *titles], minus)
     paper = [
-        [row.method, f"{row.consistency_4:.2f}", f"{row.consistency_all:.2f}", f"{row.fvd:g}", f"Table {row.table}"]
-        for row in WEBVID_10M
+        [
+            row.method,
+            *(f"{row.values[f'F-Consistency/{k}']:.2f}" for k in ("4", "all")),
+            f"{row.values['FVD']:g}",
+            f"Table {row.table}",
+        ]
+        for row in published_rows("webvid-2048")
         if row.method in comparison.variants
     ]
     header = ["Variant", "F-Consistency_4", "F-Consistency_all", "FVD (lower)", "Source"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.protocols import Item, window_frames
+from tasks.evaluate.protocols import Item
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 
@@ -51,9 +51,9 @@ def load_arrays(uri: str) -> dict[str, NDArray[Any]]:
         return {name: file[name] for name in file.files}
 
 
-def real_pixels(dataset: ShardDataset, item: Item) -> NDArray[np.uint8]:
-    """The true frames of an item, of a track those of its first window: uint8 [F, H, W, 3]."""
-    return dataset.read(item.index, ("pixels",), (0, window_frames(dataset, item.index)))["pixels"]
+def real_pixels(dataset: ShardDataset, item: Item, frames: int) -> NDArray[np.uint8]:
+    """The first true frames of an item, uint8 [frames, H, W, 3]."""
+    return dataset.read(item.index, ("pixels",), (0, frames))["pixels"]
 
 
 def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:
@@ -61,7 +61,13 @@ def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:
 
 
 def generate_batch(
-    pipeline: TripPipeline, dataset: ShardDataset, batch: Batch, folder: str, steps: int | None, guidance: float | None
+    pipeline: TripPipeline,
+    dataset: ShardDataset,
+    batch: Batch,
+    frames: int,
+    folder: str,
+    steps: int | None,
+    guidance: float | None,
 ) -> None:
     """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
 
@@ -71,7 +77,7 @@ def generate_batch(
     Raises:
         UserError: the model makes frames of another size than the data set holds.
     """
-    real = [real_pixels(dataset, item) for item in batch]
+    real = [real_pixels(dataset, item, frames) for item in batch]
     height, width = real[0].shape[1:3]
     if (height, width) != (pipeline.size, pipeline.size):
         raise UserError(
@@ -82,7 +88,7 @@ def generate_batch(
         [clip[0] for clip in real],
         [item.caption for item in batch],
         [item.seed for item in batch],
-        num_frames=len(real[0]),
+        num_frames=frames,
         steps=steps,
         guidance=guidance,
         keep_first_frame=False,

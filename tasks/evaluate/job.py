@@ -1,13 +1,11 @@
-"""Drives the evaluation on Ray: actors animate held-out clips, actors judge them, the driver sums up and reports."""
+"""Drives the evaluation on Ray: actors animate, actors judge the clips of all rows, the driver sums up and reports."""
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -15,79 +13,41 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
-from tasks.evaluate import generate, report, score
+from tasks.evaluate import generate, report, rows, score
+from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
-from tasks.evaluate.judges import JudgeFiles, JudgeName, identify_judges, load_judges
+from tasks.evaluate.judges import JudgeName, identify_judges, load_judges
+from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
 from tasks.evaluate.progress import Ticks
-from tasks.evaluate.protocols import Protocol, held_out_protocol
+from tasks.evaluate.protocols import Item, Protocol, load_protocol
+from tasks.evaluate.rows import FROZEN, REAL, TRIP, Row
+from tasks.evaluate.spec import (
+    REPORT,
+    SCHEMA_VERSION,
+    EvaluateReport,
+    EvaluateSpec,
+    finished_report,
+    model_sha256,
+    provenance_of,
+)
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
-from trip_model.encoders import folder_hash
 
-SCHEMA_VERSION = 1
-REPORT = "report.json"
+PROTOCOL = "protocol.json"
 _RESTARTS = 2  # a worker lost to a full memory or a dead node is started again this often
 
 
-@dataclass(frozen=True)
-class EvaluateSpec:
-    """What to evaluate, on what, and with which judges; the rest says by how many hands.
-
-    `model` is the folder of a model export and `dataset` that of a shard data set with pixels; `output` receives the
-    report. `held_out_fraction` is the one training split by. None for `steps` and `guidance`: the model's own values.
-    """
-
-    model: str
-    dataset: str
-    output: str
-    clips: int = 48
-    held_out_fraction: float = 0.1
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    batch: int = 8
-    judges: JudgeFiles = JudgeFiles()
-    bootstrap: int = 2000
-    examples: int = 6
-    workers: int | None = None  # None: one for every `cpus_per_worker` that Ray has
-    cpus_per_worker: int = 1  # also its torch threads
-    gpus_per_worker: float = 0.0
-    ray_address: str | None = None
-
-
-@dataclass(frozen=True)
-class EvaluateReport:
-    """The report's address and its content that later stages need.
-
-    `metrics` is row ("frozen", "trip", "real") -> metric -> {"value", "ci_low", "ci_high"}, `clips` the number of
-    unique held-out clips, `files` the names below `uri`; `key` is equal for evaluations that must agree.
-    """
-
-    uri: str
-    key: str
-    metrics: dict[str, dict[str, dict[str, float | None]]]
-    gate: score.Gate
-    clips: int
-    items: int
-    files: tuple[str, ...]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        return self.gate.passed
-
-
 class _Worker:
-    """What the two kinds of actors share: the data set and their folder. Loading waits for the first batch.
+    """What the two kinds of actors share: the data set and how many frames. Loading waits for the first batch.
 
     An error of loading in a constructor would reach the driver as a dead actor instead of as its sentence.
     """
 
-    def __init__(self, spec: EvaluateSpec, folder: str) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int) -> None:
         import torch
 
         torch.set_num_threads(spec.cpus_per_worker)
-        self.spec, self.folder = spec, folder
+        self.spec, self.frames = spec, frames
         self.device = "cuda" if spec.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
         self.dataset = ShardDataset(spec.dataset)
 
@@ -97,90 +57,131 @@ class Generator(_Worker):
 
     pipeline: Any = None
 
+    def __init__(self, spec: EvaluateSpec, frames: int, folder: str) -> None:
+        super().__init__(spec, frames)
+        self.folder = folder
+
     def run(self, batch: Batch) -> None:
         if self.pipeline is None:
             from trip_model.pipeline import TripPipeline
 
             self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
-        generate.generate_batch(self.pipeline, self.dataset, batch, self.folder, self.spec.steps, self.spec.guidance)
+        steps, guidance = self.spec.steps, self.spec.guidance
+        generate.generate_batch(self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance)
 
 
 class Judge(_Worker):
-    """Loads the judges once, then scores batches; each clip on its own."""
+    """Loads the judges once, then looks at batches of clips in the rows that lack them; each clip on its own."""
 
     judges: Any = None
 
-    def __init__(self, spec: EvaluateSpec, folder: str, generations: str) -> None:
-        super().__init__(spec, folder)
-        self.generations = generations
+    def __init__(self, spec: EvaluateSpec, frames: int, table: Sequence[Row], made: dict[str, Any]) -> None:
+        super().__init__(spec, frames)
+        self.rows, self.made = {row.name: row for row in table}, made
 
-    def run(self, batch: Batch) -> None:
+    def run(self, names: Sequence[str], batch: Batch) -> None:
         if self.judges is None:
             self.judges = load_judges(self.spec.judges, self.device)
-        for item in batch:
-            real = generate.real_pixels(self.dataset, item)
-            generated = generate.load_generated(self.generations, item)
-            arrays = score.judge_clip(self.judges, item, real, generated)
-            generate.save_arrays(storage.join(self.folder, generate.file_name(item)), arrays)
+        reals = [generate.real_pixels(self.dataset, item, self.frames) for item in batch]
+        for name in names:
+            rows.look(self.spec.output, self.rows[name], self.made, batch, reals, self.judges)
 
 
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
-    """Evaluates a model export, or finishes an evaluation: frames and scores that are there are not made again.
+    """Evaluates a model export, or finishes an evaluation: frames and features that are there are not made again.
 
     Runs in the Ray session that is open, else in one of its own. `report.json` is written last; where one of the same
     key stands already, it is the answer.
 
     Raises:
-        UserError: a model, data set, judge or number that cannot be used, or an output that cannot be written.
+        UserError: a model, data set, protocol, method, judge or number that cannot be used, items that are lacking
+            where the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
     for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker"):
         if getattr(spec, name) < 1:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
+    output = storage.absolute(spec.output)
+    spec = replace(spec, output=output)
     dataset = ShardDataset(spec.dataset)
-    protocol = held_out_protocol(dataset, spec.held_out_fraction, spec.clips, spec.seed)
+    protocol = load_protocol(spec.protocol, dataset, spec.held_out_fraction, spec.clips, spec.seed)
     judges = identify_judges(spec.judges)
+    for judge in judges:
+        if judge.least_frames > protocol.frames:
+            raise UserError(
+                f"{judge.metric} needs {judge.least_frames} frames, the protocol's clips have {protocol.frames}"
+            )
+    others = [find_method(name, folder, protocol.items) for name, folder in spec.methods.items()]
+    if spec.champion is not None:
+        others.append(find_champion(spec.champion, protocol))
+    without_missing(protocol, {method.name: missing_of(method, protocol.items) for method in others})
     made = {
-        "model_sha256": _model_sha256(spec.model),
+        "model_sha256": model_sha256(spec.model),
         "dataset_manifest_sha256": dataset.manifest_sha256,
-        "protocol_sha": protocol.sha,
+        "items": digest([asdict(item) for item in protocol.items]),
+        "frames": protocol.frames,
         "steps": spec.steps,
         "guidance": spec.guidance,
         "batch": spec.batch,
     }
-    judged = made | {"judges": [judge.id for judge in judges]}
-    summed = judged | {"schema": SCHEMA_VERSION, "bootstrap": spec.bootstrap, "examples": spec.examples}
-    key, output = digest(summed), storage.absolute(spec.output)
-    found = _finished(output, key, start)
+    summed = made | {
+        "protocol_sha": protocol.sha,
+        "judges": [judge.id for judge in judges],
+        "methods": {method.name: method.identity for method in others},
+        "schema": SCHEMA_VERSION,
+        "bootstrap": spec.bootstrap,
+        "examples": spec.examples,
+    }
+    key = digest(summed)
+    found = finished_report(output, key, start)
     if found is not None:
         progress(f"evaluate   report of before is up to date: {storage.join(output, 'report.html')}")
         return found
-    generations = storage.join(output, "generations", digest(made))
-    scores = storage.join(output, "scores", digest(judged))
-    plan = generate.batches(protocol.items, spec.batch)
+    generations = storage.join("generations", digest(made))
     try:
-        _run_stages(spec, plan, generations, scores, progress)
-        loaded = [generate.load_arrays(storage.join(scores, generate.file_name(item))) for item in protocol.items]
-        summary = score.summarise(protocol.items, loaded, judges, spec.bootstrap)
-        trip = summary.metrics["trip"]
-        ratio = trip["motion_ratio"].value if "motion_ratio" in trip else None
-        gate = score.gate(ratio, trip["clip_distance_minus_frozen"], summary.clips)
-        provenance = summed | _provenance(spec, dataset, judges)
-        progress(f"report     writing tables, pictures and {min(spec.examples, len(protocol.items))} videos")
-        examples = _examples(dataset, protocol, generations, spec.examples)
-        files = report.build(summary, gate, judges[0], examples, provenance, float(dataset.manifest["recipe"]["fps"]))
-        for name, content in files.items():
+        storage.write_json(storage.join(output, PROTOCOL), protocol.manifest())
+        folder = storage.join(output, generations)
+        files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in protocol.items}
+        trip = Method(TRIP, folder, files, digest(made), given_frame=True)
+        table = [Row(FROZEN), *(Row(method.name, method) for method in others), Row(TRIP, trip), Row(REAL)]
+        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, folder, progress)
+        summary = score.summarise(
+            protocol,
+            items,
+            records,
+            lambda judge, row: rows.load_features(output, judge, [record["content"] for record in records[row]]),
+            judges,
+            spec.bootstrap,
+            excluded,
+        )
+        trip_row = summary.metrics[TRIP]
+        ratio = trip_row["motion_ratio"].value if "motion_ratio" in trip_row else None
+        from_champion = summary.differences.get(CHAMPION, {})
+        verdict = gate(
+            ratio,
+            trip_row["clip_distance_minus_frozen"],
+            summary.clips,
+            {name: from_champion[name] for name in score.lower_is_better(judges) if name in from_champion},
+        )
+        provenance = summed | provenance_of(spec, dataset, protocol, judges)
+        for note in summary.notes[: sum(map(len, summary.counts["excluded"].values()))]:
+            progress(f"evaluate   {note}")
+        progress(f"report     writing tables, pictures and {min(spec.examples, len(items))} videos")
+        examples = _examples(dataset, protocol.frames, items[: spec.examples], table)
+        pages = report.build(summary, verdict, judges, protocol, examples, provenance)
+        for name, content in pages.items():
             storage.write_bytes(storage.join(output, name), content)
+        numbers = asdict(summary)
         content = {
             "schema_version": SCHEMA_VERSION,
             "key": key,
-            "rows": {row: {name: asdict(e) for name, e in values.items()} for row, values in summary.metrics.items()},
-            "curves": {row: [asdict(point) for point in points] for row, points in summary.curves.items()},
-            "gate": asdict(gate),
-            "notes": summary.notes,
+            "rows": numbers["metrics"],
+            **{name: numbers[name] for name in ("differences", "floors", "infinity", "curves", "counts", "notes")},
+            "gate": asdict(verdict),
             "clips": summary.clips,
-            "items": len(protocol.items),
-            "files": sorted(files),
+            "items": len(items),
+            "files": sorted([*pages, PROTOCOL]),
+            "generations": generations,
             "provenance": provenance,
         }
         storage.write_json(storage.join(output, REPORT), content)
@@ -190,71 +191,75 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         raise UserError(
             f"the evaluation cannot read or write a file ({error}); free space, or choose another output than {output}"
         ) from error
-    done = _finished(output, key, start)
+    done = finished_report(output, key, start)
     assert done is not None, f"the report at {output} does not read back"
-    verdict = "gate passed" if gate.passed else f"gate not passed: {'; '.join(gate.reasons)}"
-    progress(f"evaluate   {summary.clips} clips, {verdict}; {storage.join(output, 'report.html')}")
+    said = "gate passed" if verdict.passed else f"gate not passed: {'; '.join(verdict.reasons)}"
+    progress(f"evaluate   {summary.clips} clips, {said}; {storage.join(output, 'report.html')}")
     return done
 
 
-def _model_sha256(model: str) -> str:
-    try:
-        folder = storage.local_folder(model)
-    except FileNotFoundError as error:
-        raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
-    if not (folder / "trip.json").is_file():
-        raise UserError(f"{model} holds no trip.json; give the folder that training exported, not a base or checkpoint")
-    return folder_hash(folder)
-
-
-def _finished(output: str, key: str, start: float) -> EvaluateReport | None:
-    """The report at an address, if it is whole and of this key."""
-    try:
-        content = storage.read_json(storage.join(output, REPORT))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.get("key") != key:
-        return None
-    if not all(storage.exists(storage.join(output, name)) for name in content["files"]):
-        return None
-    return EvaluateReport(
-        uri=output,
-        key=key,
-        metrics=content["rows"],
-        gate=score.Gate(content["gate"]["passed"], tuple(content["gate"]["reasons"])),
-        clips=content["clips"],
-        items=content["items"],
-        files=(*content["files"], REPORT),
-        seconds=time.monotonic() - start,
-    )
-
-
 def _run_stages(
-    spec: EvaluateSpec, plan: list[Batch], generations: str, scores: str, progress: Callable[[str], None]
-) -> None:
-    missing = generate.unfinished(plan, generations)
-    unjudged = generate.unfinished(plan, scores)
-    if not missing and not unjudged:
-        return
-    with ray_session(spec.ray_address):
-        _drive("generate", Generator, (generations,), spec, plan, missing, progress)
-        _drive("judge", Judge, (scores, generations), spec, plan, unjudged, progress)
+    spec: EvaluateSpec,
+    protocol: Protocol,
+    dataset: ShardDataset,
+    table: Sequence[Row],
+    judges: Sequence[JudgeName],
+    folder: str,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, list[dict[str, Any]]], tuple[Item, ...], dict[str, dict[str, int]]]:
+    """Makes what is missing. Returns each row's records of the items that all rows have, those items, and the others.
+
+    Other methods' clips come first: one that cannot be used is told before any is animated.
+    """
+    made = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
+    plan = generate.batches(protocol.items, spec.batch)
+    given = [row for row in table if row.method is not None and row.name != TRIP]
+
+    def lacking() -> dict[str, dict[str, str]]:
+        found = {}
+        for row in given:
+            assert row.method is not None
+            read = rows.read_records(spec.output, row, made, plan)
+            failed = {key: record["failed"] for key, record in read.items() if "failed" in record}
+            found[row.name] = missing_of(row.method, protocol.items) | failed
+        return found
+
+    def judge(label: str, of: Sequence[Row]) -> None:
+        tasks = rows.unjudged(spec.output, of, made, plan, judges)
+        done = len(protocol.items) - sum(len(batch) for _, batch in tasks)
+        _drive(label, Judge, (of, made), spec, protocol, tasks, done, progress)
+
+    missing = generate.unfinished(plan, folder)
+    if missing or rows.unjudged(spec.output, table, made, plan, judges):
+        with ray_session(spec.ray_address):
+            if given:
+                judge("methods", given)
+                without_missing(protocol, lacking())
+            done = len(protocol.items) - sum(map(len, missing))
+            _drive("generate", Generator, (folder,), spec, protocol, [(batch,) for batch in missing], done, progress)
+            judge("judge", table)
+    items, excluded = without_missing(protocol, lacking())
+    found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
+    return {name: [records[item.key] for item in items] for name, records in found.items()}, items, excluded
 
 
 def _drive(
     label: str,
     kind: type[_Worker],
-    arguments: tuple[str, ...],
+    arguments: tuple[Any, ...],
     spec: EvaluateSpec,
-    plan: list[Batch],
-    missing: list[Batch],
+    protocol: Protocol,
+    tasks: Sequence[tuple[Any, ...]],
+    done: int,
     progress: Callable[[str], None],
 ) -> None:
-    """Runs batches over actors, each actor with one batch in hand; one that dies is started again and repeats it."""
-    if not missing:
+    """Runs tasks over actors, each actor with one in hand; one that dies is started again and repeats it.
+
+    A task is the arguments of `run`, the batch last; `done` items need none.
+    """
+    if not tasks:
         return
-    total, left = (sum(map(len, batches)) for batches in (plan, missing))
-    ticks = Ticks(label, total, progress, done=total - left)
+    ticks = Ticks(label, len(protocol.items), progress, done)
     actor_class: Any = ray.remote(
         num_cpus=spec.cpus_per_worker,
         num_gpus=spec.gpus_per_worker,
@@ -267,21 +272,21 @@ def _drive(
         if wanted > present:  # Ray would wait for it without end and without a word
             raise UserError(f"a {label} worker asks for {wanted:g} {resource}, the Ray session has {present:g}")
     fitting = spec.workers or int(held["CPU"]) // spec.cpus_per_worker
-    queue = deque(missing)
-    actors = [actor_class.remote(spec, *arguments) for _ in range(max(1, min(fitting, len(missing))))]
+    queue = deque(tasks)
+    actors = [actor_class.remote(spec, protocol.frames, *arguments) for _ in range(max(1, min(fitting, len(tasks))))]
     in_hand: dict[Any, tuple[Any, Batch]] = {}
     try:
         for actor in actors:
-            batch = queue.popleft()
-            in_hand[actor.run.remote(batch)] = (actor, batch)
+            task = queue.popleft()
+            in_hand[actor.run.remote(*task)] = (actor, task[-1])
         while in_hand:
             (ready,), _ = ray.wait(list(in_hand), num_returns=1)
             actor, batch = in_hand.pop(ready)
             ray.get(ready)
             ticks.tick(len(batch))
             if queue:
-                following = queue.popleft()
-                in_hand[actor.run.remote(following)] = (actor, following)
+                task = queue.popleft()
+                in_hand[actor.run.remote(*task)] = (actor, task[-1])
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError | OSError):
@@ -298,24 +303,12 @@ def _drive(
             ray.kill(actor)
 
 
-def _examples(dataset: ShardDataset, protocol: Protocol, generations: str, count: int) -> Sequence[report.Example]:
+def _examples(
+    dataset: ShardDataset, frames: int, items: Sequence[Item], table: Sequence[Row]
+) -> Sequence[report.Example]:
     examples = []
-    for item in protocol.items[:count]:
-        real = generate.real_pixels(dataset, item)
-        shown = generate.shown(generate.load_generated(generations, item), real)
-        examples.append(report.Example(item.key, item.caption, real, shown))
+    for item in items:
+        real = generate.real_pixels(dataset, item, frames)
+        shown = {row.name: row.frames(item, real)[0] for row in table if row.method is not None}
+        examples.append(report.Example(item.key, item.caption, real, shown.pop(TRIP), shown))
     return examples
-
-
-def _provenance(spec: EvaluateSpec, dataset: ShardDataset, judges: Sequence[JudgeName]) -> dict[str, Any]:
-    """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
-    return {
-        "model": spec.model,
-        "dataset": spec.dataset,
-        "dataset_recipe": dataset.manifest["recipe_hash"],
-        "held_out_fraction": spec.held_out_fraction,
-        "seed": spec.seed,
-        "judges": {judge.features[0]: asdict(judge) for judge in judges},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},
-    }

@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from infra import storage
+from tasks.evaluate.presets import Preset, PublishedRow, load_preset, preset_names, published_rows
 from tasks.records import UserError
 from tasks.shards import ShardDataset, parse_record, split_keys
 
-PRESETS = Path(__file__).with_name("protocols")
 SCHEMA = "trip-protocol/1"
-AS_PUBLISHED = "as published, other harness"
 LEAST_FRAMES = 4  # of F-Consistency/4
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """A row of a published table: percents, dB and distances by the name of their metric, measured by another harness.
-
-    `kind` is what the table says of the method beside its name, such as T2V or zero-shot.
-    """
-
-    table: int
-    method: str
-    values: dict[str, float]
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A protocol as its file states it; None where the data set decides. Paper: WebVid-10M, `webvid-2048`."""
-
-    title: str
-    sources: tuple[str, ...] = ()  # formats of the source that the data set may be prepared from; none: any
-    split: str | None = None  # of that source
-    held_out: bool = False  # only clips that training held out
-    number: int | Literal["all", "asked"] = (
-        "all"  # of clips, exactly; "asked": windows, at most as many as the run asks
-    )
-    seed: int = 0  # of the choice among more clips
-    windows: Literal["first", "all"] = "first"  # of a clip
-    frames: int | None = None
-    fps: float | None = None
-    size: int | None = None
-    captions: Literal["first", "random", "all"] | None = None  # of MSR-VTT's 20: how the data set was prepared
-    categories: tuple[str, ...] = ()  # clips of these captions; distances are the mean of the categories' own
-    least_clips: int = 1  # in each category, or of all
-    missing: Literal["error", "exclude"] = "error"  # an item that the data set or a method lacks
-    caveats: tuple[str, ...] = ()
-    beside: str | None = None  # the preset whose published rows are printed with it
-    published: tuple[PublishedRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +81,11 @@ class Protocol:
         return len({item.clip for item in self.items})
 
     @property
+    def published(self) -> tuple[PublishedRow, ...]:
+        """The rows to print beside this protocol's, as published, other harness."""
+        return self.rules.published or (published_rows(self.rules.beside) if self.rules.beside else ())
+
+    @property
     def sha(self) -> str:
         """Hex sha256 of the manifest."""
         return self.manifest()["sha256"]
@@ -140,34 +104,6 @@ def _sha256(manifest: Manifest) -> str:
 def item_seed(key: str, seed: int) -> int:
     """The seed of one item, 31 bits of sha256(key, run seed): subsets and resumed runs see the same noise."""
     return int.from_bytes(hashlib.sha256(f"{key}\0{seed}".encode()).digest()[:4], "big") >> 1
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
-def load_preset(name: str) -> Preset:
-    """The preset of this name, or of a TOML file at this address. Raises UserError with what is wrong where."""
-    if name not in preset_names() and not name.endswith(".toml"):
-        raise UserError(f"no protocol {name!r}; give {', '.join(preset_names())}, or a file .toml or .json")
-    address = name if name.endswith(".toml") else str(PRESETS / f"{name}.toml")
-    try:
-        preset = parse_record(Preset, json.dumps(tomllib.loads(storage.read_bytes(address).decode())).encode())
-    except FileNotFoundError as error:
-        raise UserError(f"no protocol file at {address}; give one, or {', '.join(preset_names())}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"protocol file {address} is not usable ({error}); see the presets beside it") from error
-    for field in ("number", "frames", "fps", "size", "least_clips"):
-        value = getattr(preset, field)
-        if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"protocol file {address}: {field} {value}, expected a number above 0")
-    return preset
-
-
-def published_rows(name: str) -> tuple[PublishedRow, ...]:
-    """The rows to print beside a protocol's, as published, other harness."""
-    preset = load_preset(name)
-    return preset.published or (published_rows(preset.beside) if preset.beside else ())
 
 
 def load_protocol(name: str, dataset: ShardDataset, held_out_fraction: float, limit: int, seed: int) -> Protocol:

@@ -7,16 +7,18 @@ import csv
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tasks.evaluate.gate import Gate
 from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
-from tasks.evaluate.published import AS_PUBLISHED, WEBVID_10M
-from tasks.evaluate.score import ROW_LABELS, ROWS, Gate, Summary
+from tasks.evaluate.presets import AS_PUBLISHED, PublishedRow
+from tasks.evaluate.protocols import Protocol
+from tasks.evaluate.score import NO_DISTANCE, Summary
 from tasks.evaluate.statistics import Estimate
 from trip_model.video import video_bytes
 
@@ -30,16 +32,19 @@ REPORT_STYLE = (
     f".gate{{font-weight:600;color:{ACCENT}}}"
 )
 COLOURS = {"frozen": "#8e8e93", "trip": ACCENT, "real": "#1d4ed8"}
+OTHER_COLOURS = ("#0f766e", "#7c3aed", "#a16207", "#be185d")
+LABELS = {"frozen": "Frozen first frame", "trip": "TRIP (this run)", "real": "Real video", "champion": "Champion"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out clip to look at: real and generated uint8 [F, H, W, 3], the latter as the user gets it."""
+    """One clip to look at: real and generated uint8 [F, H, W, 3], the latter as the user gets it; others' by row."""
 
     key: str
     caption: str
     real: NDArray[np.uint8]
     generated: NDArray[np.uint8]
+    others: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,19 @@ def number(estimate: Estimate | None, digits: str) -> str:
     return f"{text} ({format(estimate.ci_low, digits)} to {format(estimate.ci_high, digits)})"
 
 
-def own_table(summary: Summary, judge: JudgeName) -> Table:
-    """This run between its two reference rows."""
+def label(row: str) -> str:
+    """How a row is called in a table: another method by its own name."""
+    return LABELS.get(row, row)
+
+
+def consistency_judge(judges: Sequence[JudgeName]) -> JudgeName:
+    """The one whose embeddings frame consistency is of."""
+    return next(judge for judge in judges if judge.features[0] == "clip_frames")
+
+
+def own_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
+    """This run and the other methods between the two reference rows."""
+    judge = consistency_judge(judges)
     remark = "" if judge.official else f", {NOT_COMPARABLE}"
     columns = [
         ("motion_ratio", "Motion ratio to real (1 is best)", ".3f"),
@@ -79,40 +95,67 @@ def own_table(summary: Summary, judge: JudgeName) -> Table:
         (f"{judge.metric}/all", f"{judge.metric}, all frames{remark}", ".2f"),
         ("first_frame_psnr_db", "First-frame PSNR, dB (higher)", ".2f"),
         ("first_frame_ssim", "First-frame SSIM (higher)", ".4f"),
+        ("flicker_ratio", "Flicker ratio to real (1 is best)", ".3f"),
+        ("smoothness_ratio", "Smoothness ratio to real (1 is best)", ".3f"),
+    ]
+    columns += [
+        (name, name, ".3f") for name in summary.metrics["trip"] if name.startswith(("text_alignment", "flow_ratio"))
     ]
     rows = [
-        [ROW_LABELS[row], *(number(summary.metrics[row].get(name), digits) for name, _, digits in columns)]
-        for row in ROWS
+        [label(row), *(number(summary.metrics[row].get(name), digits) for name, _, digits in columns)]
+        for row in summary.rows
     ]
     return Table("This run", ["Row", *(title for _, title, _ in columns)], rows)
 
 
-def distance_table(summary: Summary) -> Table:
-    """Distances of the generated frames, and of their motion, to the real ones under the random nets."""
-    names = [name for name in summary.metrics["trip"] if name.startswith(("rfd-", "rkd-"))]
+def distance_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
+    """Distances of each row's clips to the real ones, under every judge of sets of clips."""
+    of_sets = [judge for judge in judges if judge.features[0] not in NO_DISTANCE]
+    official = {name: judge.official for judge in of_sets for name in (judge.metric, judge.kernel_metric)}
+    official |= {f"{judge.metric}/with_given_frame": judge.official for judge in of_sets}
+    names = [name for name in summary.metrics["trip"] if name in official]
     rows = []
-    for row in ROWS:
+    for row in summary.rows:
         cells = [number(summary.metrics[row].get(name), ".3g") for name in names]
         floor = " (floor: half to half)" if row == "real" else ""
-        rows.append([ROW_LABELS[row], *(cell + floor if cell != "-" else cell for cell in cells)])
-    return Table("Distances to the real clips", ["Row", *(f"{n} (lower), {NOT_COMPARABLE}" for n in names)], rows)
+        rows.append([label(row), *(cell + floor if cell != "-" else cell for cell in cells)])
+    titles = [f"{name} (lower){'' if official[name] else f', {NOT_COMPARABLE}'}" for name in names]
+    return Table("Distances to the real clips", ["Row", *titles], rows)
 
 
-def paper_table(summary: Summary, judge: JudgeName) -> Table:
-    """The same rows in the columns of Tables 1, 5 and 6, above the rows of the paper."""
-    rows = []
-    for row in ROWS:
-        values = summary.metrics[row]
-        remark = "" if judge.official else f" [{judge.metric}, {NOT_COMPARABLE}]"
-        motion = next((name for name in values if name.startswith("rfd-motion")), None)
-        distance = f"{number(values[motion], '.3g')} [{motion}, {NOT_COMPARABLE}]" if motion else "-"
-        consistency = [number(values[f"{judge.metric}/{k}"], ".2f") + remark for k in ("4", "all")]
-        rows.append([ROW_LABELS[row], *consistency, distance, f"this run, {summary.clips} clips"])
-    for published in WEBVID_10M:
-        values = [f"{published.consistency_4:.2f}", f"{published.consistency_all:.2f}", f"{published.fvd:g}"]
-        rows.append([published.method, *values, f"Table {published.table}, {AS_PUBLISHED}"])
-    header = ["Approach", "F-Consistency_4 (higher)", "F-Consistency_all (higher)", "FVD (lower)", "Source"]
-    return Table("Beside the paper (WebVid-10M)", header, rows)
+def paper_table(summary: Summary, judges: Sequence[JudgeName], protocol: Protocol) -> Table:
+    """The same rows in the columns of the published table, above its rows; what stands in for a metric says so."""
+    published = [row for row in protocol.published if row.table != 4]  # that one is the human study
+    metrics = list(dict.fromkeys(name for row in published for name in row.values))
+    judge = consistency_judge(judges)
+    by_name = {judge.metric: judge for judge in judges}
+
+    def cell(row: str, metric: str) -> str:
+        found = summary.metrics[row]
+        if metric.startswith("F-Consistency"):
+            remark = "" if judge.official else f" [{judge.metric}, {NOT_COMPARABLE}]"
+            return number(found[metric.replace("F-Consistency", judge.metric)], ".2f") + remark
+        if metric in by_name:
+            return number(found.get(metric), ".3g")
+        kind = "rfd-motion" if metric == "FVD" else "rfd-app"
+        name = next((name for name in found if name.startswith(kind)), None)
+        return f"{number(found[name], '.3g')} [{name}, {NOT_COMPARABLE}]" if name else "-"
+
+    rows = [
+        [label(row), *(cell(row, metric) for metric in metrics), f"this run, {summary.clips} clips"]
+        for row in summary.rows
+    ]
+    for row in published:
+        method = f"{row.method} ({row.kind})" if row.kind else row.method
+        values = [_published(row, metric) for metric in metrics]
+        rows.append([method, *values, f"Table {row.table}, {AS_PUBLISHED}"])
+    header = [f"{name.replace('/', '_')} ({'higher' if 'Consistency' in name else 'lower'})" for name in metrics]
+    return Table("Beside the paper", ["Approach", *header, "Source"], rows)
+
+
+def _published(row: PublishedRow, metric: str) -> str:
+    value = row.values.get(metric)
+    return "-" if value is None else f"{value:.2f}" if "Consistency" in metric else f"{value:g}"
 
 
 def per_clip_csv(summary: Summary) -> bytes:
@@ -123,24 +166,26 @@ def per_clip_csv(summary: Summary) -> bytes:
     return buffer.getvalue().encode()
 
 
-def curve_png(summary: Summary, judge: JudgeName) -> bytes:
+def curve_png(summary: Summary, judges: Sequence[JudgeName]) -> bytes:
     """Frame consistency by number of frames, as in Figure 4, with the interval as a band."""
     from matplotlib.figure import Figure
 
+    judge, curves = consistency_judge(judges), summary.curves["consecutive"]
+    others = dict(zip([row for row in summary.rows if row not in COLOURS], OTHER_COLOURS * 9, strict=False))
     figure = Figure(figsize=(7.2, 4.4), dpi=140, layout="constrained")
     axes = figure.add_subplot()
-    for row in ROWS:
-        points = summary.curves[row]
+    for row in summary.rows:
+        points, colour = curves[row], (COLOURS | others)[row]
         frames = np.arange(2, len(points) + 2)
         style = "--" if row == "frozen" else "-"
-        axes.plot(frames, [p.value for p in points], style, color=COLOURS[row], lw=2, label=ROW_LABELS[row])
+        axes.plot(frames, [p.value for p in points], style, color=colour, lw=2, label=label(row))
         low = [p.value if p.ci_low is None else p.ci_low for p in points]
         high = [p.value if p.ci_high is None else p.ci_high for p in points]
-        axes.fill_between(frames, low, high, color=COLOURS[row], alpha=0.15, lw=0)
+        axes.fill_between(frames, low, high, color=colour, alpha=0.15, lw=0)
     remark = "" if judge.official else f"\n{NOT_COMPARABLE}"
     axes.set(xlabel="number of frames", ylabel=f"{judge.metric} (%)")
-    axes.set_title(f"Frame consistency, {summary.clips} held-out clips{remark}", fontsize=11)
-    axes.set_xticks(range(2, len(summary.curves["real"]) + 2, 2))
+    axes.set_title(f"Frame consistency, {summary.clips} clips{remark}", fontsize=11)
+    axes.set_xticks(range(2, len(curves["real"]) + 2, 2))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -161,11 +206,11 @@ def _enlarge(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
 def contact_sheet_png(examples: Sequence[Example]) -> bytes:
     """Held-out clips under their captions: a row each of real, TRIP and frozen frames, evenly spread over the clip."""
     count, height, width = examples[0].real.shape[:3]
-    scale, gap, label, head = _scale(min(height, width)), 4, 92, 40
+    scale, gap, name_width, head = _scale(min(height, width)), 4, 92, 40
     picked = np.unique(np.linspace(0, count - 1, min(SHEET_FRAMES, count)).round().astype(int))
     cell_w, cell_h = width * scale + gap, height * scale + gap
     block = head + 22 + 3 * cell_h + 14
-    sheet = Image.new("RGB", (label + len(picked) * cell_w + gap, len(examples) * block + gap), PAPER)
+    sheet = Image.new("RGB", (name_width + len(picked) * cell_w + gap, len(examples) * block + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(24), ImageFont.load_default(16)
     for number_, example in enumerate(examples):
@@ -173,7 +218,7 @@ def contact_sheet_png(examples: Sequence[Example]) -> bytes:
         draw.text((gap + 2, top + 8), _fitted(draw, example.caption, large, sheet.width - 12), INK, font=large)
         frozen = np.repeat(example.real[:1], count, axis=0)
         for column, frame in enumerate(picked):
-            draw.text((label + column * cell_w, top + head), f"frame {frame + 1}", INK, font=small)
+            draw.text((name_width + column * cell_w, top + head), f"frame {frame + 1}", INK, font=small)
         rows = (("real", example.real), ("trip", example.generated), ("frozen", frozen))
         for line, (row, pixels) in enumerate(rows):
             y = top + head + 22 + line * cell_h
@@ -181,7 +226,7 @@ def contact_sheet_png(examples: Sequence[Example]) -> bytes:
             draw.text((gap + 2, y + cell_h // 2 - 14), name, COLOURS[row], font=large)
             for column, frame in enumerate(picked):
                 picture = Image.fromarray(_enlarge(pixels[frame], scale))
-                sheet.paste(picture, (label + column * cell_w, y))
+                sheet.paste(picture, (name_width + column * cell_w, y))
     return _png(sheet)
 
 
@@ -221,17 +266,26 @@ def side_by_side(example: Example) -> NDArray[np.uint8]:
 
 
 def build(
-    summary: Summary, gate: Gate, judge: JudgeName, examples: Sequence[Example], provenance: dict[str, Any], fps: float
+    summary: Summary,
+    gate: Gate,
+    judges: Sequence[JudgeName],
+    protocol: Protocol,
+    examples: Sequence[Example],
+    provenance: dict[str, Any],
 ) -> dict[str, bytes]:
     """All files for people, by their name in the report's folder; equal inputs give equal bytes, H.264 excepted."""
-    files = {"per_clip.csv": per_clip_csv(summary), "consistency.png": curve_png(summary, judge)}
+    files = {"per_clip.csv": per_clip_csv(summary), "consistency.png": curve_png(summary, judges)}
     files["contact_sheet.png"] = contact_sheet_png(examples[:SHEET_CLIPS])
     for index, example in enumerate(examples):
         pixels = side_by_side(example)
-        files[f"videos/{example.key}.mp4"] = video_bytes(pixels, fps, "mp4")
+        files[f"videos/{example.key}.mp4"] = video_bytes(pixels, protocol.fps, "mp4")
         if index == 0:
-            files[f"videos/{example.key}.gif"] = video_bytes(pixels, fps, "gif")
-    tables = [own_table(summary, judge), distance_table(summary), paper_table(summary, judge)]
+            files[f"videos/{example.key}.gif"] = video_bytes(pixels, protocol.fps, "gif")
+    tables = [
+        own_table(summary, judges),
+        distance_table(summary, judges),
+        paper_table(summary, judges, protocol),
+    ]
     verdict = "passed" if gate.passed else "not passed"
     files["report.md"] = _markdown(tables, verdict, gate, summary, examples, provenance).encode()
     files["report.html"] = _page(tables, verdict, gate, summary, examples, provenance, files).encode()

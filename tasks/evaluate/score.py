@@ -1,186 +1,220 @@
-"""From frames to the table: what the judges see of one clip, the sums over all clips, and the gate's pure rule."""
+"""From records and features to the table: which metrics there are, what was counted, and how to read it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evaluate.consistency import consistency_at, consistency_curve
-from tasks.evaluate.frechet import Moments, frechet_distance, kernel_distance
-from tasks.evaluate.generate import shown
-from tasks.evaluate.judges import NOT_COMPARABLE, Judge, JudgeName, judge_item
-from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude, psnr, ssim
-from tasks.evaluate.protocols import Item
-from tasks.evaluate.statistics import Estimate, mean_over_clips, ratio_of_sums
+from tasks.evaluate.consistency import (
+    PAIR_RULES,
+    consistency_at,
+    consistency_by_lag,
+    consistency_curve,
+    consistency_name,
+)
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
+from tasks.evaluate.protocols import Item, Protocol
+from tasks.evaluate.rows import FROZEN, REAL, TRIP, Features
+from tasks.evaluate.statistics import Estimate, mean_over_clips
+from tasks.evaluate.sums import Sums, Values
 
-# The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
-ROWS = ("frozen", "trip", "real")
-ROW_LABELS = {"frozen": "Frozen first frame", "trip": "TRIP (this run)", "real": "Real video"}
-
-Arrays = dict[str, NDArray[Any]]
-
-
-def judge_clip(judges: Sequence[Judge], item: Item, real: NDArray[np.uint8], generated: NDArray[np.uint8]) -> Arrays:
-    """All that later sums need of one clip: the judges' features and numbers, as arrays that go into one npz.
-
-    `real` and `generated` are uint8 [F, H, W, 3]; `generated` holds the model's own frame 1.
-    """
-    rows = {"frozen": np.repeat(real[:1], len(real), axis=0), "trip": shown(generated, real), "real": real}
-    arrays: Arrays = {
-        "psnr_trip": np.float64(psnr(generated[0], real[0])),  # type: ignore[dict-item]
-        "ssim_trip": np.float64(ssim(generated[0], real[0])),  # type: ignore[dict-item]
-    }
-    for row, pixels in rows.items():
-        for judge in judges:
-            found = judge_item(judge, f"{item.key} ({row})", pixels, item.caption)
-            arrays |= {f"{feature}_{row}": values for feature, values in found.items()}
-        arrays[f"magnitude_{row}"] = np.float64(motion_magnitude(pixels))  # type: ignore[assignment]
-        arrays[f"distance_{row}"] = np.float64(clip_distance(pixels, real))  # type: ignore[assignment]
-    return arrays
+# What is measured clip by clip; of all other features distances between sets of clips are taken.
+NO_DISTANCE = ("clip_frames", "flow")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of one evaluation: metrics[row][metric], curves[row] at k = 2..F, one dict per item, and remarks."""
+    """The numbers of one evaluation; `rows` names them in the table's order.
 
+    metrics[row][metric]; differences[row][metric]: the row minus TRIP, paired by clip; floors[metric]: real clips
+    against real ones, disjoint halves at half the number; infinity[row][metric]: the distance at endless N;
+    curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
+    ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
+    and why others are not.
+    """
+
+    rows: tuple[str, ...]
     metrics: dict[str, dict[str, Estimate]]
-    curves: dict[str, list[Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    floors: dict[str, Estimate]
+    infinity: dict[str, dict[str, Estimate]]
+    curves: dict[str, dict[str, list[Estimate]]]
     per_clip: list[dict[str, Any]]
+    counts: dict[str, Any]
     notes: list[str]
-    clips: int
+
+    @property
+    def clips(self) -> int:
+        """Unique clips."""
+        return self.counts["clips"]
 
 
-def _frechet(summed: dict[str, Moments], row: str) -> Estimate:
-    return Estimate(frechet_distance(summed[row], summed["real"]))
-
-
-def _merged(parts: list[NDArray[Any]]) -> Moments:
-    return Moments.of(np.concatenate(parts))
+def lower_is_better(judges: Sequence[JudgeName]) -> tuple[str, ...]:
+    """The metrics of which the gate asks whether a champion's are lower."""
+    return ("clip_distance", *(judge.metric for judge in judges if judge.features[0] not in NO_DISTANCE))
 
 
 def summarise(
-    items: Sequence[Item], scores: Sequence[Arrays], judges: Sequence[JudgeName], bootstrap: int = 2000
+    protocol: Protocol,
+    items: Sequence[Item],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    features: Callable[[JudgeName, str], Sequence[Features]],
+    judges: Sequence[JudgeName],
+    bootstrap: int = 2000,
+    excluded: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Summary:
-    """Sums the scores of all items, in the items' order; deterministic, whoever made the scores and when.
+    """Sums up all rows in the items' order; deterministic, whoever made records and features and when.
 
     Intervals are 95 % bootstrap intervals that draw whole clips. Frechet distances carry none: a percentile interval of
-    a Frechet distance is biased to the point of missing its own estimate. Their floor stands in the real row instead.
+    a Frechet distance is biased to the point of missing its own estimate. Their differences do, and their floor stands
+    in the real row instead.
+
+    Args:
+        records: of each row, what `rows.measure` said of every item.
+        features: of a judge and a row, what it made of every item.
+        excluded: by row, how many of the protocol's items it lacked, by reason.
+    Raises:
+        ValueError: a video of fewer than 4 frames, features that are not finite.
     """
-    judge, *distances = judges[:3]
-    clips = [item.clip for item in items]
-    names = list(dict.fromkeys(clips))
-    halves = ({name for name in names[::2]}, {name for name in names[1::2]})
-    metrics: dict[str, dict[str, Estimate]] = {}
-    curves: dict[str, list[Estimate]] = {}
-    column = {name: np.array([float(s[name]) for s in scores]) for name in scores[0] if scores[0][name].ndim == 0}
-    by_row = {row: np.stack([consistency_curve(s[f"clip_frames_{row}"]) for s in scores]) for row in ROWS}
-    moving = bool(column["magnitude_real"].sum() > 0)
-
-    for row in ROWS:
-        curves[row] = [mean_over_clips(values, clips, bootstrap) for values in by_row[row].T]
-        consistency_at(by_row[row][0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
-        values = {f"{judge.metric}/4": curves[row][2], f"{judge.metric}/all": curves[row][-1]}
-        if moving:
-            values["motion_ratio"] = ratio_of_sums(
-                column[f"magnitude_{row}"], column["magnitude_real"], clips, bootstrap
-            )
-        values["clip_distance"] = mean_over_clips(column[f"distance_{row}"], clips, bootstrap)
-        metrics[row] = values
-    difference = column["distance_trip"] - column["distance_frozen"]
-    metrics["trip"]["clip_distance_minus_frozen"] = mean_over_clips(difference, clips, bootstrap)
-    metrics["trip"]["first_frame_psnr_db"] = mean_over_clips(column["psnr_trip"], clips, bootstrap)
-    metrics["trip"]["first_frame_ssim"] = mean_over_clips(column["ssim_trip"], clips, bootstrap)
-
-    for distance in distances:
-        name, kernel, (feature,) = distance.metric, distance.kernel_metric, distance.features
-        whole = {row: [s[f"{feature}_{row}"] for s in scores] for row in ROWS}
-        moments = {row: _merged(parts) for row, parts in whole.items()}
-        for row in ("frozen", "trip"):
-            metrics[row][name] = _frechet(moments, row)
-            metrics[row][kernel] = Estimate(kernel_distance(np.concatenate(whole[row]), np.concatenate(whole["real"])))
-        if all(halves):
-            sides = [[p for p, clip in zip(whole["real"], clips, strict=True) if clip in half] for half in halves]
-            metrics["real"][name] = Estimate(frechet_distance(_merged(sides[0]), _merged(sides[1])))
-            metrics["real"][kernel] = Estimate(kernel_distance(np.concatenate(sides[0]), np.concatenate(sides[1])))
-
-    per_clip = []
-    for i, item in enumerate(items):
-        line: dict[str, Any] = {"key": item.key, "clip": item.clip, "caption": item.caption, "seed": item.seed}
-        real_motion = column["magnitude_real"][i]
-        line["motion_ratio"] = float(column["magnitude_trip"][i] / real_motion) if real_motion > 0 else None
-        for name in ("magnitude_real", "magnitude_trip", "distance_trip", "distance_frozen", "psnr_trip", "ssim_trip"):
-            line[name] = float(column[name][i])
-        for row in ROWS:
-            line[f"consistency_4_{row}"] = consistency_at(by_row[row][i], 4)
-            line[f"consistency_all_{row}"] = float(by_row[row][i][-1])
-        per_clip.append(line)
-    return Summary(metrics, curves, per_clip, _notes(items, len(names), judges), len(names))
-
-
-def _notes(items: Sequence[Item], clips: int, judges: Sequence[JudgeName]) -> list[str]:
-    judge, appearance, motion = judges[:3]
-    consistency = (
-        "CLIP ViT-L/14 (OpenAI), consecutive pairs, frame 1 is the given image; the paper does not state its pair "
-        "rule, and its rows come from other clips"
-        if judge.official
-        else f"{judge.metric}: consecutive pairs under an image encoder that is not OpenAI's ViT-L/14, {NOT_COMPARABLE}"
+    rows = tuple(records)
+    sums = Sums(items, rows, bootstrap)
+    column = {
+        row: {n: np.array([r[n] for r in records[row]]) for n in records[row][0] if n != "content"} for row in rows
+    }
+    for judge in judges:
+        if judge.features[0] == "clip_frames":
+            _add_consistency(sums, judge, {row: features(judge, row) for row in rows})
+    sums.add("motion_ratio", {row: column[row]["magnitude"] for row in rows}, ratio=True)
+    sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
+    sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
+    sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
+    still = column[TRIP]["distance"] - column[FROZEN]["distance"]
+    sums.metrics[TRIP]["clip_distance_minus_frozen"] = mean_over_clips(still, sums.clips, bootstrap)
+    for kind, metric in (("psnr", "first_frame_psnr_db"), ("ssim", "first_frame_ssim")):
+        made = {row: column[row][kind] for row in rows if kind in column[row]}
+        sums.add(metric, {row: values[:, 0] for row, values in made.items()})
+        sums.add_curve(kind, made)
+    for judge in judges:
+        if judge.features[0] == "flow":
+            flow = {row: np.array([f["flow"].mean() for f in features(judge, row)], np.float64) for row in rows}
+            sums.add(judge.metric, flow, ratio=True)
+        elif judge.features[0] not in NO_DISTANCE:
+            found = {row: [f[judge.features[0]] for f in features(judge, row)] for row in rows}
+            if judge.features[0].startswith("inception"):  # its first row is the given frame, which all rows share
+                sums.add_with_given_frame(judge, found)
+                found = {row: [values[1:] for values in of] for row, of in found.items()}
+            sums.add_distances(judge, found)
+    return Summary(
+        rows=rows,
+        metrics=dict(sums.metrics),
+        differences=dict(sums.differences),
+        floors=sums.floors,
+        infinity=dict(sums.infinity),
+        curves=dict(sums.curves),
+        per_clip=_per_clip(sums, column, judges),
+        counts=_counts(protocol, items, excluded or {}),
+        notes=_notes(protocol, items, judges, excluded or {}),
     )
-    return [
-        f"{len(items)} windows of {clips} unique held-out clips; intervals are 95 %, by bootstrap over clips.",
-        f"Frame consistency: {consistency}.",
-        f"{appearance.metric} and {motion.metric}: Frechet distances to the real clips under fixed random "
-        f"nets of single frames (the given one excluded) and of frame differences, real and generated paired by first "
-        f"frame, {NOT_COMPARABLE}. The real row holds their floor: one half of the real clips against the other, at "
-        "half the number. No interval: a percentile interval of a Frechet distance is biased.",
-        "rkd-*: unbiased kernel distances (cubic polynomial) on the same features.",
-        "Frame 1 of a generated clip is the given image; first-frame PSNR and SSIM are of the model's own frame 1.",
-        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
-        "The best consistency is the real row's, not the highest: a still clip scores 100.",
+
+
+def _add_consistency(sums: Sums, judge: JudgeName, seen: Mapping[str, Sequence[Features]]) -> None:
+    """Frame consistency by every pair rule; frame 1 of every row is the given image, whatever a method made of it."""
+    given = [f["clip_frames"][:1] for f in seen[REAL]]
+    frames = {
+        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, found, strict=True)]
+        for row, found in seen.items()
+    }
+    for rule in PAIR_RULES:
+        curves = {row: np.stack([consistency_curve(e, rule) for e in found]) for row, found in frames.items()}
+        for values in curves.values():
+            consistency_at(values[0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
+        sums.add(consistency_name(judge.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
+        sums.add(consistency_name(judge.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()})
+        sums.add_curve(rule, curves)
+    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in found]) for row, found in frames.items()})
+    if "clip_text" in judge.features:
+        texts = [f["clip_text"] for f in seen[REAL]]
+        agreement = {
+            row: np.array([_cosine(e, text) for e, text in zip(found, texts, strict=True)])
+            for row, found in frames.items()
+        }
+        sums.add(f"text_alignment{judge.mark}", agreement)
+
+
+def _cosine(frames: NDArray[Any], text: NDArray[Any]) -> float:
+    """100 x mean cosine of the frames' embeddings [F, D] and the caption's [D]."""
+    a, b = frames.astype(np.float64), text.astype(np.float64)
+    return float(100.0 * (a @ b / (np.linalg.norm(a, axis=1) * np.linalg.norm(b))).mean())
+
+
+def _per_clip(
+    sums: Sums, column: Mapping[str, Mapping[str, Values]], judges: Sequence[JudgeName]
+) -> list[dict[str, Any]]:
+    consistency = next(judge.metric for judge in judges if judge.features[0] == "clip_frames")
+    lines = []
+    for i, item in enumerate(sums.items):
+        line: dict[str, Any] = {"key": item.key, "clip": item.clip, "caption": item.caption, "seed": item.seed}
+        line |= {"category": item.category, "start": item.start}
+        moved = column[REAL]["magnitude"][i]
+        line["motion_ratio"] = float(column[TRIP]["magnitude"][i] / moved) if moved > 0 else None
+        for row in sums.rows:
+            for name in ("magnitude", "distance", "flicker", "smoothness"):
+                line[f"{name}_{row}"] = float(column[row][name][i])
+            for name in ("psnr", "ssim"):
+                if name in column[row]:
+                    line[f"{name}_{row}"] = float(column[row][name][i, 0])
+            for k in ("4", "all"):
+                line[f"consistency_{k}_{row}"] = float(sums.by_item[f"{consistency}/{k}"][row][i])
+        lines.append(line)
+    return lines
+
+
+def _counts(protocol: Protocol, items: Sequence[Item], excluded: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    clips = {(item.category, item.clip) for item in items}
+    reasons = {"data set": dict(protocol.excluded)} | {name: dict(counts) for name, counts in excluded.items()}
+    return {
+        "asked": len(protocol.items) + sum(count for _, count in protocol.excluded),
+        "items": len(items),
+        "clips": len({clip for _, clip in clips}),
+        "clips_by_category": dict(sorted(Counter(category for category, _ in clips if category).items())),
+        "excluded": {name: counts for name, counts in reasons.items() if counts},
+    }
+
+
+def _notes(
+    protocol: Protocol, items: Sequence[Item], judges: Sequence[JudgeName], excluded: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+    """What a reader must know; first of all what was left out."""
+    counts = _counts(protocol, items, excluded)
+    notes = [
+        f"left out of {counts['asked']} items, in all rows: {count} that {name} lacks ({reason})"
+        for name, reasons in counts["excluded"].items()
+        for reason, count in reasons.items()
     ]
-
-
-@dataclass(frozen=True)
-class GateRule:
-    """Thresholds for a model to count as one that animates."""
-
-    least_motion_ratio: float = 0.5
-    most_motion_ratio: float = 1.5
-    least_clips: int = 32
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Whether the rule is met; every reason against is listed."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-
-
-def gate(motion_ratio: float | None, distance_minus_frozen: Estimate, clips: int, rule: GateRule | None = None) -> Gate:
-    """Moves about as much as the real clips, and lies nearer to them than a still does, on clips enough to say so.
-
-    A pure rule: motion ratio within bounds, the upper end of the paired interval of (distance generated - distance
-    frozen) below 0, and a least number of unique clips.
-    """
-    rule = rule or GateRule()
-    reasons = []
-    if clips < rule.least_clips:
-        reasons.append(f"{clips} held-out clips, at least {rule.least_clips} are needed to say anything")
-    low, high = rule.least_motion_ratio, rule.most_motion_ratio
-    if motion_ratio is None:
-        reasons.append("the real clips do not move, so there is no motion ratio")
-    elif not low <= motion_ratio <= high:
-        reasons.append(f"motion ratio {motion_ratio:.3g} lies outside {low:g} to {high:g}")
-    upper = distance_minus_frozen.ci_high
-    if upper is None:
-        reasons.append("the distance to the true clip has no interval (a single clip)")
-    elif not upper < 0:
-        reasons.append(
-            "not shown to be closer to the true clip than a still: the interval of the paired difference reaches "
-            f"{upper:+.4f}"
-        )
-    return Gate(not reasons, tuple(reasons))
+    of_each = ", ".join(f"{name} {count}" for name, count in counts["clips_by_category"].items())
+    notes += [
+        f"Protocol {protocol.name}: {protocol.rules.title}; {len(items)} windows of {counts['clips']} unique clips"
+        f"{f' ({of_each})' if of_each else ''}, {protocol.frames} frames at {protocol.fps:g} a second, {protocol.size} "
+        "pixels; intervals are 95 %, by bootstrap over clips.",
+        *protocol.rules.caveats,
+    ]
+    for judge in judges:
+        notes.append(f"{judge.metric}: {judge.geometry}{'' if judge.official else f'; {NOT_COMPARABLE}'}.")
+    return [
+        *notes,
+        "Frame consistency: consecutive pairs unless a name says otherwise, frame 1 of every row is the given image. "
+        "The paper does not state its pair rule. The best is the real row's, not the highest: a still clip scores 100.",
+        "Frechet and kernel (unbiased, cubic) distances are to the real clips, paired by first frame. The real row "
+        "holds their floor: one half of the real clips against the other, at half the number. A percentile interval of "
+        "a Frechet distance is biased, so none is given; that of its difference from TRIP is.",
+        "Every row is the clip as its user gets it: of TRIP frame 1 is the given image, of a folder the method's own. "
+        "First-frame PSNR and SSIM are of the own frame 1. A folder's frames are taken one by one, whatever rate "
+        "it states.",
+        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
+        "Motion, flicker and smoothness ratios are to the real clips: 1 is best.",
+    ]

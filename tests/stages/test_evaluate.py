@@ -18,12 +18,14 @@ import pytest
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate
-from tasks.evaluate.job import EvaluateSpec, evaluate
+from tasks.evaluate.job import evaluate
 from tasks.evaluate.judges import JudgeFiles
 from tasks.evaluate.protocols import held_out_protocol, item_seed
+from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
 from tasks.records import UserError, to_json
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
+from trip_model.video import write_video
 
 FRAMES, SIZE = 6, 32
 
@@ -53,6 +55,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def others(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another method's videos of the five items, the real clips backwards, in every form that is read."""
+    folder = tmp_path_factory.mktemp("others")
+    data = ShardDataset(dataset)
+    for number, item in enumerate(held_out_protocol(data, 0.5, 5, 0).items):
+        pixels = generate.real_pixels(data, item, FRAMES)[::-1]
+        if number == 0:
+            np.savez(folder / f"{item.key}.npz", frames=pixels)
+        else:
+            name = [f"{item.key}.mp4", f"{item.key}.gif", item.key, f"{item.clip}.mp4"][number - 1]
+            write_video(folder / name, pixels, 8.0)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with ray_session(None, 2):
         yield
@@ -60,10 +77,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(
-    cluster: None, dataset: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: None, dataset: str, others: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateSpec, Any, list[str]]:
-    """One evaluation that nobody interrupted: its spec, its report, and what it said."""
-    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2)
+    """One evaluation that nobody interrupted, beside another method: its spec, its report, and what it said."""
+    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2, methods={"Other": others})
     lines: list[str] = []
     return spec, evaluate(spec, lines.append), lines
 
@@ -109,21 +126,29 @@ def test_a_batch_with_a_missing_item_is_done_again_as_a_whole(dataset: str, tmp_
 def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec, Any, list[str]]):
     spec, report, lines = whole
     assert report.clips == report.items == 5
-    assert set(report.metrics) == {"frozen", "trip", "real"}
+    assert set(report.metrics) == {"frozen", "Other", "trip", "real"}
     trip = report.metrics["trip"]
     assert trip["clip_distance"]["ci_low"] <= trip["clip_distance"]["value"] <= trip["clip_distance"]["ci_high"]
     assert report.metrics["frozen"]["motion_ratio"]["value"] == 0
     assert not report.passed and "5 held-out clips" in report.gate.reasons[0]
     json.dumps(to_json(report), allow_nan=False)
-    for name in ("report.json", "report.md", "report.html", "per_clip.csv", "consistency.png", "contact_sheet.png"):
+    other = report.metrics["Other"]  # the real clips backwards, four of five through a codec
+    assert 1 < other["motion_ratio"]["value"] < 1.5 and other["clip_distance"]["value"] > 0.05
+    assert set(other) == set(trip) - {"clip_distance_minus_frozen"}
+    names = ("report.json", "report.md", "report.html", "protocol.json", "per_clip.csv", "consistency.png")
+    for name in (*names, "contact_sheet.png"):
         assert name in report.files and storage.exists(storage.join(report.uri, name))
     assert sum(name.endswith(".mp4") for name in report.files) == 2
     assert sum(name.endswith(".gif") for name in report.files) == 1
     assert any(line.startswith("generate   5/5 clips") for line in lines)
     assert any(line.startswith("judge      5/5 clips") for line in lines)
     content = storage.read_json(storage.join(report.uri, "report.json"))
-    assert content["schema_version"] == 1 and content["provenance"]["seed"] == spec.seed
-    assert len(content["curves"]["trip"]) == FRAMES - 1
+    assert content["schema_version"] == 2 and content["provenance"]["seed"] == spec.seed
+    assert all(len(content["curves"]["consecutive"][row]) == FRAMES - 1 for row in report.metrics)
+    minus = content["differences"]["Other"]["clip_distance"]
+    assert minus["value"] == pytest.approx(other["clip_distance"]["value"] - trip["clip_distance"]["value"])
+    assert content["counts"] == {"asked": 5, "items": 5, "clips": 5, "clips_by_category": {}, "excluded": {}}
+    assert "| Other |" in storage.read_bytes(storage.join(report.uri, "report.md")).decode()
 
 
 def test_the_same_command_again_finds_its_report(whole: tuple[EvaluateSpec, Any, list[str]]):
@@ -142,8 +167,8 @@ def test_what_is_missing_is_made_again_with_identical_numbers(
     spec, report, _ = whole
     shutil.copytree(spec.output, tmp_path / "copy")
     (tmp_path / "copy" / "report.json").unlink()
-    shutil.rmtree(tmp_path / "copy" / "scores")
-    next((tmp_path / "copy" / "generations").rglob("*.npz")).unlink()
+    for folder in ("records", "features", "generations"):  # one file each, and what follows from it is looked up
+        next(path for path in sorted((tmp_path / "copy" / folder).rglob("*")) if path.is_file()).unlink()
     lines: list[str] = []
     again = evaluate(replace(spec, output=str(tmp_path / "copy"), workers=1), lines.append)
     assert again.metrics == report.metrics and again.key == report.key
@@ -160,14 +185,19 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     spec, report, _ = whole
     spec = replace(spec, workers=1)
     fields = to_json(replace(spec, output=str(tmp_path / "killed")))
-    imports = "from tasks.evaluate.job import EvaluateSpec, evaluate; from tasks.records import from_json"
-    script = f"{imports}; evaluate(from_json(EvaluateSpec, {fields!r}))"
+    script = (
+        f"from tasks.evaluate.job import *; from tasks.records import *; evaluate(from_json(EvaluateSpec, {fields!r}))"
+    )
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
-        while not list((tmp_path / "killed").rglob("*.npz")) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not list((tmp_path / "killed" / "generations").rglob("*.npz"))
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
-        begun = len(list((tmp_path / "killed").rglob("*.npz")))
+        begun = len(list((tmp_path / "killed" / "generations").rglob("*.npz")))
         process.send_signal(signal.SIGKILL)
     assert begun > 0, "no clip was generated before the kill"
     assert process.returncode == -signal.SIGKILL
@@ -179,7 +209,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
 
 def test_another_seed_is_another_evaluation(whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path):
     spec, report, _ = whole
-    other = evaluate(replace(spec, output=str(tmp_path), seed=1, clips=2, workers=1), lambda line: None)
+    other = evaluate(replace(spec, output=str(tmp_path), seed=1, clips=2, workers=1, methods={}), lambda line: None)
     assert other.key != report.key and other.metrics["trip"] != report.metrics["trip"]
 
 
@@ -191,12 +221,31 @@ def test_generated_frames_are_kept_lossless_and_frame_1_is_the_models_own(
     item = held_out_protocol(data, 0.5, 5, seed=0).items[0]
     (path,) = Path(report.uri).glob(f"generations/*/{item.key}.npz")
     frames = generate.load_arrays(str(path))["frames"]
-    real = generate.real_pixels(data, item)
+    real = generate.real_pixels(data, item, FRAMES)
     assert frames.shape == real.shape == (FRAMES, SIZE, SIZE, 3) and frames.dtype == np.uint8
     assert (frames[0] != real[0]).any()  # an untrained VAE cannot return the photo
     seen = generate.shown(frames, real)
     np.testing.assert_array_equal(seen[0], real[0])
     np.testing.assert_array_equal(seen[1:], frames[1:])
+
+
+def test_the_champion_is_a_row_and_the_gate_asks_for_it(
+    whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
+) -> None:
+    """Held against itself a model is neither better nor worse, to the last bit."""
+    spec, report, _ = whole
+    protocol = storage.join(report.uri, "protocol.json")
+    lines: list[str] = []
+    again = evaluate(
+        replace(spec, output=str(tmp_path), protocol=protocol, champion=report.uri, methods={}, workers=1), lines.append
+    )
+    assert set(again.metrics) == {"frozen", "champion", "trip", "real"}
+    content = storage.read_json(storage.join(again.uri, "report.json"))
+    assert content["provenance"]["protocol_sha"] == storage.read_json(protocol)["sha256"]
+    assert all(value["value"] == value["ci_high"] == 0 for value in content["differences"]["champion"].values())
+    assert not any("champion" in reason for reason in again.gate.reasons)
+    with pytest.raises(UserError, match=r"champion's report at .* is of other items"):
+        evaluate(replace(spec, champion=report.uri, seed=7, methods={}), lambda line: None)
 
 
 def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path, tiny_base: Path, tmp_path: Path):
@@ -213,6 +262,9 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "clips 0": replace(spec, clips=0),
         "batch 0": replace(spec, batch=0),
         "no CLIP weights": replace(spec, judges=JudgeFiles(clip_model=str(tmp_path / "clip.pt"))),
+        "no protocol 'webvid'": replace(spec, protocol="webvid"),
+        "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
+        "no report of schema 2 at": replace(spec, champion=str(tmp_path / "nothing")),
         "asks for 64 CPU": replace(spec, cpus_per_worker=64),
         "steps 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, identify_judges, load_judges
+from tasks.evaluate.gate import Gate, gate
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item, load_judges
+from tasks.evaluate.presets import load_preset
 from tasks.evaluate.progress import Ticks, duration
-from tasks.evaluate.protocols import Item
+from tasks.evaluate.protocols import Item, Protocol
 from tasks.evaluate.report import Example, build, distance_table, own_table, paper_table, side_by_side
-from tasks.evaluate.score import Gate, Summary, gate, judge_clip, summarise
+from tasks.evaluate.rows import measure
+from tasks.evaluate.score import Summary, summarise
 from tasks.evaluate.statistics import Estimate
 from tasks.ingest.drawing import draw_clip
 from trip_model.video import read_clip
 
-NAMES = identify_judges(JudgeFiles())
 NEARER = Estimate(-0.05, -0.07, -0.02)
 
 
@@ -35,20 +38,42 @@ def noisy(pixels: np.ndarray, seed: int, sd: float = 4.0) -> np.ndarray:
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
-def summary_of(make: str, count: int = 6) -> Summary:
-    judges = load_judges(JudgeFiles())
-    scores = []
-    for i in range(count):
-        real = real_clip(i)
-        generated = {
-            "real": real,
-            "frozen": np.repeat(real[:1], 16, axis=0),
-            "noisy": noisy(real, i),
-            "half speed": real[np.arange(16) // 2],
-            "shuffled": real[np.random.default_rng(i).permutation(16)],
-        }[make]
-        scores.append(judge_clip(judges, items(count)[i], real, generated))
-    return summarise(items(count), scores, NAMES, bootstrap=200)
+JUDGES = load_judges(JudgeFiles())
+NAMES = [judge.name for judge in JUDGES]
+
+
+def protocol_of(count: int) -> Protocol:
+    return Protocol("held-out", load_preset("held-out"), tuple(items(count)), 16, 4.0, 64)
+
+
+def made(make: str, i: int) -> np.ndarray:
+    real = real_clip(i)
+    return {
+        "real": real,
+        "frozen": np.repeat(real[:1], 16, axis=0),
+        "noisy": noisy(real, i),
+        "half speed": real[np.arange(16) // 2],
+        "shuffled": real[np.random.default_rng(i).permutation(16)],
+    }[make]
+
+
+def summarised(protocol: Protocol, clips: dict[str, list[np.ndarray]]) -> Summary:
+    """The table of these clips by row; of a generated one the given image takes the place of frame 1."""
+    real, items_ = clips["real"], protocol.items
+    firsts = {row: [None if row in ("frozen", "real") else p[0] for p in found] for row, found in clips.items()}
+    shown = {row: [np.concatenate([real[i][:1], p[1:]]) for i, p in enumerate(found)] for row, found in clips.items()}
+    records = {row: list(map(measure, shown[row], real, firsts[row])) for row in clips}
+
+    def features(name: JudgeName, row: str) -> list[dict[str, np.ndarray]]:
+        judge = next(judge for judge in JUDGES if judge.name == name)
+        return [judge_item(judge, item.key, shown[row][i], item.caption) for i, item in enumerate(items_)]
+
+    return summarise(protocol, items_, records, features, NAMES, bootstrap=200)
+
+
+def summary_of(make: str, *others: str, count: int = 6) -> Summary:
+    rows = {"frozen": "frozen", **{other: other for other in others}, "trip": make, "real": "real"}
+    return summarised(protocol_of(count), {row: [made(of, i) for i in range(count)] for row, of in rows.items()})
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +105,46 @@ def test_real_frames_as_generated_ones_score_like_the_real_row():
 
 
 def test_freezing_slowing_and_shuffling_are_seen_by_the_right_metric():
-    slow, shuffled, still = summary_of("half speed"), summary_of("shuffled"), summary_of("frozen")
-    assert values(slow, "trip")["motion_ratio"] == pytest.approx(0.5, abs=0.08)
-    assert values(shuffled, "trip")["motion_ratio"] > 2
-    assert values(shuffled, "trip")["rfc-clip-randomall"] < values(shuffled, "real")["rfc-clip-randomall"]
-    floor = values(slow, "real")["rfd-motion"]
-    assert values(still, "trip")["rfd-motion"] > floor and values(shuffled, "trip")["rfd-motion"] > 10 * floor
-    assert still.metrics["trip"]["clip_distance_minus_frozen"].value == 0
+    table = summary_of("frozen", "half speed", "shuffled")
+    slow, shuffled, still, real = (values(table, row) for row in ("half speed", "shuffled", "trip", "real"))
+    assert slow["motion_ratio"] == pytest.approx(0.5, abs=0.08)
+    assert shuffled["motion_ratio"] > 2
+    assert shuffled["rfc-clip-randomall"] < real["rfc-clip-randomall"]
+    floor = real["rfd-motion"]
+    assert still["rfd-motion"] > floor and shuffled["rfd-motion"] > 10 * floor
+    assert table.floors[NAMES[2].metric].value == floor
+    assert table.metrics["trip"]["clip_distance_minus_frozen"].value == 0
+    # Of the still itself TRIP differs by nothing, of the shuffled clips by an interval that leaves out 0.
+    minus = table.differences["frozen"]["clip_distance"]
+    assert (minus.value, minus.ci_low, minus.ci_high) == (0, 0, 0)
+    motion = table.differences["shuffled"][NAMES[2].metric]
+    assert motion.ci_low is not None and 0 < motion.ci_low < motion.value
+    assert motion.value == pytest.approx(shuffled["rfd-motion"] - still["rfd-motion"])
+
+
+def test_distances_of_categories_are_the_mean_of_their_own():
+    """Of two categories, each judged alone, not pooled; the numbers of clips are told by category."""
+    plain = protocol_of(8)
+    of_two = replace(plain, items=tuple(replace(item, category="ab"[i % 2]) for i, item in enumerate(plain.items)))
+    clips = {
+        row: [made(of, i) for i in range(8)] for row, of in (("frozen", "frozen"), ("trip", "noisy"), ("real", "real"))
+    }
+    alone = [
+        summarised(replace(plain, items=plain.items[of::2]), {row: found[of::2] for row, found in clips.items()})
+        for of in (0, 1)
+    ]
+    together = summarised(of_two, clips)
+    assert together.counts["clips_by_category"] == {"a": 4, "b": 4}
+    for name in (NAMES[1].metric, NAMES[1].kernel_metric):
+        for row in ("trip", "real"):
+            expected = np.mean([part.metrics[row][name].value for part in alone])
+            assert together.metrics[row][name].value == pytest.approx(expected)
+    found, parts = (
+        together.differences["frozen"][NAMES[1].metric],
+        [p.differences["frozen"][NAMES[1].metric] for p in alone],
+    )
+    width = np.hypot(*(part.ci_high - part.value for part in parts)) / 2
+    assert found.ci_high == pytest.approx(found.value + width)
 
 
 def test_gate_passes_and_lists_every_reason_against():
@@ -99,11 +157,18 @@ def test_gate_passes_and_lists_every_reason_against():
     assert len(gate(None, Estimate(0.0), 1).reasons) == 3
 
 
+def test_gate_refuses_a_model_shown_to_be_worse_than_the_champion_and_no_other():
+    better, unclear, worse = Estimate(0.02, 0.01, 0.03), Estimate(-0.01, -0.02, 0.001), Estimate(-0.02, -0.03, -0.01)
+    assert gate(0.9, NEARER, 32, {"clip_distance": better, "FVD": unclear}).passed
+    refused = gate(0.9, NEARER, 32, {"clip_distance": worse, "FVD": unclear})
+    assert not refused.passed and len(refused.reasons) == 1
+    assert "worse than the champion in clip_distance" in refused.reasons[0] and "-0.03 to -0.01" in refused.reasons[0]
+
+
 def test_tables_never_name_a_metric_it_is_not(summary: Summary):
-    judge = NAMES[0]
-    own, paper = own_table(summary, judge), paper_table(summary, judge)
+    own, paper = own_table(summary, NAMES), paper_table(summary, NAMES, protocol_of(6))
     assert [row[0] for row in own.rows] == ["Frozen first frame", "TRIP (this run)", "Real video"]
-    for title in own.header + distance_table(summary).header:
+    for title in own.header + distance_table(summary, NAMES).header:
         assert "FVD" not in title and "FID" not in title and "F-Consistency" not in title
         if "@" in title:
             assert NOT_COMPARABLE in title
@@ -115,7 +180,8 @@ def test_tables_never_name_a_metric_it_is_not(summary: Summary):
 
 def test_report_files_open_and_repeat(summary: Summary):
     examples = [Example(f"clip{i}_000", draw_clip(i, 8)[1], real_clip(i), noisy(real_clip(i), i)) for i in range(2)]
-    arguments = (summary, Gate(False, ("few clips",)), NAMES[0], examples, {"seed": 0, "a": {"b": "c"}}, 4.0)
+    refused, provenance = Gate(False, ("few clips",)), {"seed": 0, "a": {"b": "c"}}
+    arguments = (summary, refused, NAMES, protocol_of(6), examples, provenance)
     files = build(*arguments)
     again = build(*arguments)
     assert set(files) == set(again)
@@ -136,18 +202,15 @@ def test_report_files_open_and_repeat(summary: Summary):
 
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
-    judges = load_judges(JudgeFiles())
-    still = np.repeat(real_clip(0)[:1], 16, axis=0)
-    scores = [judge_clip(judges, items(1)[0], still, still)] * 2
-    result = summarise(items(2), scores, NAMES, bootstrap=50)
+    still = [made("frozen", 0)] * 2
+    result = summarised(protocol_of(2), {row: still for row in ("frozen", "trip", "real")})
     assert "motion_ratio" not in result.metrics["trip"] and result.per_clip[0]["motion_ratio"] is None
 
 
 def test_clips_of_fewer_than_four_frames_are_an_error():
-    judges = load_judges(JudgeFiles())
-    short = real_clip(0)[:3]
+    short = [real_clip(0)[:3]] * 2
     with pytest.raises(ValueError, match="first 4 frames asked of a video of 3"):
-        summarise(items(1), [judge_clip(judges, items(1)[0], short, short)], NAMES)
+        summarised(protocol_of(2), {row: short for row in ("frozen", "trip", "real")})
 
 
 def test_ticks_tell_what_is_left():

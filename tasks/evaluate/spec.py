@@ -1,0 +1,134 @@
+"""What an evaluation is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from infra import storage
+from tasks.evaluate.gate import Gate
+from tasks.evaluate.judges import JudgeFiles, JudgeName
+from tasks.evaluate.protocols import Protocol
+from tasks.records import UserError
+from tasks.shards import ShardDataset
+from trip_model.encoders import folder_hash
+
+SCHEMA_VERSION = 2
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """What to evaluate, on what, and with which judges; the rest says by how many hands.
+
+    `model` is the folder of a model export and `dataset` that of a shard data set with pixels; `output` receives the
+    report. `protocol` names a preset, or is the address of a file: a preset's .toml, a manifest's .json. Where a preset
+    leaves it to the run, `clips` windows are judged at most; `held_out_fraction` is the one training split by. None for
+    `steps` and `guidance`: the model's own values. `methods` are folders of other methods' videos by the name of their
+    row, and `champion` is the folder of an earlier report, whose model this one must not be worse than.
+    """
+
+    model: str
+    dataset: str
+    output: str
+    protocol: str = "held-out"
+    clips: int = 48
+    held_out_fraction: float = 0.1
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    batch: int = 8
+    methods: dict[str, str] = field(default_factory=dict)
+    champion: str | None = None
+    judges: JudgeFiles = JudgeFiles()
+    bootstrap: int = 2000
+    examples: int = 6
+    workers: int | None = None  # None: one for every `cpus_per_worker` that Ray has
+    cpus_per_worker: int = 1  # also its torch threads
+    gpus_per_worker: float = 0.0
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """The report's address and its content that later stages need.
+
+    `metrics` is row ("frozen", "trip", "real", and the other methods) -> metric -> {"value", "ci_low", "ci_high"},
+    `clips` the number of unique clips, `files` the names below `uri`; `key` is equal for evaluations that must agree.
+    """
+
+    uri: str
+    key: str
+    metrics: dict[str, dict[str, dict[str, float | None]]]
+    gate: Gate
+    clips: int
+    items: int
+    files: tuple[str, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gate.passed
+
+
+def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
+    """The report at an address, if it is whole and of this key; `start` is when somebody began to ask for it."""
+    try:
+        content = storage.read_json(storage.join(output, REPORT))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("key") != key:
+        return None
+    if not all(storage.exists(storage.join(output, name)) for name in content["files"]):
+        return None
+    return EvaluateReport(
+        uri=output,
+        key=key,
+        metrics=content["rows"],
+        gate=Gate(content["gate"]["passed"], tuple(content["gate"]["reasons"])),
+        clips=content["clips"],
+        items=content["items"],
+        files=(*content["files"], REPORT),
+        seconds=time.monotonic() - start,
+    )
+
+
+def model_sha256(model: str) -> str:
+    """The identity of a model export. Raises UserError where there is none."""
+    try:
+        folder = storage.local_folder(model)
+    except FileNotFoundError as error:
+        raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
+    if not (folder / "trip.json").is_file():
+        raise UserError(f"{model} holds no trip.json; give the folder that training exported, not a base or checkpoint")
+    return folder_hash(folder)
+
+
+def provenance_of(
+    spec: EvaluateSpec, dataset: ShardDataset, protocol: Protocol, judges: Sequence[JudgeName]
+) -> dict[str, Any]:
+    """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
+    return {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "dataset_recipe": dataset.manifest["recipe_hash"],
+        "protocol": protocol.name,
+        "held_out_fraction": spec.held_out_fraction,
+        "seed": spec.seed,
+        "folders": spec.methods | ({"champion": spec.champion} if spec.champion else {}),
+        "judges": {
+            judge.metric: {
+                "official": judge.official,
+                "sha256": judge.sha256,
+                "features": ", ".join(judge.features),
+                "geometry": judge.geometry,
+            }
+            for judge in judges
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},
+    }
