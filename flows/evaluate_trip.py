@@ -1,4 +1,4 @@
-"""Flow: a model is judged on held-out clips."""
+"""Flow: a model is judged on a protocol's clips, beside other methods."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, address
 from flows.train_trip import planned_training, prepared_dataset
 from infra import storage
-from tasks.evaluate.job import EvaluateReport, EvaluateSpec, evaluate
+from tasks.evaluate.job import evaluate
+from tasks.evaluate.judges import JudgeFiles
+from tasks.evaluate.methods import parse_methods
+from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.records import UserError, to_json
 from tasks.shards import ShardDataset
 from tasks.train.spec import finished_report
 from trip_model.encoders import folder_hash
+
+NONE = JudgeFiles()
+_FILES = ("clip_model", "i3d", "inception", "videomae", "raft")
 
 
 def trained_model(recipe: Recipe, dataset: str, root: str) -> str:
@@ -30,11 +36,18 @@ def trained_model(recipe: Recipe, dataset: str, root: str) -> str:
     return report.model
 
 
-def planned_evaluation(recipe: Recipe, model: str, dataset: str, root: str, foreign: bool = False) -> EvaluateSpec:
-    """The spec of the stage, its addresses filled in. `foreign` data were never trained on: all of it is held out."""
+def planned_evaluation(
+    recipe: Recipe, model: str, dataset: str, root: str, protocol: str | None = None, foreign: bool = False
+) -> EvaluateSpec:
+    """The spec of the stage, its addresses filled in. `foreign` data were never trained on: all of it is held out.
+
+    The address goes by what decides TRIP's own clips: other judges and methods are further rows and columns of the same
+    report, and find the clips that are there.
+    """
     fraction = 1.0 if foreign else recipe.train.held_out_fraction
     addresses = {"model": storage.absolute(model), "dataset": storage.absolute(dataset)}
     spec = replace(recipe.evaluate, held_out_fraction=fraction, **addresses)
+    spec = replace(spec, protocol=protocol or spec.protocol)
     try:
         model_hash = folder_hash(storage.local_folder(spec.model))
     except FileNotFoundError as error:
@@ -42,7 +55,8 @@ def planned_evaluation(recipe: Recipe, model: str, dataset: str, root: str, fore
     identity = {
         "model": model_hash,
         "dataset": ShardDataset(spec.dataset).manifest_sha256,
-        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, to_json(spec.judges)],
+        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.batch],
+        "protocol": spec.protocol,
     }
     return replace(spec, output=address(root, "evaluate", identity))
 
@@ -62,10 +76,14 @@ def evaluate_trip(
     dataset: str | None = None,
     model: str | None = None,
     held_out: str | None = None,
+    protocol: str | None = None,
+    method: list[str] | None = None,
+    champion: str | None = None,
     *,
+    judges: JudgeFiles = NONE,
     reading: Reading = PLAIN,
 ) -> dict[str, Any]:
-    """Judge a model on held-out clips; continues what an earlier call began.
+    """Judge a model on a protocol's clips, beside other methods; continues what an earlier call began.
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
@@ -75,9 +93,16 @@ def evaluate_trip(
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
         held_out: address of another prepared data set, none of which was trained on, to judge by.
+        protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, msrvtt-first-caption, ...), a preset's file .toml
+            of your own, or the protocol.json of a report.
+        method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with png
+            frames; once for each method.
+        champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
+        judges: files of the judges; without them fixed random nets stand in under names of their own.
         reading: how the source was read.
     """
     chosen = find_recipe(recipe, base)
+    methods = parse_methods(method or [])
     if model is None or held_out is None:
         dataset = dataset or prepared_dataset(chosen, named_source(source, reading), root)
     if model is None:
@@ -85,4 +110,9 @@ def evaluate_trip(
         model = trained_model(chosen, dataset, root)
     judged_by = held_out or dataset
     assert judged_by is not None
-    return to_json(evaluate_stage(planned_evaluation(chosen, model, judged_by, root, foreign=held_out is not None)))
+    spec = planned_evaluation(chosen, model, judged_by, root, protocol, foreign=held_out is not None)
+    champion = champion and storage.absolute(champion)
+    given = spec.judges if judges == NONE else judges
+    places = {name: getattr(given, name) for name in _FILES}  # made absolute: workers have another working directory
+    given = replace(given, **{name: storage.absolute(place) for name, place in places.items() if place})
+    return to_json(evaluate_stage(replace(spec, methods=methods, champion=champion, judges=given)))
