@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from tasks.evaluate.consistency import consistency_curve
-from tasks.evaluate.features import NOT_COMPARABLE, RandomDistances, random_clip
 from tasks.evaluate.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, load_judges
 from tasks.evaluate.pixel_metrics import flicker, motion_magnitude, smoothness_residual, ssim_curve
 from tasks.evaluate.statistics import (
     Estimate,
@@ -119,20 +119,19 @@ def read(table: Path, windows: int) -> Iterator[tuple[str, Pixels]]:
 def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity:
     """Spoils each window in every way and compares it with itself."""
     clips = [clip for clip, _ in windows]
-    tower, nets = random_clip(), RandomDistances()
+    tower, appearance, motion = load_judges(JudgeFiles())
 
     def judged(pixels: Pixels, truth: Pixels) -> Arrays:
-        appearance, motion = nets.features(pixels)
         numbers = {
             "motion_ratio": motion_magnitude(pixels),
             "flicker_ratio": flicker(pixels),
             "smoothness_ratio": smoothness_residual(pixels),
-            "consistency": consistency_curve(tower.embed(pixels))[-1],
+            "consistency": consistency_curve(tower.features(pixels, "")["clip_frames"])[-1],
             "ssim": ssim_curve(pixels, truth)[1:].mean(),
         }
         return {name: np.array(value) for name, value in numbers.items()} | {
-            "rfd-app": appearance,
-            "rfd-motion": motion,
+            "rfd-app": appearance.features(pixels, "")["rfd_app"],
+            "rfd-motion": motion.features(pixels, "")["rfd_motion"],
         }
 
     columns: dict[str, Arrays] = {}
@@ -145,7 +144,8 @@ def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity
 
     floors = {name: _floor(name, values, clips) for name, values in columns["real"].items()}
     cells = {row: {name: _cell(name, row, columns, clips, floors[name]) for name in columns[row]} for row in FAULTS}
-    judges = {"consistency": tower.metric, "rfd-app": nets.app_metric, "rfd-motion": nets.motion_metric}
+    named = zip(("consistency", "rfd-app", "rfd-motion"), (tower, appearance, motion), strict=True)
+    judges = {name: judge.name.metric for name, judge in named}
     return Sensitivity(len(clips), unique_clips(clips), judges, floors, cells)
 
 

@@ -93,8 +93,8 @@ def generate_batch(
         guidance=guidance,
         keep_first_frame=False,
     )
-    for item, frames in zip(batch, generated, strict=True):
-        save_arrays(storage.join(folder, file_name(item)), {"frames": frames})
+    for item, pixels in zip(batch, generated, strict=True):
+        save_arrays(storage.join(folder, file_name(item)), {"frames": pixels})
 
 
 def shown(generated: NDArray[np.uint8], real: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -68,10 +68,10 @@ class Sums:
         """The Frechet distance of all frames, the given one among them, under a name of its own."""
         for row in self.rows:
             if row != REAL:
-                found = [
-                    frechet_distance(*(Moments.of(np.concatenate([by_row[r][i] for i in places])) for r in (row, REAL)))
-                    for places in _categories(self.items)
-                ]
+                found = []
+                for places in _categories(self.items):
+                    one, other = (Moments.of(np.concatenate([by_row[r][i] for i in places])) for r in (row, REAL))
+                    found.append(frechet_distance(one, other))
                 self.metrics[row][f"{judge.metric}/with_given_frame"] = Estimate(float(np.mean(found)))
 
     def add_distances(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
