@@ -13,6 +13,7 @@ VICTIMS = ("driver", "worker", "raylet")
 # By a part of the command line; what has none of them goes by its own name.
 _ROLES = {
     "ray::EncodeWorker": "worker",
+    "ray::RayTrainWorker": "worker",
     "ray::": "idle worker",
     "default_worker.py": "new worker",
     "log_monitor": "log monitor",
@@ -21,6 +22,7 @@ _ROLES = {
     "tasks.encode.decoder": "decoder",
     "tasks.encode.report": "report",
     "benchmarks.rig.driver": "driver",
+    "benchmarks.rig.train_driver": "driver",
 }
 
 
