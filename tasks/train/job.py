@@ -23,6 +23,7 @@ import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
+from infra.cluster import lost_a_machine
 from infra.tracking import Tracking
 from tasks.records import digest
 from tasks.shards import read_manifest
@@ -35,7 +36,7 @@ MAX_FAILURES = 2  # without a new checkpoint between; a lost worker starts the g
 # An elastic training looks for machines at this interval: to grow costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
 FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def train(
                 pass
         return done
     for warning in check_before_start(spec):
-        _log.warning(warning)
+        _logger.warning(warning)
     if in_process:
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
@@ -96,13 +97,15 @@ def train(
         thread.join(timeout=1.0)
         ticks, warnings = ray.get(news.take.remote())  # raises when the machine is lost
         for warning in warnings:
-            _log.warning(warning)
+            _logger.warning(warning)
         if progress is not None:
             for tick in ticks:
                 progress(tick)
     report = finished_report(spec)
     if report is None:
         cause = errors[0] if errors else None
+        if cause is not None and lost_a_machine(cause):
+            raise cause
         raise RuntimeError(f"training ended without a report: {cause or 'no worker finished'}") from cause
     return report
 
@@ -144,6 +147,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; rank 0 logs and reports ticks."""
     import torch
 
+    _end_with_the_raylet()
     spec: TrainSpec = config["spec"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -156,6 +160,22 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     with _warnings_to(news), _Log(spec, config["tracking"]) as log:
         tick = _both(log.tick, lambda tick: news.tick.remote(tick))
         return asdict(run_training(spec, rank, world, device, tick, log, _preemption()))
+
+
+def _end_with_the_raylet() -> None:
+    """Ends this process soon after its parent has ended, as it does with the driver of a local session.
+
+    Ray leaves the workers training where nobody buries the raylet, in a container without an init for one. They would
+    write checkpoints beside those of the next run, and hold the GPUs that it needs.
+    """
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
 
 
 def _preemption() -> Notice:
