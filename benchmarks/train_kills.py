@@ -43,7 +43,7 @@ from trip_model.schedule import ScheduleConfig
 
 KINDS = ("worker", "write", "driver", "truncated", "raylet")
 CURVES = ("loss", "frame_1", "frame_last", "learning_rate")
-_FRAMES, _CHECKPOINT_EVERY, _MOST_RERUNS, _GRACE_SECONDS = 4, 10, 3, 60.0
+_FRAMES, _CHECKPOINT_EVERY, _MOST_RERUNS, _GRACE_SECONDS = 4, 10, 3, 90.0
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,10 @@ def strike(kind: str, run: Run, job: TrainJob, rng: np.random.Generator) -> str:
     return f"checkpoints {store.steps()}" + (", one half-written" if writing(job) else "")
 
 
-def cut_newest(job: TrainJob) -> str:
-    """Takes the last bytes from the newest complete checkpoint's weights; its name."""
+def cut_newest(job: TrainJob, left: Leftovers) -> str:
+    """Takes the last bytes from the newest complete checkpoint's weights, once nobody writes there; its name."""
+    while left.look() and any(role(process) == "worker" for process in family()):
+        time.sleep(0.05)
     store = checkpoints(job)
     folder = Path(store.address(store.steps()[0]))
     file = folder / "weights.safetensors"
@@ -204,8 +206,8 @@ def kill_and_repeat(job: TrainJob, calm: Calm, kind: str, share: float, folder: 
     killed = time.monotonic()
     ended = run.wait(run.seconds + limit)
     told = {"status": ended.status, "seconds_after_kill": round(time.monotonic() - killed, 1), "said": ended.said}
-    cut = cut_newest(job) if kind == "truncated" else None
     left, reruns, warned = Leftovers(), 0, (folder / "stderr").read_text()
+    cut = cut_newest(job, left) if kind == "truncated" else None
     while ended.status != 0 and reruns < _MOST_RERUNS:
         reruns += 1
         ended = start(job, folder).wait(limit, left.look)
@@ -213,7 +215,8 @@ def kill_and_repeat(job: TrainJob, calm: Calm, kind: str, share: float, folder: 
     recovered = time.monotonic() - killed
     while left.look() and left.seconds < _GRACE_SECONDS:
         time.sleep(0.2)
-    orphans = sorted(role(process) for process in end_family())
+    orphans = sorted(role(process) for process in family())
+    end_family()
     return {
         "kind": kind,
         "step": step,
