@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evaluate.statistics import Estimate, disjoint_parts, mean_over_clips
+from tasks.evaluate.statistics import Estimate, disjoint_parts, mean_over_clips, unique_clips
 
 Floats = NDArray[np.float64]
 BLOCK = 4096  # feature rows that are held in float64 at a time
@@ -81,13 +81,18 @@ def _same_width(a: NDArray[Any], b: NDArray[Any]) -> None:
         raise ValueError(f"feature widths differ: {a.shape[-1]} and {b.shape[-1]}")
 
 
+def _beyond_rounding(values: Floats) -> NDArray[np.bool_]:
+    """Which eigenvalues are not zero to rounding; the root of such a zero would be 1e-8, not 0."""
+    return values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+
+
 def _factor(covariance: Floats) -> Floats:
     """R [d, r] with R R^T = covariance: Cholesky's, or for a singular one that of `eigh` without its null space."""
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(covariance)
-        keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+        keep = _beyond_rounding(values)
         return vectors[:, keep] * np.sqrt(values[keep])
 
 
@@ -104,7 +109,7 @@ def frechet_distance(a: Moments, b: Moments, biased: bool = False) -> float:
         return 0.0
     root = _factor(second)
     values = np.linalg.eigvalsh(root.T @ first @ root)
-    overlap = np.sqrt(np.maximum(values, 0.0)).sum()
+    overlap = np.sqrt(values[_beyond_rounding(values)]).sum()
     return max(0.0, float(shift @ shift + np.trace(first) + np.trace(second) - 2.0 * overlap))
 
 
@@ -121,10 +126,13 @@ class FeatureSet:
 
     @classmethod
     def of(cls, rows: Any, clusters: Sequence[str], seed: int = 0) -> FeatureSet:
-        """ValueError on NaN, infinity, a wrong shape, or fewer videos than parts."""
+        """ValueError on NaN, infinity, a wrong shape, or fewer than 8 videos, two for a part."""
         array = checked_features(rows, least=1)
         if len(array) != len(clusters):
             raise ValueError(f"{len(array)} rows of features, but {len(clusters)} names of source videos")
+        videos, least = unique_clips(clusters), 2 * PARTS
+        if videos < least:
+            raise ValueError(f"{videos} source videos are too few for a Frechet distance with its floor; give {least}")
         parts = disjoint_parts(clusters, PARTS, seed)
         return cls(array, list(clusters), tuple(Moments.of(array[part]) for part in parts))
 
@@ -195,12 +203,12 @@ def _groups(parts: Sequence[Moments], number: int) -> list[Moments]:
 
 
 def _cost(source: Moments, target: Moments) -> Floats:
-    """I - T [d, d], T the optimal transport map between the two Gaussians: T S_source T = S_target."""
+    """(I - T) N / (N - 1) [d, d], T the optimal transport map between the two Gaussians: T S_source T = S_target."""
     root = _factor(target.covariance())
     values, vectors = np.linalg.eigh(root.T @ source.covariance() @ root)
-    keep = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    keep = _beyond_rounding(values)
     half = (root @ vectors[:, keep]) * values[keep] ** -0.25
-    return np.eye(len(root)) - half @ half.T
+    return (np.eye(len(root)) - half @ half.T) * (source.count / (source.count - 1))
 
 
 def _quadratic(features: FeatureSet, form: Floats, line: Floats) -> Floats:
@@ -231,17 +239,18 @@ def paired_frechet_difference(
     return mean_over_clips(a.value - b.value + a.influence - b.influence, list(clusters), resamples, seed)
 
 
-def _kernel_sum(p: Floats, q: Floats) -> float:
-    """Sum of (p_i.q_j/d + 1)^3 over all i and j."""
+def _kernel_sum(p: NDArray[Any], q: NDArray[Any]) -> float:
+    """Sum of (p_i.q_j/d + 1)^3 over all i and j; the products in the features' own type, their sum in double."""
     width = p.shape[1]
     if width**2 < min(len(p), len(q)):
         # The kernel is a polynomial, so the double sum is one of tensor powers: N d^3 steps in place of N^2 d.
         powers = []
         for x in (p, q):
             cubes = np.zeros((width * width, width))
-            for block in np.array_split(x, -(-len(x) // 4096)):
+            for block in _blocks(x):
                 cubes += np.einsum("ni,nj->nij", block, block).reshape(len(block), -1).T @ block
-            powers.append((x.sum(axis=0), x.T @ x, cubes))
+            double = x.astype(np.float64)
+            powers.append((double.sum(axis=0), double.T @ double, cubes))
         dots = [float((a * b).sum()) / width ** (k + 1) for k, (a, b) in enumerate(zip(*powers, strict=True))]
         return len(p) * len(q) + 3 * dots[0] + 3 * dots[1] + dots[2]
     total = 0.0
@@ -249,18 +258,20 @@ def _kernel_sum(p: Floats, q: Floats) -> float:
         block = p[top : top + 512]
         # Of a set with itself only the upper half is computed: what lies right of the diagonal block counts twice.
         for others, times in ((block, 1), (p[top + 512 :], 2)) if p is q else ((q, 1),):
-            kernel = block @ others.T / p.shape[1] + 1.0
-            total += times * float((kernel * kernel * kernel).sum())
+            kernel = block @ others.T / width + 1.0
+            total += times * float((kernel * kernel * kernel).sum(dtype=np.float64))
     return total
 
 
 def kernel_distance(x: Any, y: Any) -> float:
     """Unbiased MMD^2 with the kernel (x.y/d + 1)^3, as in KID; may be just below 0 for equal distributions."""
-    first, second = (np.asarray(checked_features(z, least=2), dtype=np.float64) for z in (x, y))
+    first, second = (checked_features(z, least=2) for z in (x, y))
     _same_width(first, second)
+    # float16 would overflow; float32, in which judges give their features, is twice as fast as double.
+    first, second = (z.astype(np.promote_types(z.dtype, np.float32)) for z in (first, second))
 
-    def own(p: Floats) -> float:
-        diagonal = ((np.einsum("nd,nd->n", p, p) / p.shape[1] + 1.0) ** 3).sum()
+    def own(p: NDArray[Any]) -> float:
+        diagonal = ((np.einsum("nd,nd->n", p, p, dtype=np.float64) / p.shape[1] + 1.0) ** 3).sum()
         return (_kernel_sum(p, p) - float(diagonal)) / (len(p) * (len(p) - 1))
 
     return own(first) + own(second) - 2.0 * _kernel_sum(first, second) / (len(first) * len(second))

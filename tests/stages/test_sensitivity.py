@@ -10,9 +10,9 @@ from benchmarks.sensitivity import EXPECTED, FAULTS, markdown, measure, read
 
 
 def test_every_fault_is_seen_by_the_metrics_in_charge(real_clips: Path):
-    result = measure(list(read(real_clips, windows=1)))
+    result = measure(list(read(real_clips, windows=1))[:12])
     assert result.unseen() == []
-    assert result.clips >= 12
+    assert result.clips == 12
     cells = result.cells
     assert cells["frozen"]["motion_ratio"].value.value == 0
     assert cells["frozen"]["consistency"].value.value == pytest.approx(100)
