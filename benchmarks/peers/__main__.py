@@ -33,6 +33,7 @@ from benchmarks.rig.table import DOWNLOAD
 from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
 from trip_model.video import read_clip
 
+FAULTS_PER_SHARD = 50
 THEIR_SHARDS = 5  # of video2dataset, which starts its processes anew after as many
 Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
 
@@ -102,10 +103,10 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
         )
         with serving(folder / "files") as url:
             write_table(table, rows, url)
-            _ours(table, url, folder / "ours", cores, BLOCK, keep_pixels=True)
+            _ours(table, url, folder / "ours", cores, FAULTS_PER_SHARD, keep_pixels=True)
         with serving(folder / "files") as url:  # a server that starts anew: what heals after one answer is ill again
             write_table(table, rows, url)
-            _video2dataset(given, table, folder / "video2dataset", cores, BLOCK, DOWNLOAD.read_seconds)
+            _video2dataset(given, table, folder / "video2dataset", cores, FAULTS_PER_SHARD, DOWNLOAD.read_seconds)
     result = theirs.read_result(folder / "video2dataset")
     found = {
         "ours": (_our_pixels(folder / "ours"), _our_failures(folder / "ours")),

@@ -23,8 +23,8 @@ from infra import storage
 from tasks import shards
 from tasks.records import Failure, UserError
 from tasks.shards import Sample, ShardDataset
-from tests.conftest import REPOSITORY
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = {"fps": 4.0, "size": 32}
 
 
@@ -118,9 +118,9 @@ def test_a_killed_writer_leaves_no_file_behind(tmp_path: Path) -> None:
     killed = f"""
 import os, signal
 from tasks import shards
-from tests.stages.test_shards import sample
+from tasks.shards.layout import PackedSample
 def outcomes():
-    yield [sample("a_000")]
+    yield [PackedSample("a_000", {{"latents": bytes(1 << 20)}})]
     os.kill(os.getpid(), signal.SIGKILL)
 shards.write_shard({str(tmp_path / "set")!r}, 0, (0, 2), outcomes(), "h")
 """

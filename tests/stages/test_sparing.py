@@ -25,7 +25,7 @@ GRIDS = [
 EVEN = list(range(96))
 
 
-def moving(container: str, codec: str = "libx264", stamps: list[int] = EVEN, params: str = "", **options: str) -> bytes:
+def moving(container: str, codec: str = "libx264", stamps: list[int] = EVEN, params: str = "", **options: Any) -> bytes:
     """A picture that wanders, frame k shown from stamps[k] / 24 s on, with three B-frames between two others."""
     ground = np.random.default_rng(3).integers(0, 255, (8, 98, 3), dtype=np.uint8).repeat(8, 0)
     if codec == "libx264":
@@ -113,7 +113,7 @@ def test_frames_that_nothing_needs_are_passed_over(container: str, options: dict
     ("container", "codec", "options"),
     [
         ("mp4", "libx264", {"params": ":tff=1"}),
-        ("avi", "libx264", {}),  # its packets carry no presentation stamps
+        ("avi", "libx264", {}),  # its packets carry no stamps of presentation, or made-up ones
         ("mp4", "libx265", {"x265-params": "log-level=none"}),
         ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
         ("avi", "mpeg4", {"bf": "2"}),
@@ -124,7 +124,7 @@ def test_frames_that_nothing_needs_are_passed_over(container: str, options: dict
 )
 def test_other_codings_are_decoded_whole(container: str, codec: str, options: dict[str, Any], watch: Watch) -> None:
     assert_the_same(moving(container, codec, **options))
-    assert watch.frames == 0
+    assert watch.odd or not watch.frames
 
 
 def test_a_stream_that_is_joined_in_its_middle_is_decoded_whole(watch: Watch) -> None:
