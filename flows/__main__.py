@@ -18,14 +18,14 @@ from typing import Any
 
 import cyclopts
 
-from flows import curation, planning
+from flows import curation, planning, serve
 from flows.recipes import RECIPES, find_recipe
 from infra import storage
 from infra.settings import apply_environment_defaults
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
-OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"], ["plan"])  # no flows, and need none
+OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"], ["plan"], ["serve"])  # no flows, and need none
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
 
 # What a person can cure of what the operating system says, and how.
@@ -106,6 +106,7 @@ def _app(arguments: list[str]) -> cyclopts.App:
             print(f"{name:<16} {recipe().about}")
 
     app.command(planning.plan)
+    app.command(serve.serve)
     app.command(curation.sample)
     app.command(curation.verify)
     app.command(_alone(curation.forget))
