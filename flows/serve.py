@@ -72,7 +72,7 @@ def serve(
 
     from tasks.serve.api import create_app
     from tasks.serve.desk import Desk, Server
-    from tasks.serve.engine import EngineSpec
+    from tasks.serve.events import EngineSpec
     from tasks.serve.job import serving
     from tasks.serve.page import mount_page
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
@@ -25,7 +25,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.desk import Desk
-from tasks.serve.engine import Clip, Event, Progress
+from tasks.serve.events import Clip, Event, Progress
 from tasks.serve.limits import MAX_BODY_BYTES, Animation, Refusal, read_animation, too_many_bytes
 
 MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
@@ -48,7 +48,7 @@ EXAMPLE = {
 }
 
 
-def create_app(desk: Desk, key: str | None = None) -> FastAPIOffline:
+def create_app(desk: Desk, key: str | None = None) -> FastAPI:
     """The application; with a `key`, /v1/animate is for those who send it as bearer token or `X-API-Key`."""
     app = FastAPIOffline(title="TRIP", version="1", description=ABOUT, redoc_url=None)
     app.add_middleware(_RequestId)

@@ -11,7 +11,7 @@ from typing import Protocol
 import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tasks.serve.engine import Clip, Event, Progress, Status
+from tasks.serve.events import Clip, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
 
 _IDLE_CHECK_SECONDS = 0.1

@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from infra.cluster import ray_session
-from tasks.serve.engine import Engine, EngineSpec, Event, Progress, Status
+from tasks.serve.events import EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
 
 APPLICATION = "trip"
@@ -27,6 +27,8 @@ class Animator:
     """One replica: an engine of its own."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        from tasks.serve.engine import Engine  # with torch and mlflow, which the door to the replicas does without
+
         self._engine = Engine(spec)
         self._engine.start()
 

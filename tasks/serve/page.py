@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from gradio.processing_utils import save_bytes_to_cache
 
 from tasks.serve.desk import Desk
-from tasks.serve.engine import Clip, Progress
+from tasks.serve.events import Clip, Progress
 from tasks.serve.limits import MAX_IMAGE_BYTES, MAX_PROMPT_CHARACTERS, Refusal, read_animation
 
 KEPT_SECONDS = 3600  # photos and clips of the page on this machine

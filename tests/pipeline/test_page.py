@@ -17,7 +17,8 @@ from PIL import Image
 
 from tasks.serve.api import create_app
 from tasks.serve.desk import Desk
-from tasks.serve.engine import Engine, EngineSpec
+from tasks.serve.engine import Engine
+from tasks.serve.events import EngineSpec
 from trip_model.video import load_image, read_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -24,7 +24,8 @@ from infra.tracking import connect
 from tasks.register.registry import RegisterSpec, register
 from tasks.serve.api import create_app
 from tasks.serve.desk import Desk
-from tasks.serve.engine import Clip, Engine, EngineSpec, Progress
+from tasks.serve.engine import Engine
+from tasks.serve.events import Clip, EngineSpec, Progress
 from tasks.serve.limits import MAX_IMAGE_BYTES, Refusal, read_animation
 from trip_model.pipeline import TripPipeline
 from trip_model.video import read_clip
