@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -150,6 +151,14 @@ def test_a_photo_as_json_becomes_the_mp4_that_the_pipeline_makes(engine, store):
     assert answer.headers["x-request-id"] == "abc-1"
     clip = read_clip(answer.content, 16, 4, 32)
     assert np.abs(clip.pixels[0].astype(int) - store.expected("2", photo(), 7)[0]).mean() < 30
+
+
+def test_the_clip_is_the_one_of_the_logged_model(engine, store):
+    numbers = {"seed": 4, "num_frames": 3, "steps": 2, "fps": 6.0}
+    rows = pd.DataFrame({"image": [photo()], "prompt": [PROMPT]})
+    theirs = mlflow.pyfunc.load_model("models:/trip@champion").predict(rows, params=numbers)["video"][0]
+    ours = ask(engine, json={"image": url(photo()), "prompt": PROMPT, **numbers})
+    np.testing.assert_array_equal(read_clip(ours.content, 3, 6, 32).pixels, read_clip(theirs, 3, 6, 32).pixels)
 
 
 def test_a_form_gives_the_same_frames_as_json_and_as_the_pipeline(engine, store):
