@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncIterator
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 from fastapi import FastAPI
@@ -21,22 +23,42 @@ WAITING = 64  # visitors in line; more are told so
 # Shown until the model has told its own.
 DEFAULTS = {"steps": 50, "guidance": 1, "num_frames": 16, "fps": 4}
 
-# Fonts of the visitor's own system, so that the page asks nothing of anybody else.
+# Fonts of the visitor's own system, so that the page asks nothing of anybody else; labels as plain words.
 THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
     neutral_hue="stone",
+    radius_size="lg",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    block_label_background_fill="transparent",
+    block_label_background_fill_dark="transparent",
+    block_label_text_color="*body_text_color",
+    block_label_text_color_dark="*body_text_color",
+    block_title_background_fill="transparent",
+    block_title_background_fill_dark="transparent",
+    block_title_text_color="*body_text_color",
+    block_title_text_color_dark="*body_text_color",
+    block_title_padding="0",
+    button_primary_background_fill="*primary_700",  # white on it can be read
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_800",
 )
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important }
+.gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important;
+  padding: 1.5rem 1rem 3rem !important }
 #title h1 { font-weight: 650; letter-spacing: -.02em; margin: 0 0 .2rem }
-#title p { opacity: .75; margin: 0 }
-:is(button, input, textarea, select, video, [tabindex]):focus-visible {
+#title p { opacity: .8; margin: 0 }
+:is(button, input, textarea, select, video, a, [tabindex]):focus-visible {
   outline: 3px solid var(--primary-500) !important; outline-offset: 2px !important }
-#clip video { image-rendering: auto; object-fit: contain }
 #facts { min-height: 1.5rem; opacity: .85 }
+#history .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem }
+#history h2 { font-size: 1rem; font-weight: 600; margin: .5rem 0 .75rem }
+#history figure { margin: 0 }
+#history video { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: var(--radius-lg); display: block }
+#history figcaption { font-size: .8rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere }
 footer { display: none !important }
 """
 
@@ -70,7 +92,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         guidance: float,
         frames: float,
         fps: float,
-        clips: list[tuple[str, str]],
+        clips: list[tuple[str, str, int]],
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it in the signature
     ) -> tuple[Any, ...]:
         if photo is None:
@@ -87,8 +109,8 @@ def build_page(desk: Desk) -> gr.Blocks:
             raise gr.Error(refusal.message, title="No clip this time") from refusal
         # In Gradio's own folder it is removed with what visitors have sent.
         file = save_bytes_to_cache(clip.files[0], f"trip-{clip.seed}.mp4", shown.GRADIO_CACHE)
-        clips = [(file, f"{animation.prompt} · seed {clip.seed}"), *clips]
-        return file, _facts(clip), clips, gr.Gallery(clips, visible=True), clip.seed, gr.Button(visible=True)
+        clips = [(file, animation.prompt, clip.seed), *clips]
+        return file, _facts(clip), clips, _history(clips), clip.seed, gr.Button(visible=True)
 
     async def defaults() -> list[float]:
         status = await desk.animators.status()
@@ -111,7 +133,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 go = gr.Button("Animate", variant="primary", size="lg", elem_id="animate")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     seed = gr.Number(label="Seed", info="Empty draws a new one; the same seed makes the same clip.",
-                                     value=None, precision=0, minimum=0, elem_id="seed")  # fmt: skip
+                                     value=None, precision=0, elem_id="seed")  # fmt: skip
                     steps = gr.Slider(1, 100, 50, step=1, label="Steps", info="More take longer and are finer.",
                                       elem_id="steps")  # fmt: skip
                     guidance = gr.Slider(0, 15, 1, step=0.5, label="Guidance", elem_id="guidance",
@@ -123,8 +145,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                                 buttons=["download"], elem_id="clip")  # fmt: skip
                 facts = gr.Markdown("", elem_id="facts")
                 keep = gr.Button("Keep this seed", size="sm", visible=False, elem_id="keep")
-        history = gr.Gallery(label="This session", columns=4, height="auto", visible=False, interactive=False,
-                             buttons=["download"], elem_id="history")  # fmt: skip
+        history = gr.HTML(elem_id="history")
         gr.on(
             [go.click, prompt.submit],
             animate,
@@ -150,8 +171,19 @@ async def _watched(events: AsyncIterator[Progress | Clip], progress: gr.Progress
     raise AssertionError("no clip and no refusal")
 
 
+def _history(clips: list[tuple[str, str, int]]) -> str:
+    """The clips of a session, newest first, each to be played and to be kept."""
+    shown = "".join(
+        f'<figure><video src="gradio_api/file={quote(file)}" muted loop playsinline controls preload="metadata"></video>'
+        f'<figcaption>{escape(prompt)}<br>seed {seed} · <a href="gradio_api/file={quote(file)}" '
+        f'download="trip-{seed}.mp4">download</a></figcaption></figure>'
+        for file, prompt, seed in clips
+    )
+    return f'<h2>This session</h2><div class="clips">{shown}</div>'
+
+
 def _facts(clip: Clip) -> str:
     return (
         f"Seed **{clip.seed}** · {clip.num_frames} frames · {clip.steps} steps · guidance {clip.guidance:g} · "
-        f"{clip.model} version {clip.version} · {clip.seconds:.1f} s"
+        f"{clip.model} version {clip.version} · {clip.seconds:.1f}\u00a0s"
     )

@@ -115,7 +115,7 @@ def fill(page, photo: Path, prompt: str = PROMPT, **settings) -> None:
 
 def shown_clip(page, count: int) -> bytes:
     """The bytes of the video on the page, once the session holds `count` clips."""
-    page.wait_for_function(f"document.querySelectorAll('#history button.thumbnail-item').length == {count}")
+    page.wait_for_function(f"document.querySelectorAll('#history figure').length == {count}")
     source = page.locator("#clip video").get_attribute("src")
     return page.request.get(source).body()
 
@@ -173,6 +173,10 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     fill(page, photo, steps=2)
     page.locator("#animate").click()
     shown_clip(page, 1)
+    page.locator("#animate").click()
+    shown_clip(page, 2)
+    first, second = page.locator("#history figcaption").all_inner_texts()
+    assert first != second, "without a seed each clip has its own"
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"][0]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(part) for part in background.removeprefix("rgb(").rstrip(")").split(",")) < 300) == (

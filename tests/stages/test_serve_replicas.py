@@ -1,4 +1,4 @@
-"""The service on Ray Serve: nothing lost or wrong through a move and a kill, and the frames of `mlflow models serve`."""
+"""The service on Ray Serve: nothing lost or wrong through a move and a kill; the frames of `mlflow models serve`."""
 
 from __future__ import annotations
 
