@@ -11,7 +11,7 @@ import logging
 import re
 import uuid
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -167,7 +167,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _form(request: Request, body: bytes) -> dict[str, Any]:
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
     form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=16).parse()

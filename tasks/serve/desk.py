@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import FrameType
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Desk:
         finally:
             self.under_way -= 1
 
-    async def clip(self, animation: Animation) -> AsyncIterator[Progress | Clip]:
+    async def clip(self, animation: Animation) -> AsyncGenerator[Progress | Clip, None]:
         """As `animate`, but raises the `Refusal`."""
         async for event in self.animate(animation):
             if isinstance(event, Refusal):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError
@@ -64,7 +65,7 @@ class Replicas:
         tries = 1
         begun = False
         while (left := deadline - time.monotonic()) > 0:
-            answers = self._animate.remote(animation, left)
+            answers: Any = self._animate.remote(animation, left)  # typed as if it could be no stream
             try:
                 while True:
                     event = await asyncio.wait_for(anext(answers), deadline - time.monotonic())

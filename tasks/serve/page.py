@@ -174,7 +174,7 @@ async def _watched(events: AsyncIterator[Progress | Clip], progress: gr.Progress
 def _history(clips: list[tuple[str, str, int]]) -> str:
     """The clips of a session, newest first, each to be played and to be kept."""
     shown = "".join(
-        f'<figure><video src="gradio_api/file={quote(file)}" muted loop playsinline controls preload="metadata"></video>'
+        f'<figure><video src="gradio_api/file={quote(file)}" muted loop playsinline controls></video>'
         f'<figcaption>{escape(prompt)}<br>seed {seed} · <a href="gradio_api/file={quote(file)}" '
         f'download="trip-{seed}.mp4">download</a></figcaption></figure>'
         for file, prompt, seed in clips
