@@ -87,7 +87,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     async def animate(
         photo: str | None,
         prompt: str,
-        seed: float | None,
+        seed: str,
         steps: float,
         guidance: float,
         frames: float,
@@ -97,10 +97,11 @@ def build_page(desk: Desk) -> gr.Blocks:
     ) -> tuple[Any, ...]:
         if photo is None:
             raise gr.Error("Choose a photo first.", title="No photo")
-        numbers = {"seed": seed, "steps": steps, "guidance": guidance, "num_frames": frames, "fps": fps}
-        given = {name: value for name, value in numbers.items() if value is not None}
+        numbers: dict[str, Any] = {"steps": steps, "guidance": guidance, "num_frames": frames, "fps": fps}
+        if seed.strip():
+            numbers["seed"] = seed
         try:
-            animation = read_animation({"image": Path(photo).read_bytes(), "prompt": prompt, **given})
+            animation = read_animation({"image": Path(photo).read_bytes(), "prompt": prompt, **numbers})
         except Refusal as refusal:
             raise gr.Error(desk.refused(refusal).message, title="That cannot be animated") from refusal
         try:
@@ -132,8 +133,9 @@ def build_page(desk: Desk) -> gr.Blocks:
                 )  # fmt: skip
                 go = gr.Button("Animate", variant="primary", size="lg", elem_id="animate")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    seed = gr.Number(label="Seed", info="Empty draws a new one; the same seed makes the same clip.",
-                                     value=None, precision=0, elem_id="seed")  # fmt: skip
+                    # A number field that is left empty would send 0, and browsers round numbers above 2**53.
+                    seed = gr.Textbox(label="Seed", info="Empty draws a new one; the same seed makes the same clip.",
+                                      max_lines=1, elem_id="seed")  # fmt: skip
                     steps = gr.Slider(1, 100, 50, step=1, label="Steps", info="More take longer and are finer.",
                                       elem_id="steps")  # fmt: skip
                     guidance = gr.Slider(0, 15, 1, step=0.5, label="Guidance", elem_id="guidance",
@@ -155,7 +157,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             show_progress_on=shown,
             api_visibility="private",
         )
-        keep.click(lambda seed: seed, last_seed, seed, api_visibility="private")
+        keep.click(str, last_seed, seed, api_visibility="private")
         page.load(defaults, None, [steps, guidance, frames, fps], show_progress="hidden", api_visibility="private")
     return page.queue(max_size=WAITING)
 

@@ -29,6 +29,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 ).split()
+SEED = "#seed :is(input, textarea)"
 PROMPT = "a red circle moving right slowly"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
@@ -106,11 +107,12 @@ def fill(page, photo: Path, prompt: str = PROMPT, **settings) -> None:
     page.wait_for_selector("#photo img")
     page.locator("#prompt textarea").fill(prompt)
     if settings:
-        if not page.locator("#seed input").is_visible():
+        if not page.locator(SEED).is_visible():
             page.locator("#settings button").first.click()
         for name, value in settings.items():
-            page.locator(f"#{name} input[type=number]").fill(str(value))
-            page.locator(f"#{name} input[type=number]").press("Tab")
+            field = page.locator(SEED if name == "seed" else f"#{name} input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
 
 
 def shown_clip(page, count: int) -> bytes:
@@ -156,7 +158,7 @@ def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
     assert outline == [True, "solid", "3px"]
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # opens the settings
-    page.locator("#seed input").wait_for(state="visible")
+    page.locator(SEED).wait_for(state="visible")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('#seed') !== null")
     page.keyboard.type("3")
@@ -177,6 +179,11 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     shown_clip(page, 2)
     first, second = page.locator("#history figcaption").all_inner_texts()
     assert first != second, "without a seed each clip has its own"
+    page.locator("#keep").click()
+    page.locator("#animate").click()
+    shown_clip(page, 3)
+    first, second, _ = page.locator("#history figcaption").all_inner_texts()
+    assert first == second
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"][0]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(part) for part in background.removeprefix("rgb(").rstrip(")").split(",")) < 300) == (

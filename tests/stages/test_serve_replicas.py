@@ -39,7 +39,11 @@ def mlflow_server(registry: str, version: str):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/trip/{version}", "-p", str(port)]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": registry, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": registry,
+        "MLFLOW_REGISTRY_URI": registry,
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen([*command, "--env-manager", "local"], env=environment, start_new_session=True)
     try:
         for _ in range(600):
