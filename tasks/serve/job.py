@@ -28,7 +28,7 @@ class Animator:
     """One replica: an engine of its own."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        from tasks.serve.engine import Engine  # with torch and mlflow, which the door to the replicas does without
+        from tasks.serve.engine import Engine  # and with it torch and mlflow, in replicas alone
 
         self._engine = Engine(spec)
         self._engine.start()

@@ -32,8 +32,15 @@ THEME = gr.themes.Soft(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 ).set(
-    block_label_background_fill="transparent",
-    block_label_background_fill_dark="transparent",
+    body_background_fill="*neutral_50",
+    block_border_width="1px",
+    block_border_color="*neutral_200",
+    block_border_color_dark="*neutral_700",
+    input_border_width="1px",
+    input_border_color="*neutral_300",
+    input_border_color_dark="*neutral_600",
+    block_label_background_fill="*block_background_fill",
+    block_label_background_fill_dark="*block_background_fill",
     block_label_text_color="*body_text_color",
     block_label_text_color_dark="*body_text_color",
     block_title_background_fill="transparent",
@@ -47,8 +54,8 @@ THEME = gr.themes.Soft(
     button_primary_background_fill_hover_dark="*primary_800",
 )
 CSS = """
-.gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important;
-  padding: 1.5rem 1rem 3rem !important }
+.gradio-container { background: transparent !important; width: 100% !important;
+  max-width: 1080px !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important }
 #title h1 { font-weight: 650; letter-spacing: -.02em; margin: 0 0 .2rem }
 #title p { opacity: .8; margin: 0 }
 :is(button, input, textarea, select, video, a, [tabindex]):focus-visible {
@@ -176,7 +183,7 @@ async def _watched(events: AsyncIterator[Progress | Clip], progress: gr.Progress
 def _history(clips: list[tuple[str, str, int]]) -> str:
     """The clips of a session, newest first, each to be played and to be kept."""
     shown = "".join(
-        f'<figure><video src="gradio_api/file={quote(file)}" muted loop playsinline controls></video>'
+        f'<figure><video src="gradio_api/file={quote(file)}#t=0.01" muted loop playsinline controls></video>'
         f'<figcaption>{escape(prompt)}<br>seed {seed} · <a href="gradio_api/file={quote(file)}" '
         f'download="trip-{seed}.mp4">download</a></figcaption></figure>'
         for file, prompt, seed in clips

@@ -123,6 +123,7 @@ def shown_clip(page, count: int) -> bytes:
 
 
 def picture(page, name: str) -> None:
+    page.wait_for_function("[...document.querySelectorAll('#history video')].every(video => video.readyState >= 2)")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
