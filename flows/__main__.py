@@ -18,7 +18,7 @@ from typing import Any
 
 import cyclopts
 
-from flows import curation, planning
+from flows import curation, planning, serve
 from flows.recipes import RECIPES, find_recipe
 from flows.selftest import selftest
 from infra import storage
@@ -27,7 +27,7 @@ from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
 # No flows, and need none.
-OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"], ["plan"], ["selftest"])
+OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"], ["plan"], ["selftest"], ["serve"])
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
 
 # What a person can cure of what the operating system says, and how.
@@ -109,6 +109,7 @@ def _app(arguments: list[str]) -> cyclopts.App:
 
     app.command(planning.plan)
     app.command(selftest)
+    app.command(serve.serve)
     app.command(curation.sample)
     app.command(curation.verify)
     app.command(_alone(curation.forget))

@@ -1,0 +1,85 @@
+"""Which version an alias of the registry names at the moment, and that version's model folder on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from infra import tracking
+
+
+class RegistryTrouble(Exception):
+    """The registry cannot be asked, or does not know the model or its alias; one sentence says which."""
+
+
+class AliasedModel:
+    """The registered model `name` as its `alias` names it. What was downloaded lies below `cache`,
+    a folder for this model alone, which the processes of a machine share."""
+
+    def __init__(self, name: str, alias: str, tracking_uri: str, cache: Path) -> None:
+        self.name, self.alias, self.uri, self.cache = name, alias, tracking_uri, cache
+        # Downloads look a logged model up at the module-wide addresses, whatever client asked.
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
+        self._client = tracking.connect(tracking_uri)
+
+    def current(self) -> str:
+        """The version that the alias names now. Raises `RegistryTrouble`."""
+        try:
+            return str(self._client.get_model_version_by_alias(self.name, self.alias).version)
+        except tracking.TROUBLE as error:
+            if isinstance(error, MlflowException) and error.error_code in (
+                "RESOURCE_DOES_NOT_EXIST",
+                "INVALID_PARAMETER_VALUE",
+            ):
+                raise RegistryTrouble(
+                    f"the registry at {self.uri} has no version {self.name}@{self.alias}; register a model, or serve"
+                    " an alias that is set"
+                ) from error
+            raise RegistryTrouble(self._unreachable(error)) from error
+
+    def fetch(self, version: str) -> Path:
+        """The folder of a version's weights and descriptions, downloaded once. Raises `RegistryTrouble`."""
+        package = self._package(version)
+        if not package.is_dir():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
+                whole = Path(scratch) / "package"
+                whole.mkdir()
+                try:
+                    mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}", dst_path=str(whole))
+                except tracking.TROUBLE as error:
+                    raise RegistryTrouble(self._unreachable(error)) from error
+                try:
+                    whole.rename(package)
+                except OSError:
+                    if not package.is_dir():  # another process was first
+                        raise
+        os.utime(package)
+        artifact = Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]
+        return package / artifact["path"]
+
+    def last_fetched(self) -> str | None:
+        """The version that was in use last, for a process that starts while the registry is down."""
+        packages = sorted(self.cache.glob(self._package("*").name), key=lambda folder: folder.stat().st_mtime)
+        return packages[-1].name.removeprefix(self._package("").name) if packages else None
+
+    def forget_all_but(self, *versions: str) -> None:
+        """Removes what was downloaded of other versions."""
+        kept = [self._package(version) for version in versions]
+        for folder in self.cache.glob(self._package("*").name):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _package(self, version: str) -> Path:
+        return self.cache / f"version-{version}"
+
+    def _unreachable(self, error: Exception) -> str:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        return f"the registry at {self.uri} does not answer ({reason}); start it, it is asked again"
