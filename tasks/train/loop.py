@@ -22,6 +22,7 @@ from torch import nn
 from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
+from tasks.train.adapters import add_adapters, save_and_merge
 from tasks.train.checkpoints import Checkpoint, CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
 from tasks.train.loader import TrainingData, share
 from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer
@@ -126,10 +127,11 @@ class Training:
                 unet_output=base_unet_output(self.base),
                 schedule=bridged(spec.model.schedule, self.base),
             )
-        torch.manual_seed(spec.seed)  # the fusion module's first weights
-        self.trip = Trip.from_base(self.base, config).to(device).train()
+        torch.manual_seed(spec.seed)  # the first weights of the fusion module and of adapters
+        self.trip = Trip.from_base(self.base, config).train()
         self.trip.unet.recompute_activations = spec.recompute_activations
         self._trained = choose_trained(self.trip, spec)
+        self.trip.to(device)
         self._optimizer = make_optimizer(self.trip, spec)
         self.average = MovingAverage(self._trained, spec.average_decay)
         self.losses = _Losses()
@@ -236,6 +238,10 @@ class Training:
             return self._model.no_sync()
         return contextlib.nullcontext()
 
+    def trained_tensors(self) -> Tensors:
+        """What was trained, as it is to be used: the average where there is one."""
+        return self.average.tensors or {name: parameter.detach() for name, parameter in self._trained.items()}
+
     def _parts(self) -> dict[str, Tensors]:
         """The tensors of a checkpoint. What is not trained is in the base, and not written again."""
         weights = {name: parameter.detach() for name, parameter in self._trained.items()}
@@ -299,7 +305,10 @@ def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
 
 
 def _export(training: Training, report: TrainReport) -> TrainReport:
-    """Writes the model folder, then the report as the mark of completion."""
+    """Writes the model folder, adapters alone beside it, then the report as the mark of completion.
+
+    The model is the base with the trained weights put in, as anyone with a checkpoint could make it.
+    """
     spec = training.spec
     provenance = {
         "dataset": spec.dataset,
@@ -310,14 +319,19 @@ def _export(training: Training, report: TrainReport) -> TrainReport:
         "seed": spec.seed,
         **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
     }
+    trip = Trip.from_base(training.base, training.trip.config)
+    adapters = add_adapters(trip.unet, spec) if spec.trained == "lora" else None
+    foreign = trip.load_state_dict(training.trained_tensors(), strict=False).unexpected_keys
+    assert not foreign, foreign
     spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
     try:
-        with training.average.shown():
-            folder = save_model(spool / "model", training.trip, training.base, provenance)
-        report = replace(report, model_digest=folder_hash(folder))
-        storage.delete(report.model)
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            storage.upload_file(path, storage.join(report.model, *path.relative_to(folder).parts))
+        if adapters is not None:
+            save_and_merge(adapters, spool / "adapter")
+        report = replace(report, model_digest=folder_hash(save_model(spool / "model", trip, training.base, provenance)))
+        for folder in sorted(spool.iterdir()):
+            storage.delete(storage.join(spec.output, folder.name))
+        for path in sorted(p for p in spool.rglob("*") if p.is_file()):
+            storage.upload_file(path, storage.join(spec.output, *path.relative_to(spool).parts))
         storage.write_json(storage.join(spec.output, "report.json"), asdict(report))
     finally:
         shutil.rmtree(spool)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tasks.train.adapters import add_adapters
 from tasks.train.checkpoints import Tensors
 from tasks.train.spec import TrainSpec
 from trip_model.model import Trip
@@ -19,9 +20,12 @@ TEMPORAL = ("transformer_in", "temp_convs", "temp_attentions")
 
 
 def choose_trained(model: Trip, spec: TrainSpec) -> dict[str, nn.Parameter]:
-    """Freezes what `spec.trained` leaves out and returns the other weights by name."""
-    for name, parameter in model.unet.named_parameters():
-        parameter.requires_grad_(spec.trained == "all" or any(part in name.split(".") for part in TEMPORAL))
+    """Freezes what `spec.trained` leaves out, after adding adapters if it asks for them; the other weights by name."""
+    if spec.trained == "lora":
+        add_adapters(model.unet, spec)
+    elif spec.trained == "temporal":
+        for name, parameter in model.unet.named_parameters():
+            parameter.requires_grad_(any(part in name.split(".") for part in TEMPORAL))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
