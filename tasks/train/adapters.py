@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention: over space, to the text, over time
 
 
+def is_projection(name: str) -> bool:
+    """Whether a weight of the 3D-UNet, by its name, gets an adapter."""
+    return name.endswith(tuple(f".{projection}.weight" for projection in PROJECTIONS))
+
+
 def add_adapters(unet: UNet3D, spec: TrainSpec) -> PeftModel:
     """Puts adapters into the 3D-UNet in place and freezes all else of it; the output is unchanged at first.
 

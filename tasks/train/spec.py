@@ -10,7 +10,6 @@ from tasks.records import UserError, digest
 from trip_model.model import TripConfig
 from trip_model.objective import ObjectiveConfig
 
-
 # Of a field that does not change what is trained, up to the rounding of sums, and so is no part of its identity.
 MEANS = {"means": True}
 
@@ -65,6 +64,8 @@ class TrainSpec:
     micro_batch: int | None = field(default=None, metadata=MEANS)
     # A third more work for a fraction of the memory.
     recompute_activations: bool = field(default=False, metadata=MEANS)
+    # Each worker holds the whole state, or (FSDP2) a share of it and gathers weights layer by layer.
+    sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ def check_spec(spec: TrainSpec) -> None:
         )
     if spec.least_workers is not None and not 1 <= spec.least_workers <= spec.workers:
         raise UserError(f"least_workers {spec.least_workers}, expected 1 to {spec.workers}, the number of workers")
+    if spec.sharding == "fsdp2":
+        uneven = [n for n in range(spec.least_workers or spec.workers, spec.workers + 1) if spec.global_batch % n]
+        if uneven:
+            raise UserError(
+                f"sharding 'fsdp2' needs equal shares, and a global batch of {spec.global_batch} cannot be split over"
+                f" {uneven[0]} workers evenly; give workers (and least_workers) that divide it"
+            )
     if spec.micro_batch is not None and spec.micro_batch < 1:
         raise UserError(f"micro_batch {spec.micro_batch}, expected at least 1 sample")
     for name, least in (("every", 0), ("clips", 1), ("bands", 1), ("animated", 0)):
