@@ -69,7 +69,7 @@ def paper() -> Recipe:
             global_batch=64,
             warmup_steps=500,
             precision="bfloat16",
-            micro_batch=2,  # 80 GB hold three, 141 GB eight; see `python -m flows plan`
+            micro_batch=2,  # 80 GB hold three, 141 GB nine; see `python -m flows plan`
             validation=ValidationSpec(every=1000, clips=64, animated=4),
             workers=8,
             cpus_per_worker=4,
@@ -172,6 +172,23 @@ def temporal(base: Recipe) -> Recipe:
     return replace(base, name=f"{base.name}-temporal", about=about, train=replace(base.train, trained="temporal"))
 
 
+def lora(base: Recipe) -> Recipe:
+    """Low-rank adapters on the attentions of the 3D-UNet: an optimiser of a few per cent of its weights.
+
+    Adapters want about ten times the learning rate of all weights (Schulman, LoRA Without Regret, 2025).
+    """
+    train = replace(base.train, trained="lora", learning_rate_unet=10 * base.train.learning_rate_unet)
+    about = f"{base.name}, training low-rank adapters on the 3D-UNet's attentions"
+    return replace(base, name=f"{base.name}-lora", about=about, train=train)
+
+
+def sharded(base: Recipe) -> Recipe:
+    """The same training for GPUs of less memory: state in shards (FSDP2), activations recomputed, a clip at once."""
+    train = replace(base.train, sharding="fsdp2", recompute_activations=True, micro_batch=1)
+    about = f"{base.name}, its state spread over the workers and activations recomputed"
+    return replace(base, name=f"{base.name}-sharded", about=about, train=train)
+
+
 def _variant(base: Recipe, name: str, about: str, **changes: Any) -> Recipe:
     train = replace(base.train, model=replace(base.train.model, **changes))
     return replace(base, name=f"{base.name}-{name}", about=f"{base.name}, {about}", train=train)
@@ -234,7 +251,7 @@ def _all() -> dict[str, Callable[[], Recipe]]:
     for base in (paper, demo):
         recipes[base().name] = base
         schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, posterior, stored_text)
-        for variant in (trip_c, trip_te, trip_minus, trip_w, temporal, *schedules, *stored):
+        for variant in (trip_c, trip_te, trip_minus, trip_w, temporal, lora, sharded, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow, task
 
 from flows.console import tell
+from flows.planning import check_gpu_at_hand
 from flows.prepare_latents import planned_prepare
 from flows.recipes import Recipe, find_recipe
 from flows.source import PLAIN, Reading, named_source
@@ -69,6 +70,7 @@ def train_stage(spec: TrainSpec, tracking: TrackingSpec) -> TrainReport:
         }
         tell(news | {name: value for name, value in values.items() if name not in ("step", "steps", "seconds_left")})
 
+    check_gpu_at_hand(spec)
     tell(f"train       {spec.steps} steps of {spec.global_batch} clips on {spec.workers} worker(s)")
     with ray_session(None, spec.workers * spec.cpus_per_worker):
         report = train(spec, tick, tracking)

@@ -39,7 +39,7 @@ class TripConfig:
     guidance: float = 1.0  # classifier-free guidance on text when sampling; the paper gives none
     residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)  # s_i by frame, measured on the data set before training
     unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
-    unet_dropout: float = 0.0
+    unet_dropout: float = 0.0  # in the 3D-UNet's temporal convolutions, the only place where it has any
     # The time step that the 3D-UNet is told for the clean frame; the paper's text implies one for all frames.
     clean_frame_timestep: Literal["shared", "zero"] = "shared"
 
@@ -68,7 +68,7 @@ class Trip(nn.Module):
 
     @classmethod
     def from_base(cls, base: str | Path, config: TripConfig) -> Trip:
-        """A new TRIP on the 3D-UNet of a base folder; `unet_output` is taken from the base's scheduler."""
+        """A new TRIP on the 3D-UNet of a base folder; what that predicts, `config.unet_output` must say."""
         return cls(load_unet(base), config)
 
     def residual_std(self, frames: int, device: torch.device) -> torch.Tensor:

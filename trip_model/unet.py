@@ -191,6 +191,11 @@ class UNet3D(nn.Module):
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return x.unflatten(0, (batch, frames)).transpose(1, 2)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """The parts that hold nearly all weights; a forward pass calls each once."""
+        kinds = (ResnetBlock, TemporalConvLayer, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
+        return (module for module in self.modules() if isinstance(module, kinds))
+
     def _run(self, module: nn.Module, *inputs: Any) -> torch.Tensor:
         if self.recompute_activations and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)

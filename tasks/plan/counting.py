@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tasks.plan.base import BaseConfig
+from trip_model import unet_blocks
 from trip_model.model import Trip, TripConfig
 from trip_model.unet import UNet3D, UNetConfig
 
@@ -38,46 +39,76 @@ class PassCounts:
 
 
 @dataclass(frozen=True)
-class ModelCounts:
-    """What a training step of a model costs, per clip and at all."""
+class StepCounts:
+    """What a training step of a model costs, with activations kept or recomputed."""
 
-    parameters: int
-    forward_flops: int  # of one clip
     flops: int  # of one clip, forward and backward
-    recomputed_flops: int  # the same with activations recomputed
     activation_bytes: int  # what each further clip adds to the peak
     fixed_bytes: int  # what the peak holds beside, whatever the batch: copies of the weights made by autocast
-    recomputed_activation_bytes: int
-    recomputed_fixed_bytes: int
 
 
-def count_model(base: BaseConfig, config: TripConfig, gpu: bool) -> ModelCounts:
+@dataclass(frozen=True)
+class ModelCounts:
+    """The size of a model, and what a training step costs."""
+
+    parameters: int
+    trained: int  # of them
+    largest_layer: int  # parameters of the largest part that is gathered at once when sharded
+    forward_flops: int  # of one clip
+    kept: StepCounts
+    recomputed: StepCounts
+
+
+def count_model(
+    base: BaseConfig,
+    config: TripConfig,
+    gpu: bool,
+    bfloat16: bool,
+    sharded: bool = False,
+    freeze: Callable[[Trip], object] = lambda trip: None,
+) -> ModelCounts:
     """Counts one training step of TRIP on this base. Memory is linear in the batch: two batches give both terms.
 
     Args:
-        gpu: bfloat16 autocast and fused attention as on a GPU; else float32 as on a CPU.
+        gpu: by a GPU's rules; else by a CPU's. bfloat16: under autocast.
+        sharded: the layers' weights come in the arithmetic's precision, as FSDP2 gathers them.
+        freeze: leaves only the trained weights of a TRIP with gradients, after adding adapters to it perhaps.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         trip = new_trip(base, config)
+    _refill(trip.unet, "meta")  # peft moves what it adds, which fake tensors refuse
+    freeze(trip)
+    with fake:
+        _refill(trip.unet, "cpu")
+        layers = list(trip.unet.layers())
+        if sharded and bfloat16:
+            for layer in layers:
+                _refill(layer, "cpu", torch.bfloat16)
 
-        def passes(recompute: bool) -> tuple[PassCounts, int, int]:
+        def step(recompute: bool) -> tuple[int, StepCounts]:
             trip.unet.recompute_activations = recompute
-            one, two = (count_pass(trip, new_inputs(base, config, batch), gpu) for batch in (1, 2))
+            one, two = (count_pass(trip, new_inputs(base, config, batch), gpu, bfloat16) for batch in (1, 2))
             per_clip = two.peak_bytes - one.peak_bytes
-            return one, per_clip, one.peak_bytes - per_clip
+            return one.forward_flops, StepCounts(one.flops, per_clip, one.peak_bytes - per_clip)
 
-        one, per_clip, fixed = passes(recompute=False)
-        again = passes(recompute=True)
+        forward_flops, kept = step(recompute=False)
+        _, recomputed = step(recompute=True)
     return ModelCounts(
         parameters=sum(p.numel() for p in trip.parameters()),
-        forward_flops=one.forward_flops,
-        flops=one.flops,
-        recomputed_flops=again[0].flops,
-        activation_bytes=per_clip,
-        fixed_bytes=fixed,
-        recomputed_activation_bytes=again[1],
-        recomputed_fixed_bytes=again[2],
+        trained=sum(p.numel() for p in trip.parameters() if p.requires_grad),
+        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        forward_flops=forward_flops,
+        kept=kept,
+        recomputed=recomputed,
     )
+
+
+def _refill(module: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """Puts new parameters of the same shapes in place of all of a module's."""
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype), p.requires_grad))
 
 
 def new_trip(base: BaseConfig, config: TripConfig) -> Trip:
@@ -96,7 +127,7 @@ def new_inputs(base: BaseConfig, config: TripConfig, batch: int) -> tuple[torch.
     )
 
 
-def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False) -> PassCounts:
+def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False, bfloat16: bool = False) -> PassCounts:
     """Runs and counts one forward and backward pass; of real tensors as of fake ones."""
     owned = {p.untyped_storage()._cdata for p in trip.parameters()}
     saved: dict[int, int] = {}
@@ -107,9 +138,10 @@ def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False) 
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    rules = _gpu_rules() if gpu else contextlib.nullcontext()
-    with rules, StepCounter(owned) as counter:
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: counter.forget(p.grad)) for p in trip.parameters()]
+    rules = _gpu_rules(bfloat16) if gpu else contextlib.nullcontext()
+    trained = [p for p in trip.parameters() if p.requires_grad]
+    with rules, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), StepCounter(owned) as counter:
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: counter.forget(p.grad)) for p in trained]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = trip(*inputs).square().mean()
         forward_flops = counter.flops
@@ -162,29 +194,31 @@ class StepCounter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _gpu_rules() -> Iterator[None]:
-    """CUDA's rules for CPU tensors: bfloat16 autocast with norms in float32, and flash attention.
+def _gpu_rules(bfloat16: bool) -> Iterator[None]:
+    """CUDA's rules for CPU tensors: norms in float32 under autocast, fused attention whatever the length.
 
     The CPU's autocast has the same list of bfloat16 operations, but leaves norms in bfloat16. The functions are
     replaced, for a `TorchFunctionMode` would be off while the backward pass recomputes activations.
     """
-    kept = (F.scaled_dot_product_attention, F.group_norm, F.layer_norm)
-    attention, group_norm, layer_norm = kept
+    kept = (F.scaled_dot_product_attention, F.group_norm, F.layer_norm, unet_blocks.SHORT)
+    attention, group_norm, layer_norm, _ = kept
 
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
-        if attn_mask is not None:
+        if attn_mask is not None or not bfloat16:
             return attention(q, k, v, attn_mask, *rest, **more)
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
+    def exact(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *values: norm(*(v.float() if isinstance(v, torch.Tensor) else v for v in values))
+
     try:
         F.scaled_dot_product_attention = flash
-        F.group_norm = lambda x, *rest, **more: group_norm(x.float(), *rest, **more)
-        F.layer_norm = lambda x, *rest, **more: layer_norm(x.float(), *rest, **more)
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
+        F.group_norm, F.layer_norm = exact(group_norm), exact(layer_norm)
+        unet_blocks.SHORT = 0
+        yield
     finally:
-        F.scaled_dot_product_attention, F.group_norm, F.layer_norm = kept
+        F.scaled_dot_product_attention, F.group_norm, F.layer_norm, unet_blocks.SHORT = kept
 
 
 def count_text(base: BaseConfig) -> tuple[int, int]:

@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tasks.records import UserError
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or the cores of one CPU worker. FLOP/s are of dense matrices: bfloat16 on a GPU, float32 on a CPU."""
+    """One GPU, or the cores of one CPU worker. FLOP/s are of dense matrices, by precision."""
 
     name: str
     memory_bytes: float
     memory_source: str
-    flops_per_second: float  # peak of the data sheet
+    flops_per_second: dict[str, float]
     flops_source: str
     bytes_per_second: float  # of its memory
-    measured_flops_per_second: float | None = None  # of a large matrix product
+    measured_flops_per_second: dict[str, float] = field(default_factory=dict)  # of a large matrix product
     utilisation: float = 0.35  # share of the peak that training reaches
     utilisation_source: str = "assumed, not measured; --mfu"
 
-    @property
-    def best_flops_per_second(self) -> float:
-        return self.measured_flops_per_second or self.flops_per_second
+    def best_flops_per_second(self, precision: str) -> float:
+        """What no run can beat."""
+        return self.measured_flops_per_second.get(precision, self.flops_per_second[precision])
 
     @property
     def encode_flops_per_second(self) -> float:
         """Peak of the VAE, which runs in float32: on a GPU its convolutions run in TF32, at half the bfloat16 rate."""
-        return self.flops_per_second if self.name == "cpu" else self.flops_per_second / 2
+        return self.flops_per_second["float32"] if self.name == "cpu" else self.flops_per_second["bfloat16"] / 2
+
+
+def _gpu(name: str, memory_bytes: float, bfloat16: float, float32: float, bytes_per_second: float) -> Device:
+    peaks = {"bfloat16": bfloat16, "float32": float32}
+    return Device(name, memory_bytes, SHEET, peaks, SHEET, bytes_per_second)
 
 
 SHEET = "published: data sheet"
+_H200 = {"memory_source": "measured: 139 GiB to use", "measured_flops_per_second": {"bfloat16": 790e12}}
 GPUS = {
-    "h200": Device(
-        "h200", 139 * 2**30, "measured: 139 GiB to use", 989e12, SHEET, 4.3e12, measured_flops_per_second=790e12
-    ),
-    "h100": Device("h100", 80e9, SHEET, 989e12, SHEET, 3.35e12),
-    "a100-80": Device("a100-80", 80e9, SHEET, 312e12, SHEET, 2.04e12),
-    "a100-40": Device("a100-40", 40e9, SHEET, 312e12, SHEET, 1.56e12),
-    "l40s": Device("l40s", 48e9, SHEET, 362e12, SHEET, 0.864e12),
-    "4090": Device("4090", 24e9, SHEET, 165e12, SHEET, 1.01e12),
+    gpu.name: gpu
+    for gpu in (
+        replace(_gpu("h200", 139 * 2**30, 989e12, 67e12, 4.3e12), **_H200),
+        _gpu("h100", 80e9, 989e12, 67e12, 3.35e12),
+        _gpu("a100-80", 80e9, 312e12, 19.5e12, 2.04e12),
+        _gpu("a100-40", 40e9, 312e12, 19.5e12, 1.56e12),
+        _gpu("l40s", 48e9, 362e12, 91.6e12, 0.864e12),
+        _gpu("4090", 24e9, 165e12, 82.6e12, 1.01e12),
+    )
 }
 DEVICES = (*GPUS, "cpu")
+CPU_CORE = {"float32": 98.5e9, "bfloat16": 215e9}  # matrix product, AMD EPYC with AVX512-bf16
 
 
 def find_device(name: str, workers: int, cores: int) -> Device:
@@ -57,14 +65,15 @@ def find_device(name: str, workers: int, cores: int) -> Device:
     if name != "cpu":
         raise UserError(f"no device {name!r} in the table; known are {', '.join(DEVICES)}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peaks = {precision: cores * rate for precision, rate in CPU_CORE.items()}
     return Device(
         "cpu",
         memory / workers,
         f"measured: this machine's memory / {workers} workers",
-        cores * 98.5e9,
-        f"measured: float32 matrix product, AMD EPYC, 98.5 GFLOP/s a core x {cores}",
+        peaks,
+        f"measured: matrix product, AMD EPYC, one core x {cores}",
         20e9,
-        measured_flops_per_second=cores * 98.5e9,
+        measured_flops_per_second=peaks,
         utilisation=0.2,
-        utilisation_source="measured: small 3D-UNets reach 0.21 to 0.42; --mfu",
+        utilisation_source="measured: small 3D-UNets reach 0.21 to 0.42 in float32; --mfu",
     )

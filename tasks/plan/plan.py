@@ -6,63 +6,23 @@ Everything is computed from the model's own shapes; the few numbers that were me
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from tasks.plan.base import BaseConfig, read_base
 from tasks.plan.counting import ModelCounts, count_model, count_text, count_vae
 from tasks.plan.hardware import Device, find_device
-from tasks.plan.memory import MemoryPlan, plan_memory
+from tasks.plan.memory import MemoryPlan, plan_memory, shortfall
+from tasks.plan.spec import PlanSpec, check_plan
 from tasks.plan.units import duration, size, work
-from tasks.records import UserError
-from trip_model.model import TripConfig
+from trip_model.model import Trip
 
 CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2dataset#336)
-CLIP_SECONDS = 17.5  # the mean of WebVid
 # To 256 pixels from a 596 x 336 H.264 clip of 15 s, PyAV, one core: best, worst.
 DECODE_SECONDS = {"windows": (0.057, 0.129), "track": (0.3, 0.55)}
 PNG_SHARE = 0.31  # of the raw bytes of a first frame; 25 real clips at 256 pixels: 0.27 to 0.36 (10 to 90 %)
 SAMPLE_EXTRAS_BYTES = 7000  # caption, provenance, headers, padding and index, as a data set of the demo has them
 ADAMW_BYTES = 28  # read and written for each parameter: four values in, three out, float32
-
-
-@dataclass(frozen=True)
-class PlanSpec:
-    """What a plan is asked about. `clips` None leaves out what depends on the data."""
-
-    base: str
-    model: TripConfig
-    steps: int
-    global_batch: int
-    workers: int  # GPUs, or CPU workers
-    device: str
-    cores: int = 1  # of one CPU worker
-    average: bool = False
-    checkpoints_kept: int = 2
-    clips: int | None = None
-    clips_are: Literal["linked", "drawn", "prepared"] = "linked"  # links to videos, drawn on the spot, latents already
-    stored: Literal["windows", "track"] = "windows"
-    windows_per_clip: int = 1
-    keep_pixels: bool = False
-    keep_logvar: bool = False
-    keep_text: bool = False
-    prepare_cores: int = 1  # all workers of the prepare stage together
-    longest_track: int = 240  # frames
-    price: float | None = None  # USD for an hour of one GPU
-    mfu: float | None = None  # share of the device's peak, instead of the table's
-    gbit: float = 1.0  # download, Gbit/s
-
-    @property
-    def samples(self) -> int:
-        """Of the data set: windows, or a track for each clip."""
-        return (self.clips or 0) * (1 if self.stored == "track" else self.windows_per_clip)
-
-    @property
-    def sample_frames(self) -> int:
-        """Frames that a sample stores."""
-        if self.stored == "windows":
-            return self.model.num_frames
-        return min(self.longest_track, round(CLIP_SECONDS * self.model.fps))
 
 
 @dataclass(frozen=True)
@@ -85,87 +45,77 @@ class Plan:
     rows: tuple[Row, ...]
 
 
-def make_plan(spec: PlanSpec) -> Plan:
+def make_plan(spec: PlanSpec, freeze: Callable[[Trip], object] = lambda trip: None) -> Plan:
     """Computes a plan; the model is built on fake tensors, half a minute for the paper's.
 
+    Args:
+        freeze: leaves only the trained weights of a TRIP with gradients, after adding adapters to it perhaps.
     Raises:
         UserError: a number that no run could start with. BaseFolderError: a base without readable shapes.
     """
-    _check(spec)
+    check_plan(spec)
     device = find_device(spec.device, spec.workers, spec.cores)
-    base, gpu = read_base(spec.base), spec.device != "cpu"
-    counts = count_model(base, spec.model, gpu)
+    base = read_base(spec.base)
+    counts, memory = plan_step(spec, device, freeze)
     text_parameters, text_flops = count_text(base)
     vae_parameters, vae_flops = count_vae(base, spec.model.size)
-    share = spec.global_batch // spec.workers
-    memory = plan_memory(counts, text_parameters, device, share, spec.workers, spec.average)
 
-    rows = _model_rows(counts, text_flops, base.source, gpu) + _memory_rows(spec, device, counts, memory)
-    flops = (counts.recomputed_flops if memory.recompute else counts.flops) + text_flops
-    training, train_seconds, least_seconds = _training(spec, device, flops, counts.parameters)
+    rows = _model_rows(spec, counts, text_flops, base.source) + _memory_rows(spec, device, counts, memory)
+    flops = (counts.recomputed if spec.recompute else counts.kept).flops + text_flops
+    training, train_seconds, least_seconds = _training(spec, device, flops, counts.trained)
     rows += training
     open_clips = spec.clips and spec.clips_are != "prepared"
     preparing, prepare_seconds = _preparing(spec, device, vae_flops) if open_clips else ([], 0.0)
-    rows += preparing + _storage(spec, base, counts.parameters, text_parameters + vae_parameters)
+    rows += preparing + _storage(spec, base, counts, text_parameters + vae_parameters)
     rows += _cost(spec, train_seconds, prepare_seconds)
-    return Plan(bool(memory.micro_batch), _verdict(spec, device, memory, train_seconds, least_seconds), tuple(rows))
+    return Plan(memory.fits, _verdict(spec, device, memory, train_seconds, least_seconds), tuple(rows))
 
 
-def _check(spec: PlanSpec) -> None:
-    for name, least in (("workers", 1), ("steps", 1), ("global_batch", 1), ("clips", 1)):
-        value = getattr(spec, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} {value}, expected at least {least}")
-    if spec.mfu is not None and not 0 < spec.mfu <= 1:
-        raise UserError(f"mfu {spec.mfu}, expected a share of the peak above 0 and at most 1")
-    for name in ("gbit", "price"):
-        value = getattr(spec, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} {value}, expected a number above 0")
-    if spec.global_batch % spec.workers:
-        divisors = [n for n in range(1, spec.global_batch + 1) if spec.global_batch % n == 0]
-        raise UserError(
-            f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly;"
-            f" it can over {', '.join(map(str, divisors))}"
-        )
+def plan_step(
+    spec: PlanSpec, device: Device, freeze: Callable[[Trip], object] = lambda trip: None
+) -> tuple[ModelCounts, MemoryPlan]:
+    """Counts the model's training step and lays it into a device's memory."""
+    base, bfloat16 = read_base(spec.base), spec.precision == "bfloat16"
+    counts = count_model(base, spec.model, device.name != "cpu", bfloat16, spec.sharded, freeze)
+    return counts, plan_memory(spec, counts, count_text(base)[0], device)
 
 
-def _model_rows(counts: ModelCounts, text_flops: int, source: str, gpu: bool) -> list[Row]:
-    dtype = "bfloat16 autocast" if gpu else "float32"
+def _model_rows(spec: PlanSpec, counts: ModelCounts, text_flops: int, source: str) -> list[Row]:
+    dtype = "bfloat16 autocast" if spec.precision == "bfloat16" else "float32"
     return [
         Row("model", "parameters", counts.parameters, "parameters", f"3D-UNet and fusion; {source}"),
+        Row("model", "trained", counts.trained, "parameters", f"{spec.trained} of the 3D-UNet, and fusion"),
         Row("model", "forward, a clip", counts.forward_flops, "FLOP", "counted on fake tensors, torch's formulas"),
-        Row("model", "forward + backward", counts.flops, "FLOP", f"counted the same way; {dtype}"),
+        Row("model", "forward + backward", counts.kept.flops, "FLOP", f"counted the same way; {dtype}"),
         Row("model", "text encoder, a caption", text_flops, "FLOP", "counted; it runs in every step"),
     ]
 
 
 def _memory_rows(spec: PlanSpec, device: Device, counts: ModelCounts, memory: MemoryPlan) -> list[Row]:
     rows = [Row("memory", part.what, part.size_bytes, "B", part.how) for part in memory.parts]
-    rows.append(Row("memory", "sum", memory.size_bytes, "B", f"for {max(memory.micro_batch, 1)} at once"))
+    rows.append(Row("memory", "sum", memory.size_bytes, "B", f"for {memory.at_once} at once"))
     rows.append(Row("memory", f"of one {device.name}", device.memory_bytes, "B", device.memory_source))
+    how = "the recipe's micro_batch" if spec.micro_batch else "a device's share of the global batch"
+    rows.append(Row("batch", "at once", memory.at_once, "clips", how))
     rows.append(Row("batch", "largest that fits", memory.largest, "clips", "memory left / activations a clip"))
-    if memory.largest_recomputed is None:
-        how = "activation checkpointing is not available in this 3D-UNet"
-        rows.append(Row("batch", "the same, recomputing", None, "clips", how))
-    else:
-        how = f"activations {size(counts.recomputed_activation_bytes)} a clip, a third more work"
-        rows.append(Row("batch", "the same, recomputing", memory.largest_recomputed, "clips", how))
-    how = f"global batch {spec.global_batch} / {spec.workers} / {memory.micro_batch or '-'} at once"
+    how = f"activations {size(counts.recomputed.activation_bytes)} a clip, a third more work"
+    rows.append(Row("batch", "the same, recomputing", memory.largest_recomputed, "clips", how))
+    how = f"global batch {spec.global_batch} / {spec.workers} / {memory.at_once} at once"
     rows.append(Row("batch", "micro-batches a step", memory.accumulation, "", how))
     return rows
 
 
-def _training(spec: PlanSpec, device: Device, flops: int, parameters: int) -> tuple[list[Row], float, float]:
+def _training(spec: PlanSpec, device: Device, flops: int, trained: int) -> tuple[list[Row], float, float]:
     share = spec.mfu or device.utilisation
     source = "--mfu" if spec.mfu else device.utilisation_source
     step_flops = spec.global_batch * flops
-    seconds = step_flops / (spec.workers * device.flops_per_second * share)
-    best = device.best_flops_per_second
-    least = step_flops / (spec.workers * best) + ADAMW_BYTES * parameters / device.bytes_per_second
-    measured = "measured" if device.measured_flops_per_second else device.flops_source
+    peak, best = device.flops_per_second[spec.precision], device.best_flops_per_second(spec.precision)
+    seconds = step_flops / (spec.workers * peak * share)
+    own = trained / (spec.workers if spec.sharded else 1)  # weights that one device's optimiser moves
+    least = step_flops / (spec.workers * best) + ADAMW_BYTES * own / device.bytes_per_second
+    measured = "measured" if spec.precision in device.measured_flops_per_second else device.flops_source
     rows = [
-        Row("time", "peak of one device", device.flops_per_second, "FLOP/s", device.flops_source),
+        Row("time", "peak of one device", peak, "FLOP/s", f"{spec.precision}; {device.flops_source}"),
         Row("time", "share of it in training", share, "", source),
         Row("time", "a step", seconds, "s", f"{spec.global_batch} clips x {work(flops)} / devices / rate"),
         Row("time", "a step, never below", least, "s", f"{work(best)}/s ({measured}) + AdamW's traffic"),
@@ -211,7 +161,7 @@ def _preparing(spec: PlanSpec, device: Device, vae_flops: int) -> tuple[list[Row
     ], slowest[0]
 
 
-def _storage(spec: PlanSpec, base: BaseConfig, parameters: int, frozen: int) -> list[Row]:
+def _storage(spec: PlanSpec, base: BaseConfig, counts: ModelCounts, frozen: int) -> list[Row]:
     rows = []
     if spec.clips:
         frame, frames = 3 * spec.model.size**2, spec.sample_frames
@@ -229,13 +179,13 @@ def _storage(spec: PlanSpec, base: BaseConfig, parameters: int, frozen: int) -> 
         how = f"{spec.samples:,} x ({how} KB); videos are not kept"
         rows.append(Row("storage", "shards", spec.samples * sum(parts.values()), "B", how))
     values = 4 if spec.average else 3
-    one = 4 * values * parameters
-    how = f"{parameters / 1e6:,.1f} M x {4 * values} B (weights, moments{', average' if spec.average else ''})"
+    one = 4 * values * counts.trained
+    how = f"{counts.trained / 1e6:,.1f} M x {4 * values} B (weights, moments{', average' if spec.average else ''})"
     kept = spec.checkpoints_kept + 1
     return rows + [
         Row("storage", "a checkpoint", one, "B", how),
         Row("storage", "checkpoints", kept * one, "B", f"{spec.checkpoints_kept} kept + 1 being written"),
-        Row("storage", "exported model", 4 * (parameters + frozen), "B", "float32, with VAE and text encoder"),
+        Row("storage", "exported model", 4 * (counts.parameters + frozen), "B", "float32, with VAE and text encoder"),
     ]
 
 
@@ -254,15 +204,15 @@ def _cost(spec: PlanSpec, train_seconds: float, prepare_seconds: float) -> list[
 def _verdict(spec: PlanSpec, device: Device, memory: MemoryPlan, seconds: float, least: float) -> tuple[str, ...]:
     unit = "worker" if device.name == "cpu" else "GPU"
     room = f"{size(memory.size_bytes)} of {size(device.memory_bytes)}"
-    if not memory.micro_batch:
-        remedy = "take a device with more memory, or a smaller model"
-        return (f"does not fit: one clip needs {room} of a {device.name}; {remedy}",)
+    told = shortfall(memory, device)
+    if told is not None:
+        return (f"does not fit: {told}",)
     how = "recomputing activations" if memory.recompute else "without recomputing activations"
     steps = f"{memory.accumulation} micro-batches a step" if memory.accumulation > 1 else "no accumulation"
     hours = spec.workers * seconds / 3600
     price = f", {hours * spec.price:,.0f} USD at {spec.price:g} an hour" if spec.price else "; for USD give --price"
     return (
-        f"fits: {memory.micro_batch} clips per {unit} {how} ({room}), global batch {spec.global_batch}, {steps}",
+        f"fits: {memory.at_once} clips per {unit} {how} ({room}), global batch {spec.global_batch}, {steps}",
         f"time: training takes about {duration(seconds)} on {spec.workers} {device.name}, never less than"
         f" {duration(least)}",
         f"cost: {hours:,.4g} {unit} hours{price}",

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from infra import storage
 from tasks.records import UserError
 from tasks.shards import ShardDataset
+from tasks.train.optimizer import trained_parameters
 from tasks.train.spec import TrainSpec, check_spec
 from trip_model.encoders import folder_hash, resolve_base
 
@@ -38,7 +39,8 @@ def check_before_start(spec: TrainSpec) -> list[str]:
         )
     dataset = ShardDataset(spec.dataset)
     _check_sample(spec, dataset, vae, text)
-    return [*_other_base(spec, dataset, base), *_short_of_room(spec, _parameters(base))]
+    _check_stored_text(spec, dataset, base)
+    return [*_other_base(spec, dataset, base), *_short_of_room(spec, _shapes(base))]
 
 
 def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], text: dict[str, Any]) -> None:
@@ -68,6 +70,13 @@ def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], t
         )
 
 
+def _check_stored_text(spec: TrainSpec, dataset: ShardDataset, base: Path) -> None:
+    """Text features of another encoder would teach, but what is sampled with this one would not understand."""
+    made_by = dataset.published.recipe.get("text_encoder_sha256")
+    if spec.stored_text and made_by != folder_hash(base, "text_encoder"):
+        raise UserError(f"the stored text of {spec.dataset} is not by the text encoder of {base}; train without it")
+
+
 def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]:
     """Latents of another VAE train without an error, and teach nothing."""
     recipe = dataset.published.recipe
@@ -78,18 +87,23 @@ def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]
     ]
 
 
-def _parameters(base: Path) -> int:
-    """Parameters of a base's 3D-UNet, from the headers of its files."""
-    sizes: dict[str, int] = {}
+def _shapes(base: Path) -> dict[str, list[int]]:
+    """The shapes of a base's 3D-UNet by name, from the headers of its files."""
+    shapes: dict[str, list[int]] = {}
     for path in (base / "unet").glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
-            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
-    return sum(sizes.values())
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return shapes
 
 
-def _short_of_room(spec: TrainSpec, parameters: int) -> list[str]:
-    """Room for weights, AdamW's moments and their average, float32: on the disk of a local store, and in memory."""
-    state = 4 * parameters * (4 if spec.average_decay else 3)
+def _short_of_room(spec: TrainSpec, shapes: dict[str, list[int]]) -> list[str]:
+    """Room for the 3D-UNet's state, float32: on the disk of a local store, and in memory.
+
+    A checkpoint holds the trained weights, AdamW's moments and an average if there is one; memory holds all weights,
+    and of the trained ones gradients, moments and average.
+    """
+    weights = 4 * sum(map(math.prod, shapes.values()))
+    state = 4 * trained_parameters(shapes, spec) * (4 if spec.average_decay else 3)
     output = storage.local_path(spec.output) if spec.output else None
     if output is not None:
         there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
@@ -102,8 +116,8 @@ def _short_of_room(spec: TrainSpec, parameters: int) -> list[str]:
     if spec.gpus_per_worker:
         return []  # the GPUs may be another machine's: `python -m flows plan` knows theirs
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = spec.workers * (state + 4 * parameters)
-    if needed < memory:
+    needed = (weights + state) * (1 if spec.sharding == "fsdp2" else spec.workers)
+    if needed <= memory:
         return []
     return [
         f"weights, gradients and AdamW's moments of {spec.workers} workers take {needed / 1e9:.1f} GB, more than this"

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from infra import storage
 from tasks.records import UserError, digest
+from tasks.train.sharding import like
 
 COMPLETE = "complete.json"
 Tensors = dict[str, torch.Tensor]
@@ -225,8 +226,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Puts back what `optimizer_tensors` took out; the parameter groups stay as the recipe made them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, Tensors] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

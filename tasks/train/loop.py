@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,12 +20,14 @@ from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 from tasks.train.checkpoints import Checkpoint, CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
+from tasks.train.export import export
 from tasks.train.loader import TrainingData, share
-from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer
+from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer, trained_weights
+from tasks.train.sharding import like, shard, whole
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
 from tasks.train.validation import LOSS, Look, Validation
-from trip_model.checkpoint import config_from_json, save_model
-from trip_model.encoders import folder_hash, load_text_encoder, load_vae, resolve_base
+from trip_model.checkpoint import config_from_json
+from trip_model.encoders import load_text_encoder, load_vae, resolve_base
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
 from trip_model.schedule import bridged
@@ -83,7 +82,10 @@ def run_training(
         model_digest="",
         spec_digest=spec_digest(spec),
     )
-    return _export(training, report) if rank == 0 else report
+    trained = training.trained_tensors()
+    if rank != 0:
+        return report
+    return export(spec, training.dataset, training.base, training.trip.config, trained, report)
 
 
 class Training:
@@ -107,11 +109,6 @@ class Training:
             spec.sample_posterior,
             spec.stored_text,
         )
-        made_by = self.dataset.published.recipe.get("text_encoder_sha256")
-        if spec.stored_text and made_by != folder_hash(self.base, "text_encoder"):
-            raise UserError(
-                f"the stored text of {spec.dataset} is not by the text encoder of {self.base}; train without it"
-            )
         vae: Any = load_vae(self.base)
         self._scaling = float(vae.config.scaling_factor)
         self._text = load_text_encoder(self.base, device)
@@ -126,10 +123,15 @@ class Training:
                 unet_output=base_unet_output(self.base),
                 schedule=bridged(spec.model.schedule, self.base),
             )
-        torch.manual_seed(spec.seed)  # the fusion module's first weights
-        self.trip = Trip.from_base(self.base, config).to(device).train()
+        torch.manual_seed(spec.seed)  # the first weights of the fusion module and of adapters
+        self.trip = Trip.from_base(self.base, config).train()
         self.trip.unet.recompute_activations = spec.recompute_activations
-        self._trained = choose_trained(self.trip, spec)
+        choose_trained(self.trip, spec)
+        self.trip.to(device)
+        self._sharded = spec.sharding == "fsdp2" and world > 1
+        if self._sharded:
+            shard(self.trip, device, world, spec.precision == "bfloat16")
+        self._trained = trained_weights(self.trip)
         self._optimizer = make_optimizer(self.trip, spec)
         self.average = MovingAverage(self._trained, spec.average_decay)
         self.losses = _Losses()
@@ -138,11 +140,12 @@ class Training:
             self._restore(resumed)
         if self._over_ranks([self._step]) != [self._step]:
             raise RuntimeError(f"rank {rank} of {world} found the checkpoint of step {self._step}, others another one")
-        self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if world > 1 else self.trip
+        copies = world > 1 and not self._sharded
+        self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if copies else self.trip
         self._share = len(share(spec.global_batch, rank, world))
         self._micro = min(spec.micro_batch or self._share, self._share)
         self._validation: Validation | None = None
-        if spec.validation.every and rank == 0:
+        if spec.validation.every and (rank == 0 or self._sharded):  # of a sharded model every rank has to look
             self._validation = Validation(spec.validation, self._data, vae, self._text, self._micro, device)
 
     def run(self, checkpoints: CheckpointStore, on_tick: Tick, notice: Notice | None) -> None:
@@ -154,10 +157,13 @@ class Training:
             step, finished = self._step, self._step == spec.steps
             numbers: dict[str, float] = {}
             if self._validation is not None and (step % looked == 0 or finished):
+                look_time = time.monotonic()
                 with self.average.shown():
                     look = self._validation.look(self.trip)
-                self._keep_clips(look)
+                if self._rank == 0:
+                    self._keep_clips(look)
                 numbers = look.numbers
+                tick_time += time.monotonic() - look_time  # the speed is that of training
             if self._rank == 0 and (step % spec.tick_every == 0 or finished or numbers):
                 steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
                 on_tick(
@@ -173,8 +179,10 @@ class Training:
                 )
                 tick_time, tick_step = time.monotonic(), step
             asked = notice() if notice is not None else ""
-            if self._rank == 0 and (asked or finished or step % spec.checkpoint_every == 0):
-                checkpoints.save(step, self._parts(), self._facts(), {"loss": self.losses.last} | numbers)
+            if asked or finished or step % spec.checkpoint_every == 0:
+                parts = self._parts()
+                if self._rank == 0:
+                    checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | numbers)
             if asked == "stop" and not finished:
                 checkpoints.wait()
                 raise TrainingStopped(f"stopped at step {step} of {spec.steps} as told; the same command continues")
@@ -236,11 +244,16 @@ class Training:
             return self._model.no_sync()
         return contextlib.nullcontext()
 
+    def trained_tensors(self) -> Tensors:
+        """What was trained, as it is to be used: the average where there is one. All ranks must ask; rank 0 gets it."""
+        return whole(self.average.tensors or self._trained, keep=self._rank == 0)
+
     def _parts(self) -> dict[str, Tensors]:
         """The tensors of a checkpoint. What is not trained is in the base, and not written again."""
-        weights = {name: parameter.detach() for name, parameter in self._trained.items()}
-        parts = {"weights": weights, "optimizer": optimizer_tensors(self._optimizer)}
-        return parts | ({"average": self.average.tensors} if self.average.tensors else {})
+        parts = {"weights": self._trained, "optimizer": optimizer_tensors(self._optimizer)}
+        if self.average.tensors:
+            parts["average"] = self.average.tensors
+        return {name: whole(tensors, keep=self._rank == 0) for name, tensors in parts.items()}
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -252,7 +265,7 @@ class Training:
     def _restore(self, resumed: Checkpoint) -> None:
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(resumed.parts["weights"][name])
+                parameter.copy_(like(resumed.parts["weights"][name], parameter))
         restore_optimizer(self._optimizer, resumed.parts["optimizer"])
         self.average.restore(resumed.parts.get("average", {}))
         self._step = resumed.step
@@ -296,29 +309,3 @@ class _Losses:
 
 def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
     return int(digest(["dropout", seed, step, rank, part]), 16) & (2**63 - 1)
-
-
-def _export(training: Training, report: TrainReport) -> TrainReport:
-    """Writes the model folder, then the report as the mark of completion."""
-    spec = training.spec
-    provenance = {
-        "dataset": spec.dataset,
-        "dataset_manifest_sha256": training.dataset.manifest_sha256,
-        "base_sha256": folder_hash(training.base),
-        "spec_digest": spec_digest(spec),
-        "steps": spec.steps,
-        "seed": spec.seed,
-        **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
-    }
-    spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
-    try:
-        with training.average.shown():
-            folder = save_model(spool / "model", training.trip, training.base, provenance)
-        report = replace(report, model_digest=folder_hash(folder))
-        storage.delete(report.model)
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            storage.upload_file(path, storage.join(report.model, *path.relative_to(folder).parts))
-        storage.write_json(storage.join(spec.output, "report.json"), asdict(report))
-    finally:
-        shutil.rmtree(spool)
-    return report

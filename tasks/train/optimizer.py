@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tasks.train.adapters import add_adapters, is_projection
 from tasks.train.checkpoints import Tensors
+from tasks.train.sharding import like, local
 from tasks.train.spec import TrainSpec
 from trip_model.model import Trip
 
@@ -18,10 +20,29 @@ from trip_model.model import Trip
 TEMPORAL = ("transformer_in", "temp_convs", "temp_attentions")
 
 
-def choose_trained(model: Trip, spec: TrainSpec) -> dict[str, nn.Parameter]:
-    """Freezes what `spec.trained` leaves out and returns the other weights by name."""
-    for name, parameter in model.unet.named_parameters():
-        parameter.requires_grad_(spec.trained == "all" or any(part in name.split(".") for part in TEMPORAL))
+def choose_trained(model: Trip, spec: TrainSpec) -> None:
+    """Freezes what `spec.trained` leaves out, after adding adapters if it asks for them."""
+    if spec.trained == "lora":
+        add_adapters(model.unet, spec)
+    elif spec.trained == "temporal":
+        for name, parameter in model.unet.named_parameters():
+            parameter.requires_grad_(_is_temporal(name))
+
+
+def trained_parameters(shapes: Mapping[str, Sequence[int]], spec: TrainSpec) -> int:
+    """How many parameters `choose_trained` would leave to train of a 3D-UNet whose weights have these shapes."""
+    if spec.trained == "lora":
+        adapted = (sum(shape) for name, shape in shapes.items() if is_projection(name))  # [out, in]
+        return spec.lora_rank * sum(adapted)
+    return sum(math.prod(shape) for name, shape in shapes.items() if spec.trained == "all" or _is_temporal(name))
+
+
+def _is_temporal(name: str) -> bool:
+    return any(part in name.split(".") for part in TEMPORAL)
+
+
+def trained_weights(model: Trip) -> dict[str, nn.Parameter]:
+    """The weights that are not frozen, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -44,7 +65,10 @@ def learning_rate_factor(step: int, spec: TrainSpec) -> float:
 
 
 class MovingAverage:
-    """The exponential moving average of the trained weights; with a decay of 0 there is none, and it holds nothing."""
+    """The exponential moving average of the trained weights; with a decay of 0 there is none, and it holds nothing.
+
+    Of sharded weights every rank averages its shards.
+    """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
         self._weights, self._decay = weights, decay
@@ -53,14 +77,15 @@ class MovingAverage:
     @torch.no_grad()
     def restore(self, tensors: Tensors) -> None:
         for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(like(tensors[name], tensor))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         if self.tensors:
             # A young average forgets faster, so that the first weights do not linger in a short run.
             keep = min(self._decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in self._weights.values()], 1 - keep)
+            averages = [local(average) for average in self.tensors.values()]
+            torch._foreach_lerp_(averages, [local(p) for p in self._weights.values()], 1 - keep)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

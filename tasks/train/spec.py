@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from infra import storage
 from tasks.records import UserError, digest
 from trip_model.model import TripConfig
 from trip_model.objective import ObjectiveConfig
+
+# Of a field that does not change what is trained, up to the rounding of sums, and so is no part of its identity.
+MEANS = {"means": True}
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,16 @@ class TrainSpec:
     """One training, by addresses and numbers. The defaults are the paper's where it gives them (Section 4.1)."""
 
     dataset: str
-    output: str
+    output: str = field(metadata=MEANS)
     base: str
     model: TripConfig = field(default_factory=TripConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     steps: int = 100_000  # the paper gives no number of steps
     global_batch: int = 32  # nor a batch size; peers use 24 to 64
-    trained: Literal["all", "temporal"] = "all"  # of the 3D-UNet; the fusion module is always trained
+    # Of the 3D-UNet: all weights, those that mix frames, or low-rank adapters; the fusion module is always trained.
+    trained: Literal["all", "temporal", "lora"] = "all"
+    lora_rank: int = 32
+    lora_alpha: float = 32.0  # the adapters' product is multiplied with alpha / rank
     learning_rate_unet: float = 2e-6
     learning_rate_fusion: float = 2e-4
     weight_decay: float = 1e-2
@@ -46,30 +52,20 @@ class TrainSpec:
     sample_posterior: bool = False  # draw latents from the VAE's posterior, of a data set made with keep_logvar
     stored_text: bool = False  # take text features from a data set made with keep_text
     seed: int = 0
-    # From here on: means, which do not change what is trained.
-    validation: ValidationSpec = ValidationSpec()
-    checkpoint_every: int = 1000
-    tick_every: int = 10
-    workers: int = 1
-    least_workers: int | None = None  # go on with as few when machines are lost; None: wait for all of `workers`
-    cpus_per_worker: int = 2
-    gpus_per_worker: int = 0
-    micro_batch: int | None = None  # samples of one forward pass on one worker; None: all of its share
-    recompute_activations: bool = False  # a third more work for a fraction of the memory
-
-
-MEANS = (
-    "output",
-    "validation",
-    "checkpoint_every",
-    "tick_every",
-    "workers",
-    "least_workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "micro_batch",
-    "recompute_activations",
-)
+    validation: ValidationSpec = field(default=ValidationSpec(), metadata=MEANS)
+    checkpoint_every: int = field(default=1000, metadata=MEANS)
+    tick_every: int = field(default=10, metadata=MEANS)
+    workers: int = field(default=1, metadata=MEANS)
+    # Go on with as few when machines are lost; None: wait for all of `workers`.
+    least_workers: int | None = field(default=None, metadata=MEANS)
+    cpus_per_worker: int = field(default=2, metadata=MEANS)
+    gpus_per_worker: int = field(default=0, metadata=MEANS)
+    # Samples of one forward pass on one worker; None: all of its share.
+    micro_batch: int | None = field(default=None, metadata=MEANS)
+    # A third more work for a fraction of the memory.
+    recompute_activations: bool = field(default=False, metadata=MEANS)
+    # Each worker holds the whole state, or (FSDP2) a share of it and gathers weights layer by layer.
+    sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ class TrainReport:
 
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but its means. Another split of a batch changes the last bits."""
-    return digest({name: value for name, value in asdict(spec).items() if name not in MEANS})
+    goals = asdict(spec)
+    return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
 
 
 def check_spec(spec: TrainSpec) -> None:
@@ -104,11 +101,25 @@ def check_spec(spec: TrainSpec) -> None:
         )
     if spec.least_workers is not None and not 1 <= spec.least_workers <= spec.workers:
         raise UserError(f"least_workers {spec.least_workers}, expected 1 to {spec.workers}, the number of workers")
+    if spec.sharding == "fsdp2":
+        uneven = [n for n in range(spec.least_workers or spec.workers, spec.workers + 1) if spec.global_batch % n]
+        if uneven:
+            raise UserError(
+                f"sharding 'fsdp2' needs equal shares, and a global batch of {spec.global_batch} cannot be split over"
+                f" {uneven[0]} workers evenly; give workers (and least_workers) that divide it"
+            )
     if spec.micro_batch is not None and spec.micro_batch < 1:
         raise UserError(f"micro_batch {spec.micro_batch}, expected at least 1 sample")
-    for name in ("every", "clips", "bands", "animated"):
-        if getattr(spec.validation, name) < (name in ("clips", "bands")):
-            raise UserError(f"validation.{name} {getattr(spec.validation, name)}, expected a number above 0")
+    for name, least in (("every", 0), ("clips", 1), ("bands", 1), ("animated", 0)):
+        if getattr(spec.validation, name) < least:
+            raise UserError(f"validation.{name} {getattr(spec.validation, name)}, expected at least {least}")
+    if spec.trained == "lora" and (spec.lora_rank < 1 or spec.lora_alpha <= 0):
+        raise UserError(f"lora_rank {spec.lora_rank} and lora_alpha {spec.lora_alpha}, expected numbers above 0")
+    if spec.trained != "all" and spec.model.condition == "channel":
+        raise UserError(
+            f"trained {spec.trained!r} leaves the input layer as it is, so the first frame along the channels would"
+            " never be seen; train 'all', or take condition 'head'"
+        )
 
 
 def finished_report(spec: TrainSpec) -> TrainReport | None:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from flows.__main__ import main
-from flows.planning import parse_count
+from flows.planning import check_gpu_memory, parse_count
 from tasks.plan.base import PUBLISHED, read_base
-from tasks.plan.counting import ModelCounts, count_model, count_pass, new_inputs, new_trip
+from tasks.plan.counting import ModelCounts, StepCounts, count_model, count_pass, new_inputs, new_trip
 from tasks.plan.hardware import GPUS, Device
-from tasks.plan.memory import plan_memory
+from tasks.plan.memory import MemoryPlan, plan_memory, shortfall
+from tasks.plan.spec import PlanSpec
 from tasks.records import UserError
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.before_start import check_before_start
+from tasks.train.optimizer import choose_trained, trained_parameters, trained_weights
 from tasks.train.spec import TrainSpec
 from trip_model.encoders import folder_hash
 from trip_model.fusion import FusionConfig
-from trip_model.model import TripConfig
+from trip_model.model import Trip, TripConfig
 
 SMALL = TripConfig(size=128, fusion=FusionConfig(width=16, heads=2))
 
@@ -35,7 +42,7 @@ def test_counts_of_the_full_size_unet() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         config = TripConfig(fusion=FusionConfig(kind="none"))
         trip = new_trip(PUBLISHED, config)
-        counts = count_pass(trip, new_inputs(PUBLISHED, config, 1), gpu=True)
+        counts = count_pass(trip, new_inputs(PUBLISHED, config, 1), gpu=True, bfloat16=True)
     assert sum(p.numel() for p in trip.parameters()) == 1_411_233_860
     # Diffusers' forward on meta tensors, 17 x 32 x 32 latents and 77 x 1024 text, attention as two products. A forward
     # may compute the text's keys once (1.2 % less), fused attention computes one product again going back (0.7 % more).
@@ -45,7 +52,7 @@ def test_counts_of_the_full_size_unet() -> None:
 
 def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
     base, batch = read_base(str(tiny_base)), 3
-    planned = count_model(base, SMALL, gpu=False)
+    planned = count_model(base, SMALL, gpu=False, bfloat16=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         kept = count_pass(new_trip(base, SMALL), new_inputs(base, SMALL, batch)).saved_bytes
 
@@ -68,29 +75,69 @@ def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
     assert planned.parameters == sum(p.numel() for p in trip.parameters())
-    assert batch * planned.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert batch * planned.kept.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
     assert kept == pytest.approx(sum(saved.values()), rel=0.01)
     # Weights and gradients are rows of their own in a plan.
-    assert 2 * weights + planned.fixed_bytes + batch * planned.activation_bytes == pytest.approx(peak, rel=0.05)
+    assert 2 * weights + planned.kept.fixed_bytes + batch * planned.kept.activation_bytes == pytest.approx(
+        peak, rel=0.05
+    )
 
 
-def counted(activations: int, recomputed: int) -> ModelCounts:
-    return ModelCounts(1_400_000_000, 5, 15, 20, activations, 3 * 10**9, recomputed, 10**9)
+def test_counts_of_adapters_and_of_shards(tiny_base: Path) -> None:
+    base, train = read_base(str(tiny_base)), TrainSpec("", "", "", trained="lora", lora_rank=2)
+    whole = count_model(base, SMALL, gpu=True, bfloat16=True)
+    adapted = count_model(base, SMALL, True, True, freeze=partial(choose_trained, spec=train))
+    sharded = count_model(base, SMALL, True, True, sharded=True)
+    assert adapted.trained < 0.2 * adapted.parameters and adapted.kept.flops < 0.9 * whole.kept.flops
+    assert adapted.forward_flops > whole.forward_flops
+    assert sharded.kept.activation_bytes == pytest.approx(whole.kept.activation_bytes, rel=1e-3)
+    # Weights that are gathered in bfloat16 need no copies by autocast.
+    assert whole.kept.fixed_bytes - sharded.kept.fixed_bytes > whole.parameters
+
+
+COUNTS = ModelCounts(
+    1_400_000_000, 1_400_000_000, 60_000_000, 5,
+    StepCounts(15, 12 * 10**9, 3 * 10**9), StepCounts(20, 2 * 10**9, 10**9),
+)  # fmt: skip
+PAPER = PlanSpec("", TripConfig(), 100, 96, 8, "h200", precision="bfloat16")
 
 
 @pytest.mark.parametrize("device", [GPUS["h200"], GPUS["h100"], GPUS["a100-40"]], ids=lambda d: d.name)
-@pytest.mark.parametrize("recomputed", [0, 2 * 10**9])
-def test_the_planned_batch_is_the_largest_that_fits(device: Device, recomputed: int) -> None:
-    counts = counted(12 * 10**9, recomputed)
-    plan = plan_memory(counts, 340_000_000, device, share=12, workers=8, average=False)
-    largest = plan.largest_recomputed if plan.recompute else plan.largest
-    if plan.micro_batch:
-        assert largest is not None and plan.size_bytes <= device.memory_bytes
-        assert plan.micro_batch * plan.accumulation == 12
-        assert all(n > largest for n in (1, 2, 3, 4, 6, 12) if n > plan.micro_batch)
-    else:
-        assert plan.size_bytes > device.memory_bytes
-    assert plan.recompute == (device.name == "a100-40" and recomputed > 0)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_fits_up_to_the_largest_batch(device: Device, recompute: bool) -> None:
+    def planned(micro_batch: int) -> MemoryPlan:
+        return plan_memory(replace(PAPER, recompute=recompute, micro_batch=micro_batch), COUNTS, 340_000_000, device)
+
+    memory = planned(1)
+    largest = memory.largest_recomputed if recompute else memory.largest
+    for micro_batch in (1, 2, 5, 12):
+        memory = planned(micro_batch)
+        assert memory.fits == (micro_batch <= largest) == (memory.size_bytes <= device.memory_bytes)
+        told = shortfall(memory, device)
+        assert (told is None) == memory.fits and memory.accumulation == -(-12 // micro_batch)
+        remedy = f"micro_batch of {largest} fits" if largest else "recompute_activations a micro_batch of"
+        assert told is None or remedy in told or not memory.largest_recomputed
+
+
+def test_shards_divide_the_state_and_adapters_have_little() -> None:
+    spec, device = replace(PAPER, micro_batch=1), GPUS["h100"]
+
+    def sizes(spec: PlanSpec, counts: ModelCounts) -> dict[str, float]:
+        return {part.what: part.size_bytes for part in plan_memory(spec, counts, 0, device).parts}
+
+    copies, shards = sizes(spec, COUNTS), sizes(replace(spec, fsdp2=True), COUNTS)
+    adapters = sizes(spec, replace(COUNTS, trained=14_000_000))
+    for what in ("weights", "gradients", "AdamW's two moments"):
+        assert shards[what] == copies[what] / 8
+    assert "buckets of DDP" in copies and "buckets of DDP" not in shards and shards["gathered layers"] < 1e9
+    assert adapters["weights"] == copies["weights"] and adapters["gradients"] == copies["gradients"] / 100
+
+
+def test_a_gpu_that_cannot_hold_the_step_is_told_before(tiny_base: Path) -> None:
+    train = TrainSpec("", "", str(tiny_base), model=SMALL, global_batch=8, gpus_per_worker=1)
+    check_gpu_memory(train, 10e9)
+    with pytest.raises(UserError, match="does not fit: 8 clips at once need .* a micro_batch of [1-7] fits"):
+        check_gpu_memory(train, 200e6)
 
 
 def test_the_demo_is_planned_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +163,7 @@ def test_the_paper_is_planned_for_people_without_its_base(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--gpus", "3"], "a global batch of 8 cannot be split over 3 workers evenly; it can over 1, 2, 4, 8"),
+        (["--gpus", "9"], "a global batch of 8 leaves some of 9 workers without a sample"),
         (["--gpu", "tpu"], "no device 'tpu' in the table; known are h200, h100"),
         (["--clips", "many"], "count 'many', expected a number above 0 such as 520, 2k or 10.7M"),
         (["--mfu", "1.5"], "mfu 1.5, expected a share of the peak"),
@@ -157,13 +204,43 @@ def test_what_would_fail_at_step_1_is_told_before(spec: TrainSpec, tmp_path: Pat
     window = TripConfig(size=32, num_frames=3, residual_std=(0.0, 0.5, 0.5))
     assert check_before_start(replace(spec, model=window)) == []
     for change, sentence in (
-        ({"workers": 3}, "a global batch of 4 cannot be split over 3 workers"),
+        ({"workers": 5}, "a global batch of 4 leaves some of 5 workers without a sample"),
+        ({"workers": 3, "sharding": "fsdp2"}, "needs equal shares, and a global batch of 4 cannot be split over 3"),
+        ({"workers": 4, "least_workers": 2, "sharding": "fsdp2"}, "cannot be split over 3 workers evenly"),
         ({"dataset": str(tmp_path / "none")}, "no finished data set at .*none"),
         ({"model": replace(spec.model, size=64)}, r"latents of .* are \(4, 4, 4, 4\) .* expects \(4, 4, 8, 8\)"),
         ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\) or more frames: 16 of 32 pixels"),
     ):
         with pytest.raises(UserError, match=sentence):
             check_before_start(replace(spec, **change))
+
+
+@pytest.mark.parametrize("trained", ["all", "temporal", "lora"])
+def test_what_is_trained_is_counted_from_shapes(spec: TrainSpec, tiny_base: Path, trained: Any) -> None:
+    spec = replace(spec, trained=trained, lora_rank=3)
+    trip = Trip.from_base(tiny_base, spec.model)
+    shapes = {name: tensor.shape for name, tensor in trip.unet.state_dict().items()}
+    choose_trained(trip, spec)
+    counted = sum(p.numel() for name, p in trained_weights(trip).items() if name.startswith("unet."))
+    assert trained_parameters(shapes, spec) == counted
+
+
+def test_a_full_disk_and_a_small_memory_are_told_before(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    with safe_open(Path(spec.base) / "unet" / "diffusion_pytorch_model.safetensors", "numpy") as file:
+        parameters = sum(file.get_tensor(name).size for name in file.keys())
+    free = 12 * parameters  # a checkpoint
+    pages = 2 * 16 * parameters - 1  # not quite the weights, gradients and moments of two workers
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    two = replace(spec, workers=2)
+    assert check_before_start(replace(two, workers=1)) == [] == check_before_start(replace(two, sharding="fsdp2"))
+    (warning,) = check_before_start(two)
+    assert "moments of 2 workers take" in warning
+    assert check_before_start(replace(two, trained="temporal")) == []
+    with pytest.raises(UserError, match="GB left, a checkpoint takes"):
+        check_before_start(replace(spec, average_decay=0.9))
+    assert check_before_start(replace(spec, average_decay=0.9, trained="lora", lora_rank=1)) == []
 
 
 def test_a_base_that_does_not_belong_to_the_data_is_told(spec: TrainSpec) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet3DConditionModel
 from mlflow.tracking import MlflowClient
+from peft import PeftModel
 
 from infra import storage
 from tasks.records import UserError
@@ -315,6 +317,27 @@ def test_temporal_training_moves_what_mixes_frames_and_nothing_else(spec: TrainS
     assert moved <= stored and all(any(part in name for part in ("temp_", "transformer_in")) for name in stored)
 
 
+def test_adapters_are_trained_and_resumed_bitwise_and_exported_merged_and_alone(
+    spec: TrainSpec, tiny_base: Path, tmp_path: Path
+) -> None:
+    spec = replace(spec, trained="lora", lora_rank=2, lora_alpha=4.0)
+    broken = replace(spec, output=str(tmp_path / "broken"))
+    whole = train_until(spec, 6)
+    assert train_until(broken, 4)[:3] + train_until(broken, 6) == whole
+    assert_same_weights(spec, broken)
+    assert all(".lora_" in name or name.startswith("fusion.") for name in weights(spec))
+
+    before, merged = load_unet(tiny_base), load_model(storage.join(spec.output, "model")).unet
+    moved = {n for n, tensor in before.state_dict().items() if not torch.equal(tensor, merged.state_dict()[n])}
+    assert {name.split(".")[-2] for name in moved} == {"to_q", "to_k", "to_v", "0"}
+    theirs = UNet3DConditionModel.from_pretrained(tiny_base / "unet")
+    adapted = PeftModel.from_pretrained(theirs, storage.join(spec.output, "adapter")).eval()
+    x, t, text = torch.randn(1, 4, FRAMES, 4, 4), torch.tensor([500]), torch.randn(1, 32, 16)
+    found, expected = merged(x, t, text), adapted(x, t, text).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - before.eval()(x, t, text)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -323,6 +346,8 @@ def test_temporal_training_moves_what_mixes_frames_and_nothing_else(spec: TrainS
         ({"least_workers": 2}, "least_workers 2, expected 1 to 1"),
         ({"micro_batch": 0}, "micro_batch 0, expected at least 1 sample"),
         ({"validation": ValidationSpec(every=1, clips=0)}, "validation.clips 0, expected"),
+        ({"trained": "lora", "lora_rank": 0}, "lora_rank 0 and lora_alpha 32.0, expected numbers above 0"),
+        ({"trained": "lora", "model": TripConfig(condition="channel")}, "would never be seen; train 'all'"),
     ],
 )
 def test_numbers_that_no_training_can_have_are_told_first(spec: TrainSpec, change: dict, sentence: str) -> None:

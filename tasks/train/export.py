@@ -1,0 +1,53 @@
+"""The model to use, apart from the state to resume from: the base with the trained weights put in."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from infra import storage
+from tasks.shards import ShardDataset
+from tasks.train.adapters import add_adapters, save_and_merge
+from tasks.train.checkpoints import Tensors
+from tasks.train.spec import TrainReport, TrainSpec, spec_digest
+from trip_model.checkpoint import save_model
+from trip_model.encoders import folder_hash
+from trip_model.model import Trip, TripConfig
+
+
+def export(
+    spec: TrainSpec, dataset: ShardDataset, base: Path, config: TripConfig, trained: Tensors, report: TrainReport
+) -> TrainReport:
+    """Writes the model folder, adapters alone beside it, then the report as the mark of completion.
+
+    Args:
+        trained: the trained weights, whole, by their names in the model that was trained.
+    """
+    provenance = {
+        "dataset": spec.dataset,
+        "dataset_manifest_sha256": dataset.manifest_sha256,
+        "base_sha256": folder_hash(base),
+        "spec_digest": spec_digest(spec),
+        "steps": spec.steps,
+        "seed": spec.seed,
+        **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
+    }
+    trip = Trip.from_base(base, config)
+    adapters = add_adapters(trip.unet, spec) if spec.trained == "lora" else None
+    foreign = trip.load_state_dict(trained, strict=False).unexpected_keys
+    assert not foreign, foreign
+    spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
+    try:
+        if adapters is not None:
+            save_and_merge(adapters, spool / "adapter")
+        report = replace(report, model_digest=folder_hash(save_model(spool / "model", trip, base, provenance)))
+        for folder in sorted(spool.iterdir()):
+            storage.delete(storage.join(spec.output, folder.name))
+        for path in sorted(p for p in spool.rglob("*") if p.is_file()):
+            storage.upload_file(path, storage.join(spec.output, *path.relative_to(spool).parts))
+        storage.write_json(storage.join(spec.output, "report.json"), asdict(report))
+    finally:
+        shutil.rmtree(spool)
+    return report
