@@ -76,16 +76,16 @@ def write_corpus(folder: Path, rows: int, size: int) -> str:
 
 
 class Run:
-    """One start of the command, in a process group of its own."""
+    """One start of a command that a file describes, in a process group of its own."""
 
-    def __init__(self, spec: PrepareSpec, folder: Path) -> None:
+    def __init__(self, spec: Any, folder: Path, command: str = "benchmarks.rig.driver") -> None:
         words = folder / "spec.json"
         words.write_text(json.dumps(to_json(spec)))
         self.began = time.monotonic()
         self._out, self._err = folder / "stdout", folder / "stderr"
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.rig.driver", str(words)],
+                [sys.executable, "-m", command, str(words)],
                 # Ray and the shards being written use this folder too, so that nothing is shared with other sessions.
                 env=os.environ | {"TMPDIR": str(folder)},
                 cwd=CHECKOUT,
@@ -210,10 +210,10 @@ def _report_sha(spec: PrepareSpec) -> str | None:
         return None
 
 
-def share_of(moment: int, moments: int, seed: int, attempt: int) -> tuple[str, float]:
+def share_of(moment: int, moments: int, seed: int, attempt: int, kinds: tuple[str, ...] = VICTIMS) -> tuple[str, float]:
     """The victim of a moment, and which part of its life is over by then."""
-    victim, place = VICTIMS[moment % len(VICTIMS)], moment // len(VICTIMS)
-    parts = len(range(moment % len(VICTIMS), moments, len(VICTIMS)))
+    victim, place = kinds[moment % len(kinds)], moment // len(kinds)
+    parts = len(range(moment % len(kinds), moments, len(kinds)))
     return victim, (place + float(np.random.default_rng([seed, moment, attempt]).random())) / parts
 
 

@@ -23,6 +23,8 @@ RAY = {
     "RAY_TQDM_PATCH_PRINT": "0",
     # The controller polls its workers at this interval; the default of 2 s costs a short training whole seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # After a lost machine an elastic training is first placed as if it were there, and sized anew after this time.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     # Torch must see the accelerators of a zero-GPU task as it would outside Ray, and Ray warns unless this is said.

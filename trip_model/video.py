@@ -18,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trip_model.frame import frame_box, has_full_range, square_box, to_square
+from trip_model.sparing import can_spare, needed_frames
 
 # Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
@@ -52,9 +53,10 @@ def read_windows(
 
     The grid lies on presentation stamps relative to the first shown frame: grid point k takes the frame on show at
     `start + k / fps` (the last one stamped at or before it), so variable frame rates and late starts come out right.
-    Every frame is converted at most once and only when a grid point needs it. A file that breaks off gives the windows
-    before the break, and `info` says what broke; `info` also counts frames that the decoder had to mend (of all those
-    it went through, shown or not) and stamps that run backwards.
+    Every frame is converted at most once and only when a grid point needs it; one that nothing needs may not even be
+    decoded, and what is wrong with it then goes unnoticed. A file that breaks off gives the windows before the break,
+    and `info` says what broke; `info` also counts frames that the decoder had to mend (of all those that it decoded,
+    shown or not) and stamps that run backwards.
 
     Args:
         source: the bytes of a video file, or its path.
@@ -96,9 +98,18 @@ def _clip(part: list[tuple[float, np.ndarray]], info: dict[str, Any], start_seco
 
 
 def _read_grid(
-    source: bytes | str | Path, least: int, wanted: int, fps: float, size: int, start_seconds: float = 0.0
+    source: bytes | str | Path,
+    least: int,
+    wanted: int,
+    fps: float,
+    size: int,
+    start_seconds: float = 0.0,
+    sparing: bool = True,
 ) -> tuple[list[tuple[float, np.ndarray]], dict[str, Any]]:
-    """`least` to `wanted` frames on the grid of `read_windows` as (time, pixels), and what the decoder says of them."""
+    """`least` to `wanted` frames on the grid of `read_windows` as (time, pixels), and what the decoder says of them.
+
+    `sparing`: decodes only what is needed; a file for which that cannot be told, or damaged, is then read anew in full.
+    """
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     step, half_step = 1.0 / fps, 0.5 / fps
     chosen: list[tuple[float, np.ndarray]] = []
@@ -141,7 +152,9 @@ def _read_grid(
                         resize_crop=list(frame_box(shown, size, aspect)),
                     )
 
-            for frame in container.decode(stream):
+            sparing = sparing and can_spare(stream)
+            some = needed_frames(container, stream, wanted, step, start_seconds)
+            for frame in some if sparing else container.decode(stream):
                 if frame.pts is None or frame.time is None:
                     raise ClipError("no_timestamps", "a frame carries no presentation stamp")
                 corrupt += bool(frame.is_corrupt)
@@ -153,7 +166,7 @@ def _read_grid(
                 duration = max(duration, now)
                 if len(chosen) == wanted:
                     break
-                if now >= -1e-6 or shown is None:
+                if frame.time >= first:
                     shown, shown_time = frame, now
             # The last frame stays on show for its own length; half a grid step of grace covers a rounded-down end.
             rate = float(stream.average_rate or fps)
@@ -163,6 +176,8 @@ def _read_grid(
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError | MemoryError):
             raise
+        if sparing:
+            return _read_grid(source, least, wanted, fps, size, start_seconds, sparing=False)
         broken = f"{type(error).__name__} after {len(chosen)} grid frames"
         if len(chosen) < least:
             raise ClipError("damaged" if chosen else "undecodable", broken) from error

@@ -1,8 +1,8 @@
 """Prepare beside video2dataset and Ray Data: issue 3, third bar.
 
-    python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 256]
+    python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 320]
     python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]
-    python -m benchmarks.peers ray-data --videos FOLDER [--rows 256]
+    python -m benchmarks.peers ray-data --videos FOLDER [--rows 320]
 
 Each prints one JSON. Run it on a quiet machine: processor time is that of whole cores. How to make video2dataset's
 environment: docs/decisions/data_plane_peers.md.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import theirs
-from benchmarks.peers.contender import Cost, run, steady, whole
+from benchmarks.peers.contender import Cost, between_marks, run, steady, whole
 from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, NOT_ASKED, SIZE, write_clips, write_faults, write_table
 from benchmarks.rig.files import make_file
 from benchmarks.rig.server import serving
@@ -33,17 +33,35 @@ from benchmarks.rig.table import DOWNLOAD
 from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
 from trip_model.video import read_clip
 
-ROWS_PER_SHARD = 50  # beside video2dataset, which starts its processes anew after five shards
+THEIR_SHARDS = 5  # of video2dataset, which starts its processes anew after as many
 Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
 
 
 def against_video2dataset(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
-    """Both make 16 frames of each clip: ours become the stand-in's latents and a checksum, theirs mp4."""
-    starts: dict[str, Start] = {
-        "ours": lambda table, url, out: _ours(table, url, out, cores, ROWS_PER_SHARD, given.keep_pixels),
-        "video2dataset": lambda table, url, out: _video2dataset(given, table, out, cores, 60.0),
-    }
-    numbers = _rates(starts, given, cores, folder)
+    """Both make 16 frames of each clip: ours become the stand-in's latents and a checksum, theirs mp4.
+
+    The steady rate of each is that between the first and the last shard of one run, as they appear on disk.
+    """
+    theirs_per_shard, rest = divmod(given.rows, THEIR_SHARDS)
+    if rest or given.rows % BLOCK:
+        raise SystemExit(f"{given.rows} rows, expected a multiple of {THEIR_SHARDS * BLOCK}: shards of equal size")
+    rows = write_clips(given.videos, folder / "files", given.rows)
+    numbers: dict[str, Any] = {"rows": len(rows), "cores": cores}
+    with serving(folder / "files") as url:
+        table = folder / "many.csv"
+        write_table(table, rows, url)
+        costs = {
+            "ours": _ours(table, url, folder / "ours-many", cores, BLOCK, given.keep_pixels),
+            "video2dataset": _video2dataset(
+                given, table, folder / "video2dataset-many", cores, theirs_per_shard, timeout=60.0
+            ),
+        }
+    for name, cost in costs.items():
+        numbers[name] = {
+            "whole": whole(cost, len(rows), len(cores)),
+            "steady": between_marks(cost, len(cores)),
+        }
+    _compare(numbers, list(costs))
     files = [folder / "files" / f"clip-{row}.mp4" for row in range(given.rows)]
     want = {row: read_clip(file, FRAMES, FPS, SIZE).pixels for row, file in enumerate(files)}
     numbers["ours"]["frames"] = _checked(folder / "ours-many", want)
@@ -84,10 +102,10 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
         )
         with serving(folder / "files") as url:
             write_table(table, rows, url)
-            _ours(table, url, folder / "ours", cores, ROWS_PER_SHARD, keep_pixels=True)
+            _ours(table, url, folder / "ours", cores, BLOCK, keep_pixels=True)
         with serving(folder / "files") as url:  # a server that starts anew: what heals after one answer is ill again
             write_table(table, rows, url)
-            _video2dataset(given, table, folder / "video2dataset", cores, DOWNLOAD.read_seconds)
+            _video2dataset(given, table, folder / "video2dataset", cores, BLOCK, DOWNLOAD.read_seconds)
     result = theirs.read_result(folder / "video2dataset")
     found = {
         "ours": (_our_pixels(folder / "ours"), _our_failures(folder / "ours")),
@@ -128,29 +146,45 @@ def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int]
                 "whole": whole(long, len(rows), len(cores)),
                 "steady": steady(short, long, len(rows) - given.few, len(cores)),
             }
+    _compare(numbers, list(starts))
+    return numbers
+
+
+def _compare(numbers: dict[str, Any], names: list[str]) -> None:
+    """Adds how many times better ours is than each of the others."""
     for kind in ("whole", "steady"):
         for measure, better in (("clips_per_second_per_core", 1), ("cpu_seconds_per_clip", -1)):
-            found = {name: numbers[name][kind][measure] for name in starts}
+            found = {name: numbers[name][kind][measure] for name in names}
             numbers[f"ours_is_better_{kind}_{measure}"] = {
                 name: round((found["ours"] / value) ** better, 2) for name, value in found.items() if name != "ours"
             }
-    return numbers
 
 
 def _ours(table: Path, url: str, output: Path, cores: list[int], clips_per_shard: int, keep_pixels: bool) -> Cost:
     arguments = {"table": str(table), "url": url, "output": str(output), "workers": len(cores)}
-    return _python("ours", cores, output, arguments | {"clips_per_shard": clips_per_shard, "keep_pixels": keep_pixels})
+    arguments |= {"clips_per_shard": clips_per_shard, "keep_pixels": keep_pixels}
+    return _python("ours", cores, output, arguments, lambda: clips_per_shard * _count(output, "shard-*.json"))
 
 
-def _video2dataset(given: argparse.Namespace, table: Path, output: Path, cores: list[int], timeout: float) -> Cost:
+def _video2dataset(
+    given: argparse.Namespace, table: Path, output: Path, cores: list[int], rows_per_shard: int, timeout: float
+) -> Cost:
     processes = len(cores) * given.processes_per_core
-    command = theirs.command(given.video2dataset, table, output, processes, ROWS_PER_SHARD, timeout)
-    return run(command, cores, output.with_suffix(".log"), theirs.environment(given.ffmpeg))
+    command = theirs.command(given.video2dataset, table, output, processes, rows_per_shard, timeout)
+    environment = theirs.environment(given.ffmpeg)
+    log = output.with_suffix(".log")
+    return run(command, cores, log, environment, lambda: rows_per_shard * _count(output, "*_stats.json"))
 
 
-def _python(module: str, cores: list[int], output: Path, arguments: dict[str, Any]) -> Cost:
+def _python(
+    module: str, cores: list[int], output: Path, arguments: dict[str, Any], rows_done: Callable[[], int] = lambda: 0
+) -> Cost:
     command = [sys.executable, "-m", f"benchmarks.peers.{module}", json.dumps(arguments)]
-    return run(command, cores, output.with_suffix(".log"))
+    return run(command, cores, output.with_suffix(".log"), rows_done=rows_done)
+
+
+def _count(folder: Path, pattern: str) -> int:
+    return sum(1 for _ in folder.glob(pattern))
 
 
 def _our_pixels(dataset: Path) -> dict[int, np.ndarray]:
@@ -206,9 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("video2dataset", "faults", "ray-data"))
     parser.add_argument("--videos", type=Path, help="a folder of videos; clips of 4 s are cut from those long enough")
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=4 * THEIR_SHARDS * BLOCK)
     # Enough for a unit of every worker, and for the six pictures of prepare's page, which cost seconds.
-    parser.add_argument("--few", type=int, default=6 * BLOCK, help="rows of the short run, whose time is the start")
+    parser.add_argument("--few", type=int, default=6 * BLOCK, help="beside Ray Data: rows of the short run, its start")
     parser.add_argument("--each", type=int, default=2, help="rows of each kind of fault")
     parser.add_argument("--keep-pixels", action="store_true", help="beside video2dataset, ours stores frames as well")
     parser.add_argument("--cores", type=int, nargs="+", default=[0], help="numbers of the cores of each contender")

@@ -6,7 +6,8 @@ import os
 import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,23 @@ class Cost:
     cpu_seconds: float
     peak_mb: float  # of the whole machine, beyond what was in use before
     server_cpu_seconds: float
+    marks: list[tuple[int, float, float]] = field(default_factory=list)  # rows done, wall clock, busy seconds
 
     def json(self) -> dict[str, float]:
-        return {name: round(value, 2) for name, value in asdict(self).items()}
+        names = ("seconds", "cpu_seconds", "peak_mb", "server_cpu_seconds")
+        return {name: round(getattr(self, name), 2) for name in names}
 
 
-def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | None = None) -> Cost:
+def run(
+    command: list[str],
+    cores: list[int],
+    log: Path,
+    env: dict[str, str] | None = None,
+    rows_done: Callable[[], int] = lambda: 0,
+) -> Cost:
     """Runs a command to its end on `cores`. Nothing else may be at work there: their whole time is counted.
+
+    `rows_done` says how far it is; each time that it says more than before is a mark.
 
     Raises:
         SystemExit: it failed; the message holds the end of its log.
@@ -37,11 +48,15 @@ def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | N
     rig = [psutil.Process(), *psutil.Process().children(recursive=True)]
     shared = bool(set(psutil.Process().cpu_affinity() or ()) & set(cores))
     before, peak, over = _used_mb(), 0.0, threading.Event()
+    marks: list[tuple[int, float, float]] = []
 
     def watch() -> None:
         nonlocal peak
-        while not over.wait(0.2):
+        while not over.wait(0.1):
             peak = max(peak, _used_mb() - before)
+            done = rows_done()
+            if done > (marks[-1][0] if marks else 0):
+                marks.append((done, time.monotonic(), busy_seconds(cores)))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -54,7 +69,18 @@ def run(command: list[str], cores: list[int], log: Path, env: dict[str, str] | N
     watcher.join()
     if code.returncode:
         raise SystemExit(f"{command[:4]} ended with {code.returncode}:\n{log.read_text()[-3000:]}")
-    return Cost(seconds, busy - (served if shared else 0), peak, served)
+    return Cost(seconds, busy - (served if shared else 0), peak, served, marks)
+
+
+def between_marks(cost: Cost, cores: int) -> dict[str, Any]:
+    """Rates between the first finished shard of a run and the last: neither its start counts nor its end."""
+    (first, began, busy_then), (last, ended, busy) = cost.marks[0], cost.marks[-1]
+    return {
+        "clips_per_second_per_core": round((last - first) / (ended - began) / cores, 3),
+        "cpu_seconds_per_clip": round((busy - busy_then) / (last - first), 4),
+        "rows": last - first,
+        "start_seconds": round(cost.seconds - (ended - began), 1),
+    }
 
 
 def steady(few: Cost, many: Cost, rows: int, cores: int) -> dict[str, Any]:

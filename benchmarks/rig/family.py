@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from contextlib import suppress
 
@@ -13,6 +14,9 @@ VICTIMS = ("driver", "worker", "raylet")
 # By a part of the command line; what has none of them goes by its own name.
 _ROLES = {
     "ray::EncodeWorker": "worker",
+    "ray::RayTrainWorker": "worker",
+    "ray::DashboardAgent": "agent",
+    "ray::RuntimeEnvAgent": "agent",
     "ray::": "idle worker",
     "default_worker.py": "new worker",
     "log_monitor": "log monitor",
@@ -21,6 +25,7 @@ _ROLES = {
     "tasks.encode.decoder": "decoder",
     "tasks.encode.report": "report",
     "benchmarks.rig.driver": "driver",
+    "benchmarks.rig.train_driver": "driver",
 }
 
 
@@ -64,12 +69,21 @@ def victims(driver: int) -> dict[str, psutil.Process]:
     return {what: process for what, process in found.items() if what in VICTIMS}
 
 
+def bury(processes: list[psutil.Process]) -> None:
+    """Does what an init does for adopted ones that have died: processes of Ray take an unburied raylet for alive."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, ChildProcessError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(process.pid, os.WNOHANG)
+
+
 class Leftovers:
     """What a command left running when it ended, and how long each kind of process stayed, in seconds."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._alive = {process: role(process) for process in family()}
+        self._known = psutil.Process().children(recursive=True)
+        self._alive = {process: role(process) for process in self._known if alive(process)}
         self.stayed: dict[str, float] = {}
 
     @property
@@ -78,6 +92,7 @@ class Leftovers:
 
     def look(self) -> bool:
         """Whether any of them is still there."""
+        bury(self._known)
         self._alive = {process: what for process, what in self._alive.items() if alive(process)}
         self.stayed |= {what: round(self.seconds, 1) for what in self._alive.values()}
         return bool(self._alive)

@@ -54,9 +54,8 @@ def write_shard(
     entries: list[Entry] = []
     failures: list[Failure] = []
     encoded = 0
-    with tempfile.TemporaryDirectory(prefix="trip-shard-") as spool:
-        path = Path(spool) / "shard.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tempfile.TemporaryFile() as spool:  # it has no name, so that a killed worker leaves nothing behind
+        with tarfile.open(fileobj=spool, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for outcome in outcomes:
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
@@ -67,6 +66,8 @@ def write_shard(
                     packed = sample.pack() if isinstance(sample, Sample) else sample
                     entries.append(Entry(packed.key, _add_members(tar, packed)))
         assert encoded + len(failures) == rows[1] - rows[0], f"{index}: {encoded} + {len(failures)} of rows {rows}"
+        spool.flush()
+        path = Path(f"/proc/self/fd/{spool.fileno()}")
         manifest = ShardManifest(
             shard="",
             start=rows[0],

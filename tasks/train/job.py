@@ -23,16 +23,20 @@ import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
+from infra.cluster import lost_a_machine
 from infra.tracking import Tracking
 from tasks.records import digest
 from tasks.shards import read_manifest
 from tasks.train.before_start import check_before_start
-from tasks.train.checkpoints import Saved
+from tasks.train.checkpoints import CheckpointStore, Saved
 from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
 from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
 
-MAX_FAILURES = 2  # a lost worker starts the group again from the newest checkpoint
+MAX_FAILURES = 2  # without a new checkpoint between; a lost worker starts the group again from the newest one
+# An elastic training looks for machines at this interval: to grow costs a restart and the steps since a checkpoint.
+GROW_SECONDS = 600.0
 FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def train(
     be taken away leads to a checkpoint, and Ray Train continues from it on the machines that are left.
 
     Raises:
-        UserError: an unusable spec. RuntimeError: the workers failed more than `MAX_FAILURES` times.
-        TrainingStopped: SIGTERM came; the same call continues.
+        UserError: an unusable spec. RuntimeError: the workers failed again and again without getting further.
+        RayError: the session's machine is lost. TrainingStopped: SIGTERM came. The same call continues after either.
     """
     done = finished_report(spec)
     if done is not None:
@@ -71,35 +75,19 @@ def train(
                 pass
         return done
     for warning in check_before_start(spec):
-        logging.getLogger(__name__).warning(warning)
+        _logger.warning(warning)
     if in_process:
         with _Log(spec, tracking) as log, _sigterm() as notice:
             return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
 
-    ticks = None
-    if progress is not None:
-        # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ticks = _Ticks.options(num_cpus=0, scheduling_strategy=here).remote()
+    # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    news = _News.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
         try:
-            ray.train.torch.TorchTrainer(
-                _worker,
-                train_loop_config={"spec": spec, "tracking": tracking, "ticks": ticks},
-                torch_config=ray.train.torch.TorchConfig(backend=None if spec.gpus_per_worker else "gloo"),
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=spec.workers,
-                    use_gpu=spec.gpus_per_worker > 0,
-                    resources_per_worker=_resources(spec),
-                ),
-                run_config=ray.train.RunConfig(
-                    name=f"trip-{spec_digest(spec)}-{time.time_ns():x}",
-                    storage_path=os.path.join(os.path.expanduser("~"), ".cache", "trip-ray"),
-                    failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-                ),
-            ).fit()
+            _fit_while_it_gets_further(spec, {"spec": spec, "tracking": tracking, "news": news})
         except Exception as error:  # noqa: BLE001 - handed to the caller below
             errors.append(error)
 
@@ -107,14 +95,47 @@ def train(
     thread.start()
     while thread.is_alive():
         thread.join(timeout=1.0)
-        if ticks is not None and progress is not None:
-            for tick in ray.get(ticks.take.remote()):
+        ticks, warnings = ray.get(news.take.remote())  # raises when the machine is lost
+        for warning in warnings:
+            _logger.warning(warning)
+        if progress is not None:
+            for tick in ticks:
                 progress(tick)
     report = finished_report(spec)
     if report is None:
         cause = errors[0] if errors else None
+        if cause is not None and lost_a_machine(cause):
+            raise cause
         raise RuntimeError(f"training ended without a report: {cause or 'no worker finished'}") from cause
     return report
+
+
+def _fit_while_it_gets_further(spec: TrainSpec, config: dict[str, Any]) -> None:
+    """Ray counts failures over a whole run, however long; here they count since the newest checkpoint."""
+    checkpoints = CheckpointStore(storage.join(spec.output, "checkpoints"))
+    while True:
+        before = checkpoints.steps()
+        try:
+            ray.train.torch.TorchTrainer(
+                _worker,
+                train_loop_config=config,
+                torch_config=ray.train.torch.TorchConfig(backend=None if spec.gpus_per_worker else "gloo"),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=spec.workers if spec.least_workers is None else (spec.least_workers, spec.workers),
+                    use_gpu=spec.gpus_per_worker > 0,
+                    resources_per_worker=_resources(spec),
+                    elastic_resize_monitor_interval_s=GROW_SECONDS,
+                ),
+                run_config=ray.train.RunConfig(
+                    name=f"trip-{spec_digest(spec)}-{time.time_ns():x}",
+                    storage_path=os.path.join(os.path.expanduser("~"), ".cache", "trip-ray"),
+                    failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+                ),
+            ).fit()
+            return
+        except ray.train.TrainingFailedError:
+            if checkpoints.steps()[:1] == before[:1]:
+                raise
 
 
 def _resources(spec: TrainSpec) -> dict[str, float]:
@@ -126,6 +147,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; rank 0 logs and reports ticks."""
     import torch
 
+    _end_with_the_raylet()
     spec: TrainSpec = config["spec"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -133,10 +155,27 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if spec.gpus_per_worker else "cpu"
     if rank != 0:
         return asdict(run_training(spec, rank, world, device, notice=_preemption()))
-    ticks = config["ticks"]
-    send = (lambda tick: ticks.put.remote(tick)) if ticks is not None else None
-    with _Log(spec, config["tracking"]) as log:
-        return asdict(run_training(spec, rank, world, device, _both(log.tick, send), log, _preemption()))
+    news = config["news"]
+    news.started.remote(world, spec.workers)
+    with _warnings_to(news), _Log(spec, config["tracking"]) as log:
+        tick = _both(log.tick, lambda tick: news.tick.remote(tick))
+        return asdict(run_training(spec, rank, world, device, tick, log, _preemption()))
+
+
+def _end_with_the_raylet() -> None:
+    """Ends this process soon after its parent has ended, as it does with the driver of a local session.
+
+    Ray leaves the workers training where nobody buries the raylet, in a container without an init for one. They would
+    write checkpoints beside those of the next run, and hold the GPUs that it needs.
+    """
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
 
 
 def _preemption() -> Notice:
@@ -226,15 +265,42 @@ class _Log:
 
 
 @ray.remote
-class _Ticks:
-    """Carries ticks from rank 0 to the driver."""
+class _News:
+    """Carries ticks and warnings from rank 0 to the driver."""
 
     def __init__(self) -> None:
-        self._waiting: list[dict[str, Any]] = []
+        self._ticks: list[dict[str, Any]] = []
+        self._warnings: list[str] = []
+        self._starts = 0
 
-    def put(self, tick: dict[str, Any]) -> None:
-        self._waiting.append(tick)
+    def started(self, world: int, workers: int) -> None:
+        self._starts += 1
+        if self._starts > 1 or world < workers:
+            lost = "the workers were started again" if self._starts > 1 else "not all workers could be started"
+            self._warnings.append(f"{lost}: training on {world} of {workers} from the newest checkpoint")
 
-    def take(self) -> list[dict[str, Any]]:
-        taken, self._waiting = self._waiting, []
+    def tick(self, tick: dict[str, Any]) -> None:
+        self._ticks.append(tick)
+
+    def warning(self, sentence: str) -> None:
+        self._warnings.append(sentence)
+
+    def take(self) -> tuple[list[dict[str, Any]], list[str]]:
+        taken = self._ticks, self._warnings
+        self._ticks, self._warnings = [], []
         return taken
+
+
+@contextlib.contextmanager
+def _warnings_to(news: Any) -> Iterator[None]:
+    """Rank 0's own warnings, a damaged checkpoint for one, reach the console of the driver."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: news.warning.remote(record.getMessage())
+    loggers = [logging.getLogger(room) for room in ("tasks", "infra")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

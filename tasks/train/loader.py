@@ -1,8 +1,8 @@
 """Reads training batches from latent shards in an order that is a pure function of (seed, step).
 
 The stream of samples is one permutation after another, so a step needs no state: resuming is asking for the next
-step, and any number of workers that divides the global batch sees the same global batches. Of a sample with more frames
-than are trained on, a track, each place of the stream draws a window anew; only its frames are read.
+step, and any number of workers sees the same global batches. Of a sample with more frames than are trained on, a track,
+each place of the stream draws a window anew; only its frames are read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from tasks.shards import ShardDataset, clip_key_of, split_keys
 from trip_model.objective import addressed_generator
 
 _KEPT_BY = {"logvar": "keep_logvar", "text": "keep_text"}
+
+
+def share(global_batch: int, rank: int, world: int) -> range:
+    """The places in a global batch that worker `rank` of `world` trains on; shares differ by one sample at most."""
+    return range(rank * global_batch // world, (rank + 1) * global_batch // world)
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,8 @@ class TrainingData:
         return int(self._order[offset])
 
     def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
-        """Worker `rank`'s share of global batch `step` (counted from 0).
-
-        Raises:
-            UserError: the number of workers does not divide the global batch.
-        """
-        if global_batch % world:
-            raise UserError(f"a global batch of {global_batch} cannot be split over {world} workers evenly")
-        share = global_batch // world
-        positions = tuple(range(rank * share, (rank + 1) * share))
+        """Worker `rank`'s share of global batch `step` (counted from 0)."""
+        positions = tuple(share(global_batch, rank, world))
         places = [step * global_batch + position for position in positions]
         return _collate([self._window(self.sample_at(place), place) for place in places], positions)
 

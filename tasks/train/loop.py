@@ -23,7 +23,7 @@ from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 from tasks.train.checkpoints import Checkpoint, CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
-from tasks.train.loader import TrainingData
+from tasks.train.loader import TrainingData, share
 from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
 from tasks.train.validation import LOSS, Look, Validation
@@ -70,7 +70,7 @@ def run_training(
     started = time.monotonic()
     with CheckpointStore(storage.join(spec.output, "checkpoints"), best=LOSS, watcher=watcher) as checkpoints:
         training = Training(spec, rank, world, device, checkpoints.newest())
-        training.run(checkpoints, on_tick, notice)
+        training.run(checkpoints, on_tick or (lambda _: None), notice)
         checkpoints.wait()
     report = TrainReport(
         output=spec.output,
@@ -136,14 +136,16 @@ class Training:
         self._step = 0
         if resumed is not None:
             self._restore(resumed)
+        if self._over_ranks([self._step]) != [self._step]:
+            raise RuntimeError(f"rank {rank} of {world} found the checkpoint of step {self._step}, others another one")
         self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if world > 1 else self.trip
-        self._share = spec.global_batch // world
+        self._share = len(share(spec.global_batch, rank, world))
         self._micro = min(spec.micro_batch or self._share, self._share)
         self._validation: Validation | None = None
         if spec.validation.every and rank == 0:
             self._validation = Validation(spec.validation, self._data, vae, self._text, self._micro, device)
 
-    def run(self, checkpoints: CheckpointStore, on_tick: Tick | None, notice: Notice | None) -> None:
+    def run(self, checkpoints: CheckpointStore, on_tick: Tick, notice: Notice | None) -> None:
         """All steps that are left, with ticks, looks and checkpoints between them."""
         spec, looked = self.spec, self.spec.validation.every
         tick_time, tick_step = time.monotonic(), self._step
@@ -156,7 +158,7 @@ class Training:
                     look = self._validation.look(self.trip)
                 self._keep_clips(look)
                 numbers = look.numbers
-            if self._rank == 0 and on_tick is not None and (step % spec.tick_every == 0 or finished or numbers):
+            if self._rank == 0 and (step % spec.tick_every == 0 or finished or numbers):
                 steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
                 on_tick(
                     self.losses.take()
@@ -205,17 +207,28 @@ class Training:
                     spec.objective,
                     torch.bfloat16 if spec.precision == "bfloat16" else None,
                 )
-                loss = loss * (len(part) / self._share)
+                # Gradients are averaged over ranks, and their shares of the batch may differ by a sample.
+                weight = len(part) * self._world / spec.global_batch
+                loss = loss * weight
                 loss.backward()
             total += loss.item()
-            errors.append(error_BF)
+            errors.append(error_BF.mean(dim=0) * weight)
+        total, *by_frame = self._over_ranks([total, *torch.stack(errors).sum(dim=0).tolist()])
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
         torch.nn.utils.clip_grad_norm_(self._trained.values(), spec.clip_norm)
         self._optimizer.step()
         self.average.update(step)
-        self.losses.add(total, torch.cat(errors))
+        self.losses.add(total, by_frame)
         self._step = step + 1
+
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """The means over all ranks, bitwise equal on each."""
+        if self._world == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(sums)
+        return (sums / self._world).tolist()
 
     def _between_ranks(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients meet those of the other ranks once a step, with the last part of the batch."""
@@ -233,8 +246,7 @@ class Training:
         return {
             "spec_digest": spec_digest(self.spec),
             "config": asdict(self.trip.config),
-            "loss_first": self.losses.first,
-            "loss_last": self.losses.last,
+            "losses": self.losses.state(),
         }
 
     def _restore(self, resumed: Checkpoint) -> None:
@@ -244,7 +256,7 @@ class Training:
         restore_optimizer(self._optimizer, resumed.parts["optimizer"])
         self.average.restore(resumed.parts.get("average", {}))
         self._step = resumed.step
-        self.losses.first, self.losses.last = resumed.facts["loss_first"], resumed.facts["loss_last"]
+        self.losses.restore(resumed.facts["losses"])
 
     def _keep_clips(self, look: Look) -> None:
         """`samples/step-00000200-KEY.mp4` in the output: how the model moves, look by look."""
@@ -262,9 +274,8 @@ class _Losses:
         self._sum: dict[str, float] = {}
         self._count = 0
 
-    def add(self, loss: float, error_BF: torch.Tensor) -> None:
-        by_frame = error_BF.mean(dim=0)
-        values = {"loss": loss, "frame_1": by_frame[0].item(), "frame_last": by_frame[-1].item()}
+    def add(self, loss: float, by_frame: list[float]) -> None:
+        values = {"loss": loss, "frame_1": by_frame[0], "frame_last": by_frame[-1]}
         self._sum = {name: self._sum.get(name, 0.0) + value for name, value in values.items()}
         self._count += 1
         self.first = loss if math.isnan(self.first) else self.first
@@ -274,6 +285,13 @@ class _Losses:
         means = {name: value / self._count for name, value in self._sum.items()}
         self._sum, self._count = {}, 0
         return means
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; with the sums, the next tick is a mean over all its steps after a resume too."""
+        return {"first": self.first, "last": self.last, "sum": self._sum, "count": self._count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.first, self.last, self._sum, self._count = (state[name] for name in ("first", "last", "sum", "count"))
 
 
 def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:

@@ -51,6 +51,7 @@ class TrainSpec:
     checkpoint_every: int = 1000
     tick_every: int = 10
     workers: int = 1
+    least_workers: int | None = None  # go on with as few when machines are lost; None: wait for all of `workers`
     cpus_per_worker: int = 2
     gpus_per_worker: int = 0
     micro_batch: int | None = None  # samples of one forward pass on one worker; None: all of its share
@@ -63,6 +64,7 @@ MEANS = (
     "checkpoint_every",
     "tick_every",
     "workers",
+    "least_workers",
     "cpus_per_worker",
     "gpus_per_worker",
     "micro_batch",
@@ -95,8 +97,13 @@ def check_spec(spec: TrainSpec) -> None:
     for name, least in (("steps", 1), ("global_batch", 1), ("workers", 1), ("checkpoint_every", 1), ("tick_every", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
-    if spec.global_batch % spec.workers:
-        raise UserError(f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly")
+    if spec.workers > spec.global_batch:
+        raise UserError(
+            f"a global batch of {spec.global_batch} leaves some of {spec.workers} workers without a sample;"
+            f" give {spec.global_batch} workers at most"
+        )
+    if spec.least_workers is not None and not 1 <= spec.least_workers <= spec.workers:
+        raise UserError(f"least_workers {spec.least_workers}, expected 1 to {spec.workers}, the number of workers")
     if spec.micro_batch is not None and spec.micro_batch < 1:
         raise UserError(f"micro_batch {spec.micro_batch}, expected at least 1 sample")
     for name in ("every", "clips", "bands", "animated"):

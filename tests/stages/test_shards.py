@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 import uuid
 from dataclasses import replace
@@ -19,6 +23,7 @@ from infra import storage
 from tasks import shards
 from tasks.records import Failure, UserError
 from tasks.shards import Sample, ShardDataset
+from tests.conftest import REPOSITORY
 
 RECIPE = {"fps": 4.0, "size": 32}
 
@@ -106,6 +111,24 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
     for name in storage.list_dir(str(tmp_path / "one")):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_killed_writer_leaves_no_file_behind(tmp_path: Path) -> None:
+    """Whatever it had spooled: the temporary folder of a worker that is killed again and again must not fill up."""
+    killed = f"""
+import os, signal
+from tasks import shards
+from tests.stages.test_shards import sample
+def outcomes():
+    yield [sample("a_000")]
+    os.kill(os.getpid(), signal.SIGKILL)
+shards.write_shard({str(tmp_path / "set")!r}, 0, (0, 2), outcomes(), "h")
+"""
+    (tmp_path / "spool").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "spool")}
+    done = subprocess.run([sys.executable, "-c", killed], cwd=REPOSITORY, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_pickle_inside_an_array_is_not_opened(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, write_shard
 from tasks.train.checkpoints import CheckpointStore
 from tasks.train.job import TrackingSpec, train
-from tasks.train.loader import TrainingData
+from tasks.train.loader import TrainingData, share
 from tasks.train.loop import TrainingStopped, run_training
 from tasks.train.optimizer import learning_rate_factor
 from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
@@ -173,9 +173,12 @@ def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> Non
         run_training(replace(spec, seed=1))
 
 
-def test_workers_must_divide_the_batch(dataset: str) -> None:
-    with pytest.raises(UserError, match="3 workers"):
-        TrainingData(ShardDataset(dataset), 0.2, 0, FRAMES).batch(0, 4, 0, 3)
+def test_any_number_of_workers_shares_a_batch_without_loss_or_repetition() -> None:
+    for batch in range(1, 20):
+        for world in range(1, batch + 1):
+            shares = [share(batch, rank, world) for rank in range(world)]
+            assert [place for part in shares for place in part] == list(range(batch))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(spec: TrainSpec) -> None:
@@ -316,7 +319,8 @@ def test_temporal_training_moves_what_mixes_frames_and_nothing_else(spec: TrainS
     ("change", "sentence"),
     [
         ({"steps": 0}, "steps 0, expected at least 1"),
-        ({"workers": 3}, "a global batch of 2 cannot be split over 3 workers"),
+        ({"workers": 3}, "a global batch of 2 leaves some of 3 workers without a sample; give 2"),
+        ({"least_workers": 2}, "least_workers 2, expected 1 to 1"),
         ({"micro_batch": 0}, "micro_batch 0, expected at least 1 sample"),
         ({"validation": ValidationSpec(every=1, clips=0)}, "validation.clips 0, expected"),
     ],

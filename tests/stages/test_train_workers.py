@@ -32,7 +32,7 @@ def test_two_workers_resume_bitwise_and_one_goes_on_with_their_batches(
     tmp_path: Path,
 ) -> None:
     model = replace(spec.model, unet_dropout=0.0)  # its masks go by rank, all else by place in the global batch
-    whole = replace(spec, output=str(tmp_path / "whole"), global_batch=4, model=model, workers=WORLD)
+    whole = replace(spec, output=str(tmp_path / "whole"), global_batch=3, model=model, workers=WORLD)
     (tmp_path / "spec.json").write_text(json.dumps(to_json(whole)))
     ranks = [subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(tmp_path)]) for rank in range(WORLD)]
     assert [rank.wait(240) for rank in ranks] == [0, 0]

@@ -6,12 +6,15 @@ import io
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from trip_model.frame import _on_white, to_square
 from trip_model.video import ClipError, load_image, read_clip, read_windows, square_box, video_bytes, write_video
 
 
@@ -53,6 +56,12 @@ def test_variable_frame_rate_and_late_start_follow_the_stamps() -> None:
 def test_windows_follow_each_other_without_overlap() -> None:
     clips = read_windows(ramp_video(list(range(0, 240, 10))), num_frames=4, fps=5.0, size=32, windows=3)
     assert [levels(c.pixels) for c in clips] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
+
+
+def test_a_clip_that_starts_between_two_frames_begins_with_the_one_on_show() -> None:
+    clip = read_clip(ramp_video(list(range(0, 240, 10))), num_frames=2, fps=4.0, size=32, start_seconds=0.55)
+    assert levels(clip.pixels) == [5, 8]
+    np.testing.assert_allclose(clip.times, [0.5, 0.8], atol=1e-6)
 
 
 def test_pixels_that_are_not_square_are_stretched_before_the_crop() -> None:
@@ -152,6 +161,35 @@ def test_what_is_transparent_lies_on_white_as_in_a_photo(codec: str, pixel_forma
     picture[32:, 32:] = (0, 0, 200, 255)
     frame = read_clip(coded(codec, pixel_format, container, picture), 4, 4.0, 32).pixels[0]
     assert np.abs(frame.astype(int) - load_image(picture, 32))[[8, 8, 24, 24], [8, 24, 8, 24]].max() <= 5
+
+
+@pytest.mark.parametrize("pixel_format", ["yuva420p", "yuva444p"])
+def test_the_last_column_of_an_odd_width_is_as_transparent_as_the_others(pixel_format: str) -> None:
+    picture = np.zeros((64, 65, 4), np.uint8)
+    picture[:, 60:] = (200, 0, 0, 255)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixel_format)
+    np.testing.assert_allclose(_on_white(frame).to_ndarray(format="rgb24")[:, 64], [[200, 0, 0]] * 64, atol=3)
+
+
+@pytest.mark.parametrize("width", [64, 90, 91, 120, 301])
+@pytest.mark.parametrize("aspect", [1.0, 1.5])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj420p", "yuv422p", "yuv420p10le", "gray", "nv12", "bgr0"])
+def test_planes_and_packed_pixels_are_the_same_squares(pixel_format: str, aspect: float, width: int) -> None:
+    """`to_square` takes whichever the scaler makes faster; a data set must not tell which."""
+    picture = np.random.default_rng(width).integers(0, 255, (90, width, 3), dtype=np.uint8)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
+    reformatter, packed = VideoReformatter(), Packed()
+    assert np.array_equal(to_square(frame, 64, aspect, reformatter), to_square(frame, 64, aspect, packed))
+
+
+class Packed:
+    """The scaler, for packed pixels alone."""
+
+    def __init__(self) -> None:
+        self._scaler = VideoReformatter()
+
+    def reformat(self, *args: Any, **given: Any) -> Any:
+        return self._scaler.reformat(*args, **given | {"format": "rgb24"})
 
 
 @pytest.mark.parametrize("size", [(65, 63), (33, 97), (1, 1), (2, 64)])

@@ -1,0 +1,45 @@
+"""One training on Ray as a command of its own, to be killed: `python -m benchmarks.rig.train_driver JOB.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.cluster import ray_session
+from tasks.records import UserError, from_json, to_json
+from tasks.train.job import TrackingSpec, train
+from tasks.train.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training and where it is tracked."""
+
+    spec: TrainSpec
+    tracking: TrackingSpec
+
+
+def main(words: str) -> int:
+    """Prints ticks and report as JSON lines and returns 0; like the command line, a sentence and 2 for bad input."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    job = from_json(TrainJob, json.loads(Path(words).read_text()))
+
+    def tick(values: dict[str, Any]) -> None:
+        print(json.dumps({"step": values["step"], "loss": values["loss"]}), flush=True)
+
+    try:
+        with ray_session(None, job.spec.workers * job.spec.cpus_per_worker):
+            report = train(job.spec, tick, job.tracking)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(to_json(report)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
