@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from infra import storage
 from tasks.evaluate.presets import AS_PUBLISHED, published_rows
-from tasks.evaluate.report import REPORT_STYLE, Table, number
+from tasks.evaluate.report import REPORT_STYLE
 from tasks.evaluate.statistics import Estimate
+from tasks.evaluate.tables import Table, number
 from tasks.records import UserError
 
 SCHEMA_VERSION = 1

@@ -136,7 +136,7 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     assert 1 < other["motion_ratio"]["value"] < 1.5 and other["clip_distance"]["value"] > 0.05
     assert set(other) == set(trip) - {"clip_distance_minus_frozen"}
     names = ("report.json", "report.md", "report.html", "protocol.json", "per_clip.csv", "consistency.png")
-    for name in (*names, "contact_sheet.png"):
+    for name in (*names, "per_clip.parquet", "tables/table_1.tex"):
         assert name in report.files and storage.exists(storage.join(report.uri, name))
     assert sum(name.endswith(".mp4") for name in report.files) == 2
     assert sum(name.endswith(".gif") for name in report.files) == 1

@@ -189,7 +189,7 @@ def test_from_files_of_judges_to_the_table(cluster: None, tiny_model: Path, tmp_
     assert {fvd, fid, *kernels} <= set(content["floors"])
     assert {fvd, fid} <= set(content["differences"]["Other"])
     table = storage.read_bytes(storage.join(report.uri, "report.md")).decode()
-    assert f"{fvd} (lower), {NOT_COMPARABLE}" in table and "| Other |" in table
+    assert f"| {fvd} (lower) |" in table and f"<br>{fvd}, {NOT_COMPARABLE}" in table and "| Other |" in table
 
 
 @pytest.mark.slow

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from tasks.evaluate.gate import Gate, gate
 from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item, load_judges
-from tasks.evaluate.presets import load_preset
+from tasks.evaluate.pictures import Example, side_by_side, strip_png
+from tasks.evaluate.presets import AS_PUBLISHED, load_preset
 from tasks.evaluate.progress import Ticks, duration
 from tasks.evaluate.protocols import Item, Protocol
-from tasks.evaluate.report import Example, build, distance_table, own_table, paper_table, side_by_side
+from tasks.evaluate.report import build
 from tasks.evaluate.rows import measure
 from tasks.evaluate.score import Summary, summarise
 from tasks.evaluate.statistics import Estimate
+from tasks.evaluate.tables import Table, all_tables, own_table, paper_tables
 from tasks.ingest.drawing import draw_clip
 from trip_model.video import read_clip
 
@@ -165,17 +169,86 @@ def test_gate_refuses_a_model_shown_to_be_worse_than_the_champion_and_no_other()
     assert "worse than the champion in clip_distance" in refused.reasons[0] and "-0.03 to -0.01" in refused.reasons[0]
 
 
+def written(*metrics: str, categories: dict[str, int] | None = None) -> Summary:
+    """Numbers that nobody measured, of a still, another method, TRIP and the real clips."""
+    rows = ("frozen", "My_Method", "trip", "real")
+    found = {row: {name: Estimate(10.0 * i + j, 1, 99) for j, name in enumerate(metrics)} for i, row in enumerate(rows)}
+    counts = {"asked": 9, "items": 8, "clips": 8, "clips_by_category": categories or {}}
+    counts["excluded"] = {"My_Method": {"too_short": 1}}
+    minus = {row: found[row] for row in rows if row != "trip"}
+    return Summary(rows, found, minus, {"FVD": Estimate(3.0)}, {"trip": {"FVD": Estimate(5.0)}}, {}, [], counts, [])
+
+
+OFFICIAL = [
+    JudgeName("F-Consistency", True, "0" * 64, ("clip_frames",), ""),
+    JudgeName("FVD", True, "1" * 64, ("i3d",), "", 16),
+    JudgeName("FID", True, "2" * 64, ("inception",), ""),
+]
+
+
 def test_tables_never_name_a_metric_it_is_not(summary: Summary):
-    own, paper = own_table(summary, NAMES), paper_table(summary, NAMES, protocol_of(6))
-    assert [row[0] for row in own.rows] == ["Frozen first frame", "TRIP (this run)", "Real video"]
-    for title in own.header + distance_table(summary, NAMES).header:
-        assert "FVD" not in title and "FID" not in title and "F-Consistency" not in title
-        if "@" in title:
-            assert NOT_COMPARABLE in title
-    for row in paper.rows[:3]:
-        assert all(NOT_COMPARABLE in cell for cell in row[1:4])
-    assert paper.rows[5][:4] == ["TRIP", "95.36", "96.41", "38.9"]
-    assert all("as published, other harness" in row[4] for row in paper.rows[3:])
+    own, papers = own_table(summary, NAMES), paper_tables(summary, NAMES, protocol_of(6))
+    assert own.header[1:] == ["Frozen first frame", "TRIP (this run)", "Real video"]
+    of_judges = [row for row in own.rows if row[0].startswith("r")]
+    assert len(of_judges) == 10 and all(NOT_COMPARABLE in cell for row in of_judges for cell in row[1:])
+    for row in own.rows:
+        assert not any(name in row[0] for name in ("FVD", "FID", "F-Consistency"))
+    for paper in papers.values():
+        for row in paper.rows[:3]:
+            assert all(NOT_COMPARABLE in cell for cell in row[1:4]) and AS_PUBLISHED not in row[4]
+        assert all(AS_PUBLISHED in row[4] and NOT_COMPARABLE not in "".join(row) for row in paper.rows[3:])
+        assert paper.rows[-1][:4] == ["TRIP", "95.36", "96.41", "38.9"]
+        assert "only their order" in paper.notes[0]  # the clips are not WebVid's
+
+
+def test_the_protocol_decides_which_of_the_papers_tables_are_filled():
+    webvid, dtdb, msrvtt = (
+        replace(protocol_of(8), rules=load_preset(name)) for name in ("webvid-2048", "dtdb-clean", "msrvtt-all-20")
+    )
+    found = written("F-Consistency/4", "F-Consistency/all", "FVD", "FID", categories={"fire": 4, "clouds": 4})
+    tables = paper_tables(found, OFFICIAL, webvid)
+    assert list(tables) == ["table_1", "table_5", "table_6"]
+    assert [row[0] for row in tables["table_5"].rows[4:]] == ["TRIP_C", "TRIP_TE", "TRIP"]
+    assert tables["table_1"].rows[1][:4] == [
+        "My_Method",
+        "10.00 (1.00 to 99.00)",
+        "11.00 (1.00 to 99.00)",
+        "12 (1 to 99)",
+    ]
+    assert not any(NOT_COMPARABLE in cell for row in tables["table_1"].rows for cell in row)
+    (two,) = paper_tables(found, OFFICIAL, dtdb).values()
+    assert two.header[1:3] == ["FID \u2193", "FVD \u2193"] and "mean over 2 categories" in two.notes[0]
+    (three,) = paper_tables(found, OFFICIAL, msrvtt).values()
+    assert "T2V and I2V rows are not comparable" in three.notes[-1]
+    assert ["Make-A-Video (T2V)", "13.17", "-"] in [row[:3] for row in three.rows]
+
+
+def test_floors_limits_differences_and_exclusions_are_told():
+    tables = all_tables(written("FVD", "clip_distance"), OFFICIAL, protocol_of(8))
+    assert tables["limits"].rows == [["FVD (lower)", "3", "-", "-", "5"]]
+    assert "floor" in tables["this_run"].rows[0][-1] and "floor" not in tables["this_run"].rows[1][-1]
+    assert tables["differences"].header[1:] == [
+        f"{n} minus TRIP" for n in ("Frozen first frame", "My_Method", "Real video")
+    ]
+    assert ["left out of all rows: My_Method lacks (too_short)", "1"] in tables["counts"].rows
+
+
+def test_latex_is_a_whole_fragment_with_nothing_left_unescaped():
+    odd = Table(
+        "50% & more_", ["Approach", "F-Consistency_4 \u2191"], [["[a]\\{b}~^$#", "1\nnot so"], ["TRIP^W", "<|>"]]
+    )
+    text = odd.latex()
+    lines = text.splitlines()
+    assert r"\caption{50\% \& more\_}" in lines and r"Approach & F-Consistency$_\mathrm{4}$ $\uparrow$ \\" in lines
+    assert r"{[}a]\textbackslash{}\{b\}\textasciitilde{}\textasciicircum{}\$\# & " in text
+    assert r"\shortstack[l]{1\\{\tiny not so}} \\" in text
+    assert r"TRIP$^\mathrm{W}$ & \textless{}\textbar{}\textgreater{} \\" in lines
+    for table in all_tables(written("FVD"), OFFICIAL, protocol_of(8)).values():
+        text = table.latex()
+        plain = re.sub(r"\\[\\{}&%$#_]", "", text)
+        assert plain.count("{") == plain.count("}") and text.count(r"\begin{") == text.count(r"\end{") == 2
+        body = plain[plain.index(r"\toprule") : plain.index(r"\bottomrule")]
+        assert {line.count("&") for line in body.splitlines() if "&" in line} == {len(table.header) - 1}
 
 
 def test_report_files_open_and_repeat(summary: Summary):
@@ -187,18 +260,31 @@ def test_report_files_open_and_repeat(summary: Summary):
     assert set(files) == set(again)
     for name in files:  # the page holds the mp4 files, and libx264 does not always repeat itself to the last bit
         assert name.endswith((".mp4", ".html")) or files[name] == again[name], name
-    assert {"report.md", "report.html", "per_clip.csv", "consistency.png", "contact_sheet.png"} <= set(files)
-    sheet = Image.open(io.BytesIO(files["contact_sheet.png"]))
-    assert sheet.width > 8 * 192 and sheet.height > 2 * 3 * 192
+    assert {"report.md", "report.html", "consistency.png", "lag.png", "tables/table_1.tex"} <= set(files)
+    strip = Image.open(io.BytesIO(files["strips/clip0_000.png"]))
+    assert strip.width > 4 * 192 and strip.height > 3 * 192
     video = read_clip(files["videos/clip0_000.mp4"], 16, 4.0, 192)
     assert video.pixels.shape == (16, 192, 192, 3)
-    assert side_by_side(examples[0]).shape == (16, 224, 416, 3)
     assert files["videos/clip0_000.gif"][:3] == b"GIF"
     rows = list(csv.DictReader(io.StringIO(files["per_clip.csv"].decode())))
     assert len(rows) == 6 and float(rows[0]["distance_trip"]) < float(rows[0]["distance_frozen"])
+    assert parquet.read_table(io.BytesIO(files["per_clip.parquet"])).to_pylist() == summary.per_clip
     page = files["report.html"].decode()
     assert "http" not in page and page.count("data:video/mp4") == 2 and "few clips" in page
     assert "| a.b | c |" in files["report.md"].decode()
+
+
+def test_all_methods_play_in_one_picture_and_stand_in_the_strip():
+    real, drawn = real_clip(0), real_clip(1)
+    pair = Example("a", "a ball", real, drawn)
+    four = replace(pair, others={"VideoComposer": drawn, "T2V-Zero": real})
+    assert side_by_side(pair).shape == (16, 224, 416, 3)
+    shown = side_by_side(four)
+    assert shown.shape == (16, 448, 416, 3)
+    assert (shown[5, 28:220, 200:392] == drawn[5].repeat(3, 0).repeat(3, 1)).all()  # TRIP stands right of the real clip
+    assert (shown[5, 248:440, 200:392] == real[5].repeat(3, 0).repeat(3, 1)).all()
+    heights = [Image.open(io.BytesIO(strip_png(example))).height for example in (pair, four)]
+    assert heights[1] - heights[0] == 2 * (192 + 4)
 
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
