@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -10,14 +12,16 @@ from prefect import flow, task
 from flows.console import tell
 from flows.recipes import Recipe, find_recipe
 from flows.source import PLAIN, Reading, named_source
-from flows.stage import STAGE_POLICY, address
-from flows.train_trip import planned_training, prepared_dataset
+from flows.stage import STAGE_POLICY, address, code_version
+from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset
 from infra import storage
+from infra.tracking import Tracking
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.judges import JudgeFiles
 from tasks.evaluate.methods import parse_methods
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.records import UserError, to_json
+from tasks.register.report_facts import read_report
 from tasks.shards import ShardDataset
 from tasks.train.spec import finished_report
 from trip_model.encoders import folder_hash
@@ -67,6 +71,33 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     return evaluate(spec, tell)
 
 
+@task(name="track-evaluation", **STAGE_POLICY)
+def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) -> str:
+    """Logs numbers and files of a report to an MLflow run, linked to model, data and code; returns the run's page.
+
+    The same report is the same run. A store in trouble is told of and stops nothing: the page is "" then.
+    """
+    facts = read_report(report.uri)
+    origin = storage.read_json(storage.join(report.uri, "report.json"))["provenance"]
+    names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
+    tags = {f"evaluation.{name}": str(origin[name]) for name in names}
+    tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
+    tracking = Tracking(tracking_uri, EXPERIMENT)
+    tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.digest}", tags=tags)
+    tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")
+    tracking.metrics(facts.metrics, 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        facts.copy_files(Path(scratch))
+        tracking.artifacts(scratch, "evaluation")
+        delivered = tracking.finish(wait_seconds=120)
+    if not delivered:
+        reason = tracking.last_error or "no answer"
+        tell(f"evaluate   tracking at {tracking_uri} did not take the report ({reason}); repeat the command to log it")
+        return ""
+    tell(f"evaluate   logged to {tracking.run_page}")
+    return tracking.run_page
+
+
 @flow(name="evaluate-trip")
 def evaluate_trip(
     recipe: str = "demo",
@@ -79,6 +110,7 @@ def evaluate_trip(
     protocol: str | None = None,
     method: list[str] | None = None,
     champion: str | None = None,
+    tracking_uri: str | None = None,
     *,
     judges: JudgeFiles = NONE,
     reading: Reading = PLAIN,
@@ -98,6 +130,7 @@ def evaluate_trip(
         method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with png
             frames; once for each method.
         champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
+        tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         judges: files of the judges; without them fixed random nets stand in under names of their own.
         reading: how the source was read.
     """
@@ -115,4 +148,7 @@ def evaluate_trip(
     given = spec.judges if judges == NONE else judges
     places = {name: getattr(given, name) for name in _FILES}  # made absolute: workers have another working directory
     given = replace(given, **{name: storage.absolute(place) for name, place in places.items() if place})
-    return to_json(evaluate_stage(replace(spec, methods=methods, champion=champion, judges=given)))
+    report = evaluate_stage(replace(spec, methods=methods, champion=champion, judges=given))
+    if tracking_uri is not None:
+        track_evaluation(report, spec.dataset, tracking_uri)
+    return to_json(report)

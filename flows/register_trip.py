@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 from prefect import flow, task
@@ -11,7 +10,7 @@ from flows.console import tell
 from flows.evaluate_trip import planned_evaluation, trained_model
 from flows.recipes import Recipe, find_recipe
 from flows.source import PLAIN, Reading, named_source
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, code_version
 from flows.train_trip import EXPERIMENT, prepared_dataset, tracking_address
 from infra import storage
 from infra.settings import CHECKOUT
@@ -20,15 +19,6 @@ from tasks.records import UserError, digest, to_json
 from tasks.register.registry import RegisterReport, RegisterSpec, register
 from tasks.shards import ShardDataset
 from trip_model.encoders import folder_hash, resolve_base
-
-
-def code_version() -> str:
-    """The commit of the checkout, with a mark when files differ from it; `unknown` outside of git."""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def lineage(chosen: Recipe, dataset: str) -> dict[str, str]:

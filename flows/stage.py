@@ -1,7 +1,8 @@
-"""What the stage flows share: content addresses below a root, and when a stage is tried again."""
+"""What the stage flows share: content addresses below a root, the code's version, and when a stage is tried again."""
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
@@ -10,6 +11,7 @@ from prefect.tasks import Task
 
 from infra import storage
 from infra.cluster import lost_a_machine
+from infra.settings import CHECKOUT
 from tasks.records import digest
 
 
@@ -25,6 +27,15 @@ def address(root: str, stage: str, identity: Any) -> str:
 def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a second attempt can end otherwise: Ray lost a machine. A bad table is not tried twice."""
     return lost_a_machine(state.data)
+
+
+def code_version() -> str:
+    """The commit of the checkout, with a mark when files differ from it; `unknown` outside of git."""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 # Clips and shards are retried inside a stage, by Ray; retrying both there and here would multiply.

@@ -6,12 +6,16 @@ import csv
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from flows.evaluate_trip import track_evaluation
+from infra import storage
+from infra.tracking import connect
 from tasks.evaluate.gate import Gate, gate
 from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item, load_judges
 from tasks.evaluate.pictures import Example, side_by_side, strip_png
@@ -21,6 +25,7 @@ from tasks.evaluate.protocols import Item, Protocol
 from tasks.evaluate.report import build
 from tasks.evaluate.rows import measure
 from tasks.evaluate.score import Summary, summarise
+from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluate.statistics import Estimate
 from tasks.evaluate.tables import Table, all_tables, own_table, paper_tables
 from tasks.ingest.drawing import draw_clip
@@ -285,6 +290,28 @@ def test_all_methods_play_in_one_picture_and_stand_in_the_strip():
     assert (shown[5, 248:440, 200:392] == real[5].repeat(3, 0).repeat(3, 1)).all()
     heights = [Image.open(io.BytesIO(strip_png(example))).height for example in (pair, four)]
     assert heights[1] - heights[0] == 2 * (192 + 4)
+
+
+def test_an_evaluation_is_one_mlflow_run_linked_to_model_data_and_code(tmp_path: Path):
+    made_of = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
+    content = {
+        "rows": {"trip": {"clip_distance": {"value": 0.1, "ci_low": None, "ci_high": None}}},
+        "gate": {"passed": False, "reasons": ["few clips"]},
+        "files": ["report.md"],
+        "provenance": {name: f"the {name}" for name in made_of},
+    }
+    storage.write_json(str(tmp_path / "report.json"), content)
+    (tmp_path / "report.md").write_text("# Evaluation")
+    report = EvaluateReport(str(tmp_path), "k", content["rows"], Gate(False, ()), 8, 8, ("report.md",), 0.0)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    pages = [track_evaluation.fn(report, "data", store) for _ in range(2)]
+    assert pages[0] == pages[1] != ""
+    client = connect(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("trip").experiment_id])
+    assert run.data.metrics == {"trip/clip_distance": 0.1}
+    assert run.data.tags["evaluation.model_sha256"] == "the model_sha256"
+    assert run.data.tags["evaluation.code_version"] and run.inputs.dataset_inputs[0].dataset.name == "latents"
+    assert {f.path for f in client.list_artifacts(run.info.run_id, "evaluation")} >= {"evaluation/report.md"}
 
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
