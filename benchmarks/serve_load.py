@@ -187,6 +187,7 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
             tally.answers.update(["bad, refused as due"]) if right else tally.odd("bad, wrong answer", answer.text)
         elif answer.status_code == 429:
             tally.answers["good, refused with 429"] += 1
+            time.sleep(int(answer.headers["retry-after"]))  # before this client's next request, as it was told
         elif answer.status_code != 200:
             tally.odd("lost", f"request {number}: {answer.status_code} {answer.text}")
         else:
@@ -247,7 +248,7 @@ def main(
     requests: int = 200,
     clients: int = 16,
     replicas: int = 2,
-    max_queue: int = 5,
+    max_queue: int = 8,
     num_frames: int = 4,
     steps: int = 4,
     output: Path | None = None,

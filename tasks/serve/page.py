@@ -94,7 +94,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     async def animate(
         photo: str | None,
         prompt: str,
-        seed: str,
+        seed: str | None,
         steps: float,
         guidance: float,
         frames: float,
@@ -103,18 +103,18 @@ def build_page(desk: Desk) -> gr.Blocks:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it in the signature
     ) -> tuple[Any, ...]:
         if photo is None:
-            raise gr.Error("Choose a photo first.", title="No photo")
+            raise gr.Error("Choose a photo first.", title="No photo", print_exception=False)
         numbers: dict[str, Any] = {"steps": steps, "guidance": guidance, "num_frames": frames, "fps": fps}
-        if seed.strip():
+        if seed and seed.strip():
             numbers["seed"] = seed
         try:
             animation = read_animation({"image": Path(photo).read_bytes(), "prompt": prompt, **numbers})
         except Refusal as refusal:
-            raise gr.Error(desk.refused(refusal).message, title="That cannot be animated") from refusal
+            raise gr.Error(desk.refused(refusal).message, title="Not this one", print_exception=False) from refusal
         try:
             clip = await _watched(desk.clip(animation), progress)
         except Refusal as refusal:
-            raise gr.Error(refusal.message, title="No clip this time") from refusal
+            raise gr.Error(refusal.message, title="No clip", print_exception=False) from refusal
         # In Gradio's own folder it is removed with what visitors have sent.
         file = save_bytes_to_cache(clip.files[0], f"trip-{clip.seed}.mp4", shown.GRADIO_CACHE)
         clips = [(file, animation.prompt, clip.seed), *clips]

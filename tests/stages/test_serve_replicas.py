@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -43,6 +44,7 @@ def mlflow_server(registry: str, version: str):
         "MLFLOW_TRACKING_URI": registry,
         "MLFLOW_REGISTRY_URI": registry,
         "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it starts `uvicorn` by its name
     }
     process = subprocess.Popen([*command, "--env-manager", "local"], env=environment, start_new_session=True)
     try:
