@@ -43,9 +43,10 @@ class VideoMAE:
         from transformers import VideoMAEForVideoClassification
 
         try:
-            net, told = VideoMAEForVideoClassification.from_pretrained(
+            loaded: Any = VideoMAEForVideoClassification.from_pretrained(
                 self.path, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
+            net, told = loaded
         except (OSError, ValueError, RuntimeError) as error:
             raise JudgeError(f"{self.path} cannot be read as a VideoMAE of transformers") from error
         absent = sorted(told["missing_keys"])

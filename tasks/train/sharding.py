@@ -33,7 +33,7 @@ def shard(trip: Trip, device: str, world: int, bfloat16: bool) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, the same memory; a plain tensor as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class TrainSpec:
     # Of the 3D-UNet: all weights, those that mix frames, or low-rank adapters; the fusion module is always trained.
     trained: Literal["all", "temporal", "lora"] = "all"
     lora_rank: int = 32
-    lora_alpha: float = 32.0  # the adapters' product is multiplied with alpha / rank
+    lora_alpha: int = 32  # the adapters' product is multiplied with alpha / rank
     learning_rate_unet: float = 2e-6
     learning_rate_fusion: float = 2e-4
     weight_decay: float = 1e-2
