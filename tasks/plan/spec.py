@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,8 +45,8 @@ class PlanSpec:
 
     @property
     def share(self) -> int:
-        """Clips of a global batch that fall to one device."""
-        return self.global_batch // self.workers
+        """Clips of a global batch that fall to one device; where it cannot be split evenly, the most."""
+        return math.ceil(self.global_batch / self.workers)
 
     @property
     def at_once(self) -> int:
@@ -82,9 +83,5 @@ def check_plan(spec: PlanSpec) -> None:
         value = getattr(spec, name)
         if value is not None and not value > 0:
             raise UserError(f"{name} {value}, expected a number above 0")
-    if spec.global_batch % spec.workers:
-        divisors = [n for n in range(1, spec.global_batch + 1) if spec.global_batch % n == 0]
-        raise UserError(
-            f"a global batch of {spec.global_batch} cannot be split over {spec.workers} workers evenly;"
-            f" it can over {', '.join(map(str, divisors))}"
-        )
+    if spec.workers > spec.global_batch:
+        raise UserError(f"a global batch of {spec.global_batch} leaves some of {spec.workers} workers without a sample")

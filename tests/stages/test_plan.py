@@ -163,7 +163,7 @@ def test_the_paper_is_planned_for_people_without_its_base(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--gpus", "3"], "a global batch of 8 cannot be split over 3 workers evenly; it can over 1, 2, 4, 8"),
+        (["--gpus", "9"], "a global batch of 8 leaves some of 9 workers without a sample"),
         (["--gpu", "tpu"], "no device 'tpu' in the table; known are h200, h100"),
         (["--clips", "many"], "count 'many', expected a number above 0 such as 520, 2k or 10.7M"),
         (["--mfu", "1.5"], "mfu 1.5, expected a share of the peak"),
@@ -204,7 +204,9 @@ def test_what_would_fail_at_step_1_is_told_before(spec: TrainSpec, tmp_path: Pat
     window = TripConfig(size=32, num_frames=3, residual_std=(0.0, 0.5, 0.5))
     assert check_before_start(replace(spec, model=window)) == []
     for change, sentence in (
-        ({"workers": 3}, "a global batch of 4 cannot be split over 3 workers"),
+        ({"workers": 5}, "a global batch of 4 leaves some of 5 workers without a sample"),
+        ({"workers": 3, "sharding": "fsdp2"}, "needs equal shares, and a global batch of 4 cannot be split over 3"),
+        ({"workers": 4, "least_workers": 2, "sharding": "fsdp2"}, "cannot be split over 3 workers evenly"),
         ({"dataset": str(tmp_path / "none")}, "no finished data set at .*none"),
         ({"model": replace(spec.model, size=64)}, r"latents of .* are \(4, 4, 4, 4\) .* expects \(4, 4, 8, 8\)"),
         ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\) or more frames: 16 of 32 pixels"),
