@@ -71,7 +71,7 @@ def main() -> None:
 def features(seed: int, clips: int, rows: int, width: int) -> tuple[Features, Features, Features]:
     """Real features and those of two systems that share a half of their variance with them, each [N, rows, width]."""
     random = np.random.default_rng(seed)
-    scale = np.float32(1) / np.sqrt(np.arange(1, width + 1, dtype=np.float32))
+    scale = (1 / np.sqrt(np.arange(1, width + 1))).astype(np.float32)
 
     def draw() -> Features:
         return random.standard_normal((clips, rows, width), dtype=np.float32) * scale

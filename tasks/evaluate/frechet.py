@@ -81,12 +81,12 @@ def _same_width(a: NDArray[Any], b: NDArray[Any]) -> None:
         raise ValueError(f"feature widths differ: {a.shape[-1]} and {b.shape[-1]}")
 
 
-def _beyond_rounding(values: Floats) -> NDArray[np.bool_]:
+def _beyond_rounding(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Which eigenvalues are not zero to rounding; the root of such a zero would be 1e-8, not 0."""
     return values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
 
 
-def _factor(covariance: Floats) -> Floats:
+def _factor(covariance: Floats) -> NDArray[Any]:
     """R [d, r] with R R^T = covariance: Cholesky's, or for a singular one that of `eigh` without its null space."""
     try:
         return np.linalg.cholesky(covariance)
@@ -126,14 +126,15 @@ class FeatureSet:
 
     @classmethod
     def of(cls, rows: Any, clusters: Sequence[str], seed: int = 0) -> FeatureSet:
-        """ValueError on NaN, infinity, a wrong shape, or fewer than 8 videos, two for a part."""
+        """ValueError on NaN, infinity, a wrong shape, or parts of fewer than 2 rows."""
         array = checked_features(rows, least=1)
         if len(array) != len(clusters):
             raise ValueError(f"{len(array)} rows of features, but {len(clusters)} names of source videos")
-        videos, least = unique_clips(clusters), 2 * PARTS
-        if videos < least:
-            raise ValueError(f"{videos} source videos are too few for a Frechet distance with its floor; give {least}")
         parts = disjoint_parts(clusters, PARTS, seed)
+        if min(len(part) for part in parts) < 2:
+            raise ValueError(
+                f"{len(array)} feature rows of {unique_clips(clusters)} source videos leave a quarter with one"
+            )
         return cls(array, list(clusters), tuple(Moments.of(array[part]) for part in parts))
 
     @cached_property

@@ -243,8 +243,10 @@ def test_floor_is_of_disjoint_halves_of_the_videos():
     assert sorted(part.count for part in real.parts) == [10, 10, 10, 10]
     halves = merge_all(real.parts[:2]), merge_all(real.parts[2:])
     assert frechet_floor(real) == pytest.approx(frechet_distance(*halves))
-    with pytest.raises(ValueError, match="7 source videos are too few"):
-        FeatureSet.of(rows[:35], clusters[:35])
+    with pytest.raises(ValueError, match="3 source videos cannot make 4 parts"):
+        FeatureSet.of(rows[:15], clusters[:15])
+    with pytest.raises(ValueError, match="7 feature rows of 7 source videos leave a quarter with one"):
+        FeatureSet.of(rows[:35:5], clusters[:35:5])
 
 
 def test_unpaired_features_are_refused():
