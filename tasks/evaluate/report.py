@@ -30,9 +30,10 @@ REPORT_STYLE = (
     f"body{{font:16px/1.5 system-ui,sans-serif;color:{INK};max-width:1200px;margin:2rem auto;padding:0 1rem}}"
     "table{border-collapse:collapse;font-size:14px}th,td{padding:.4rem .7rem;border-bottom:1px solid #ddd;"
     "text-align:left;vertical-align:top}td:first-child,th:first-child{position:sticky;left:0;background:#fff;"
-    "max-width:11rem;overflow-wrap:anywhere}small{color:#6b6b70}.wide{overflow-x:auto}img,video{max-width:100%}"
+    "min-width:8rem;max-width:11rem;overflow-wrap:anywhere}small{color:#6b6b70}.wide{overflow-x:auto}img,video{max-width:100%}"
     ".clips{display:grid;gap:1.5rem 1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}"
     ".strips{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}figure{margin:0}"
+    "summary{font-size:1.3em;font-weight:600;margin:1rem 0;cursor:pointer}"
     f".gate{{font-weight:600;color:{ACCENT}}}.passed{{color:#15803d}}"
 )
 GUIDE = (
@@ -45,6 +46,8 @@ GUIDE = (
     "A cell that says it is not comparable holds another judge than the publications used: compare it within this page "
     "alone.",
 )
+
+FOLDED = ("table_5", "table_6")  # the ablations repeat this run's rows of Table 1
 
 
 def per_clip_csv(summary: Summary) -> bytes:
@@ -88,10 +91,9 @@ def build(
             files[f"videos/{example.key}.gif"] = video_bytes(pixels, protocol.fps, "gif")
     tables = all_tables(summary, judges, protocol)
     files |= {f"tables/{name}.tex": table.latex().encode() for name, table in tables.items()}
-    shown = list(tables.values())
     origin = Table("Provenance", ["what", "value"], _flat(provenance))
-    files["report.md"] = _markdown(shown, origin, gate, summary, examples).encode()
-    files["report.html"] = _page(shown, origin, gate, summary, examples, files).encode()
+    files["report.md"] = _markdown(list(tables.values()), origin, gate, summary, examples).encode()
+    files["report.html"] = _page(tables, origin, gate, summary, examples, files).encode()
     return files
 
 
@@ -125,7 +127,7 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def _page(
-    tables: Sequence[Table],
+    tables: Mapping[str, Table],
     origin: Table,
     gate: Gate,
     summary: Summary,
@@ -146,6 +148,11 @@ def _page(
     def picture(name: str, title: str) -> str:
         return f'<figure><img loading="lazy" alt="{html.escape(title)}" src="{data(name, "image/png")}"></figure>'
 
+    def section(table: Table, opened: bool) -> str:
+        state = " open" if opened else ""
+        title = f"<summary>{html.escape(table.title)}</summary>"
+        return f"<details{state}>{title}<div class=wide>{table.html()}</div></details>"
+
     videos = "".join(
         f'<figure><video src="{data(f"videos/{e.key}.mp4", "video/mp4")}" autoplay loop muted playsinline '
         f"controls></video><figcaption>{html.escape(e.caption)}</figcaption></figure>"
@@ -155,7 +162,7 @@ def _page(
         picture(file, f"{curve_title(name)} of all rows") for name, file in CURVE_FILES.items() if file in files
     )
     strips = "".join(picture(f"strips/{e.key}.png", f"four frames each: {e.caption}") for e in examples)
-    sections = "".join(f"<h2>{html.escape(t.title)}</h2><div class=wide>{t.html()}</div>" for t in tables)
+    sections = "".join(section(table, name not in FOLDED) for name, table in tables.items())
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width,initial-scale=1"><title>TRIP evaluation</title>'
@@ -164,6 +171,5 @@ def _page(
         f"<h2>Clips, all methods in step</h2><div class=clips>{videos}</div>{sections}"
         f'<h2>Curves</h2><div class="clips strips">{curves}</div>'
         f'<h2>Frames</h2><div class="clips strips">{strips}</div>'
-        f"<h2>What was measured</h2>{items(summary.notes)}"
-        f"<details><summary>Provenance</summary><div class=wide>{origin.html()}</div></details></html>\n"
+        f"<h2>What was measured</h2>{items(summary.notes)}{section(origin, False)}</html>\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,10 @@ def latex_text(text: str) -> str:
 
 def _latex_cell(text: str) -> str:
     value, _, remark = text.partition("\n")
-    return rf"\shortstack[l]{{{latex_text(value)}\\{{\tiny {latex_text(remark)}}}}}" if remark else latex_text(value)
+    if not remark:
+        return latex_text(value)
+    small = "".join(rf"\\{{\tiny {latex_text(line)}}}" for line in textwrap.wrap(remark, 28, break_on_hyphens=False))
+    return rf"\shortstack[l]{{{latex_text(value)}{small}}}"
 
 
 def number(estimate: Estimate | None, digits: str) -> str:
