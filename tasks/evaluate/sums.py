@@ -153,7 +153,8 @@ class _Category:
 
     def _kernel(self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]]) -> Estimate:
         if not self.framewise:
-            return Estimate(kernel_distance(np.concatenate(one), np.concatenate(other)))
+            # In float64: the kernel distance of small features is near the rounding of float32.
+            return Estimate(kernel_distance(*(np.concatenate(of).astype(np.float64) for of in (one, other))))
         clips = min(len(one), len(other))
         return Estimate(kernel_distance_of_frames(np.stack(one[:clips]), np.stack(other[:clips])))
 
