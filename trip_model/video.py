@@ -23,6 +23,7 @@ from trip_model.sparing import can_spare, needed_frames
 # Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
 MAX_IMAGE_PIXELS = 64_000_000  # a photo larger than this is refused before it is unpacked (decompression bombs)
+MAX_ASPECT = 20  # a photo's longer side over its shorter: the shorter is resized to the frame, the longer with it
 
 
 class ClipError(ValueError):
@@ -197,7 +198,7 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     """A photo as uint8 [size, size, 3]: EXIF turn applied, transparency on white, centre-cropped like a video frame.
 
     Raises:
-        ValueError: not an image, or more than `MAX_IMAGE_PIXELS` pixels.
+        ValueError: not an image, more than `MAX_IMAGE_PIXELS` pixels, or a strip longer than `MAX_ASPECT` says.
     """
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source)
@@ -216,6 +217,8 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
             if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
                 raise ValueError(f"{name}: {error.strerror}; give the path of a photo") from error
             raise ValueError(f"{name} is damaged ({error}); give a whole JPEG, PNG or WebP photo") from error
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"a photo of {image.width}x{image.height} pixels, at most {MAX_ASPECT} times as long as wide")
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")

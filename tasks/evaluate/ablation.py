@@ -217,8 +217,8 @@ def write(output: str, comparison: Comparison, about: Mapping[str, Any]) -> dict
     """Writes `ablation.md`, `ablation.html` and, last, `ablation.json`. Returns their addresses by ending."""
     seeds = len(comparison.seeds)
     notes = [
-        f"{seeds} seeds ({', '.join(map(str, comparison.seeds))}), common to all variants: data order, noise and first "
-        f"weights; {comparison.clips} held-out clips, animated from the same noise.",
+        f"Seeds: {', '.join(map(str, comparison.seeds))}, common to all variants: data order, noise and first weights;"
+        f" {comparison.clips} held-out clips, animated from the same noise.",
         "Intervals are 95 %, by drawing seeds and clips again, crossed; x .. y is from the least to the greatest seed."
         if seeds > 1
         else "One seed: the intervals are over clips alone and say nothing of another seed.",

@@ -14,12 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import PydanticCustomError
 
-from trip_model.video import MAX_IMAGE_PIXELS
+from trip_model.video import MAX_ASPECT, MAX_IMAGE_PIXELS
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_BODY_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**16  # base64 takes four bytes for three; the rest is prompt and numbers
 MIN_IMAGE_SIDE = 8
-MAX_ASPECT = 20  # a photo's longer side over its shorter: the shorter is resized to the frame, the longer with it
 # By name, because Pillow opens far more, PostScript through a program of its own among it.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PROMPT_CHARACTERS = 2000

@@ -102,7 +102,7 @@ def test_the_report_holds_every_variant_beside_the_papers_rows() -> None:
     comparison = compare(arms("memory://ablation-report"))
     places = write("memory://ablation-report/out", comparison, {"recipe": "demo", "steps": 5})
     page, text = (storage.read_bytes(places[ending]).decode() for ending in ("html", "md"))
-    for word in ("TRIP_TE", "TRIP^-", "as published, other harness", "43", "3 seeds (0, 1, 2)"):
+    for word in ("TRIP_TE", "TRIP^-", "as published, other harness", "43", "Seeds: 0, 1, 2,"):
         assert word in page and word in text
     values, differences, paper = tables(comparison)
     assert len(values.rows) == 5 and len(differences.rows) == 3 and len(paper.rows) == 4
