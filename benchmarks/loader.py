@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
     python -m benchmarks.loader resume [--peers PYTHON]           what a stop in mid-epoch repeats and loses
-    python -m benchmarks.loader index [--samples 500000]          memory and time of opening a data set
+    python -m benchmarks.loader index [--samples 300000]          memory and time of opening a data set
 
 Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512. How to make the
 peers' environment: docs/decisions/loader.md; without it webdataset alone stands beside ours.
@@ -213,5 +213,5 @@ if __name__ == "__main__":
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--data", help="the data set that `ours` reads or `opened` opens")
     chosen = parser.parse_args()
-    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": 500_000}.get(chosen.what)
+    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": 300_000}.get(chosen.what)
     print(json.dumps(main(chosen), indent=None if chosen.data else 2))
