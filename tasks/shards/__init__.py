@@ -18,6 +18,7 @@ fp16 like the latents, the log variance of the VAE's posterior, and `text.npy` f
 F is the recipe's `num_frames`, or for tracks (`clip` is `track` in the recipe) that or more, from sample to sample.
 """
 
+from tasks.shards.dataset import ShardDataset
 from tasks.shards.fields import OPTIONAL, SUFFIXES, decode_field, encode_field
 from tasks.shards.forgotten import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
 from tasks.shards.layout import (
@@ -37,14 +38,8 @@ from tasks.shards.layout import (
     shard_name,
     shard_number,
 )
-from tasks.shards.reading import (
-    ShardDataset,
-    read_manifest,
-    read_shard_manifest,
-    shards_held,
-    split_keys,
-    stored_outcomes,
-)
+from tasks.shards.reading import read_manifest, read_shard_manifest, shards_held, stored_outcomes
+from tasks.shards.split import held_out_samples, split_keys
 from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
 
 __all__ = [
@@ -67,6 +62,7 @@ __all__ = [
     "decode_field",
     "encode_field",
     "forgotten_sha256",
+    "held_out_samples",
     "index_name",
     "mark",
     "open_dataset",

@@ -2,18 +2,21 @@
 
 The stream of samples is one permutation after another, so a step needs no state: resuming is asking for the next
 step, and any number of workers sees the same global batches. Of a sample with more frames than are trained on, a track,
-each place of the stream draws a window anew; only its frames are read.
+each place of the stream draws a window anew; only its frames are read. A damaged sample keeps its place, marked as one
+that is to have no part in the loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tasks.records import UserError
-from tasks.shards import ShardDataset, clip_key_of, split_keys
+from tasks.shards import ShardDataset, held_out_samples
+from tasks.train.quarantine import Quarantine
 from trip_model.objective import addressed_generator
 
 _KEPT_BY = {"logvar": "keep_logvar", "text": "keep_text"}
@@ -28,21 +31,12 @@ def share(global_batch: int, rank: int, world: int) -> range:
 class Batch:
     """The part of one global batch that one worker trains on."""
 
-    raw_latents_BFCHW: torch.Tensor  # float32, unscaled
+    raw_latents_BFCHW: torch.Tensor  # unscaled; float16 as stored, or float32 where drawn from the posterior
     tokens_BL: torch.Tensor  # int64
     positions: tuple[int, ...]  # places in the global batch, the address of every random draw
     keys: tuple[str, ...]
-    starts: tuple[int, ...]  # the frames of the samples at which these windows begin
     text_BLD: torch.Tensor | None  # float32 text features, where the stored ones are used
-
-
-@dataclass(frozen=True)
-class _Window:
-    key: str
-    start: int
-    latents_FCHW: torch.Tensor
-    tokens: np.ndarray
-    text: np.ndarray | None
+    whole_B: torch.Tensor  # bool; of a sample that is damaged, and not whole, all values here are zeros
 
 
 class TrainingData:
@@ -51,8 +45,11 @@ class TrainingData:
     Args:
         sample_posterior: draw each latent from the VAE's posterior; else it is the mean.
         stored_text: read the captions' text features.
+        vocab_size: of the text encoder; a token beyond it is damage.
+        quarantine: the folder for the books on damaged samples; without it the first one is an error.
     Raises:
-        UserError: the data set does not hold what is asked for; a split that cannot be made.
+        UserError: the data set does not hold what is asked for; a split that cannot be made. Also when samples are
+            read: one that is damaged, or more of them than `Quarantine` bears.
     """
 
     def __init__(
@@ -63,6 +60,8 @@ class TrainingData:
         num_frames: int,
         sample_posterior: bool = False,
         stored_text: bool = False,
+        vocab_size: int = 2**31,
+        quarantine: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.num_frames = num_frames
@@ -71,12 +70,14 @@ class TrainingData:
             if name not in dataset.fields(0):
                 raise UserError(f"{dataset.uri} holds no {name}; prepare it with {_KEPT_BY[name]}, or train without")
         self._fields = ("latents", "tokens", *optional)
-        train_clips, held_out = split_keys({clip_key_of(key): None for key in dataset.keys}, held_out_fraction)
-        chosen = set(train_clips)
-        self.samples = np.array([i for i, key in enumerate(dataset.keys) if clip_key_of(key) in chosen])
-        first_of = {clip_key_of(key): i for i, key in reversed(list(enumerate(dataset.keys)))}
-        self.held_out_samples = np.array([first_of[clip] for clip in held_out], dtype=np.int64)  # one of each clip
+        clips_N = dataset.clip_hashes()
+        held_out_N = held_out_samples(clips_N, held_out_fraction)
+        self.samples = np.flatnonzero(~held_out_N)
+        first = np.unique(clips_N[held_out_N], return_index=True)[1]
+        self.held_out_samples = np.flatnonzero(held_out_N)[np.sort(first)]  # the first one of each clip
         self.seed = seed
+        self._vocab_size = vocab_size
+        self.quarantine = Quarantine(quarantine, len(self.samples)) if quarantine is not None else None
         self._epoch = -1
         self._order = self.samples
 
@@ -90,47 +91,79 @@ class TrainingData:
 
     def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
         """Worker `rank`'s share of global batch `step` (counted from 0)."""
-        positions = tuple(share(global_batch, rank, world))
+        positions = share(global_batch, rank, world)
         places = [step * global_batch + position for position in positions]
-        return _collate([self._window(self.sample_at(place), place) for place in places], positions)
+        return self._read([self.sample_at(place) for place in places], places, positions)
 
     def held_out(self, count: int) -> Batch:
-        """One window of each of up to `count` held-out clips, always the same ones."""
+        """One window of each of up to `count` held-out clips, always the same ones, in float32; damaged ones left out.
+
+        Raises:
+            UserError: all of them are damaged.
+        """
         picks = self.held_out_samples[:count].tolist()
-        return _collate([self._window(index, place) for place, index in enumerate(picks)], tuple(range(len(picks))))
+        read = self._read(picks, range(len(picks)), range(len(picks)))
+        whole = torch.nonzero(read.whole_B)[:, 0]
+        if not len(whole):
+            raise UserError(f"the held-out clips of {self.dataset.uri} are damaged; verify the data set")
+        return Batch(
+            raw_latents_BFCHW=read.raw_latents_BFCHW[whole].float(),
+            tokens_BL=read.tokens_BL[whole],
+            positions=tuple(range(len(whole))),
+            keys=tuple(read.keys[i] for i in whole.tolist()),
+            text_BLD=read.text_BLD[whole] if read.text_BLD is not None else None,
+            whole_B=read.whole_B[whole],
+        )
 
     def first_latents(self, count: int) -> torch.Tensor:
-        """Raw latents [B, F, C, H, W] of up to `count` training samples, for measuring the data set."""
+        """Raw latents float32 [B, F, C, H, W] of up to `count` training samples, for measuring the data set."""
         picks = self.samples[:count].tolist()
-        return torch.stack([self._window(index, place).latents_FCHW for place, index in enumerate(picks)])
+        read = self._read(picks, range(len(picks)), range(len(picks)))
+        return read.raw_latents_BFCHW[read.whole_B].float()
 
-    def _window(self, index: int, place: int) -> _Window:
-        """What training sees of a sample at a place of the stream; every draw is a function of seed and place alone."""
-        frames = self.dataset.num_frames(index)
-        if frames < self.num_frames:
+    def _read(self, samples: list[int], places: Sequence[int], positions: Sequence[int]) -> Batch:
+        """What training sees of samples at places of the stream; every draw is a function of seed and place alone."""
+        samples_B = np.array(samples)
+        starts = self._starts(samples_B, places)
+        arrays: dict[str, np.ndarray] = {}
+        damage: dict[int, str] = {}
+        for name in self._fields:
+            windows = (starts, self.num_frames) if name in ("latents", "logvar") else ()
+            arrays[name], found = self.dataset.stack(samples_B, name, *windows)
+            damage |= {b: f"{name}: {reason}" for b, reason in found.items()}
+        tokens_BL = arrays["tokens"]
+        unknown_B = ((tokens_BL < 0) | (tokens_BL >= self._vocab_size)).any(axis=1)
+        damage |= dict.fromkeys(np.flatnonzero(unknown_B).tolist(), "tokens: unknown to the text encoder")
+        latents = torch.from_numpy(arrays["latents"])
+        if "logvar" in arrays:
+            latents, logvar = latents.float(), torch.from_numpy(arrays["logvar"]).float()
+            for b, place in enumerate(places):
+                noise = torch.randn(latents.shape[1:], generator=addressed_generator("posterior", self.seed, place))
+                latents[b] += torch.exp(0.5 * logvar[b]) * noise
+                if not latents[b].isfinite().all():
+                    damage[b] = "logvar: too large"
+        tokens = torch.from_numpy(tokens_BL).long()
+        text = torch.from_numpy(arrays["text"]).float() if "text" in arrays else None
+        keys = self.dataset.keys_of(samples_B)
+        whole = torch.ones(len(samples), dtype=torch.bool)
+        for b, reason in damage.items():
+            if self.quarantine is None:
+                raise UserError(f"sample {keys[b]} of {self.dataset.uri} is damaged ({reason}); verify the data set")
+            self.quarantine.add(keys[b], self.dataset.uri, reason)
+            for values in (latents, tokens, whole, *([text] if text is not None else [])):
+                values[b] = 0
+        return Batch(latents, tokens, tuple(positions), keys, text, whole)
+
+    def _starts(self, samples_B: np.ndarray, places: Sequence[int]) -> list[int]:
+        """The frames at which windows begin."""
+        counts = self.dataset.frame_counts(samples_B).tolist()
+        if min(counts) < self.num_frames:
             raise UserError(
-                f"{self.dataset.uri} holds a clip of {frames} frames, {self.num_frames} are trained on;"
+                f"{self.dataset.uri} holds a clip of {min(counts)} frames, {self.num_frames} are trained on;"
                 " give a data set prepared with that many, or train on fewer"
             )
-        start = 0
-        if frames > self.num_frames:
-            generator = addressed_generator("window", self.seed, place)
-            start = int(torch.randint(frames - self.num_frames + 1, (), generator=generator))
-        read = self.dataset.read(index, self._fields, (start, start + self.num_frames))
-        latents = torch.from_numpy(read["latents"]).float()
-        if "logvar" in read:
-            noise = torch.randn(latents.shape, generator=addressed_generator("posterior", self.seed, place))
-            latents = latents + torch.exp(0.5 * torch.from_numpy(read["logvar"]).float()) * noise
-        return _Window(read["key"], start, latents, read["tokens"], read.get("text"))
-
-
-def _collate(windows: list[_Window], positions: tuple[int, ...]) -> Batch:
-    text = [window.text for window in windows if window.text is not None]
-    return Batch(
-        raw_latents_BFCHW=torch.stack([window.latents_FCHW for window in windows]),
-        tokens_BL=torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64)),
-        positions=positions,
-        keys=tuple(window.key for window in windows),
-        starts=tuple(window.start for window in windows),
-        text_BLD=torch.from_numpy(np.stack(text).astype(np.float32)) if text else None,
-    )
+        starts = []
+        for count, place in zip(counts, places, strict=True):
+            generator = addressed_generator("window", self.seed, place) if count > self.num_frames else None
+            starts.append(int(torch.randint(count - self.num_frames + 1, (), generator=generator)) if generator else 0)
+        return starts

@@ -54,9 +54,9 @@ def run_training(
     """Trains to `spec.steps`, from the newest complete checkpoint if there is one; rank 0 writes.
 
     `on_tick` gets {"step", "steps", "loss", "frame_1", "frame_last", "learning_rate", "samples_per_second",
-    "seconds_left"} every `tick_every` steps, averaged since the last one, and with a look at held-out clips what
-    `Validation` says. With `world` above 1 a process group exists. `watcher` follows the checkpoints, `notice` asks for
-    one between the regular ones.
+    "seconds_left"} every `tick_every` steps, averaged since the last one, "damaged" where samples were left out, and
+    with a look at held-out clips what `Validation` says. With `world` above 1 a process group exists. `watcher` follows
+    the checkpoints, `notice` asks for one between the regular ones.
 
     Raises:
         UserError: a spec that cannot be trained.
@@ -101,6 +101,7 @@ class Training:
         self.spec, self._rank, self._world, self._device = spec, rank, world, device
         self.dataset = ShardDataset(spec.dataset)
         self.base = resolve_base(spec.base)
+        self._text = load_text_encoder(self.base, device)
         self._data = TrainingData(
             self.dataset,
             spec.held_out_fraction,
@@ -108,10 +109,11 @@ class Training:
             spec.model.num_frames,
             spec.sample_posterior,
             spec.stored_text,
+            self._text.model.config.vocab_size,
+            storage.join(spec.output, "quarantine"),
         )
         vae: Any = load_vae(self.base)
         self._scaling = float(vae.config.scaling_factor)
-        self._text = load_text_encoder(self.base, device)
         self._empty_text = self._text.encode(self._text.tokenize([""]))
         if resumed is not None:
             config = config_from_json(resumed.facts["config"])
@@ -166,9 +168,11 @@ class Training:
                 tick_time += time.monotonic() - look_time  # the speed is that of training
             if self._rank == 0 and (step % spec.tick_every == 0 or finished or numbers):
                 steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
+                damaged = len(self._data.quarantine or ())
                 on_tick(
                     self.losses.take()
                     | numbers
+                    | ({"damaged": damaged} if damaged else {})
                     | {
                         "step": step,
                         "steps": spec.steps,
@@ -191,7 +195,7 @@ class Training:
         """One step on one global batch: gradients of this rank's share, clipped, then the weights and their average."""
         spec, step = self.spec, self._step
         batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
-        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * self._scaling
+        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).float() * self._scaling
         drawn = draw(
             spec.seed, step, batch.positions, spec.global_batch, z_0.shape[1:],
             self.trip.config.schedule.num_train_timesteps, spec.objective.text_dropout,
@@ -203,6 +207,10 @@ class Training:
         total, errors = 0.0, []
         parts = torch.arange(self._share).split(self._micro)
         for number, part in enumerate(parts):
+            # A damaged sample has no term in the mean over the global batch; every rank makes as many passes all the
+            # same, so where none of a part is whole a row of zeros goes through, with weight zero.
+            sound = part[batch.whole_B[part]]
+            part = sound if len(sound) else part[:1]
             torch.manual_seed(_dropout_seed(spec.seed, step, self._rank, number))
             with self._between_ranks(last=number + 1 == len(parts)):
                 text = batch.tokens_BL[part] if batch.text_BLD is None else batch.text_BLD[part]
@@ -216,7 +224,7 @@ class Training:
                     torch.bfloat16 if spec.precision == "bfloat16" else None,
                 )
                 # Gradients are averaged over ranks, and their shares of the batch may differ by a sample.
-                weight = len(part) * self._world / spec.global_batch
+                weight = len(sound) * self._world / spec.global_batch
                 loss = loss * weight
                 loss.backward()
             total += loss.item()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -10,19 +12,20 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from infra import storage
 from tasks import shards
 from tasks.records import Failure, UserError
-from tasks.shards import Sample, ShardDataset
+from tasks.shards import Entry, Sample, ShardDataset, ShardManifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = {"fps": 4.0, "size": 32}
@@ -207,3 +210,79 @@ def test_a_split_keeps_a_clip_on_its_side_and_both_sides_filled() -> None:
     assert [len(side) for side in shards.split_keys(["a", "b"], 1.0)] == [1, 1]
     with pytest.raises(UserError, match="at least 2"):
         shards.split_keys(["a", "a"], 0.5)
+
+
+def split_by_definition(keys: list[str], fraction: float) -> set[str]:
+    """Held out are the clips whose hash, as a fraction of its range, is below; one at least, and never all."""
+    place = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
+    held_out = {key for key in keys if place[key] < fraction} or {min(keys, key=place.__getitem__)}
+    return held_out - {max(keys, key=place.__getitem__)} if len(held_out) == len(place) else held_out
+
+
+@given(st.lists(st.text("ab_0", max_size=3), min_size=2, unique=True), st.floats(0, 1))
+@example(["a", "b"], 1.0)
+def test_arrays_split_as_the_definition_does(keys: list[str], fraction: float) -> None:
+    expected = split_by_definition(keys, fraction)
+    assert shards.split_keys([*keys, keys[0]], fraction)[1] == [key for key in keys if key in expected]
+
+
+def test_a_batch_is_read_as_its_samples_one_by_one_are(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.shards.tars._MOST_OPEN", 1)
+    make_dataset(uri)
+    data, order = ShardDataset(uri), np.array([3, 0, 2, 3, 1])
+    for name in ("latents", "tokens", "pixels"):
+        values, damage = data.stack(order, name)
+        assert damage == {}
+        np.testing.assert_array_equal(values, [data.read(i, (name,))[name] for i in order.tolist()])
+    assert data.keys_of(order) == tuple(data.keys[i] for i in order.tolist())
+    with pytest.raises(IndexError, match="sample 4 of 4"):
+        data.stack(np.array([1, 4]), "latents")
+
+
+def damage_member(uri: str, i: int, field: str, place: int, content: bytes) -> None:
+    """Writes over bytes of a field of sample i of `make_dataset`, counted from the member's first."""
+    data = ShardDataset(uri)
+    (shard,), (offset,), _ = data._places(np.array([i]), field)
+    address = storage.join(uri, data.published.shards[shard].shard)
+    held = bytearray(storage.read_bytes(address))
+    held[offset + place : offset + place + len(content)] = content
+    storage.write_bytes(address, bytes(held))
+
+
+def test_what_is_damaged_in_a_batch_is_told_and_zero_and_the_rest_is_as_before(uri: str) -> None:
+    make_dataset(uri)
+    whole = ShardDataset(uri).stack(np.arange(4), "latents")[0]
+    damage_member(uri, 1, "latents", 0, bytes(128))  # a hole in the file, as a broken copy leaves
+    damage_member(uri, 2, "latents", 128 + 40, np.array([-np.inf], np.float16).tobytes())
+    damage_member(uri, 3, "latents", 128 + 382, np.array([np.nan], np.float16).tobytes())
+    values, damage = ShardDataset(uri).stack(np.array([0, 1, 2, 3]), "latents")
+    finite = "values that are not finite"
+    assert damage == {1: "another header", 2: finite, 3: finite}
+    np.testing.assert_array_equal(values[0], whole[0])
+    assert not values[1:].any()
+    name = ShardDataset(uri).published.shards[1].shard
+    content = storage.read_bytes(storage.join(uri, name))
+    storage.write_bytes(storage.join(uri, name), content[:1000])
+    assert ShardDataset(uri).stack(np.array([3, 0]), "latents")[1] == {0: "cut short"}
+
+
+def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:
+    """An object for each sample would take seven times the bound; ten million samples are to fit beside a model."""
+    summaries = []
+    for index in range(4):
+        start = index * 2000
+        entries = [
+            Entry(f"{10**9 + row}_000", {name: (512 * row, 99) for name in ("caption", "first", "latents", "tokens")})
+            for row in range(start, start + 2000)
+        ]
+        manifest = ShardManifest("", start, start + 2000, "h", 2000, entries, [], "0" * 64, 0).named(index)
+        storage.write_json(str(tmp_path / shards.index_name(manifest.shard)), dataclasses.asdict(manifest))
+        summaries.append(manifest.summary())
+    shards.publish_dataset(str(tmp_path), RECIPE, "h", {}, summaries)
+    data = ShardDataset(str(tmp_path))
+    data.fields(0)  # the first shard's, and what is loaded once
+    tracemalloc.start()
+    hashes = data.clip_hashes()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(np.unique(hashes)) == 8000 and held < 120 * 8000

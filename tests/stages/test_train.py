@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft import PeftModel
 
 from infra import storage
 from tasks.records import UserError
-from tasks.shards import Sample, ShardDataset, open_dataset, publish_dataset, write_shard
+from tasks.shards import Sample, ShardDataset, clip_key_of, open_dataset, publish_dataset, split_keys, write_shard
 from tasks.train.checkpoints import CheckpointStore
 from tasks.train.job import TrackingSpec, train
 from tasks.train.loader import TrainingData, share
@@ -167,6 +168,80 @@ def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: 
     for epoch in range(3):
         assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
     assert count + len(data.held_out_samples) == 10
+
+
+def test_the_order_is_the_seeds_permutation_of_the_training_samples(dataset: str) -> None:
+    """An order that moved would make every run before it another one."""
+    reader = ShardDataset(dataset)
+    data = TrainingData(reader, 0.2, 3, FRAMES)
+    train, held_out = split_keys(map(clip_key_of, reader.keys), 0.2)
+    own = [i for i, key in enumerate(reader.keys) if clip_key_of(key) in train]
+    for epoch in range(3):
+        expected = np.random.default_rng([3, epoch]).permutation(own).tolist()
+        assert [data.sample_at(epoch * len(own) + k) for k in range(len(own))] == expected
+    assert [clip_key_of(reader.keys[i]) for i in data.held_out_samples] == held_out
+
+
+@pytest.fixture
+def damaged(dataset: str, spec: TrainSpec, tmp_path: Path) -> tuple[TrainSpec, str]:
+    """The spec on a copy of the data set in which one training sample has a value that is not finite, and its key."""
+    copy = shutil.copytree(dataset, tmp_path / "damaged")
+    reader = ShardDataset(str(copy))
+    index = TrainingData(reader, spec.held_out_fraction, spec.seed, FRAMES).sample_at(5)  # of step 2
+    (shard,), (offset,), _ = reader._places(np.array([index]), "latents")
+    with (copy / reader.published.shards[shard].shard).open("r+b") as file:
+        file.seek(offset + 200)
+        file.write(np.array([np.inf], np.float16).tobytes())
+    return replace(spec, dataset=str(copy)), reader.keys[index]
+
+
+def test_a_damaged_sample_has_no_part_in_a_step_and_is_in_the_books(
+    damaged: tuple[TrainSpec, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, key = damaged
+    monkeypatch.setattr("tasks.train.quarantine.MOST_DAMAGED", 0.2)
+    ticks: list[dict] = []
+    run_training(spec, on_tick=ticks.append)
+    assert [tick.get("damaged") for tick in ticks[2:]] == [1] * 4
+    (book,) = Path(spec.output, "quarantine").iterdir()
+    assert book.name == f"{key}.json" and "not finite" in storage.read_json(str(book))["reason"]
+    broken = replace(spec, output=str(tmp_path / "broken"))
+    losses = [tick["loss"] for tick in ticks]
+    assert train_until(broken, 4)[:3] + train_until(broken, 6) == losses
+    # A batch with nothing else in it changes nothing but the books: its passes are made, with weight zero.
+    alone = replace(spec, output=str(tmp_path / "alone"), micro_batch=1, model=replace(spec.model, unet_dropout=0.0))
+    together = replace(alone, output=str(tmp_path / "together"), micro_batch=2)
+    assert train_until(alone, 6) == pytest.approx(train_until(together, 6), rel=1e-4)
+
+
+def test_a_training_ends_when_more_than_a_thousandth_is_damaged(damaged: tuple[TrainSpec, str]) -> None:
+    spec, key = damaged
+    with pytest.raises(UserError, match=rf"1 of the \d samples trained on are damaged \(last {key}, latents: values"):
+        run_training(spec)
+    with pytest.raises(UserError, match=f"sample {key} of .* is damaged"):
+        data = TrainingData(ShardDataset(spec.dataset), spec.held_out_fraction, spec.seed, FRAMES)
+        data.batch(2, spec.global_batch)
+
+
+def test_a_damaged_sample_is_marked_and_its_neighbours_are_as_before(
+    dataset: str, damaged: tuple[TrainSpec, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.quarantine.MOST_DAMAGED", 1.0)
+    books = str(tmp_path / "books")
+    calm, hurt = (
+        TrainingData(ShardDataset(uri), 0.1, 0, FRAMES, vocab_size=500, quarantine=books)
+        for uri in (dataset, damaged[0].dataset)
+    )
+    for step in range(6):
+        whole, marked = calm.batch(step, 4), hurt.batch(step, 4)
+        assert whole.keys == marked.keys and whole.whole_B.all()
+        assert [key != damaged[1] for key in marked.keys] == marked.whole_B.tolist()
+        assert torch.equal(
+            whole.raw_latents_BFCHW * marked.whole_B[:, None, None, None, None], marked.raw_latents_BFCHW
+        )
+    assert list(storage.list_dir(books)) == [f"{damaged[1]}.json"]
+    narrow = TrainingData(ShardDataset(dataset), 0.1, 0, FRAMES, vocab_size=2, quarantine=books)
+    assert not narrow.batch(0, 4).whole_B.any()  # a token beyond the vocabulary would end a CUDA process
 
 
 def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> None:

@@ -1,0 +1,217 @@
+"""The training loader beside webdataset, litdata and mosaicml-streaming, and its index at scale: issue 4, fifth bar.
+
+    python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
+    python -m benchmarks.loader resume [--peers PYTHON]           what a stop in mid-epoch repeats and loses
+    python -m benchmarks.loader index [--samples 300000]          memory and time of opening a data set
+
+Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512. How to make the
+peers' environment: docs/decisions/loader.md; without it webdataset alone stands beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.loader_peers import BATCH, LENGTH, SHAPE, numbers
+from benchmarks.loader_peers import speed as measured
+from infra import storage
+from tasks.shards import Entry, PackedSample, ShardDataset, ShardManifest, encode_field, publish_dataset, write_shard
+from tasks.shards import index_name as name_of_index
+from tasks.train.loader import Batch, TrainingData
+
+PEERS = Path(__file__).with_name("loader_peers.py")
+PER_SHARD = 512
+CLIPS = 10_700_000  # the paper's data set
+
+
+def make_tars(folder: Path, samples: int) -> None:
+    """A published data set; the first token of a sample is its number."""
+    rng = np.random.default_rng(0)
+    caption = encode_field("caption", "a man walks along a beach at sunset, waves, drone view, slow motion")
+
+    def outcomes(rows: range) -> Iterator[list[PackedSample]]:
+        for row in rows:
+            tokens = rng.integers(0, 49_408, LENGTH, np.int32)
+            tokens[0] = row
+            latents = rng.standard_normal(SHAPE, np.float32).astype(np.float16)
+            members = {"latents": encode_field("latents", latents), "tokens": encode_field("tokens", tokens)}
+            yield [PackedSample(f"clip{row:07d}_000", {"caption": caption} | members)]
+
+    shards = []
+    for index, start in enumerate(range(0, samples, PER_SHARD)):
+        rows = range(start, min(start + PER_SHARD, samples))
+        shards.append(write_shard(str(folder), index, (rows.start, rows.stop), outcomes(rows), "hash").summary())
+    publish_dataset(str(folder), {}, "hash", {}, shards)
+
+
+class Ours:
+    """An epoch of `TrainingData` in batches, shuffled as always: one clip of the data set is held out."""
+
+    def __init__(self, tars: str, first: int = 0, world: int = 1) -> None:
+        self._data = TrainingData(ShardDataset(tars), 0.0, seed=0, num_frames=SHAPE[0])
+        self._steps = range(first, len(self._data.samples) // BATCH)
+        self._world = world
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for step in self._steps:
+            for rank in range(self._world):
+                batch: Batch = self._data.batch(step, BATCH, rank, self._world)
+                yield {"latents": batch.raw_latents_BFCHW, "tokens": batch.tokens_BL}
+
+
+def speed(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """Samples a second of each contender on one core, the contenders in turns; the median of all epochs."""
+    contenders: dict[str, list[str]] = {
+        "ours": [sys.executable, "-m", "benchmarks.loader", "ours", "--data", str(tars)]
+    }
+    for peer in ("webdataset", "webdataset-raw"):
+        contenders[peer] = _peer(sys.executable, "speed", tars, tars, peer)
+    for peer, folder in folders.items():
+        contenders[f"{peer}, in order"] = _peer(given.peers, "speed", tars, folder, peer)
+        contenders[f"{peer}, shuffled"] = [*_peer(given.peers, "speed", tars, folder, peer), "--shuffle"]
+    rates: dict[str, list[int]] = {name: [] for name in contenders}
+    distinct = {}
+    for _ in range(given.rounds):
+        for name, command in contenders.items():
+            said = _run([*command, "--epochs", str(given.epochs)], {given.core})
+            rates[name] += said["samples_per_second"]
+            distinct[name] = said["distinct_samples"]
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "samples": given.samples,
+        "sample_bytes": int(np.prod(SHAPE)) * 2 + LENGTH * 4,
+        "distinct_samples": distinct,
+        "samples_per_second": rates,
+        "median": median,
+        "ours_times": {name: round(median["ours"] / rate, 2) for name, rate in median.items()},
+    }
+
+
+def resume(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """Repeated and lost samples of an epoch that is stopped and continued, by how many workers there are then."""
+    changes, stop = ((1, 1), (1, 2), (2, 1)), given.samples // BATCH // 3
+    found: dict[str, Any] = {"ours": [_resumed(str(tars), stop, *workers) for workers in changes]}
+    everyone = {"webdataset": (sys.executable, tars)} | {peer: (given.peers, at) for peer, at in folders.items()}
+    for peer, (python, folder) in everyone.items():
+        command = [*_peer(python, "resume", tars, folder, peer), "--stop", str(stop)]
+        found[peer] = [_run([*command, "--workers", str(a), "--then", str(b)], None) for a, b in changes]
+    return {"samples": given.samples, "stopped_after": stop * BATCH} | found
+
+
+def _resumed(tars: str, stop: int, world: int, then: int) -> dict[str, Any]:
+    whole = numbers(Ours(tars))
+    seen = numbers(Ours(tars, world=world), stop * world) + numbers(Ours(tars, stop, then))
+    repeated, lost = len(seen) - len(set(seen)), len(set(whole) - set(seen))
+    return {"workers": [world, then], "repeated": repeated, "lost": lost, "same_order": seen == whole}
+
+
+def index(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What a training's view of a data set costs a process: the indexes are true, the tars are not there."""
+    shards = []
+    sizes = {"caption": 60, "first": 90_000, "latents": 131_200, "meta": 900, "tokens": 436}
+    for shard, start in enumerate(range(0, given.samples, 1000)):
+        entries, offset = [], 512
+        for row in range(start, start + 1000):
+            members = {}
+            for name, size in sizes.items():
+                members[name] = (offset, size)
+                offset += -(-size // 512) * 512 + 512
+            entries.append(Entry(f"{1_000_000_000 + row}_000", members))
+        manifest = ShardManifest("", start, start + 1000, "hash", 1000, entries, [], "0" * 64, offset).named(shard)
+        storage.write_json(str(folder / name_of_index(manifest.shard)), dataclasses.asdict(manifest))
+        shards.append(manifest.summary())
+    publish_dataset(str(folder), {}, "hash", {}, shards)
+    said = _run([sys.executable, "-m", "benchmarks.loader", "opened", "--data", str(folder)], {given.core})
+    scale = CLIPS / given.samples
+    return {
+        "samples": given.samples,
+        "index_bytes_a_sample": sum(file.stat().st_size for file in folder.glob("shard-*.json")) / given.samples,
+        **said,
+        "bytes_a_sample": round(said["grown_bytes"] / given.samples, 1),
+        "at_10.7_million": {
+            "gb": round(said["grown_bytes"] * scale / 1e9, 2),
+            "gb_at_the_peak": round(said["peak_bytes"] * scale / 1e9, 2),
+            "seconds": round(said["seconds"] * scale, 1),
+            "seconds_of_an_epochs_order": round(said["order_seconds"] * scale, 2),
+        },
+    }
+
+
+def opened(folder: str) -> dict[str, Any]:
+    """This process's memory before and after, and the seconds between."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, started = resident(), time.perf_counter()
+    data = TrainingData(ShardDataset(folder), 0.1, seed=0, num_frames=SHAPE[0])
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    started = time.perf_counter()
+    data.sample_at(0)
+    order_seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "order_seconds": order_seconds,
+        "grown_bytes": resident() - before,
+        "peak_bytes": peak,
+    }
+
+
+def _peer(python: str, what: str, tars: Path, folder: Path, peer: str) -> list[str]:
+    return [python, str(PEERS), what, str(tars), str(folder), "--peer", peer]
+
+
+def _run(command: list[str], cores: set[int] | None) -> dict[str, Any]:
+    """The JSON on the last line that a command prints, run on these cores."""
+    pinned = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pinned)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(given: argparse.Namespace) -> dict[str, Any]:
+    if given.what == "ours":
+        torch.set_num_threads(1)
+        return measured(Ours(given.data), given.epochs)
+    if given.what == "opened":
+        return opened(given.data)
+    with tempfile.TemporaryDirectory(prefix="trip-loader-") as name:
+        folder = Path(name)
+        if given.what == "index":
+            return index(given, folder)
+        make_tars(folder / "tars", given.samples)
+        folders = {peer: folder / peer for peer in ("litdata", "mosaicml")} if given.peers else {}
+        for peer, target in folders.items():
+            subprocess.run(_peer(given.peers, "convert", folder / "tars", target, peer), check=True, stdout=sys.stderr)
+        return (speed if given.what == "speed" else resume)(given, folder / "tars", folders)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "resume", "index", "ours", "opened"))
+    parser.add_argument("--peers", help="the Python that litdata and mosaicml-streaming are installed for")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--data", help="the data set that `ours` reads or `opened` opens")
+    chosen = parser.parse_args()
+    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": 300_000}.get(chosen.what)
+    print(json.dumps(main(chosen), indent=None if chosen.data else 2))
