@@ -107,12 +107,13 @@ def decode_latents(vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32) 
 class TextEncoder(nn.Module):
     """Captions to token ids to text features c (Equation 2), frozen."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, length: int, width: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int, width: int, vocab_size: int) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.length = length
         self.width = width
+        self.vocab_size = vocab_size
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         """Token ids int64 [B, length], padded and cut to the encoder's length."""
@@ -143,4 +144,5 @@ def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> T
     except OSError as error:
         raise BaseFolderError(f"the text encoder of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     length = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
-    return TextEncoder(model, tokenizer, length, int(model.config.hidden_size)).to(device)
+    sizes = int(model.config.hidden_size), int(model.config.vocab_size)
+    return TextEncoder(model, tokenizer, length, *sizes).to(device)

@@ -253,5 +253,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
         # By its bits, many times as fast: the largest halves are those that are not finite, with sign and without.
         bits = values.reshape(len(values), -1).view(np.uint16)
         return (bits.max(axis=1, initial=0) < 0xFC00) & (bits.view(np.int16).max(axis=1, initial=0) < 0x7C00)
-    axes = tuple(range(1, values.ndim))
-    return np.isfinite(values).all(axis=axes) if values.dtype.kind == "f" else np.ones(len(values), bool)
+    if values.dtype.kind != "f":
+        return np.ones(len(values), bool)
+    finite: np.ndarray = np.isfinite(values.reshape(len(values), -1))
+    return np.all(finite, axis=1)

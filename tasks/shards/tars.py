@@ -57,7 +57,7 @@ class Tars:
         for buffer in buffers:
             size += buffer.nbytes
         try:
-            if self._local and os.preadv(self._descriptor(tar), buffers, offset) == size:
+            if self._local and os.preadv(self._descriptor(tar), list(buffers), offset) == size:  # pyright: ignore[reportArgumentType]
                 return True
             data = storage.read_range(self._uris[tar], offset, offset + size)
         except FileNotFoundError as error:

@@ -128,8 +128,8 @@ class TrainingData:
         arrays: dict[str, np.ndarray] = {}
         damage: dict[int, str] = {}
         for name in self._fields:
-            windows = (starts, self.num_frames) if name in ("latents", "logvar") else ()
-            arrays[name], found = self.dataset.stack(samples_B, name, *windows)
+            window = (starts, self.num_frames) if name in ("latents", "logvar") else (None, None)
+            arrays[name], found = self.dataset.stack(samples_B, name, *window)
             damage |= {b: f"{name}: {reason}" for b, reason in found.items()}
         tokens_BL = arrays["tokens"]
         unknown_B = ((tokens_BL < 0) | (tokens_BL >= self._vocab_size)).any(axis=1)

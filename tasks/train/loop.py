@@ -109,7 +109,7 @@ class Training:
             spec.model.num_frames,
             spec.sample_posterior,
             spec.stored_text,
-            self._text.model.config.vocab_size,
+            self._text.vocab_size,
             storage.join(spec.output, "quarantine"),
         )
         vae: Any = load_vae(self.base)

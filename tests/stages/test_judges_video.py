@@ -290,7 +290,7 @@ def test_the_selftest_says_which_published_value_applies(
     (finding,) = findings(files)
     assert finding.passed is None and "8 white ones: 28.000" in finding.text  # 7 of 400 means, each 2 away
     assert "the published 151.256 does not apply, it is of sha256 bec6519f" in finding.text
-    with pytest.raises(UserError, match="no file of a judge is given .* i3d_torchscript.pt"):
+    with pytest.raises(UserError, match="no file of a judge is given .*i3d_torchscript.pt"):
         selftest()
     # As if the stand-in were the known file: its value is not the published one, and the command says so.
     monkeypatch.setitem(KNOWN_FILES, "i3d", KnownFile("FVD", "stand-in", sha256_of(i3d)))

@@ -320,6 +320,8 @@ def test_what_is_read_of_a_sample_is_part_of_a_trainings_identity() -> None:
 
 def test_a_track_is_judged_by_its_first_window(tracks: str) -> None:
     data = ShardDataset(tracks)
-    for item in held_out_protocol(data, 1.0, 9, 0).items:
-        frames = real_pixels(data, item)
+    protocol = held_out_protocol(data, 1.0, 9, 0)
+    assert protocol.frames == FRAMES
+    for item in protocol.items:
+        frames = real_pixels(data, item, protocol.frames)
         np.testing.assert_array_equal(frames, data.read(item.index, ("pixels",))["pixels"][:FRAMES])

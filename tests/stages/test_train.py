@@ -421,7 +421,7 @@ def test_adapters_are_trained_and_resumed_bitwise_and_exported_merged_and_alone(
         ({"least_workers": 2}, "least_workers 2, expected 1 to 1"),
         ({"micro_batch": 0}, "micro_batch 0, expected at least 1 sample"),
         ({"validation": ValidationSpec(every=1, clips=0)}, "validation.clips 0, expected"),
-        ({"trained": "lora", "lora_rank": 0}, "lora_rank 0 and lora_alpha 32.0, expected numbers above 0"),
+        ({"trained": "lora", "lora_rank": 0}, "lora_rank 0 and lora_alpha 32, expected numbers above 0"),
         ({"trained": "lora", "model": TripConfig(condition="channel")}, "would never be seen; train 'all'"),
     ],
 )
