@@ -25,7 +25,8 @@ from PIL import Image, ImageFilter
 
 from tasks.evaluate.consistency import consistency_curve
 from tasks.evaluate.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, load_judges
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles
+from tasks.evaluate.panel import load_judges
 from tasks.evaluate.pixel_metrics import flicker, motion_magnitude, smoothness_residual, ssim_curve
 from tasks.evaluate.statistics import (
     Estimate,

@@ -16,8 +16,9 @@ from infra.cluster import ray_session
 from tasks.evaluate import generate, report, rows, score
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
-from tasks.evaluate.judges import JudgeName, identify_judges, load_judges
+from tasks.evaluate.judges import JudgeName
 from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
+from tasks.evaluate.panel import identify_judges, load_judges
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Item, Protocol, load_protocol
 from tasks.evaluate.rows import FROZEN, REAL, TRIP, Row

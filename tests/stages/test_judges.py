@@ -19,11 +19,11 @@ from tasks.evaluate.judges import (
     JudgeError,
     JudgeFiles,
     checked_sha256,
-    identify_judges,
     judge_item,
     judge_name,
     state_sha256,
 )
+from tasks.evaluate.panel import identify_judges
 from tasks.evaluate.random_nets import RandomDistance
 from tasks.ingest.drawing import draw_clip
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.evaluate.judges import JudgeError, JudgeFiles, identify_judges, judge_item, load_judges
+from tasks.evaluate.judges import JudgeError, JudgeFiles, judge_item
+from tasks.evaluate.panel import identify_judges, load_judges
 
 CUSTOM = """
 import numpy as np

@@ -14,15 +14,8 @@ from flows.selftest import selftest
 from tasks.evaluate.flow import Raft, flow_frames
 from tasks.evaluate.i3d import I3D
 from tasks.evaluate.inception import Inception, clean_frames, legacy_frames
-from tasks.evaluate.judges import (
-    KNOWN_FILES,
-    JudgeError,
-    JudgeFiles,
-    KnownFile,
-    identify_judges,
-    judge_item,
-    load_judges,
-)
+from tasks.evaluate.judges import KNOWN_FILES, JudgeError, JudgeFiles, KnownFile, judge_item
+from tasks.evaluate.panel import identify_judges, load_judges
 from tasks.evaluate.selftest import selftest as findings
 from tasks.evaluate.video_mae import VideoMAE
 from tasks.ingest.drawing import draw_clip

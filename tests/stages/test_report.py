@@ -17,7 +17,8 @@ from flows.evaluate_trip import track_evaluation
 from infra import storage
 from infra.tracking import connect
 from tasks.evaluate.gate import Gate, gate
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item, load_judges
+from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item
+from tasks.evaluate.panel import load_judges
 from tasks.evaluate.pictures import Example, side_by_side, strip_png
 from tasks.evaluate.presets import AS_PUBLISHED, load_preset
 from tasks.evaluate.progress import Ticks, duration
