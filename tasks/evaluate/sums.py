@@ -120,7 +120,7 @@ class _Category:
         self.halves = [[i for i, clip in enumerate(self.clips) if (clip in odd) == side] for side in (False, True)]
         if len(names) // 2 * each < 2:
             self.halves = []
-        self.many = len(names) // PARTS * each >= 2  # enough for a covariance of each part
+        self.many = len(names) >= 2 * PARTS  # of fewer videos a feature set says nothing beyond the distance
         rows = {row: np.concatenate(values) for row, values in self.by_clip.items()}
         if self.many:
             sets = {row: FeatureSet.of(values, self.clusters) for row, values in rows.items()}

@@ -242,7 +242,8 @@ def test_the_champion_is_a_row_and_the_gate_asks_for_it(
     assert set(again.metrics) == {"frozen", "champion", "trip", "real"}
     content = storage.read_json(storage.join(again.uri, "report.json"))
     assert content["provenance"]["protocol_sha"] == storage.read_json(protocol)["sha256"]
-    assert all(value["value"] == value["ci_high"] == 0 for value in content["differences"]["champion"].values())
+    minus = content["differences"]["champion"].values()  # five clips give distances of sets no interval
+    assert all(value["value"] == 0 and not value["ci_low"] and not value["ci_high"] for value in minus)
     assert not any("champion" in reason for reason in again.gate.reasons)
     with pytest.raises(UserError, match=r"champion's report at .* is of other items"):
         evaluate(replace(spec, champion=report.uri, seed=7, methods={}), lambda line: None)

@@ -115,7 +115,7 @@ def test_real_frames_as_generated_ones_score_like_the_real_row():
 
 
 def test_freezing_slowing_and_shuffling_are_seen_by_the_right_metric():
-    table = summary_of("frozen", "half speed", "shuffled")
+    table = summary_of("frozen", "half speed", "shuffled", count=8)
     slow, shuffled, still, real = (values(table, row) for row in ("half speed", "shuffled", "trip", "real"))
     assert slow["motion_ratio"] == pytest.approx(0.5, abs=0.08)
     assert shuffled["motion_ratio"] > 2
@@ -134,17 +134,17 @@ def test_freezing_slowing_and_shuffling_are_seen_by_the_right_metric():
 
 def test_distances_of_categories_are_the_mean_of_their_own():
     """Of two categories, each judged alone, not pooled; the numbers of clips are told by category."""
-    plain = protocol_of(8)
+    plain = protocol_of(16)
     of_two = replace(plain, items=tuple(replace(item, category="ab"[i % 2]) for i, item in enumerate(plain.items)))
     clips = {
-        row: [made(of, i) for i in range(8)] for row, of in (("frozen", "frozen"), ("trip", "noisy"), ("real", "real"))
+        row: [made(of, i) for i in range(16)] for row, of in (("frozen", "frozen"), ("trip", "noisy"), ("real", "real"))
     }
     alone = [
         summarised(replace(plain, items=plain.items[of::2]), {row: found[of::2] for row, found in clips.items()})
         for of in (0, 1)
     ]
     together = summarised(of_two, clips)
-    assert together.counts["clips_by_category"] == {"a": 4, "b": 4}
+    assert together.counts["clips_by_category"] == {"a": 8, "b": 8}
     for name in (NAMES[1].metric, NAMES[1].kernel_metric):
         for row in ("trip", "real"):
             expected = np.mean([part.metrics[row][name].value for part in alone])
