@@ -56,6 +56,8 @@ class Tars:
         size = 0
         for buffer in buffers:
             size += buffer.nbytes
+        if size == 0:  # an empty caption
+            return True
         try:
             if self._local and os.preadv(self._descriptor(tar), list(buffers), offset) == size:  # pyright: ignore[reportArgumentType]
                 return True
