@@ -135,14 +135,15 @@ class ShardDataset:
         values = np.empty((len(samples), count, *layout.shape[1:]), layout.dtype)
         heads = np.zeros((len(samples), layout.begin), np.uint8)
         # A window that begins with the sample comes with the header before it, in the same read.
-        buffers = [[heads[b], values[b]] if start == 0 else [values[b]] for b, start in enumerate(starts_B.tolist())]
+        rows = zip(heads, values, starts_B.tolist(), strict=True)
+        buffers = [[head.data, value.data] if start == 0 else [value.data] for head, value, start in rows]
         offsets_B = offsets_B + np.where(starts_B > 0, layout.begin + starts_B * layout.row_bytes, 0)
         filled = self._fill(shards_B.tolist(), offsets_B.tolist(), buffers)
-        damage = {b: "values that are not finite" for b in np.flatnonzero(~_finite(values)).tolist()}
-        for b, (rows, start) in enumerate(zip(counts_B.tolist(), starts_B.tolist(), strict=True)):
+        damage = dict.fromkeys(_not_finite(values), "values that are not finite")
+        for b, start in enumerate(starts_B.tolist()):
             if not filled[b]:
                 damage[b] = "cut short"
-            elif start == 0 and not _says(heads[b].tobytes(), rows, layout):
+            elif start == 0 and not _says(heads[b].tobytes(), int(counts_B[b]), layout):
                 damage[b] = "another header"
         for b in damage:
             values[b] = 0
@@ -188,14 +189,14 @@ class ShardDataset:
         return self._layouts[name]
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        data = np.empty(size, np.uint8)
-        if not self._fill([shard], [offset], [[data]])[0]:
+        data = bytearray(size)
+        if not self._fill([shard], [offset], [[memoryview(data)]])[0]:
             raise UserError(
                 f"{self.published.shards[shard].shard} of {self.uri} is cut short; delete it and prepare the data again"
             )
-        return data.tobytes()
+        return bytes(data)
 
-    def _fill(self, shards: list[int], offsets: list[int], buffers: list[list[np.ndarray]]) -> list[bool]:
+    def _fill(self, shards: list[int], offsets: list[int], buffers: list[list[memoryview]]) -> list[bool]:
         """`Tars.fill`, with the sentence on a tar that is gone."""
         try:
             return self._tars.fill(shards, offsets, buffers)
@@ -247,13 +248,11 @@ def _says(head: bytes, rows: int, layout: Layout) -> bool:
     return (found.begin, found.dtype, found.shape) == (layout.begin, layout.dtype, (rows, *layout.shape[1:]))
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    """Which of the rows [B, ...] hold finite numbers alone, bool [B]."""
-    if values.dtype == np.float16:
-        # By its bits, many times as fast: the largest halves are those that are not finite, with sign and without.
-        bits = values.reshape(len(values), -1).view(np.uint16)
-        return (bits.max(axis=1, initial=0) < 0xFC00) & (bits.view(np.int16).max(axis=1, initial=0) < 0x7C00)
-    if values.dtype.kind != "f":
-        return np.ones(len(values), bool)
-    finite: np.ndarray = np.isfinite(values.reshape(len(values), -1))
-    return np.all(finite, axis=1)
+def _not_finite(values: np.ndarray) -> list[int]:
+    """Which of the rows [B, ...] hold a number that is not finite."""
+    rows = values.reshape(len(values), -1)
+    if values.dtype != np.float16:
+        return np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist()
+    # By their bits, many times as fast: the largest halves are those that are not finite, with sign and without.
+    bits = rows.view(np.uint16)
+    return np.flatnonzero((bits.max(axis=1) >= 0xFC00) | (bits.view(np.int16).max(axis=1) >= 0x7C00)).tolist()

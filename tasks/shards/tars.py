@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import numpy as np
-
 from infra import storage
 
 Result = TypeVar("Result")
@@ -30,7 +28,7 @@ class Tars:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def fill(self, tars: Sequence[int], offsets: Sequence[int], buffers: Sequence[Sequence[np.ndarray]]) -> list[bool]:
+    def fill(self, tars: Sequence[int], offsets: Sequence[int], buffers: Sequence[list[memoryview]]) -> list[bool]:
         """Reads from each of the tars, from its offset on until its buffers are full, one after another.
 
         Returns:
@@ -52,7 +50,7 @@ class Tars:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_REMOTE_READS, "range-reads")
 
-    def _fill(self, tar: int, offset: int, buffers: Sequence[np.ndarray]) -> bool:
+    def _fill(self, tar: int, offset: int, buffers: list[memoryview]) -> bool:
         size = 0
         for buffer in buffers:
             size += buffer.nbytes
@@ -68,7 +66,7 @@ class Tars:
             return False
         begin = 0
         for buffer in buffers:
-            buffer.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8, buffer.nbytes, begin)
+            buffer.cast("B")[:] = data[begin : begin + buffer.nbytes]
             begin += buffer.nbytes
         return True
 

@@ -36,7 +36,7 @@ def sample(key: str, seed: int = 0, keep_pixels: bool = True) -> Sample:
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     return Sample(
         key=key,
-        caption=f"a caption, {key}, größer",
+        caption=f"a caption, {key}, größer" if seed != 4 else "",
         latents=rng.normal(size=(3, 4, 4, 4)).astype(np.float16),
         first=pixels[0],
         tokens=np.arange(77, dtype=np.int32),
