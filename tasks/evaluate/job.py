@@ -165,7 +165,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             {name: from_champion[name] for name in score.lower_is_better(judges) if name in from_champion},
         )
         provenance = summed | provenance_of(spec, dataset, protocol, judges)
-        for note in summary.notes[: sum(map(len, summary.counts["excluded"].values()))]:
+        for note in score.exclusions(summary.counts):
             progress(f"evaluate   {note}")
         progress(f"report     writing tables, pictures and {min(spec.examples, len(items))} videos")
         examples = _examples(dataset, protocol.frames, items[: spec.examples], table)

@@ -186,16 +186,21 @@ def _counts(protocol: Protocol, items: Sequence[Item], excluded: Mapping[str, Ma
     }
 
 
+def exclusions(counts: Mapping[str, Any]) -> list[str]:
+    """A sentence for each reason for which items are in no row, of `Summary.counts`."""
+    return [
+        f"left out of {counts['asked']} items, in all rows: {count} that {name} lacks ({reason})"
+        for name, reasons in counts["excluded"].items()
+        for reason, count in reasons.items()
+    ]
+
+
 def _notes(
     protocol: Protocol, items: Sequence[Item], judges: Sequence[JudgeName], excluded: Mapping[str, Mapping[str, int]]
 ) -> list[str]:
     """What a reader must know; first of all what was left out."""
     counts = _counts(protocol, items, excluded)
-    notes = [
-        f"left out of {counts['asked']} items, in all rows: {count} that {name} lacks ({reason})"
-        for name, reasons in counts["excluded"].items()
-        for reason, count in reasons.items()
-    ]
+    notes = exclusions(counts)
     of_each = ", ".join(f"{name} {count}" for name, count in counts["clips_by_category"].items())
     notes += [
         f"Protocol {protocol.name}: {protocol.rules.title}; {len(items)} windows of {counts['clips']} unique clips"
