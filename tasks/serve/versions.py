@@ -63,7 +63,10 @@ class AliasedModel:
                         raise
         os.utime(package)
         artifact = Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]
-        return package / artifact["path"]
+        folder = (package / artifact["path"]).resolve()
+        if not folder.is_relative_to(package.resolve()):
+            raise RegistryTrouble(f"version {version} of {self.name} names files outside its package; register it anew")
+        return folder
 
     def last_fetched(self) -> str | None:
         """The version that was in use last, for a process that starts while the registry is down."""
