@@ -116,7 +116,8 @@ def _latex_cell(text: str) -> str:
     if not remark:
         return latex_text(value)
     small = "".join(rf"\\{{\tiny {latex_text(line)}}}" for line in textwrap.wrap(remark, 28, break_on_hyphens=False))
-    return rf"\shortstack[l]{{{latex_text(value)}{small}}}"
+    # Set from the top, so that a value is level with its row's label.
+    return rf"\begin{{tabular}}[t]{{@{{}}l@{{}}}}{latex_text(value)}{small}\end{{tabular}}"
 
 
 def number(estimate: Estimate | None, digits: str) -> str:

@@ -247,12 +247,12 @@ def test_latex_is_a_whole_fragment_with_nothing_left_unescaped():
     lines = text.splitlines()
     assert r"\caption{50\% \& more\_}" in lines and r"Approach & F-Consistency$_\mathrm{4}$ $\uparrow$ \\" in lines
     assert r"{[}a]\textbackslash{}\{b\}\textasciitilde{}\textasciicircum{}\$\# & " in text
-    assert r"\shortstack[l]{1\\{\tiny not so}} \\" in text
+    assert r"\begin{tabular}[t]{@{}l@{}}1\\{\tiny not so}\end{tabular} \\" in text
     assert r"TRIP$^\mathrm{W}$ & \textless{}\textbar{}\textgreater{} \\" in lines
     for table in all_tables(written("FVD"), OFFICIAL, protocol_of(8)).values():
         text = table.latex()
         plain = re.sub(r"\\[\\{}&%$#_]", "", text)
-        assert plain.count("{") == plain.count("}") and text.count(r"\begin{") == text.count(r"\end{") == 2
+        assert plain.count("{") == plain.count("}") and text.count(r"\begin{") == text.count(r"\end{") >= 2
         body = plain[plain.index(r"\toprule") : plain.index(r"\bottomrule")]
         assert {line.count("&") for line in body.splitlines() if "&" in line} == {len(table.header) - 1}
 
