@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
 from pydantic_core import from_json
@@ -64,7 +65,16 @@ def create_app(desk: Desk, key: str | None = None) -> FastAPI:
         said = Refusal(500, "the service failed on this request; give its id to those who run it")
         return JSONResponse(_said(said, request.state.request_id), 500)
 
-    @app.post("/v1/animate", summary="Animate a photo", response_class=Response, openapi_extra=_described())
+    # Gives /docs a field for the key; `_authorize` checks it, and takes it as bearer token too.
+    asks = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if key else None
+
+    @app.post(
+        "/v1/animate",
+        summary="Animate a photo",
+        response_class=Response,
+        openapi_extra=_described(),
+        dependencies=asks,
+    )
     async def animate(request: Request) -> Response:
         try:
             _authorize(request, key)

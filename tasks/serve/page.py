@@ -48,6 +48,10 @@ THEME = gr.themes.Soft(
     block_title_text_color="*body_text_color",
     block_title_text_color_dark="*body_text_color",
     block_title_padding="0",
+    block_info_text_color="*neutral_600",  # the theme's own is too pale to read
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+    input_placeholder_color="*neutral_500",
     button_primary_background_fill="*primary_700",  # white on it can be read
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
@@ -83,9 +87,10 @@ def mount_page(app: FastAPI, desk: Desk, key: str | None = None) -> FastAPI:
         theme=THEME,
         css=CSS,
         auth=known if key else None,
-        auth_message="Any name; the password is the service's API key." if key else None,
+        auth_message="Write any name; the password is the service's API key." if key else None,
         max_file_size=MAX_IMAGE_BYTES,
         footer_links=[],
+        run_history=False,  # Gradio's own would keep photos in the visitor's browser
         ssr_mode=False,
     )
 
@@ -135,7 +140,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                     elem_id="photo",
                 )  # fmt: skip
                 prompt = gr.Textbox(
-                    label="What should happen?", placeholder="a red circle moving right slowly", lines=2, max_lines=4,
+                    label="What should happen?", placeholder="a red circle moving right slowly", lines=1, max_lines=4,
                     max_length=MAX_PROMPT_CHARACTERS, submit_btn=False, elem_id="prompt",
                 )  # fmt: skip
                 go = gr.Button("Animate", variant="primary", size="lg", elem_id="animate")
@@ -162,6 +167,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             [shown, facts, clips, history, last_seed, keep],
             concurrency_limit=None,
             show_progress_on=shown,
+            scroll_to_output=True,  # on a phone the clip is below the window
             api_visibility="private",
         )
         keep.click(str, last_seed, seed, api_visibility="private")

@@ -1,15 +1,21 @@
-"""The page in a real browser: a photo goes in, steps go by, a clip comes out; screenshots lie in runs/screenshots."""
+"""The page in a real browser: a photo goes in, steps go by, a clip comes out.
+
+Screenshots go to `runs/screenshots`, or below TRIP_ARTIFACTS where that is set.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -23,7 +29,7 @@ from trip_model.video import load_image, read_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "runs" / "screenshots"
+SCREENSHOTS = Path(os.environ.get("TRIP_ARTIFACTS") or Path(__file__).resolve().parents[2] / "runs") / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -31,6 +37,7 @@ FLAGS = (
 ).split()
 SEED = "#seed :is(input, textarea)"
 PROMPT = "a red circle moving right slowly"
+KEY = "a key with spaces and \N{LATIN SMALL LETTER E WITH ACUTE}"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 pytestmark = [
@@ -51,10 +58,8 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The service with its page, in this process; everything but Ray is the real thing."""
+def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     from tasks.register.registry import RegisterSpec, register
-    from tasks.serve.page import mount_page
 
     home = tmp_path_factory.mktemp("page")
     (home / "report.json").write_text('{"rows": {}, "gate": {"passed": true, "reasons": []}}')
@@ -62,11 +67,20 @@ def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     register(RegisterSpec(str(tiny_model), str(home), uri, check_steps=1), lambda _: None)
     engine = Engine(EngineSpec("trip", "champion", uri, str(home / "cache")))
     engine.start()
+    yield engine
+    engine.stop()
+
+
+@contextmanager
+def served(engine: Engine, key: str | None = None) -> Iterator[str]:
+    """The service with its page, in this process; everything but Ray is the real thing."""
+    from tasks.serve.page import mount_page
+
     desk = Desk(engine, 120)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = mount_page(create_app(desk), desk)
+    app = mount_page(create_app(desk, key), desk, key)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -77,28 +91,33 @@ def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     finally:
         server.should_exit = True
         thread.join()
-        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def address(engine: Engine) -> Iterator[str]:
+    with served(engine) as address:
+        yield address
 
 
 @pytest.fixture
 def visit(address: str):
-    """Opens the page in a window of a named size; at the end nothing but the service may have been asked."""
+    """Opens a page in a window of a named size; at the end nothing but the service may have been asked."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        asked: list[str] = []
+        asked: list[tuple[str, str]] = []
 
-        def open_page(size: str = "desktop", scheme: str = "light"):
+        def open_page(size: str = "desktop", scheme: str = "light", at: str = address, until: str = "#animate"):
             width, height = SIZES[size]
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             page.set_default_timeout(60_000)
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto(address)
-            page.wait_for_selector("#animate")
+            page.on("request", lambda request: asked.append((at, request.url)))
+            page.goto(at)
+            page.wait_for_selector(until)
             return page
 
         yield open_page
         browser.close()
-        strangers = [url for url in asked if not url.startswith((address, "blob:", "data:"))]
+        strangers = [url for at, url in asked if not url.startswith((at, "blob:", "data:"))]
         assert not strangers
 
 
@@ -120,6 +139,11 @@ def shown_clip(page, count: int) -> bytes:
     page.wait_for_function(f"document.querySelectorAll('#history figure').length == {count}")
     source = page.locator("#clip video").get_attribute("src")
     return page.request.get(source).body()
+
+
+def fits(page) -> bool:
+    """Whether nothing has to be scrolled to sideways."""
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def picture(page, name: str) -> None:
@@ -149,15 +173,25 @@ def test_a_photo_becomes_a_clip_step_by_step_and_its_seed_makes_it_again(visit, 
 
 def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
     page = visit()
-    fill(page, photo)
-    page.locator("#prompt textarea").focus()
-    page.keyboard.press("Tab")
-    outline = page.evaluate(
-        "() => { const e = document.activeElement;"
-        " return [e.closest('#animate') !== null, getComputedStyle(e).outlineStyle, getComputedStyle(e).outlineWidth] }"
-    )
-    assert outline == [True, "solid", "3px"]
-    page.keyboard.press("Tab")
+    order = []
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        focus = page.evaluate(
+            "() => { const e = document.activeElement;"
+            " return [e.closest('#photo, #prompt, #animate, #settings')?.id, getComputedStyle(e).outline] }"
+        )
+        if focus[0] == "photo" and "photo" not in order:
+            with page.expect_file_chooser() as chooser:
+                page.keyboard.press("Enter")
+            chooser.value.set_files(photo)
+            page.wait_for_selector("#photo img")
+        if focus[0] == "prompt":
+            page.keyboard.type(PROMPT)
+        assert focus[0] is None or "solid 3px" in focus[1], focus
+        order += [focus[0]] if focus[0] not in order else []
+        if focus[0] == "settings":
+            break
+    assert [place for place in order if place] == ["photo", "prompt", "animate", "settings"]
     page.keyboard.press("Enter")  # opens the settings
     page.locator(SEED).wait_for(state="visible")
     page.keyboard.press("Tab")
@@ -168,6 +202,9 @@ def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
     page.keyboard.press("Enter")
     shown_clip(page, 1)
     assert "Seed 3" in page.locator("#facts").inner_text()
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Enter")
+    shown_clip(page, 2)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -175,6 +212,10 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     page = visit("phone", scheme)
     fill(page, photo, steps=2)
     page.locator("#animate").click()
+    page.wait_for_function(  # without a finger, while it is being made or when it is there
+        "() => { const box = document.querySelector('#clip').getBoundingClientRect();"
+        " return box.top >= 0 && box.top < window.innerHeight / 2 }"
+    )
     shown_clip(page, 1)
     page.locator("#animate").click()
     shown_clip(page, 2)
@@ -185,7 +226,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     shown_clip(page, 3)
     first, second, _ = page.locator("#history figcaption").all_inner_texts()
     assert first == second
-    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"][0]
+    assert fits(page)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(part) for part in background.removeprefix("rgb(").rstrip(")").split(",")) < 300) == (
         scheme == "dark"
@@ -210,3 +251,30 @@ def test_what_cannot_be_animated_is_told_in_a_sentence(visit, photo, tmp_path):
     fill(page, photo, steps=1)
     page.locator("#animate").click()
     shown_clip(page, 1)
+
+
+def test_with_a_key_the_page_asks_for_it_and_shows_nothing_without(visit, engine, photo):
+    with served(engine, KEY) as locked:
+        page = visit("phone", at=locked, until="input[type=password]")
+        picture(page, "phone-login")
+        assert fits(page)
+        page.keyboard.press("Tab")
+        page.keyboard.type("anybody")
+        page.keyboard.press("Tab")
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("Incorrect").first.wait_for()
+        picture(page, "phone-login-refused")
+        assert not page.locator("#animate").count()
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill(KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#animate")
+        fill(page, photo, steps=2)
+        page.locator("#animate").click()
+        shown_clip(page, 1)
+        picture(page, "phone-unlocked")
+        clip = page.locator("#clip video").get_attribute("src")
+        upload = f"{locked}/gradio_api/upload"
+        assert httpx.get(clip).status_code == 401
+        assert httpx.post(upload, files={"files": photo.read_bytes()}).status_code == 401
