@@ -47,6 +47,8 @@ class Animator:
     def animate(self, row: dict[str, Any], params: dict[str, Any]) -> str:
         """Writes the video of a row; returns why there is none, or "" when it is there."""
         try:
+            if not row["seed"].isdecimal():
+                raise ValueError(f"seed of row 0 is {row['seed']!r}; give a whole number from 0")
             with fsspec.open(row["photo"], "rb") as file:
                 photo = file.read(MAX_PHOTO_BYTES)
             rows = pd.DataFrame({"image": [photo], "prompt": [row["prompt"]]})
@@ -121,7 +123,9 @@ def plan(table: pd.DataFrame, address: str, out: str, made_from: dict[str, Any],
     for number, cells in enumerate(table.to_dict("records")):
         photo, prompt = str(cells["photo"]), str(cells["prompt"])
         drawn = cells.get("seed", "")
-        drawn = str(seed) if drawn == "" else str(int(drawn)) if isinstance(drawn, float) else str(drawn)
+        if isinstance(drawn, float) and drawn.is_integer():  # pandas, where other rows have none
+            drawn = int(drawn)
+        drawn = str(seed) if drawn == "" else str(drawn)
         key = json.dumps([made_from, photo, prompt, drawn], sort_keys=True)
         stem = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(photo))[0])[:40] or "photo"
         name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.{made_from['params'].get('format', 'mp4')}"
@@ -146,7 +150,7 @@ def animate_all(rows: list[dict[str, Any]], model: str, params: dict[str, Any], 
         animator, row = under_way.pop(answer)
         try:
             error = ray.get(answer)
-        except ray.exceptions.RayActorError:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
             if row is None:  # the model does not load, for no row
                 raise
             error = "the worker was lost on this row three times; it may need more memory than there is"
@@ -170,10 +174,11 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in params if name not in known or name == "seed"]:
         raise ValueError(f"parameter {unknown[0]!r} is unknown; there are {', '.join(known)}, seed as a column")
 
-    for scratch in files.glob(f"{folder}/*.tmp"):  # of a run that was killed
-        files.rm(scratch)
     rows = list(plan(table, table_address, out, {"model": model, "params": params}, args.seed))
-    there = {os.path.basename(path) for path in files.ls(folder, detail=False)}
+    there = {os.path.basename(path): path for path in files.ls(folder, detail=False)}
+    for name in there:
+        if name.endswith(".tmp"):  # of a run that was killed
+            files.rm(there[name])
     state = {row["video"]: None for row in rows}  # "" made, None not yet, else why not; equal rows share a video
     state |= {video: "" for video in state if os.path.basename(video) in there}
     missing = list({row["video"]: row for row in rows if state[row["video"]] is None}.values())
@@ -220,9 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (MlflowException, ray.exceptions.RayError, OSError, ValueError) as error:
+    except ray.exceptions.RayError as error:  # the traceback of a worker, which ends in the reason
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (MlflowException, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ def test_a_batch_makes_what_the_model_makes_and_names_what_it_cannot(home, tmp_p
     assert "2 rows have their video, 4 failed" in done.stdout
     lines = results(out)
     assert [line["state"] for line in lines] == ["made", "failed", "failed", "failed", "failed", "made"]
-    for line, words in zip(lines[1:5], ("absent.png", "not an image", "prompt of row 3 is ''", "'x'"), strict=True):
+    for line, words in zip(
+        lines[1:5], ("absent.png", "not an image", "prompt of row 3 is ''", "seed of row 4 is 'x'"), strict=True
+    ):
         assert words in line["error"]
 
     mlflow.set_tracking_uri(registry(home))
