@@ -260,6 +260,7 @@ def _described() -> dict[str, Any]:
     }
     error = {"error": {"status": 422, "message": "steps is -1; send a whole number ...", "request_id": "0123abcd"}}
     binary = {"schema": {"type": "string", "format": "binary"}}
+    headers = ("X-Seed", "X-Model", "X-Model-Version", "X-Batch", "X-Request-Id")
     return {
         "requestBody": {
             "required": True,
@@ -268,6 +269,7 @@ def _described() -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "the clip",
+                "headers": {name: {"schema": {"type": "string"}} for name in headers},
                 "content": {kind: binary for kind in MEDIA_TYPES.values()} | {JSON: {}, LINES: {}},
             },
             **{

@@ -73,6 +73,8 @@ CSS = """
 footer { display: none !important }
 """
 
+SHOW_CLIP = "() => { document.getElementById('clip').scrollIntoView({block: 'nearest'}) }"
+
 
 def mount_page(app: FastAPI, desk: Desk, key: str | None = None) -> FastAPI:
     """Puts the page at `/`; with a `key`, visitors log in with it as their password."""
@@ -167,9 +169,10 @@ def build_page(desk: Desk) -> gr.Blocks:
             [shown, facts, clips, history, last_seed, keep],
             concurrency_limit=None,
             show_progress_on=shown,
-            scroll_to_output=True,  # on a phone the clip is below the window
             api_visibility="private",
         )
+        # On a phone the clip lies below the window.
+        gr.on([go.click, prompt.submit], None, js=SHOW_CLIP, api_visibility="private")
         keep.click(str, last_seed, seed, api_visibility="private")
         page.load(defaults, None, [steps, guidance, frames, fps], show_progress="hidden", api_visibility="private")
     return page.queue(max_size=WAITING)

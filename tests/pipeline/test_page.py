@@ -212,9 +212,10 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     page = visit("phone", scheme)
     fill(page, photo, steps=2)
     page.locator("#animate").click()
-    page.wait_for_function(  # without a finger, while it is being made or when it is there
-        "() => { const box = document.querySelector('#clip').getBoundingClientRect();"
-        " return box.top >= 0 && box.top < window.innerHeight / 2 }"
+    page.wait_for_function(  # the window goes to the clip by itself
+        "() => { const box = document.getElementById('clip').getBoundingClientRect();"
+        " return box.top >= 0 && box.bottom <= window.innerHeight + 1 }",
+        timeout=10_000,
     )
     shown_clip(page, 1)
     page.locator("#animate").click()
