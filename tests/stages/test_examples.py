@@ -71,6 +71,7 @@ def videos(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
 
 
+@pytest.mark.slow  # a process that imports torch and mlflow anew
 def test_the_quickstart_writes_a_playable_video_after_the_demo(home):
     done = subprocess.run(**command(home, "quickstart.py"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
