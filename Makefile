@@ -1,7 +1,7 @@
 # Targets of the checkout; `make help` lists them. One environment, .venv, made by the first target that needs it.
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup demo test test-slow test-servers check clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -27,6 +27,9 @@ test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
 
 test-slow: $(STAMP) ## the tests with servers, kills and several processes
 	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
+
+test-servers: $(STAMP) ## of the slow tests those of the page in Chromium and of promotion on PostgreSQL
+	@$(PYTHON) -m pytest tests/pipeline/test_page.py tests/stages/test_promotion.py -m "slow and not gpu and not network"
 
 check: $(STAMP) ## ruff and the type checker
 	@$(PYTHON) -m ruff check .

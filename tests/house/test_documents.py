@@ -15,7 +15,11 @@ from trip_model.__main__ import parse as parse_model
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     path
-    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
+    for path in [
+        *REPOSITORY.glob("*.md"),
+        *sorted((REPOSITORY / "docs").rglob("*.md")),
+        REPOSITORY / "examples" / "README.md",
+    ]
     if path.is_file()
 ]
 PAPER_MAP = REPOSITORY / "docs" / "paper-map.md"
