@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tasks.register.pyfunc_model import BOUNDS, FORMATS, MAX_IMAGE_BYTES, MAX_PROMPT_CHARACTERS, MAX_ROWS
+
 BASE_TERMS = (
     "Base weights keep the licence of whoever published them; weights fine-tuned from them inherit it. "
     "`text-to-video-ms-1.7b` is CC-BY-NC-4.0: non-commercial, for research. "
@@ -42,6 +44,7 @@ def write_model_card(
     scores: Iterable[tuple[str, str, str]],
     gate: tuple[bool, tuple[str, ...]],
     notes: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -52,9 +55,12 @@ def write_model_card(
         scores: (row, metric, value with its interval) as text.
         gate: whether the evaluation's gate passed, and its reasons.
         notes: the evaluation's remarks on what may be compared with what.
+        defaults: the model's own values of the parameters of a call.
     """
     origin = {k: v for k, v in lineage.items() if k not in ("data_terms", "base_terms")}
     passed, reasons = gate
+    usual = {"seed": 0, "format": FORMATS[0], **(defaults or {})}
+    values = {name: f"{low} to {high}" for name, (low, high) in BOUNDS.items()} | {"format": " or ".join(FORMATS)}
     parts = [
         f"# {name}",
         "Image-to-video: a photo and a sentence become a short clip that begins with the photo. "
@@ -81,6 +87,10 @@ def write_model_card(
         f'model = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
         'rows = pandas.DataFrame({"image": [open("photo.jpg", "rb").read()], "prompt": ["a red circle moving left"]})\n'
         'open("out.mp4", "wb").write(model.predict(rows, params={"seed": 7})["video"][0])\n```',
+        _table(("parameter", "default", "may be"), [(name, usual.get(name, ""), may) for name, may in values.items()]),
+        f"A call takes 1 to {MAX_ROWS} rows, photos of up to {MAX_IMAGE_BYTES >> 20} MiB as bytes, base64 or data URL,"
+        f" and prompts of up to {MAX_PROMPT_CHARACTERS} characters. `mlflow.pyfunc.get_model_dependencies` names the"
+        " file for `pip install -r`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,12 +1,16 @@
-"""Packs an exported model folder as an MLflow model from code: signature, example, pinned requirements, no paths."""
+"""Packs an exported model folder as an MLflow model from code: wheel, pinned requirements, signature, no paths."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,22 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.models import Model, ModelSignature
-from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 import trip_model
+from tasks.records import UserError, digest
+from tasks.register.pyfunc_model import BOUNDS, FORMATS
+from trip_model.encoders import folder_hash
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent
 DESCRIPTIONS = ("trip.json", "model_index.json")
 REQUIREMENTS = ("torch", "diffusers", "transformers", "av", "numpy", "pandas", "pillow", "safetensors")
+# What the wheel is built from besides the package: settings, and the texts that they name.
+BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+WHEELS = "wheels"
 
 
 def read_model_json(folder: Path, *parts: str) -> dict[str, Any]:
@@ -41,9 +52,63 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def package_code() -> dict[str, str]:
+    """sha256 of each file of `trip_model`, by its name: the identity of the code that consumers will run.
+
+    Raises:
+        UserError: `trip_model` was installed without its checkout, so that no wheel can be built from it.
+    """
+    root = PACKAGE_FOLDER.parent
+    absent = [name for name in BUILD_FILES if not (root / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{root} holds trip_model without {', '.join(absent)}; a registered model carries the trip-i2v wheel, which"
+            " is built from a checkout: register from one"
+        )
+    files = sorted(PACKAGE_FOLDER.rglob("*.py"))
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def build_wheel(folder: Path) -> str:
+    """Builds the wheel of `trip_model` into `folder` and returns the requirement that names exactly this wheel.
+
+    The hash of the code is part of the version (`0.1.0+sha…`): pip can neither take another build of 0.1.0 that is
+    installed for it nor a package of that name from an index, since an index takes no local versions. The same
+    sources give the same bytes. The sources are built in a copy, because a build leaves folders behind.
+
+    Raises:
+        UserError: no checkout, or a build that failed.
+    """
+    code = package_code()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (*code, *BUILD_FILES):
+            copy = Path(scratch, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((PACKAGE_FOLDER.parent / name).read_bytes())
+            copy.chmod(0o644)  # a wheel records the modes, which a checkout's umask decides
+        Path(scratch, "setup.cfg").write_text(f"[egg_info]\ntag_build = +sha{digest(code)[:12]}\n")
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD, str(folder.resolve())],
+            cwd=scratch,
+            env=os.environ | {"SOURCE_DATE_EPOCH": "315532800"},  # 1980, the first date that a zip can hold
+            umask=0o022,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"the trip-i2v wheel could not be built ({reason}); install setuptools 77 or newer")
+    (wheel,) = folder.glob("*.whl")
+    return f"trip-i2v=={wheel.name.split('-')[1]}"
+
+
 def signature(defaults: dict[str, Any]) -> ModelSignature:
-    """Photo bytes and prompt in, video out, and the parameters with this model's own defaults."""
-    inputs = Schema([ColSpec("binary", "image"), ColSpec("string", "prompt")])
+    """Photo and prompt in, video out, and the parameters with this model's own defaults.
+
+    `image` may be of any type, because MLflow would decode the text of a `binary` column itself and fail on a data URL;
+    `pyfunc_model.image_bytes` takes bytes, base64 and data URLs, and refuses the rest.
+    """
+    inputs = Schema([ColSpec(AnyType(), "image"), ColSpec("string", "prompt")])
     outputs = Schema(
         [
             ColSpec("binary", "video"),
@@ -68,6 +133,12 @@ def signature(defaults: dict[str, Any]) -> ModelSignature:
     return ModelSignature(inputs=inputs, outputs=outputs, params=params)
 
 
+def bounds() -> dict[str, dict[str, Any]]:
+    """What each parameter may be, in the words of JSON Schema; MLflow's signature has no place for it."""
+    numbers = {name: {"minimum": low, "maximum": high} for name, (low, high) in BOUNDS.items()}
+    return {**numbers, "format": {"enum": list(FORMATS)}}
+
+
 def requirements() -> list[str]:
     """The installed versions of what `trip_model` needs, without local build marks such as `+cpu`."""
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
@@ -85,25 +156,26 @@ def drawn_photo(size: int) -> bytes:
 
 def save_package(
     model_folder: Path, target: Path, photo: bytes, prompt: str, defaults: dict[str, Any], record: Model
-) -> None:
-    """Writes the MLflow model into `target`, a folder that does not exist yet.
+) -> str:
+    """Writes the MLflow model into `target`, a folder that does not exist yet; returns the hash of the model within.
 
     `record` carries the ids under which the model will be logged. What MLflow and the training noted about this
-    machine (the paths of the code file, the artifact folder, the base) is replaced by names relative to the model.
+    machine (the paths of the code file, the artifact folder, the base) is replaced by names relative to the model;
+    the hash is over what is left, the files that a consumer downloads.
     """
     example = pd.DataFrame({"image": [photo], "prompt": [prompt]})
-    mlflow.pyfunc.save_model(
-        path=str(target),
-        python_model=str(CODE_FILE),
-        artifacts={"model": str(model_folder)},
-        code_paths=[str(PACKAGE_FOLDER)],
-        pip_requirements=requirements(),
-        signature=signature(defaults),
-        input_example=(example, {"seed": 0, "steps": int(defaults["steps"])}),
-        mlflow_model=record,
-    )
-    for cache in [path for path in target.rglob("__pycache__") if path.is_dir()]:
-        shutil.rmtree(cache)
+    with tempfile.TemporaryDirectory() as wheels:
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            python_model=str(CODE_FILE),
+            artifacts={"model": str(model_folder)},
+            # pip reads a file's name from its working directory, but this option from the folder of requirements.txt.
+            pip_requirements=[f"--find-links {WHEELS}", build_wheel(Path(wheels)), *requirements()],
+            signature=signature(defaults),
+            input_example=(example, {"seed": 0, "steps": int(defaults["steps"])}),
+            mlflow_model=record,
+        )
+        shutil.copytree(wheels, target / WHEELS)
     for file in (target / "artifacts").rglob("*.json"):
         if file.name not in DESCRIPTIONS and not file.name.endswith("config.json"):
             continue  # a tokenizer's vocabulary and merges hold slashes of their own
@@ -114,12 +186,15 @@ def save_package(
     saved = Model.load(str(target))
     flavor = saved.flavors["python_function"]
     flavor["model_code_path"] = CODE_FILE.name
-    for artifact in flavor["artifacts"].values():
-        artifact["uri"] = artifact["path"]
+    artifact = flavor["artifacts"]["model"]
+    artifact["uri"] = artifact["path"]
+    model_hash = folder_hash(target / artifact["path"])
+    saved.metadata = {"bounds": bounds(), "model_sha256": model_hash}
     saved.artifact_path = None
     saved.save(str(target / "MLmodel"))
     left = mentions(target, [str(model_folder), str(PACKAGE_FOLDER.parent), str(target.parent), sys.prefix])
     assert not left, f"{left} name folders of this machine"
+    return model_hash
 
 
 def without_local_paths(value: Any) -> Any:

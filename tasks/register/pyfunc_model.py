@@ -1,6 +1,6 @@
 """The logged model (models from code, nothing pickled): photo bytes and a sentence in, a video out.
 
-MLflow copies this file into the model and runs it at loading; `trip_model` travels beside it as a code path.
+MLflow copies this file into the model and runs it at loading; `trip_model` is installed from the model's own wheel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def image_bytes(value: Any, row: int) -> bytes:
         if value.startswith("data:") and not (comma and head.endswith(";base64")):
             raise InputError(f"image of row {row}: data URL {value[:30]!r} without ';base64,'; send base64 data")
         try:
-            value = base64.b64decode(body if value.startswith("data:") else value, validate=True)
+            text = body if value.startswith("data:") else value
+            value = base64.b64decode("".join(text.split()), validate=True)  # MLflow's examples hold line breaks
         except (binascii.Error, ValueError) as error:
             raise InputError(f"image of row {row} is text but not base64; send bytes or a data URL") from error
     if not isinstance(value, bytes | bytearray | memoryview):

@@ -29,6 +29,7 @@ from trip_model.encoders import folder_hash
 from trip_model.video import load_image, read_clip
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+MODEL_HASH = "trip.model_sha256"  # the tag that the service checks a download against
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,8 @@ def _photo(uri: str | None, size: int) -> bytes:
 
 def _package_digest(folder: Path) -> str:
     """The identity of what consumers will run: the exported weights and the code that goes with them."""
-    code = {
-        str(p.relative_to(packaging.PACKAGE_FOLDER)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(packaging.PACKAGE_FOLDER.rglob("*.py"))
-    }
     caller = hashlib.sha256(packaging.CODE_FILE.read_bytes()).hexdigest()
-    return digest({"model": folder_hash(folder), "package": code, "caller": caller})
+    return digest({"model": folder_hash(folder), "wheel": packaging.package_code(), "caller": caller})
 
 
 def _size_mb(folder: Path) -> float:
@@ -240,6 +237,7 @@ def _card(spec: RegisterSpec, folder: Path, settings: dict[str, Any], report: Re
         report.scores,
         (report.passed, report.reasons),
         report.notes,
+        sampling_defaults(settings),
     )
 
 
@@ -280,8 +278,9 @@ def _log_model(
     record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "model"
-        packaging.save_package(folder, package, photo, spec.prompt, sampling_defaults(settings), record)
+        model_hash = packaging.save_package(folder, package, photo, spec.prompt, sampling_defaults(settings), record)
         client.log_model_artifacts(logged.model_id, str(package))
+    client.set_logged_model_tags(logged.model_id, {MODEL_HASH: model_hash})
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged.model_id
@@ -310,6 +309,7 @@ def _create_version(
             raise
     tags = {
         "trip.package": package_digest,
+        MODEL_HASH: client.get_logged_model(model_id).tags[MODEL_HASH],
         "trip.report": report.digest,
         "trip.gate": "passed" if report.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "nothing against it",

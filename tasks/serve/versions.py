@@ -12,6 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from infra import tracking
+from trip_model.encoders import folder_hash
+
+MODEL_HASH = "trip.model_sha256"  # a version's tag: `folder_hash` of its model folder, written by registration
 
 
 class RegistryTrouble(Exception):
@@ -28,6 +31,7 @@ class AliasedModel:
         mlflow.set_tracking_uri(tracking_uri)
         mlflow.set_registry_uri(tracking_uri)
         self._client = tracking.connect(tracking_uri)
+        self._refused: dict[str, str] = {}
 
     def current(self) -> str:
         """The version that the alias names now. Raises `RegistryTrouble`."""
@@ -45,9 +49,16 @@ class AliasedModel:
             raise RegistryTrouble(self._unreachable(error)) from error
 
     def fetch(self, version: str) -> Path:
-        """The folder of a version's weights and descriptions, downloaded once. Raises `RegistryTrouble`."""
+        """The folder of a version's weights and descriptions, downloaded once.
+
+        What was downloaded gets its name in the cache only if it has the hash that the registry knows; a download that
+        has not is removed, and the version is not asked for again by this process. Raises `RegistryTrouble`.
+        """
         package = self._package(version)
         if not package.is_dir():
+            if version in self._refused:
+                raise RegistryTrouble(self._refused[version])
+            expected = self._model_hash(version)
             self.cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
                 whole = Path(scratch) / "package"
@@ -56,17 +67,20 @@ class AliasedModel:
                     mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version}", dst_path=str(whole))
                 except tracking.TROUBLE as error:
                     raise RegistryTrouble(self._unreachable(error)) from error
+                found = folder_hash(self._model_folder(whole, version))
+                if found != expected:
+                    self._refused[version] = (
+                        f"the model of version {version} of {self.name} has the hash {found[:12]}, registered was"
+                        f" {expected[:12]}; restore its files or register it anew, then restart the service"
+                    )
+                    raise RegistryTrouble(self._refused[version])
                 try:
                     whole.rename(package)
                 except OSError:
                     if not package.is_dir():  # another process was first
                         raise
         os.utime(package)
-        artifact = Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]
-        folder = (package / artifact["path"]).resolve()
-        if not folder.is_relative_to(package.resolve()):
-            raise RegistryTrouble(f"version {version} of {self.name} names files outside its package; register it anew")
-        return folder
+        return self._model_folder(package, version)
 
     def last_fetched(self) -> str | None:
         """The version that was in use last, for a process that starts while the registry is down."""
@@ -79,6 +93,25 @@ class AliasedModel:
         for folder in self.cache.glob(self._package("*").name):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _model_hash(self, version: str) -> str:
+        try:
+            tags = self._client.get_model_version(self.name, version).tags
+        except tracking.TROUBLE as error:
+            raise RegistryTrouble(self._unreachable(error)) from error
+        if MODEL_HASH not in tags:
+            raise RegistryTrouble(
+                f"version {version} of {self.name} has no tag {MODEL_HASH} to check its weights against; register it"
+                " anew"
+            )
+        return tags[MODEL_HASH]
+
+    def _model_folder(self, package: Path, version: str) -> Path:
+        artifact = Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]
+        folder = (package / artifact["path"]).resolve()
+        if not folder.is_relative_to(package.resolve()):
+            raise RegistryTrouble(f"version {version} of {self.name} names files outside its package; register it anew")
+        return folder
 
     def _package(self, version: str) -> Path:
         return self.cache / f"version-{version}"
