@@ -45,13 +45,14 @@ def planned_evaluation(
 ) -> EvaluateSpec:
     """The spec of the stage, its addresses filled in. `foreign` data were never trained on: all of it is held out.
 
+    The recipe's protocol is for such data; of the data that was trained on, what was held out is judged unless named.
     The address goes by what decides TRIP's own clips: other judges and methods are further rows and columns of the same
     report, and find the clips that are there.
     """
     fraction = 1.0 if foreign else recipe.train.held_out_fraction
     addresses = {"model": storage.absolute(model), "dataset": storage.absolute(dataset)}
     spec = replace(recipe.evaluate, held_out_fraction=fraction, **addresses)
-    spec = replace(spec, protocol=protocol or spec.protocol)
+    spec = replace(spec, protocol=protocol or (spec.protocol if foreign else "held-out"))
     try:
         model_hash = folder_hash(storage.local_folder(spec.model))
     except FileNotFoundError as error:
@@ -125,7 +126,7 @@ def evaluate_trip(
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
         held_out: address of another prepared data set, none of which was trained on, to judge by.
-        protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, msrvtt-first-caption, ...), a preset's file .toml
+        protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, cinn-exact, ...), a preset's file .toml
             of your own, or the protocol.json of a report.
         method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with png
             frames; once for each method.

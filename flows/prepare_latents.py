@@ -18,6 +18,7 @@ from infra import storage
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.encode.spec import recipe as made_of
+from tasks.evaluate.presets import Preset, load_preset
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.sources import SourceSpec, settled
 from tasks.records import UserError, to_json
@@ -49,6 +50,12 @@ def planned_prepare(recipe: Recipe, source: SourceSpec | None, root: str) -> Ite
         yield replace(spec, output=address(root, "data", identity))
 
 
+def prepared_for(spec: PrepareSpec, preset: Preset) -> PrepareSpec:
+    """The spec with the frames that a protocol asks for, stored too; what it leaves open is the recipe's."""
+    asked = {"num_frames": preset.frames} | {n: getattr(preset, n) for n in ("fps", "stride", "size", "fit")}
+    return replace(spec, keep_pixels=True, **{name: value for name, value in asked.items() if value is not None})
+
+
 @task(name="prepare", **STAGE_POLICY)
 def prepare_stage(spec: PrepareSpec) -> PrepareReport:
     """Ray workers download, decode and encode; shards that are there are kept."""
@@ -69,6 +76,7 @@ def prepare_latents(
     root: str = "runs/demo",
     base: str | None = None,
     keep_frames: bool = False,
+    protocol: str | None = None,
     retry: str | None = None,
     *,
     reading: Reading = PLAIN,
@@ -82,12 +90,15 @@ def prepare_latents(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         keep_frames: store the frames as well, which judging needs, where the recipe does not.
+        protocol: a preset or its file .toml whose frames to take and to store, where this data set is to judge by.
         retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, decoder.
         reading: how the source is read.
     """
     chosen = find_recipe(recipe, base)
     if keep_frames:
         chosen = replace(chosen, prepare=replace(chosen.prepare, keep_pixels=True))
+    if protocol is not None:
+        chosen = replace(chosen, prepare=prepared_for(chosen.prepare, load_preset(protocol)))
     classes = tuple(name.strip() for name in retry.split(",")) if retry else ()
     chosen = replace(chosen, prepare=replace(chosen.prepare, retry=classes))
     with planned_prepare(chosen, named_source(source, reading), root) as spec:

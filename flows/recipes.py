@@ -76,7 +76,13 @@ def paper() -> Recipe:
             gpus_per_worker=1,
         ),
         evaluate=EvaluateSpec(
-            model=OPEN, dataset=OPEN, output=OPEN, clips=2048, cpus_per_worker=4, gpus_per_worker=1.0
+            model=OPEN,
+            dataset=OPEN,
+            output=OPEN,
+            protocol="webvid-2048",
+            clips=2048,
+            cpus_per_worker=4,
+            gpus_per_worker=1.0,
         ),
     )
 
@@ -127,7 +133,7 @@ def demo() -> Recipe:
             cpus_per_worker=1,
             gpus_per_worker=0,
         ),
-        evaluate=replace(whole.evaluate, clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
+        evaluate=replace(whole.evaluate, protocol="held-out", clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
         demo_clips=520,
     )
 

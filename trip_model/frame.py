@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+Fit = Literal["crop", "squash"]  # into the square: the middle of the frame, or all of it without its aspect
 
 # Luma 16 to 235 spread over 0 to 255; the scaler does so for colour, but takes every gray frame for full.
 _SPREAD = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
@@ -20,19 +22,23 @@ def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
 
 
-def frame_box(frame: av.VideoFrame, size: int, aspect: float) -> tuple[int, int, int, int]:
-    """`square_box` of a frame whose pixels are `aspect` times as wide as high."""
+def frame_box(frame: av.VideoFrame, size: int, aspect: float, fit: Fit = "crop") -> tuple[int, int, int, int]:
+    """`square_box` of a frame whose pixels are `aspect` times as wide as high; squashed, the square is all of it."""
+    if fit == "squash":
+        return size, size, 0, 0
     return square_box(max(1, round(frame.width * aspect)), frame.height, size)
 
 
-def to_square(frame: av.VideoFrame, size: int, aspect: float, reformatter: VideoReformatter) -> np.ndarray:
+def to_square(
+    frame: av.VideoFrame, size: int, aspect: float, reformatter: VideoReformatter, fit: Fit = "crop"
+) -> np.ndarray:
     """One decoded frame as uint8 [size, size, 3]; `aspect` is a pixel's width over its height.
 
     What is transparent lies on white, as in a photo. A frame that does not name its range has its format's usual one.
     """
     full, gray = has_full_range(frame), frame.format.name.startswith("gray")
     opaque = _on_white(frame) if any(part.is_alpha for part in frame.format.components) else frame
-    width, height, left, top = frame_box(frame, size, aspect)
+    width, height, left, top = frame_box(frame, size, aspect, fit)
     # The scaler's planes take a third of the time of its packed pixels, and are equal to them where it interpolates
     # chroma in full: in packed pixels it does so for odd widths alone. At the frame's own height it has other ways.
     planes = width % 2 == 1 and height != frame.height
@@ -49,7 +55,7 @@ def to_square(frame: av.VideoFrame, size: int, aspect: float, reformatter: Video
     square = rgb[top : top + size, left : left + size]
     if gray and not full:
         square = _SPREAD[square]
-    # The crop is centred, so the turn of the square is the square of the turned frame.
+    # The crop is centred, or all there is, so the turn of the square is the square of the turned frame.
     return np.ascontiguousarray(_upright(square, frame))
 
 

@@ -21,6 +21,7 @@ from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae, vae_factor
+from trip_model.frame import Fit
 from trip_model.video import Clip, ClipError
 
 _FP16_MAX = float(np.finfo(np.float16).max)
@@ -33,6 +34,8 @@ class EncodeSpec:
     num_frames: int = 16
     fps: float = 4.0
     size: int = 256
+    fit: Fit = "crop"  # of a frame into the square
+    stride: int | None = None  # takes every n-th native frame, and `fps` is then said alone; None: `fps` chooses
     clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
     windows_per_clip: int = 1  # at most
     longest_track: int = 240  # frames; a longer track is cut off there
@@ -55,7 +58,8 @@ class Decoded:
 
 def open_decoders(spec: EncodeSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
     """The processes that decode for one encoder."""
-    grid: dict[str, Any] = {"num_frames": spec.num_frames, "fps": spec.fps, "size": spec.size}
+    names = ("num_frames", "fps", "size", "fit", "stride")
+    grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
     reader = READER if spec.clip == "windows" else TRACK_READER
     grid |= {"windows": spec.windows_per_clip} if spec.clip == "windows" else {"longest": spec.longest_track}
     return DecoderPool(decode.processes or cpus, decode, grid, MEASURING_READER if spec.filters.chosen() else reader)
@@ -182,6 +186,10 @@ def check_spec(spec: EncodeSpec) -> None:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
     if spec.num_frames < 2:
         raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
+    if spec.fit not in ("crop", "squash"):
+        raise UserError(f"fit {spec.fit!r}, expected 'crop' or 'squash'")
+    if spec.stride is not None and spec.stride < 1:
+        raise UserError(f"stride {spec.stride}, expected at least 1, or none for the time grid of fps")
     if spec.clip not in ("windows", "track"):
         raise UserError(f"clip {spec.clip!r}, expected 'windows' or 'track'")
     if spec.clip == "track" and spec.longest_track < spec.num_frames:

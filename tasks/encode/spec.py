@@ -13,6 +13,7 @@ from tasks.ingest.download import DownloadSpec
 from tasks.ingest.sources import SourceSpec, source_identity
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
+from trip_model.frame import Fit
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class PrepareSpec:
     num_frames: int = 16
     fps: float = 4.0
     size: int = 256
+    fit: Fit = "crop"
+    stride: int | None = None
     clip: Literal["windows", "track"] = "windows"
     windows_per_clip: int = 1
     longest_track: int = 240
@@ -87,11 +90,13 @@ def recipe(spec: PrepareSpec) -> dict[str, Any]:
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "size": spec.size,
+        # What is off is not named, so that data sets from before it existed are still of their recipe.
+        **({"fit": spec.fit} if spec.fit != "crop" else {}),
+        **({"stride": spec.stride} if spec.stride is not None else {}),
         **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
         "keep_pixels": spec.keep_pixels,
         "frames_per_batch": spec.frames_per_batch,
         "clips_per_shard": spec.clips_per_shard,
-        # What is off is not named, so that data sets from before it existed are still of their recipe.
         **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
         "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",
         "vae_sha256": folder_hash(base, "vae"),

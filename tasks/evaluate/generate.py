@@ -13,6 +13,7 @@ from infra import storage
 from tasks.evaluate.protocols import Item
 from tasks.records import UserError
 from tasks.shards import ShardDataset
+from trip_model.video import load_image
 
 if TYPE_CHECKING:  # only who generates pays for loading diffusers
     from trip_model.pipeline import TripPipeline
@@ -68,23 +69,27 @@ def generate_batch(
     folder: str,
     steps: int | None,
     guidance: float | None,
+    scaled: bool = False,
 ) -> None:
     """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
 
     Frame 1 is stored as the model itself returns it, not replaced by the given image, so that its fidelity can be
     measured; whoever looks at the clip puts the given image back (`shown`).
 
+    Args:
+        scaled: a model of another size than the data set's gets the frame at its own, and its clip is scaled back.
     Raises:
-        UserError: the model makes frames of another size than the data set holds.
+        UserError: the model makes frames of another size than the data set holds, and is not to be scaled.
     """
     real = [real_pixels(dataset, item, frames) for item in batch]
     height, width = real[0].shape[1:3]
-    if (height, width) != (pipeline.size, pipeline.size):
+    fits = (height, width) == (pipeline.size, pipeline.size)
+    if not fits and not scaled:
         raise UserError(
             f"the model makes frames of {pipeline.size}x{pipeline.size}, {dataset.uri} holds {width}x{height};"
             " evaluate on a data set prepared with the model's size"
         )
-    generated = pipeline.generate(
+    generated = pipeline.generate(  # scales what it is given
         [clip[0] for clip in real],
         [item.caption for item in batch],
         [item.seed for item in batch],
@@ -94,7 +99,8 @@ def generate_batch(
         keep_first_frame=False,
     )
     for item, pixels in zip(batch, generated, strict=True):
-        save_arrays(storage.join(folder, file_name(item)), {"frames": pixels})
+        made = pixels if fits else np.stack([load_image(frame, width) for frame in pixels])
+        save_arrays(storage.join(folder, file_name(item)), {"frames": made})
 
 
 def shown(generated: NDArray[np.uint8], real: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -58,9 +58,9 @@ class Generator(_Worker):
 
     pipeline: Any = None
 
-    def __init__(self, spec: EvaluateSpec, frames: int, folder: str) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool) -> None:
         super().__init__(spec, frames)
-        self.folder = folder
+        self.folder, self.scaled = folder, scaled
 
     def run(self, batch: Batch) -> None:
         if self.pipeline is None:
@@ -68,7 +68,9 @@ class Generator(_Worker):
 
             self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
         steps, guidance = self.spec.steps, self.spec.guidance
-        generate.generate_batch(self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance)
+        generate.generate_batch(
+            self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance, self.scaled
+        )
 
 
 class Judge(_Worker):
@@ -150,7 +152,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             protocol,
             items,
             records,
-            lambda judge, row: rows.load_features(output, judge, [record["content"] for record in records[row]]),
+            lambda judge, row: rows.load_features(output, judge, records[row]),
             judges,
             spec.bootstrap,
             excluded,
@@ -213,6 +215,7 @@ def _run_stages(
     Other methods' clips come first: one that cannot be used is told before any is animated.
     """
     made = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
+    made |= {"shifted": True} if protocol.rules.shifted else {}
     plan = generate.batches(protocol.items, spec.batch)
     given = [row for row in table if row.method is not None and row.name != TRIP]
 
@@ -237,7 +240,8 @@ def _run_stages(
                 judge("methods", given)
                 without_missing(protocol, lacking())
             done = len(protocol.items) - sum(map(len, missing))
-            _drive("generate", Generator, (folder,), spec, protocol, [(batch,) for batch in missing], done, progress)
+            arguments = (folder, protocol.rules.scaled)
+            _drive("generate", Generator, arguments, spec, protocol, [(batch,) for batch in missing], done, progress)
             judge("judge", table)
     items, excluded = without_missing(protocol, lacking())
     found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}

@@ -109,6 +109,11 @@ class JudgeName:
         return f"{self.features[0]}-{digest(self)}"
 
     @property
+    def of_sets(self) -> bool:
+        """Whether distances between sets of clips are taken of its features; the others measure clip by clip."""
+        return self.features[0] not in ("clip_frames", "flow")
+
+    @property
     def mark(self) -> str:
         """What a further metric of this judge is to carry behind its name: nothing, or the hash."""
         return "" if self.official else f"@{self.sha256[:8]}"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from infra import storage
 from tasks.records import UserError
 from tasks.shards import parse_record
+from trip_model.frame import Fit
 
 PRESETS = Path(__file__).with_name("protocols")
 AS_PUBLISHED = "as published, other harness"
+# Not named in a manifest where they say nothing, so that manifests from before they existed are still of their hash.
+_UNNAMED = ("fit", "stride", "repeats", "shifted", "scaled")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,12 @@ class Preset:
     windows: Literal["first", "all"] = "first"  # of a clip
     frames: int | None = None
     fps: float | None = None
+    stride: int | None = None  # of native frames, instead of `fps`
     size: int | None = None
+    fit: Fit | None = None  # of a frame into the square; where a size is asked for and no fit, "crop"
+    scaled: bool = False  # a model of another size animates the frame scaled to its own, and its clips are scaled back
+    repeats: int = 1  # items of each window, each with a seed of its own
+    shifted: bool = False  # sets of clips are compared as real frames 1..F-1, the given one among them, and made 2..F
     captions: Literal["first", "random", "all"] | None = None  # of MSR-VTT's 20: how the data set was prepared
     categories: tuple[str, ...] = ()  # clips of these captions; distances are the mean of the categories' own
     least_clips: int = 1  # in each category, or of all
@@ -52,6 +60,10 @@ class Preset:
     caveats: tuple[str, ...] = ()
     beside: str | None = None  # the preset whose published rows are printed with it
     published: tuple[PublishedRow, ...] = ()
+
+    def stated(self) -> dict[str, Any]:
+        """The rules as a manifest has them."""
+        return {k: v for k, v in asdict(self).items() if k not in _UNNAMED or v != getattr(Preset, k)}
 
 
 def preset_names() -> list[str]:
@@ -69,10 +81,12 @@ def load_preset(name: str) -> Preset:
         raise UserError(f"no protocol file at {address}; give one, or {', '.join(preset_names())}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"protocol file {address} is not usable ({error}); see the presets beside it") from error
-    for field in ("number", "frames", "fps", "size", "least_clips"):
+    for field in ("number", "frames", "fps", "stride", "size", "repeats", "least_clips"):
         value = getattr(preset, field)
         if isinstance(value, int | float) and value <= 0:
             raise UserError(f"protocol file {address}: {field} {value}, expected a number above 0")
+    if preset.fps and preset.stride:
+        raise UserError(f"protocol file {address}: fps {preset.fps:g} and stride {preset.stride}, expected one of them")
     return preset
 
 

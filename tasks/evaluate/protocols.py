@@ -22,7 +22,9 @@ LEAST_FRAMES = 4  # of F-Consistency/4
 class Item:
     """One window to animate: its place in the data set, its clip (the cluster of statistics), caption and seed.
 
-    `start` is where the window begins in the clip, in seconds; `category` is empty where the protocol has none.
+    `start` is where the window begins in the clip, in seconds (at the stated rate, where frames are taken by a stride);
+    `category` is empty where the protocol has none. Of a window's repeats, those after the first have a number behind
+    the sample's key.
     """
 
     key: str
@@ -90,15 +92,28 @@ class Protocol:
         """Hex sha256 of the manifest."""
         return self.manifest()["sha256"]
 
+    @property
+    def sampling(self) -> str:
+        """How many frames an item has, and which."""
+        return _sampling(self.frames, self.fps, self.rules.stride)
+
     def manifest(self) -> dict[str, Any]:
         """The protocol as JSON that `load_protocol` takes again, for whoever holds the same clips."""
         lines = tuple(_Line(i.key, i.clip, i.caption, i.seed, i.category, i.start) for i in self.items)
         open_ = Manifest(SCHEMA, self.name, self.rules, self.frames, self.fps, self.size, lines)
-        return asdict(replace(open_, sha256=_sha256(open_)))
+        return _content(replace(open_, sha256=_sha256(open_)))
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    return asdict(manifest) | {"rules": manifest.rules.stated()}
 
 
 def _sha256(manifest: Manifest) -> str:
-    return hashlib.sha256(storage.json_bytes(asdict(replace(manifest, sha256="")))).hexdigest()
+    return hashlib.sha256(storage.json_bytes(_content(replace(manifest, sha256="")))).hexdigest()
+
+
+def _sampling(frames: int, fps: float, stride: int | None) -> str:
+    return f"{frames} frames at {f'{fps:g} fps' if stride is None else f'a stride of {stride} native frames'}"
 
 
 def item_seed(key: str, seed: int) -> int:
@@ -155,7 +170,10 @@ def resolve(
     if rules.number == "asked":
         order = order[:limit]
     frames, fps, size = _frames(name, rules, dataset, order)
-    seconds = dataset.published.recipe.get("num_frames", frames) / fps
+    recipe = dataset.published.recipe
+    # Where the rules leave it open, a manifest says how this data set was prepared.
+    rules = replace(rules, stride=recipe.get("stride"), fit=recipe.get("fit"))
+    seconds = recipe.get("num_frames", frames) / fps
 
     def items() -> Iterator[Item]:
         for i in order:
@@ -165,7 +183,9 @@ def resolve(
                 clip = clips[i].rpartition("-")[0] if rules.captions == "all" else clips[i]
                 category = caption if rules.categories else ""
                 start = int(keys[i].rpartition("_")[2]) * seconds
-                yield Item(keys[i], clip, i, caption, item_seed(keys[i], seed), category, start)
+                for repeat in range(rules.repeats):
+                    key = f"{keys[i]}.{repeat}" if repeat else keys[i]
+                    yield Item(key, clip, i, caption, item_seed(key, seed), category, start)
 
     found = tuple(items())
     excluded = []
@@ -228,10 +248,17 @@ def _frames(name: str, rules: Preset, dataset: ShardDataset, order: Sequence[int
         ) from error
     held = min(held, recipe.get("num_frames", held))
     frames, fps, size = rules.frames or held, float(recipe["fps"]), int(recipe["size"])
-    if frames > held or (rules.fps or fps) != fps or (rules.size or size) != size:
+    stride, fit = recipe.get("stride"), recipe.get("fit", "crop")
+    asked = (
+        (rules.fps or fps, rules.stride or (None if rules.fps else stride)),
+        (rules.size or size, rules.fit or ("crop" if rules.size else fit)),
+    )
+    if frames > held or asked != ((fps, stride), (size, fit)):
+        (asked_fps, asked_stride), (asked_size, asked_fit) = asked
         raise UserError(
-            f"protocol {name} takes {frames} frames at {rules.fps or fps:g} fps and {rules.size or size} pixels, "
-            f"{dataset.uri} holds {held} at {fps:g} fps and {size}; prepare it so"
+            f"protocol {name} takes {_sampling(frames, asked_fps, asked_stride)} and {asked_size} pixels ({asked_fit}),"
+            f" {dataset.uri} holds {_sampling(held, fps, stride)} and {size} ({fit}); "
+            "prepare-latents --protocol makes one that fits"
         )
     if frames < LEAST_FRAMES:
         raise UserError(f"{dataset.uri} holds clips of {frames} frames, frame consistency needs at least 4")
@@ -248,13 +275,14 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
     if manifest.schema != SCHEMA or manifest.sha256 != _sha256(manifest):
         raise UserError(f"{address} is not of schema {SCHEMA} or was changed after it was written; write it anew")
     place = {key: i for i, key in enumerate(dataset.keys)}
-    lacking = [line.key for line in manifest.items if line.key not in place]
+    found = {line.key: place.get(line.key.partition(".")[0]) for line in manifest.items}  # behind the dot: its repeat
+    lacking = [key for key, i in found.items() if i is None]
     if lacking and manifest.rules.missing == "error":
         raise UserError(
             f"{dataset.uri} lacks {len(lacking)} of {len(manifest.items)} items of {address}: {', '.join(lacking[:5])}"
             f"{', ...' if len(lacking) > 5 else ''}; prepare them too"
         )
-    items = [Item(index=place[line.key], **asdict(line)) for line in manifest.items if line.key in place]
+    items = [Item(index=i, **asdict(line)) for line in manifest.items if (i := found[line.key]) is not None]
     rules = replace(manifest.rules, frames=manifest.frames, fps=manifest.fps, size=manifest.size)
     _frames(manifest.name, rules, dataset, [item.index for item in items])
     excluded = (("not in the data set", len(lacking)),) if lacking else ()

@@ -29,6 +29,7 @@ from trip_model.video import ClipError
 
 # The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
 FROZEN, REAL, TRIP = "frozen", "real", "trip"
+HASHES = ("content", "shifted")  # of a record: which pixels were looked at, all of a clip and those for sets
 RECORDS_VERSION = 1  # of what `measure` says; another one is never read
 
 Pixels = NDArray[np.uint8]
@@ -43,7 +44,7 @@ class Row:
     method: Method | None = None
 
     def record_id(self, made: Mapping[str, Any]) -> str:
-        """The folder of its records; `made` is what decides the real clips."""
+        """The folder of its records; `made` is what decides the real clips, and whether sets of them are `shifted`."""
         own = [self.method.identity, self.method.given_frame] if self.method else self.name
         return digest({**made, "row": own, "version": RECORDS_VERSION})
 
@@ -60,6 +61,10 @@ class Row:
             return (real if self.name == REAL else np.repeat(real[:1], len(real), axis=0)), None
         frames = read_method(self.method.files[item.key], len(real), real.shape[1])
         return (shown(frames, real) if self.method.given_frame else frames), frames[0]
+
+    def shifted(self, pixels: Pixels) -> Pixels:
+        """The frames by which a shifted protocol compares sets: real ones from the given one on, made ones after it."""
+        return pixels[:-1] if self.name == REAL else pixels[1:]
 
 
 def content_sha256(pixels: Pixels, caption: str) -> str:
@@ -82,6 +87,11 @@ def measure(pixels: Pixels, real: Pixels, first: Pixels | None) -> dict[str, Any
         made = np.concatenate([first[None], pixels[1:]])
         numbers |= {"psnr": psnr_curve(made, real).tolist(), "ssim": ssim_curve(made, real).tolist()}
     return numbers
+
+
+def part_for(judge: JudgeName, parts: Mapping[str, Any]) -> str:
+    """Which part of a clip a judge is shown, of those of HASHES that there are."""
+    return "shifted" if judge.of_sets and "shifted" in parts else "content"
 
 
 def features_address(output: str, judge: JudgeName, content: str) -> str:
@@ -109,12 +119,14 @@ def look(
         except ClipError as error:
             records[item.key] = {"failed": error.reason, "detail": error.detail}
             continue
-        content = content_sha256(pixels, item.caption)
+        parts = {"content": pixels} | ({"shifted": row.shifted(pixels)} if "shifted" in made else {})
+        record = {name: content_sha256(part, item.caption) for name, part in parts.items()}
         for judge in judges:
-            address = features_address(output, judge.name, content)
+            part = part_for(judge.name, parts)
+            address = features_address(output, judge.name, record[part])
             if not storage.exists(address):
-                save_arrays(address, judge_item(judge, item.key, pixels, item.caption))
-        records[item.key] = {"content": content, **measure(pixels, real, first)}
+                save_arrays(address, judge_item(judge, item.key, parts[part], item.caption))
+        records[item.key] = record | measure(pixels, real, first)
     storage.write_json(_record_address(output, row, made, batch), records)  # last: the features are there
 
 
@@ -136,20 +148,22 @@ def unjudged(
 ) -> list[tuple[tuple[str, ...], Batch]]:
     """The batches that are not judged in all rows, each with the rows that lack a record or a judge's features."""
     folders = [storage.join(output, "features", judge.id) for judge in judges]
-    judged = [{file.removesuffix(".npz") for file in storage.list_dir(folder)} for folder in folders]
+    held = [{file.removesuffix(".npz") for file in storage.list_dir(folder)} for folder in folders]
+    judged = list(zip(judges, held, strict=True))
 
     def lacks(row: Row, item: Item) -> bool:
         record = records[row.name].get(item.key)
         if record is None:
             return row.has(item)
-        return "content" in record and any(record["content"] not in held for held in judged)
+        return "content" in record and any(record[part_for(judge, record)] not in held for judge, held in judged)
 
     records = {row.name: read_records(output, row, made, plan) for row in table}
     tasks = [(tuple(row.name for row in table if any(lacks(row, i) for i in batch)), batch) for batch in plan]
     return [(names, batch) for names, batch in tasks if names]
 
 
-def load_features(output: str, judge: JudgeName, contents: Sequence[str]) -> list[Features]:
-    """What a judge made of clips, in their order."""
+def load_features(output: str, judge: JudgeName, records: Sequence[Mapping[str, Any]]) -> list[Features]:
+    """What a judge made of the clips of these records, in their order."""
+    addresses = [features_address(output, judge, record[part_for(judge, record)]) for record in records]
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda content: load_arrays(features_address(output, judge, content)), contents))
+        return list(pool.map(load_arrays, addresses))

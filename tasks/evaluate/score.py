@@ -19,12 +19,9 @@ from tasks.evaluate.consistency import (
 )
 from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.protocols import Item, Protocol
-from tasks.evaluate.rows import FROZEN, REAL, TRIP, Features
+from tasks.evaluate.rows import FROZEN, HASHES, REAL, TRIP, Features
 from tasks.evaluate.statistics import Estimate, mean_over_clips
 from tasks.evaluate.sums import Sums, Values
-
-# What is measured clip by clip; of all other features distances between sets of clips are taken.
-NO_DISTANCE = ("clip_frames", "flow")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Summary:
 
 def lower_is_better(judges: Sequence[JudgeName]) -> tuple[str, ...]:
     """The metrics of which the gate asks whether a champion's are lower."""
-    return ("clip_distance", *(judge.metric for judge in judges if judge.features[0] not in NO_DISTANCE))
+    return ("clip_distance", *(judge.metric for judge in judges if judge.of_sets))
 
 
 def summarise(
@@ -84,7 +81,7 @@ def summarise(
     rows = tuple(records)
     sums = Sums(items, rows, bootstrap)
     column = {
-        row: {n: np.array([r[n] for r in records[row]]) for n in records[row][0] if n != "content"} for row in rows
+        row: {n: np.array([r[n] for r in records[row]]) for n in records[row][0] if n not in HASHES} for row in rows
     }
     for judge in judges:
         if judge.features[0] == "clip_frames":
@@ -103,9 +100,10 @@ def summarise(
         if judge.features[0] == "flow":
             flow = {row: np.array([f["flow"].mean() for f in features(judge, row)], np.float64) for row in rows}
             sums.add(judge.metric, flow, ratio=True)
-        elif judge.features[0] not in NO_DISTANCE:
+        elif judge.of_sets:
             found = {row: [f[judge.features[0]] for f in features(judge, row)] for row in rows}
-            if judge.features[0].startswith("inception"):  # its first row is the given frame, which all rows share
+            if judge.features[0].startswith("inception") and not protocol.rules.shifted:
+                # Its first row is the given frame, which all rows share.
                 sums.add_with_given_frame(judge, found)
                 found = {row: [values[1:] for values in of] for row, of in found.items()}
             sums.add_distances(judge, found)
@@ -199,15 +197,22 @@ def _notes(
     protocol: Protocol, items: Sequence[Item], judges: Sequence[JudgeName], excluded: Mapping[str, Mapping[str, int]]
 ) -> list[str]:
     """What a reader must know; first of all what was left out."""
-    counts = _counts(protocol, items, excluded)
+    rules, counts = protocol.rules, _counts(protocol, items, excluded)
     notes = exclusions(counts)
     of_each = ", ".join(f"{name} {count}" for name, count in counts["clips_by_category"].items())
     notes += [
-        f"Protocol {protocol.name}: {protocol.rules.title}; {len(items)} windows of {counts['clips']} unique clips"
-        f"{f' ({of_each})' if of_each else ''}, {protocol.frames} frames at {protocol.fps:g} a second, {protocol.size} "
-        "pixels; intervals are 95 %, by bootstrap over clips.",
-        *protocol.rules.caveats,
+        f"Protocol {protocol.name}: {rules.title}; {len(items)} {'windows' if rules.repeats == 1 else 'items'} of "
+        f"{counts['clips']} unique clips{f' ({of_each})' if of_each else ''}, {protocol.sampling}, {protocol.size} "
+        f"pixels{', squashed' if rules.fit == 'squash' else ''}; intervals are 95 %, by bootstrap over clips.",
+        *rules.caveats,
     ]
+    if rules.repeats > 1:
+        notes.append(f"Each window is animated {rules.repeats} times, and its real clip counts as often.")
+    if rules.shifted:
+        notes.append(
+            f"Distances between sets of clips compare real frames 1 to {protocol.frames - 1}, the given one among "
+            f"them, with made frames 2 to {protocol.frames}; all else is measured over all {protocol.frames}."
+        )
     for judge in judges:
         notes.append(f"{judge.metric}: {judge.geometry}{'' if judge.official else f'; {NOT_COMPARABLE}'}.")
     return [

@@ -12,7 +12,7 @@ from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocols import Protocol
 from tasks.evaluate.rows import FROZEN, REAL, TRIP
-from tasks.evaluate.score import NO_DISTANCE, Summary
+from tasks.evaluate.score import Summary
 from tasks.evaluate.statistics import Estimate
 
 LABELS = {FROZEN: "Frozen first frame", TRIP: "TRIP (this run)", REAL: "Real video", "champion": "Champion"}
@@ -306,7 +306,7 @@ def _title(metric: str, judges: Sequence[JudgeName]) -> str:
         return f"{metric} (higher)"
     if judge.features[0] == "flow":
         return f"{metric} (1 is best)"
-    return f"{metric} ({'lower' if judge.features[0] not in NO_DISTANCE else 'nearest to real is best'})"
+    return f"{metric} ({'lower' if judge.of_sets else 'nearest to real is best'})"
 
 
 def _digits(metric: str, judges: Sequence[JudgeName]) -> str:
@@ -315,4 +315,4 @@ def _digits(metric: str, judges: Sequence[JudgeName]) -> str:
     judge = _judge_of(metric, judges)
     if judge is not None and judge.features[0] == "flow":
         return ".3f"
-    return ".3g" if judge is not None and judge.features[0] not in NO_DISTANCE else ".2f"
+    return ".3g" if judge is not None and judge.of_sets else ".2f"

@@ -21,6 +21,8 @@ GRIDS = [
     {"least": 1, "wanted": 99, "fps": 4.0},
     {"least": 1, "wanted": 7, "fps": 2.3, "start_seconds": 0.7},
     {"least": 99, "wanted": 99, "fps": 8.0},  # more than there is
+    {"least": 8, "wanted": 8, "fps": 4.0, "fit": "squash"},
+    {"least": 1, "wanted": 9, "fps": 4.0, "stride": 3},
 ]
 EVEN = list(range(96))
 
