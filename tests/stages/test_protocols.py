@@ -108,7 +108,7 @@ def test_a_bad_protocol_is_one_sentence(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     (tmp_path / "other.json").write_text("{}")
     cases = {
-        "no protocol 'webvid'; give dtdb-clean, ": "webvid",
+        "no protocol 'webvid'; give cinn-exact, dtdb-clean, ": "webvid",
         "no protocol file at": str(tmp_path / "none.toml"),
         "no protocol at": str(tmp_path / "none.json"),
         "is no protocol of schema": str(tmp_path / "other.json"),
