@@ -43,7 +43,7 @@ from trip_model.video import ClipError, load_image, read_track, read_windows
 
 
 def frames_of(data: bytes) -> list[av.VideoFrame]:
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return list(container.decode(video=0))
 
 
@@ -220,7 +220,8 @@ def test_cinns_protocol_from_videos_to_the_report(
             for row, pixels in seen.items():
                 assert pixels.shape == (16, 128, 128, 3)
                 features[row].append(judge.features(pixels, item.caption)["rfd_app"])
-        found.append(frechet_distance(*(Moments.of(np.concatenate(features[row])) for row in ("trip", "real"))))
+        trip, real = (Moments.of(np.concatenate(features[row])) for row in ("trip", "real"))
+        found.append(frechet_distance(trip, real))
     assert report.metrics["trip"][judge.name.metric]["value"] == pytest.approx(np.mean(found), rel=1e-9)
     with pytest.raises(UserError, match="takes 16 frames at 4 fps and 256 pixels .* holds 17 frames at a stride of 1"):
         load_protocol("dtdb-clean", data, 1.0, 1, seed=0)
