@@ -20,7 +20,7 @@ from flows.source import PLAIN, Reading
 from flows.train_trip import tracking_address, train_trip
 from infra import storage
 from infra.cluster import kept_ray_session
-from tasks.evaluate.protocols import held_out_protocol
+from tasks.evaluate.protocols import held_out_protocol, load_protocol
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from trip_model.encoders import folder_hash
@@ -78,6 +78,7 @@ def reproduce(
     base: str | None = None,
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
+    protocol: str | None = None,
     *,
     reading: Reading = PLAIN,
     held_out_reading: Annotated[
@@ -94,6 +95,7 @@ def reproduce(
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         held_out_source: a second source to judge by; needed where the recipe keeps no frames of the first.
         tracking_uri: where MLflow keeps runs and models; without it a SQLite file below the root.
+        protocol: what to judge by, as of evaluate-trip; without it the recipe's where there is a second source.
         reading: how the source is read.
         held_out_reading: how the second source is read.
     """
@@ -107,11 +109,20 @@ def reproduce(
         dataset = prepare_latents(recipe, source, root, base, reading=reading)["dataset"]
         held_out = None
         if held_out_source is not None:
-            held_out = prepare_latents(recipe, held_out_source, root, base, keep_frames=True, reading=held_out_reading)[
-                "dataset"
-            ]
+            rules = protocol or chosen.evaluate.protocol
+            held_out = prepare_latents(
+                recipe,
+                held_out_source,
+                root,
+                base,
+                True,
+                None if rules.endswith(".json") else rules,
+                reading=held_out_reading,
+            )["dataset"]
+            # Whether it holds what the protocol asks for is known before days of training.
+            load_protocol(rules, ShardDataset(held_out), 1.0, chosen.evaluate.clips, chosen.evaluate.seed)
         model = train_trip(recipe, source, root, base, dataset, tracking, reading=reading)["model"]
-        report = evaluate_trip(recipe, source, root, base, dataset, model, held_out, reading=reading)
+        report = evaluate_trip(recipe, source, root, base, dataset, model, held_out, protocol, reading=reading)
     version = register_trip(recipe, source, root, base, dataset, model, report["uri"], tracking, reading=reading)
     fraction = 1.0 if held_out else chosen.train.held_out_fraction
     shown = animate_photo(model, held_out or dataset, fraction, chosen.evaluate.seed, root)
