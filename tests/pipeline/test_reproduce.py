@@ -111,6 +111,19 @@ def test_a_missing_table_is_one_sentence(done: tuple[Path, str], tiny_base: Path
     assert refused.stderr.count("\n") == 1 and "Traceback" not in refused.stdout + refused.stderr
 
 
+@pytest.mark.slow
+def test_what_a_protocol_lacks_is_known_before_the_training(
+    done: tuple[Path, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    clips = str(next((done[0] / "corpus").rglob("*.csv")))
+    (tmp_path / "many.toml").write_text('title = "more clips than there are"\nnumber = 99\n')
+    asked = ["--held-out-source", clips, "--protocol", str(tmp_path / "many.toml")]
+    refused = run(tiny_base, tmp_path / "run", *asked)
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert refused.stderr.startswith("error: protocol many asks for 99 clips") and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "train").exists()
+
+
 @contextlib.contextmanager
 def started(base: Path, root: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with open(log, "ab") as out:
