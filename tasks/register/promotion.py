@@ -179,7 +179,7 @@ def settle(client: MlflowClient, name: str) -> Standing:
 
 
 def _read(client: MlflowClient, name: str) -> Standing:
-    """The aliases first: whoever writes what an older log wanted must be seen by the writer of a newer entry."""
+    """The log last, so that what is decided by it is as new as can be."""
     try:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
@@ -191,7 +191,7 @@ def _read(client: MlflowClient, name: str) -> Standing:
     lines = client.search_model_versions(f"name = '{log_name(name)}'")
     for line in sorted(lines, key=lambda found: int(found.version)):
         # Its writer had seen all that counts up to `after`; when more counts by now, another was first.
-        if int(line.tags["after"]) >= (entries[-1].number if entries else 0):
+        if int(line.tags.get("after", -1)) >= (entries[-1].number if entries else 0):
             entries.append(_entry(line))
     return Standing(tuple(entries), versions, {alias: str(version) for alias, version in aliases.items()})
 
@@ -231,7 +231,9 @@ def _append(
     sentence = f"{action}: version {version}{instead}; {reasons}"[:4900]
     while True:
         try:
-            client.create_model_version(log_name(name), f"models:/{name}/{version}", tags=tags, description=sentence)
+            client.create_model_version(
+                log_name(name), f"models:/{name}/{version}", tags=tags, description=sentence, await_creation_for=0
+            )
         except MlflowException as error:
             if "Giving up after" not in str(error):  # the store itself tries three numbers, all taken meanwhile
                 raise
