@@ -6,6 +6,7 @@ The log is a registered model of its own, `NAME-promotions`; each of its version
 
 from __future__ import annotations
 
+import contextlib
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tasks.records import UserError
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 PROMOTE, ROLLBACK = "promote", "rollback"
+WRITE_TRIES = 10
 DEPTH = 100  # champions that an entry remembers; a tag takes 5000 characters
 
 
@@ -159,6 +161,7 @@ def settle(client: MlflowClient, name: str) -> Standing:
     An alias can only be overwritten, so a slow writer may put back what a newer entry has changed. Whoever changes an
     alias therefore looks again, and is done when it finds the aliases as the newest entry wants them.
     """
+    failures = 0
     while True:
         standing = _read(client, name)
         if not standing.entries:
@@ -170,12 +173,18 @@ def settle(client: MlflowClient, name: str) -> Standing:
         wrong = {alias: to for alias, to in wanted.items() if standing.aliases.get(alias) != to}
         if not wrong:
             return standing
-        _tag(client, name, standing, last)
-        for alias, to in wrong.items():  # champion last: when it is right, so is all else
-            if to is None:
-                client.delete_registered_model_alias(name, alias)
-            else:
-                client.set_registered_model_alias(name, alias, to)
+        try:
+            _tag(client, name, standing, last)
+            for alias, to in wrong.items():  # champion last: when it is right, so is all else
+                if to is None:
+                    client.delete_registered_model_alias(name, alias)
+                else:
+                    client.set_registered_model_alias(name, alias, to)
+        except MlflowException:
+            # MLflow looks before it inserts, so that of several who write the same at once, one may get an error.
+            failures += 1
+            if failures == WRITE_TRIES:
+                raise
 
 
 def _read(client: MlflowClient, name: str) -> Standing:
@@ -252,7 +261,8 @@ def _overtaken(name: str, first: Entry) -> str:
 def _refused(client: MlflowClient, name: str, version: str, sentence: str) -> Refused:
     """The error to raise, after it was noted on the version."""
     note = f"{datetime.now(UTC).isoformat(timespec='seconds')}: {sentence}"
-    client.set_model_version_tag(name, version, "trip.promotion_refused", note[:4900])
+    with contextlib.suppress(MlflowException):  # the same version may be refused twice at once, see `settle`
+        client.set_model_version_tag(name, version, "trip.promotion_refused", note[:4900])
     return Refused(sentence)
 
 
