@@ -6,16 +6,13 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.console import results, tell
 from infra import storage
 from tasks.records import UserError
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
-
     from tasks.register.promotion import Entry, Standing
 
 LAST = 10  # entries of the log that are shown
@@ -75,13 +72,15 @@ def live(root: str = "runs/demo", tracking_uri: str | None = None, name: str = "
             origin = {tag.removeprefix("lineage."): of for tag, of in found.tags.items() if tag.startswith("lineage.")}
             if origin:
                 results("Trained on", dict(sorted(origin.items())))
-            results("Scores", _scores(client, found) or {"none": "the run of this version holds no report"})
+            results(
+                "Scores", _scores(client, found.run_id or "") or {"none": "the run of this version holds no report"}
+            )
     if standing.entries:
         results("Log", {str(entry.number): _told(entry) for entry in reversed(standing.entries[-LAST:])})
 
 
 @contextlib.contextmanager
-def _registry(root: str, tracking_uri: str | None) -> Iterator[MlflowClient]:
+def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
     from infra.tracking import TROUBLE
     from tasks.register.promotion import open_registry
 
@@ -119,14 +118,14 @@ def _why(standing: Standing) -> dict[str, str]:
     return rows
 
 
-def _scores(client: MlflowClient, version: ModelVersion) -> dict[str, str]:
+def _scores(client: Any, run_id: str) -> dict[str, str]:
     """The model's own row of the report that the run keeps, with intervals; empty where there is none."""
     from infra.tracking import TROUBLE
     from tasks.register.report_facts import REPORT, read_report
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            report = client.download_artifacts(version.run_id or "", f"evaluation/{REPORT}", scratch)
+            report = client.download_artifacts(run_id, f"evaluation/{REPORT}", scratch)
             scores = read_report(os.path.dirname(report)).scores
         except (*TROUBLE, UserError):
             return {}

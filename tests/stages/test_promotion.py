@@ -171,7 +171,7 @@ def act(client, name, action):
     promote(client, name, "3", "again") if action == "promote" else rollback(client, name, "blurred faces")
 
 
-@pytest.mark.parametrize("action", ["promote", "rollback"])
+@pytest.mark.parametrize("action", ["promote", pytest.param("rollback", marks=pytest.mark.slow)])
 def test_killed_between_any_two_calls_it_is_finished_by_whoever_comes_next(client, name, action):
     make(client, name, {}, {}, {})
     promote(client, name, "1")
@@ -197,6 +197,7 @@ def test_killed_between_any_two_calls_it_is_finished_by_whoever_comes_next(clien
     assert written == {0, 1} and n > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["promote", "rollback"])
 def test_a_rival_between_any_two_calls_leaves_one_winner_and_aliases_that_agree_with_the_log(client, name, action):
     make(client, name, {}, {}, {}, {})
