@@ -18,7 +18,7 @@ from typing import Any
 
 import cyclopts
 
-from flows import curation, planning, serve
+from flows import curation, planning, promotion, serve
 from flows.recipes import RECIPES, find_recipe
 from flows.selftest import selftest
 from infra import storage
@@ -27,7 +27,8 @@ from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
 # No flows, and need none.
-OWN = (["recipes"], ["sample"], ["verify"], ["forget"], ["deduplicate"], ["plan"], ["selftest"], ["serve"])
+OWN = [[name] for name in ("recipes", "sample", "verify", "forget", "deduplicate", "plan", "selftest", "serve")]
+OWN += [["promote"], ["rollback"], ["live"]]
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
 
 # What a person can cure of what the operating system says, and how.
@@ -110,6 +111,9 @@ def _app(arguments: list[str]) -> cyclopts.App:
     app.command(planning.plan)
     app.command(selftest)
     app.command(serve.serve)
+    app.command(promotion.promote)
+    app.command(promotion.rollback)
+    app.command(promotion.live)
     app.command(curation.sample)
     app.command(curation.verify)
     app.command(_alone(curation.forget))

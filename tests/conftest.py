@@ -1,12 +1,19 @@
-"""What several tests share: a tiny base folder, an untrained TRIP on top of it, and an S3 endpoint on loopback."""
+"""What several tests share: a tiny base folder, an untrained TRIP on it, and S3, PostgreSQL and MLflow on loopback."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,3 +145,76 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return request.getfixturevalue("s3_folder")
     return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """Address of a PostgreSQL database of its own, on loopback; skipped where PostgreSQL is not installed."""
+    pytest.importorskip("psycopg2")
+    folders = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    search = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+    initdb, server = shutil.which("initdb", path=search), shutil.which("postgres", path=search)
+    if initdb is None or server is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    # It refuses to run as root, and pytest's own folders are closed to others.
+    other = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="trip-postgres-") as home:
+        if other:
+            shutil.chown(home, **other)
+        data = f"{home}/data"
+        make = [initdb, "-D", data, "-U", "trip", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"]
+        subprocess.run(make, check=True, capture_output=True, cwd=home, **other)
+        run = [server, "-D", data, "-p", str(port), "-k", home, "-h", "127.0.0.1", "-c", "fsync=off"]
+        with open(f"{home}/log", "wb") as log:
+            process = subprocess.Popen(run, stdout=log, stderr=log, cwd=home, **other)
+        try:
+            wait_for_port(port, process)
+            yield f"postgresql+psycopg2://trip@127.0.0.1:{port}/postgres"
+        finally:
+            process.send_signal(signal.SIGINT)  # does not wait for clients that are still connected
+            process.wait(30)
+
+
+@pytest.fixture
+def mlflow_server(postgres: str, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Starts an MLflow server of two processes on an empty PostgreSQL database, given where its artifacts go."""
+    import psycopg2
+
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start(artifacts: str) -> str:
+        database, port = f"mlflow_{uuid.uuid4().hex[:8]}", free_port()
+        connection = psycopg2.connect(postgres.replace("+psycopg2", ""))
+        connection.autocommit = True
+        connection.cursor().execute(f"create database {database}")
+        connection.close()
+        store = postgres.replace("/postgres", f"/{database}")
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "2", "--port", str(port)]
+        command += ["--backend-store-uri", store, "--artifacts-destination", artifacts]
+        with open(tmp_path / "server.log", "wb") as log:
+            environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            servers.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True)
+            )
+        wait_for_port(port, servers[-1])
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 180
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{process.args} did not come up: code {process.poll()}")

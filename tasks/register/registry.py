@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import pandas as pd
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -23,12 +18,13 @@ from mlflow.tracking import MlflowClient
 from infra import storage, tracking
 from tasks.records import UserError, digest
 from tasks.register import packaging
+from tasks.register.consumer import addresses, call_as_consumer
 from tasks.register.model_card import write_model_card
+from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, open_registry, promote, settle
 from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.encoders import folder_hash
-from trip_model.video import load_image, read_clip
+from trip_model.video import load_image
 
-CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 MODEL_HASH = "trip.model_sha256"  # the tag that the service checks a download against
 
 
@@ -73,17 +69,20 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     """Registers one model with one report; repeated with the same two, it finds what it made and completes it.
 
     `candidate` points to the version always. `champion` does only after the version answered a consumer's call and if
-    the report's gate passed; the version that was champion becomes `previous`.
+    nothing speaks against its promotion (`promotion.promote`).
 
     Raises:
-        UserError: a model folder, report or photo that is missing or malformed, or a tracking store out of reach.
+        UserError: a model folder, report or photo that is missing or malformed, a report of another model, or a
+            tracking store out of reach.
     """
     report = read_report(spec.report)
     folder = _model_folder(spec.model)
     settings = packaging.read_model_json(folder, "trip.json")
+    if report.model not in ("", folder_hash(folder)):
+        raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this one")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
-    client = _client(spec)
-    with _store(spec.tracking_uri):
+    client = open_registry(spec.tracking_uri)
+    with addresses(spec.tracking_uri):
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(folder)
         key = f"register-{spec.name}-{package_digest}-{report.digest}"
@@ -122,65 +121,25 @@ def _register(
         progress(f"register: version {version.version} of {spec.name}")
     if version.tags.get("trip.done") != "yes":
         client.set_registered_model_alias(spec.name, CANDIDATE, version.version)
-        progress(f"register: calling models:/{spec.name}@{CANDIDATE} as a consumer would")
-        check = call_as_consumer(f"models:/{spec.name}@{CANDIDATE}", photo, spec.prompt, spec.check_steps)
-        client.set_model_version_tag(spec.name, version.version, "trip.consumer_check", check)
+        # By its number: another registration may move the alias meanwhile.
+        progress(f"register: calling models:/{spec.name}/{version.version} as a consumer would")
+        check = call_as_consumer(f"models:/{spec.name}/{version.version}", photo, spec.prompt, spec.check_steps)
+        for tag, value in {**report.origin(), "trip.consumer_check": check}.items():
+            client.set_model_version_tag(spec.name, version.version, tag, value)
         progress(f"register: {check}")
-        if report.passed:
-            promote(client, spec.name, version.version)
+        _promote_once(client, spec.name, str(version.version), progress)
         client.set_model_version_tag(spec.name, version.version, "trip.done", "yes")
     return _report(client, spec, experiment, version.version, report)
 
 
-def promote(client: MlflowClient, name: str, version: str) -> None:
-    """Makes a version `champion`; the one that was becomes `previous`. Nothing changes when it is champion already."""
-    current = client.get_registered_model(name).aliases.get(CHAMPION)
-    if str(current) == str(version):  # a number from a SQL store, a text from a server
+def _promote_once(client: MlflowClient, name: str, version: str, progress: Callable[[str], None]) -> None:
+    """Promotes a new version; one that the log knows was promoted before a kill, and others may have come since."""
+    if any(entry.version == version for entry in settle(client, name).entries):
         return
-    if current is not None:
-        client.set_registered_model_alias(name, PREVIOUS, current)
-    client.set_registered_model_alias(name, CHAMPION, version)
-
-
-def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> str:
-    """Loads a model by its address, sends a photo and a sentence, and decodes the mp4 that comes back.
-
-    The address is looked up where `mlflow.set_tracking_uri` points, as for any consumer. Returns a sentence of what
-    came back. Raises ClipError or ValueError when it is not a playable video.
-    """
-    model = mlflow.pyfunc.load_model(model_uri)
-    rows = pd.DataFrame({"image": [photo], "prompt": [prompt]})
-    row = model.predict(rows, params={"seed": 0, "steps": steps}).iloc[0]
-    clip = read_clip(row["video"], int(row["num_frames"]), float(row["fps"]), int(row["height"]))
-    difference = abs(clip.pixels[0].astype(int) - load_image(photo, int(row["height"])).astype(int)).mean()
-    return (
-        f"answered with {clip.pixels.shape[0]} frames of {row['width']}x{row['height']} as {row['format']},"
-        f" frame 1 differs from the photo by {difference:.1f} of 255"
-    )
-
-
-def _client(spec: RegisterSpec) -> MlflowClient:
-    if spec.tracking_uri.startswith(("http://", "https://")):
-        # MLflow itself keeps trying for minutes before it says that nobody is there.
-        try:
-            urllib.request.urlopen(spec.tracking_uri.rstrip("/") + "/health", timeout=10).close()
-        except urllib.error.HTTPError:
-            pass  # somebody is there; what it refuses will be said by the call that needs it
-        except OSError as error:
-            raise UserError(
-                f"the tracking server {spec.tracking_uri!r} does not answer ({error}); start it, or give a"
-                " sqlite:/// address"
-            ) from error
     try:
-        client = tracking.connect(spec.tracking_uri)
-        client.search_registered_models(max_results=1)
-    except tracking.TROUBLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"the tracking store {spec.tracking_uri!r} cannot be used ({reason}); give a server's address or"
-            " sqlite:///FILE in a folder that can be written"
-        ) from error
-    return client
+        promote(client, name, version)
+    except Refused as error:
+        progress(f"register: {error}")
 
 
 def _artifact_location(spec: RegisterSpec) -> str | None:
@@ -320,27 +279,14 @@ def _create_version(
     )
 
 
-@contextmanager
-def _store(uri: str) -> Iterator[None]:
-    """Points MLflow's module-wide addresses to one store for a while.
-
-    `load_model` reads them, and so does the SQL registry when it looks a logged model up, whatever client asked.
-    """
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
-
-
 def _report(
     client: MlflowClient, spec: RegisterSpec, experiment: str, number: str, report: ReportFacts
 ) -> RegisterReport:
     version = client.get_model_version(spec.name, number)
     aliases = tuple(sorted(version.aliases))
+    refused = ()
+    if "trip.promoted_at" not in version.tags and "trip.promotion_refused" in version.tags:
+        refused = (version.tags["trip.promotion_refused"],)
     run_id = version.run_id or ""
     return RegisterReport(
         name=spec.name,
@@ -352,6 +298,6 @@ def _report(
         if aliases
         else f"models:/{spec.name}/{version.version}",
         promoted=CHAMPION in aliases,
-        reasons=report.reasons,
+        reasons=report.reasons or refused,
         consumer_check=version.tags.get("trip.consumer_check", ""),
     )

@@ -18,7 +18,11 @@ _METRIC_NAME = re.compile(r"[^\w./ :-]")
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """`metrics`: numbers by `row/metric`; `scores`: the same as text with intervals; `digest`: its identity."""
+    """`metrics`: numbers by `row/metric`; `scores`: the same as text with intervals; `digest`: its identity.
+
+    `model` is the sha256 of the model that was judged, "" where the report does not say; `champion` the digest of the
+    report and the sha256 of the model that the gate compared it with, None where it compared with none.
+    """
 
     uri: str
     digest: str
@@ -28,6 +32,13 @@ class ReportFacts:
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
     files: tuple[str, ...]
+    model: str = ""
+    champion: tuple[str, str] | None = None
+
+    def origin(self) -> dict[str, str]:
+        """What a later promotion must know of the report, as tags of the version."""
+        of = dict(zip(("trip.compared_report", "trip.compared_model"), self.champion or (), strict=False))
+        return {tag: value for tag, value in {"trip.model": self.model, **of}.items() if value}
 
     def copy_files(self, folder: Path) -> None:
         """Copies the report with its tables, plots and clips; the lossless frames of every clip stay where they are."""
@@ -65,7 +76,24 @@ def read_report(uri: str) -> ReportFacts:
         reasons=tuple(str(reason) for reason in gate.get("reasons", ())),
         notes=tuple(str(note) for note in report.get("notes", ())),
         files=(*files, REPORT),
+        model=_model(report),
+        champion=_champion(report),
     )
+
+
+def _model(report: dict[str, Any]) -> str:
+    return str(report.get("provenance", {}).get("model_sha256", ""))
+
+
+def _champion(report: dict[str, Any]) -> tuple[str, str] | None:
+    address = report.get("provenance", {}).get("folders", {}).get("champion")
+    if address is None:
+        return None
+    try:
+        compared = storage.read_json(storage.join(address, REPORT))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return "cannot be read", ""  # which is the report of no champion
+    return digest(compared), _model(compared)
 
 
 def _numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, tuple[float, float | None, float | None]]]:

@@ -22,7 +22,8 @@ from infra.tracking import connect
 from tasks.records import UserError
 from tasks.register.model_card import write_model_card
 from tasks.register.packaging import drawn_photo
-from tasks.register.registry import RegisterSpec, promote, register
+from tasks.register.promotion import promote
+from tasks.register.registry import RegisterSpec, register
 from tasks.register.report_facts import read_report
 from trip_model.video import read_clip
 

@@ -1,0 +1,44 @@
+"""What a consumer of a registered model does: load it by its address, send a photo and a sentence, play the video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlflow
+import pandas as pd
+
+from trip_model.video import load_image, read_clip
+
+
+def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> str:
+    """Loads a model by its address, sends a photo and a sentence, and decodes the mp4 that comes back.
+
+    The address is looked up where `mlflow.set_tracking_uri` points, as for any consumer. Returns a sentence of what
+    came back. Raises ClipError or ValueError when it is not a playable video.
+    """
+    model = mlflow.pyfunc.load_model(model_uri)
+    rows = pd.DataFrame({"image": [photo], "prompt": [prompt]})
+    row = model.predict(rows, params={"seed": 0, "steps": steps}).iloc[0]
+    clip = read_clip(row["video"], int(row["num_frames"]), float(row["fps"]), int(row["height"]))
+    difference = abs(clip.pixels[0].astype(int) - load_image(photo, int(row["height"])).astype(int)).mean()
+    return (
+        f"answered with {clip.pixels.shape[0]} frames of {row['width']}x{row['height']} as {row['format']},"
+        f" frame 1 differs from the photo by {difference:.1f} of 255"
+    )
+
+
+@contextmanager
+def addresses(uri: str) -> Iterator[None]:
+    """Points MLflow's module-wide addresses to one store for a while.
+
+    `load_model` reads them, and so does the SQL registry when it looks a logged model up, whatever client asked.
+    """
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
