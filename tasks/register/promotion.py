@@ -273,9 +273,9 @@ def _objections(standing: Standing, found: ModelVersion, reason: str) -> list[st
         against.append(f"the gate of its report did not pass ({tags.get('trip.gate_reasons', 'it has no report')})")
     if not tags.get("trip.consumer_check"):
         against.append("it has not answered a consumer's call; run register-trip for it again")
-    compared = {name: tags.get(f"trip.compared_{name}") for name in ("report", "model")}
+    compared = {"trip.report": tags.get("trip.compared_report"), "trip.judged_model": tags.get("trip.compared_model")}
     if champion is not None and any(compared.values()):
-        same = any(of and of == champion.tags.get(f"trip.{name}") for name, of in compared.items())
+        same = any(of and of == champion.tags.get(tag) for tag, of in compared.items())
         if not same:
             against.append(
                 f"its report compared it with another model than version {champion.version}, which is champion now;"

@@ -38,7 +38,7 @@ class ReportFacts:
     def origin(self) -> dict[str, str]:
         """What a later promotion must know of the report, as tags of the version."""
         of = dict(zip(("trip.compared_report", "trip.compared_model"), self.champion or (), strict=False))
-        return {tag: value for tag, value in {"trip.model": self.model, **of}.items() if value}
+        return {tag: value for tag, value in {"trip.judged_model": self.model, **of}.items() if value}
 
     def copy_files(self, folder: Path) -> None:
         """Copies the report with its tables, plots and clips; the lossless frames of every clip stay where they are."""

@@ -96,7 +96,7 @@ def test_what_the_gate_or_the_consumer_did_not_pass_is_refused_with_every_reason
 
 
 def test_a_report_that_compared_with_another_champion_is_refused(client, name):
-    first, second = {"trip.report": "r1", "trip.model": "m1"}, {"trip.report": "r2", "trip.model": "m2"}
+    first, second = {"trip.report": "r1", "trip.judged_model": "m1"}, {"trip.report": "r2", "trip.judged_model": "m2"}
     by_report, by_model = {"trip.compared_report": "r1"}, {"trip.compared_report": "r9", "trip.compared_model": "m1"}
     make(client, name, first, second, by_report, by_model)
     promote(client, name, "2")
@@ -120,11 +120,11 @@ def test_a_report_knows_which_model_it_judged_and_which_champion_it_was_compared
 
     old, content = report("old", "m1")
     new, _ = report("new", "m2", old)
-    assert read_report(old).origin() == {"trip.model": "m1"}
+    assert read_report(old).origin() == {"trip.judged_model": "m1"}
     compared = {"trip.compared_report": digest(content), "trip.compared_model": "m1"}
-    assert read_report(new).origin() == {"trip.model": "m2"} | compared
+    assert read_report(new).origin() == {"trip.judged_model": "m2"} | compared
     (tmp_path / "old" / "report.json").unlink()
-    assert read_report(new).origin() == {"trip.model": "m2", "trip.compared_report": "cannot be read"}
+    assert read_report(new).origin() == {"trip.judged_model": "m2", "trip.compared_report": "cannot be read"}
 
 
 def test_rollbacks_go_back_one_by_one_past_what_was_deleted_and_then_say_that_there_is_no_more(client, name):
