@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
+from tasks.evaluate.judges import NOT_COMPARABLE
 from tasks.evaluate.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report import REPORT_STYLE
 from tasks.evaluate.statistics import Estimate
@@ -155,7 +156,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     published = {row.method: row.values for row in published_rows("webvid-2048")}
     lines = []
     for variant, found in comparison.differences.items():
-        title, digits, _ = METRICS["clip_distance"]
+        _, digits, _ = METRICS["clip_distance"]
         difference = found["clip_distance"]
         low, high = difference.ci_low, difference.ci_high
         if low is None or high is None or low <= 0 <= high:
@@ -163,7 +164,8 @@ def verdicts(comparison: Comparison) -> list[str]:
         else:
             said = "is worse than" if low > 0 else "is better than"
         paper = f"in the paper FVD {published[variant]['FVD']:g} against {published[REFERENCE]['FVD']:g}"
-        lines.append(f"{variant} {said} {REFERENCE} here: {number(difference, '+' + digits)}; {paper}.")
+        here = f"distance to the true clip {number(difference, '+' + digits)}"
+        lines.append(f"{variant} {said} {REFERENCE} here: {here}; {paper}.")
     return lines
 
 
@@ -224,6 +226,7 @@ def write(output: str, comparison: Comparison, about: Mapping[str, Any]) -> dict
         else "One seed: the intervals are over clips alone and say nothing of another seed.",
         "A still clip scores 100 on frame consistency: nearest to the real row is best, not highest.",
         "The paper's rows are of another data set, model size and harness: only their order can be compared.",
+        f"rfd- distances are those of fixed random networks, {NOT_COMPARABLE}.",
     ]
     shown = tables(comparison)
     origin = Table("Provenance", ["what", "value"], [[name, str(value)] for name, value in about.items()])
