@@ -25,8 +25,6 @@ from PIL import Image, ImageFilter
 
 from tasks.evaluate.consistency import consistency_curve
 from tasks.evaluate.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles
-from tasks.evaluate.panel import load_judges
 from tasks.evaluate.pixel_metrics import flicker, motion_magnitude, smoothness_residual, ssim_curve
 from tasks.evaluate.statistics import (
     Estimate,
@@ -36,6 +34,8 @@ from tasks.evaluate.statistics import (
     ratio_of_sums,
     unique_clips,
 )
+from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles
+from tasks.judges.panel import load_judges
 from trip_model.video import ClipError, read_windows
 
 FRAMES, FPS = 8, 4

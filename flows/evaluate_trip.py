@@ -17,9 +17,9 @@ from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset
 from infra import storage
 from infra.tracking import Tracking
 from tasks.evaluate.job import evaluate
-from tasks.evaluate.judges import JudgeFiles
 from tasks.evaluate.methods import parse_methods
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
+from tasks.judges.judge import JudgeFiles
 from tasks.records import UserError, to_json
 from tasks.register.report_facts import read_report
 from tasks.shards import ShardDataset

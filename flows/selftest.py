@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.evaluate import selftest as test
-from tasks.evaluate.judges import JudgeFiles
+from tasks.judges.judge import JudgeFiles
 
 NONE = JudgeFiles()
 _VERDICTS = {True: "ok", False: "FAILED", None: "-"}

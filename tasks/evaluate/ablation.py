@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.judges import NOT_COMPARABLE
 from tasks.evaluate.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report import REPORT_STYLE
 from tasks.evaluate.statistics import Estimate
 from tasks.evaluate.tables import Table, number
+from tasks.judges.judge import NOT_COMPARABLE
 from tasks.records import UserError
 
 SCHEMA_VERSION = 1

@@ -16,9 +16,7 @@ from infra.cluster import ray_session
 from tasks.evaluate import generate, report, rows, score
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
-from tasks.evaluate.judges import JudgeName
 from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
-from tasks.evaluate.panel import identify_judges, load_judges
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Item, Protocol, load_protocol
 from tasks.evaluate.rows import FROZEN, REAL, TRIP, Row
@@ -31,6 +29,8 @@ from tasks.evaluate.spec import (
     model_sha256,
     provenance_of,
 )
+from tasks.judges.judge import JudgeName
+from tasks.judges.panel import identify_judges, load_judges
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.rows import FROZEN, REAL, TRIP
 from tasks.evaluate.score import Summary
 from tasks.evaluate.tables import consistency_judge, label
+from tasks.judges.judge import NOT_COMPARABLE, JudgeName
 
 STRIP_FRAMES = 4
 INK, PAPER, ACCENT = "#1c1c1e", "#ffffff", "#c2410c"

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.evaluate.gate import Gate
-from tasks.evaluate.judges import JudgeName
 from tasks.evaluate.pictures import (
     ACCENT,
     CURVE_FILES,
@@ -24,6 +23,7 @@ from tasks.evaluate.pictures import (
 from tasks.evaluate.protocols import Protocol
 from tasks.evaluate.score import Summary
 from tasks.evaluate.tables import Table, all_tables
+from tasks.judges.judge import JudgeName
 from trip_model.video import video_bytes
 
 REPORT_STYLE = (

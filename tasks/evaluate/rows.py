@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from infra import storage
 from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
-from tasks.evaluate.judges import Judge, JudgeName, judge_item
 from tasks.evaluate.methods import READERS, Method, read_method
 from tasks.evaluate.pixel_metrics import (
     clip_distance,
@@ -24,6 +23,7 @@ from tasks.evaluate.pixel_metrics import (
     ssim_curve,
 )
 from tasks.evaluate.protocols import Item
+from tasks.judges.judge import Judge, JudgeName, judge_item
 from tasks.records import digest
 from trip_model.video import ClipError
 

@@ -17,11 +17,11 @@ from tasks.evaluate.consistency import (
     consistency_curve,
     consistency_name,
 )
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.protocols import Item, Protocol
 from tasks.evaluate.rows import FROZEN, HASHES, REAL, TRIP, Features
 from tasks.evaluate.statistics import Estimate, mean_over_clips
 from tasks.evaluate.sums import Sums, Values
+from tasks.judges.judge import NOT_COMPARABLE, JudgeName
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.evaluate.frechet import Moments, frechet_distance
-from tasks.evaluate.judges import KNOWN_FILES, NOT_COMPARABLE, Judge, JudgeFiles, judge_item
-from tasks.evaluate.panel import load_judges
+from tasks.judges.judge import KNOWN_FILES, NOT_COMPARABLE, Judge, JudgeFiles, judge_item
+from tasks.judges.panel import load_judges
 from tasks.records import UserError
 
 # README of JunyaoHu/common_metrics_on_video_quality: eight clips of zeros and eight of ones, 30 frames of 64 x 64, with

@@ -11,8 +11,8 @@ from typing import Any
 
 from infra import storage
 from tasks.evaluate.gate import Gate
-from tasks.evaluate.judges import JudgeFiles, JudgeName
 from tasks.evaluate.protocols import Protocol
+from tasks.judges.judge import JudgeFiles, JudgeName
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from trip_model.encoders import folder_hash

@@ -20,10 +20,10 @@ from tasks.evaluate.frechet import (
     kernel_distance_of_frames,
     paired_frechet_difference,
 )
-from tasks.evaluate.judges import JudgeName
 from tasks.evaluate.protocols import Item
 from tasks.evaluate.rows import REAL, TRIP
 from tasks.evaluate.statistics import Estimate, mean_over_clips, paired_difference, ratio_of_sums
+from tasks.judges.judge import JudgeName
 from tasks.records import UserError
 
 Values = NDArray[np.float64]

@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeName
 from tasks.evaluate.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocols import Protocol
 from tasks.evaluate.rows import FROZEN, REAL, TRIP
 from tasks.evaluate.score import Summary
 from tasks.evaluate.statistics import Estimate
+from tasks.judges.judge import NOT_COMPARABLE, JudgeName
 
 LABELS = {FROZEN: "Frozen first frame", TRIP: "TRIP (this run)", REAL: "Real video", "champion": "Champion"}
 FLOOR = "floor: one real half against the other"

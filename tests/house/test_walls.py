@@ -22,8 +22,8 @@ MAY_IMPORT = {
 FILES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-# The encode stage is "prepare": it drives the ingest library on its workers.
-ONE_STAGE = {("encode", "ingest")}
+# The encode stage is "prepare": it drives the ingest library on its workers, as the evaluation does the judges.
+ONE_STAGE = {("encode", "ingest"), ("evaluate", "judges")}
 SHARED = {"records", "shards"}
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.evaluate.clip import Clip
 from tasks.evaluate.consistency import consistency_curve
-from tasks.evaluate.judges import (
+from tasks.ingest.drawing import draw_clip
+from tasks.judges.clip import Clip
+from tasks.judges.judge import (
     KNOWN_FILES,
     JudgeError,
     JudgeFiles,
@@ -23,9 +24,8 @@ from tasks.evaluate.judges import (
     judge_name,
     state_sha256,
 )
-from tasks.evaluate.panel import identify_judges
-from tasks.evaluate.random_nets import RandomDistance
-from tasks.ingest.drawing import draw_clip
+from tasks.judges.panel import identify_judges
+from tasks.judges.random_nets import RandomDistance
 
 CAPTION = "a red ball rolls to the left"
 TINY = {

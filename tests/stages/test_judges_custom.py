@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.evaluate.judges import JudgeError, JudgeFiles, judge_item
-from tasks.evaluate.panel import identify_judges, load_judges
+from tasks.judges.judge import JudgeError, JudgeFiles, judge_item
+from tasks.judges.panel import identify_judges, load_judges
 
 CUSTOM = """
 import numpy as np

@@ -20,12 +20,12 @@ from flows.__main__ import parse
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate.job import evaluate
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles
 from tasks.evaluate.methods import find_method, missing_of, parse_methods, read_method, without_missing
 from tasks.evaluate.presets import load_preset
 from tasks.evaluate.protocols import Item, Protocol, held_out_protocol
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
+from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, write_shard
 from tests.stages.test_judges_video import StandInI3D

@@ -27,14 +27,14 @@ from tasks.encode.spec import PrepareSpec, recipe
 from tasks.evaluate import generate
 from tasks.evaluate.frechet import Moments, frechet_distance
 from tasks.evaluate.job import evaluate
-from tasks.evaluate.judges import JudgeFiles
-from tasks.evaluate.panel import load_judges
 from tasks.evaluate.presets import load_preset
 from tasks.evaluate.protocols import load_protocol
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.drawing import draw_clip
 from tasks.ingest.sources import SourceSpec
+from tasks.judges.judge import JudgeFiles
+from tasks.judges.panel import load_judges
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tests.stages.test_sparing import PAUSES, moving

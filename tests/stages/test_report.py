@@ -17,8 +17,6 @@ from flows.evaluate_trip import track_evaluation
 from infra import storage
 from infra.tracking import connect
 from tasks.evaluate.gate import Gate, gate
-from tasks.evaluate.judges import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item
-from tasks.evaluate.panel import load_judges
 from tasks.evaluate.pictures import Example, side_by_side, strip_png
 from tasks.evaluate.presets import AS_PUBLISHED, load_preset
 from tasks.evaluate.progress import Ticks, duration
@@ -30,6 +28,8 @@ from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluate.statistics import Estimate
 from tasks.evaluate.tables import Table, all_tables, own_table, paper_tables
 from tasks.ingest.drawing import draw_clip
+from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item
+from tasks.judges.panel import load_judges
 from trip_model.video import read_clip
 
 NEARER = Estimate(-0.05, -0.07, -0.02)

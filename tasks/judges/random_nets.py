@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.evaluate.judges import JudgeName, state_sha256
+from tasks.judges.judge import JudgeName, state_sha256
 
 # The stand-in for CLIP: open_clip's vision tower, far too small to mean anything, large enough to see frames differ.
 # Average pooling, because in an untrained tower the class token hardly looks at the image.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tasks.evaluate.judges import JudgeError, JudgeName, checked_sha256, file_sha256, judge_name
-from tasks.evaluate.random_nets import random_clip_model
+from tasks.judges.judge import JudgeError, JudgeName, checked_sha256, file_sha256, judge_name
+from tasks.judges.random_nets import random_clip_model
 
 _GEOMETRY = "shorter side by antialiased bicubic to the tower's size, centre crop"
 _TOKENS = 49408  # size of the vocabulary of open_clip's tokenizer, which is OpenAI's

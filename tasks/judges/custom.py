@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.evaluate.judges import JudgeError, JudgeName, file_sha256, state_sha256
+from tasks.judges.judge import JudgeError, JudgeName, file_sha256, state_sha256
 
 
 class Custom:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.evaluate.judges import JudgeError, checked_sha256, judge_name
+from tasks.judges.judge import JudgeError, checked_sha256, judge_name
 
 _SIDE = 256
 

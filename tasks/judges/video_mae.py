@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tasks.evaluate.judges import JudgeError, checked_sha256, file_sha256, judge_name
+from tasks.judges.judge import JudgeError, checked_sha256, file_sha256, judge_name
 
 
 class VideoMAE:

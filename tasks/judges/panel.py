@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tasks.evaluate.clip import Clip
-from tasks.evaluate.custom import Custom
-from tasks.evaluate.flow import Raft
-from tasks.evaluate.i3d import I3D
-from tasks.evaluate.inception import Inception
-from tasks.evaluate.judges import Judge, JudgeError, JudgeFiles, JudgeName
-from tasks.evaluate.random_nets import RandomDistance
-from tasks.evaluate.video_mae import VideoMAE
+from tasks.judges.clip import Clip
+from tasks.judges.custom import Custom
+from tasks.judges.flow import Raft
+from tasks.judges.i3d import I3D
+from tasks.judges.inception import Inception
+from tasks.judges.judge import Judge, JudgeError, JudgeFiles, JudgeName
+from tasks.judges.random_nets import RandomDistance
+from tasks.judges.video_mae import VideoMAE
 
 
 def load_judges(files: JudgeFiles, device: str = "cpu") -> list[Judge]:

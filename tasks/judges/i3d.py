@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tasks.evaluate.judges import JudgeError, checked_sha256, judge_name
+from tasks.judges.judge import JudgeError, checked_sha256, judge_name
 
 
 class I3D:
