@@ -179,6 +179,7 @@ def test_what_is_missing_is_made_again_with_identical_numbers(
         assert storage.read_bytes(f"{again.uri}/{name}") == storage.read_bytes(f"{report.uri}/{name}"), name
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
 ):

@@ -83,6 +83,7 @@ def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_counts_of_adapters_and_of_shards(tiny_base: Path) -> None:
     base, train = read_base(str(tiny_base)), TrainSpec("", "", "", trained="lora", lora_rank=2)
     whole = count_model(base, SMALL, gpu=True, bfloat16=True)
