@@ -8,7 +8,7 @@ from typing import Any
 from prefect import flow
 
 from flows.console import results, tell
-from flows.evaluate_trip import evaluate_stage, planned_evaluation
+from flows.evaluate_trip import NONE, evaluate_stage, judged_with, planned_evaluation
 from flows.recipes import VARIANTS, find_recipe
 from flows.source import PLAIN, Reading, named_source
 from flows.stage import address
@@ -16,6 +16,7 @@ from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset, tra
 from infra.cluster import kept_ray_session
 from infra.tracking import default_artifact_location
 from tasks.evaluate import ablation
+from tasks.judges.judge import JudgeFiles
 from tasks.records import UserError, to_json
 from tasks.train.job import TrackingSpec
 
@@ -32,6 +33,7 @@ def ablate(
     seeds: int = 3,
     steps: int | None = None,
     *,
+    judges: JudgeFiles = NONE,
     reading: Reading = PLAIN,
 ) -> dict[str, Any]:
     """Train and judge TRIP and its variants under common seeds, and report the paired differences. Resumes.
@@ -46,6 +48,7 @@ def ablate(
         variants: rows of Tables 5 and 6, with commas; TRIP itself is always among them.
         seeds: how many trainings of each variant.
         steps: training steps of each, instead of the recipe's.
+        judges: files of the judges; without them fixed random nets stand in under names of their own.
         reading: how the source was read.
     """
     chosen = find_recipe(recipe, base)
@@ -67,7 +70,7 @@ def ablate(
                 tell(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
                 tracking = TrackingSpec(uri, EXPERIMENT, f"ablate {name} {seed}", default_artifact_location(uri))
                 trained = train_stage(planned_training(variant, data, root), tracking)
-                judged = evaluate_stage(planned_evaluation(variant, trained.model, data, root))
+                judged = evaluate_stage(judged_with(planned_evaluation(variant, trained.model, data, root), judges))
                 arms.append(ablation.Arm(name, seed, judged.uri, trained.loss_last))
     comparison = ablation.compare(arms)
     about = {

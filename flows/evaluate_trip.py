@@ -66,6 +66,13 @@ def planned_evaluation(
     return replace(spec, output=address(root, "evaluate", identity))
 
 
+def judged_with(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
+    """The spec with these files of judges, or where there are none with its own."""
+    given = spec.judges if judges == NONE else judges
+    places = {name: getattr(given, name) for name in _FILES}  # made absolute: workers have another working directory
+    return replace(spec, judges=replace(given, **{k: storage.absolute(place) for k, place in places.items() if place}))
+
+
 @task(name="evaluate", **STAGE_POLICY)
 def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate and judge; clips that are done are kept."""
@@ -146,10 +153,7 @@ def evaluate_trip(
     assert judged_by is not None
     spec = planned_evaluation(chosen, model, judged_by, root, protocol, foreign=held_out is not None)
     champion = champion and storage.absolute(champion)
-    given = spec.judges if judges == NONE else judges
-    places = {name: getattr(given, name) for name in _FILES}  # made absolute: workers have another working directory
-    given = replace(given, **{name: storage.absolute(place) for name, place in places.items() if place})
-    report = evaluate_stage(replace(spec, methods=methods, champion=champion, judges=given))
+    report = evaluate_stage(replace(judged_with(spec, judges), methods=methods, champion=champion))
     if tracking_uri is not None:
         track_evaluation(report, spec.dataset, tracking_uri)
     return to_json(report)

@@ -51,7 +51,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The numbers of an ablation; `by_seed` and `frechet` are in the order of `seeds`.
+    """The numbers of an ablation; `by_seed` and `distances` are in the order of `seeds`.
 
     values[variant][metric] and differences[variant][metric] (variant minus TRIP, clip by clip) with 95 % intervals.
     """
@@ -62,7 +62,7 @@ class Comparison:
     values: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
     by_seed: dict[str, dict[str, list[float]]]  # differences[variant][metric] of each seed alone
-    frechet: dict[str, dict[str, list[float]]]
+    distances: dict[str, dict[str, list[float]]]
     losses: dict[str, list[float]]
     real: dict[str, float]
 
@@ -114,7 +114,8 @@ def compare(arms: Sequence[Arm]) -> Comparison:
             minus = {name: table[variant][name] - table[REFERENCE][name] for name in METRICS}
             differences[variant] = {name: two_way_mean(minus[name], clusters) for name in METRICS}
             by_seed[variant] = {name: minus[name].mean(axis=1).tolist() for name in METRICS}
-    distances = {name for *_, report in found.values() for name in report["rows"]["trip"] if name.startswith("rfd-")}
+    # What has a floor is a distance between sets of clips.
+    distances = {name for *_, report in found.values() for name in report["floors"]}
     return Comparison(
         variants=variants,
         seeds=seeds,
@@ -122,7 +123,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         values=values,
         differences=differences,
         by_seed=by_seed,
-        frechet={
+        distances={
             variant: {
                 name: [found[variant, seed][4]["rows"]["trip"][name]["value"] for seed in seeds]
                 for name in sorted(distances)
@@ -174,12 +175,12 @@ def tables(comparison: Comparison) -> list[Table]:
     titles = [title for title, _, _ in METRICS.values()]
     rows = [
         [v, *(number(comparison.values[v][name], digits) for name, (_, digits, _) in METRICS.items())]
-        + [_spread(values, ".3g") for values in comparison.frechet[v].values()]
+        + [_spread(values, ".3g") for values in comparison.distances[v].values()]
         + [_spread(comparison.losses[v], ".4f")]
         for v in comparison.variants
     ]
     real = [f"{comparison.real[name]:{digits}}" for name, (_, digits, _) in METRICS.items()]
-    names = list(comparison.frechet[REFERENCE])
+    names = list(comparison.distances[REFERENCE])
     rows.append(["Real video", *real, *("-" for _ in names), "-"])
     values = Table("Values", ["Variant", *titles, *(f"{name} (lower)" for name in names), "last training loss"], rows)
     minus = [
@@ -226,8 +227,9 @@ def write(output: str, comparison: Comparison, about: Mapping[str, Any]) -> dict
         else "One seed: the intervals are over clips alone and say nothing of another seed.",
         "A still clip scores 100 on frame consistency: nearest to the real row is best, not highest.",
         "The paper's rows are of another data set, model size and harness: only their order can be compared.",
-        f"rfd- distances are those of fixed random networks, {NOT_COMPARABLE}.",
     ]
+    if any(name.startswith(("rfd-", "rkd-")) for name in comparison.distances[REFERENCE]):
+        notes.append(f"rfd- and rkd- are distances of fixed random networks, {NOT_COMPARABLE}.")
     shown = tables(comparison)
     origin = Table("Provenance", ["what", "value"], [[name, str(value)] for name, value in about.items()])
     parts = ["# Ablation", *(f"- {line}" for line in verdicts(comparison)), ""]

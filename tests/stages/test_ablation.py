@@ -38,7 +38,10 @@ def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLI
     writer.writerows(lines)
     uri = storage.join(root, f"{variant}-{seed}")
     storage.write_bytes(storage.join(uri, "per_clip.csv"), text.getvalue().encode())
-    storage.write_json(storage.join(uri, "report.json"), {"rows": {"trip": {FRECHET: {"value": 1.0 + worse}}}})
+    storage.write_json(
+        storage.join(uri, "report.json"),
+        {"rows": {"trip": {FRECHET: {"value": 1.0 + worse}}}, "floors": {FRECHET: {"value": 0.1}}},
+    )
     return Arm(variant, seed, uri, 0.5)
 
 
@@ -54,7 +57,7 @@ def test_pairing_tells_apart_what_the_spread_of_clips_would_hide() -> None:
     assert minus.ci_low is not None and minus.ci_high is not None
     assert 0.015 < minus.ci_low < minus.value < minus.ci_high < 0.025  # the clips alone spread over 0.2
     assert comparison.differences["TRIP^-"]["motion_ratio"].value == pytest.approx(0.02)
-    assert comparison.frechet["TRIP^-"] == {FRECHET: [1.02] * 3}
+    assert comparison.distances["TRIP^-"] == {FRECHET: [1.02] * 3}
     said = verdicts(comparison)
     assert [line.split(" here")[0] for line in said] == [
         "TRIP_TE is not told apart from TRIP",
