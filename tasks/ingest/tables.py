@@ -21,6 +21,8 @@ from tasks.records import UserError
 _MAX_LINE = 1 << 20  # characters: a table without line ends does not fill the memory
 _HEAD = 100  # rows of JSON lines that show which columns there are
 _BATCH = 1024  # rows of Parquet in memory at once
+# A line whose quotes each begin or end a cell; the rest of a row that began on an earlier line is rarely one.
+_WHOLE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*[\r\n]*')
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
@@ -40,8 +42,10 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
         least = max(key, url, caption) + 1
 
         def is_row(line: str | csv.Error) -> bool:
+            if not isinstance(line, str) or not _WHOLE_LINE.fullmatch(line):
+                return False
             try:
-                cells = next(csv.reader([line]), []) if isinstance(line, str) else []
+                cells = next(csv.reader([line]), [])
             except csv.Error:
                 return False
             has_link = len(cells) == len(header) and re.fullmatch(r"\S*[/.]\S*", cells[url]) is not None
