@@ -9,10 +9,11 @@ from prefect import flow
 
 from flows.console import results, tell
 from flows.evaluate_trip import NONE, evaluate_stage, judged_with, planned_evaluation
+from flows.mlflow_store import tracking_address
 from flows.recipes import VARIANTS, find_recipe
 from flows.source import PLAIN, Reading, named_source
 from flows.stage import address
-from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset, tracking_address, train_stage
+from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset, train_stage
 from infra.cluster import kept_ray_session
 from infra.tracking import default_artifact_location
 from tasks.evaluate import ablation

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flows.console import results, tell
-from infra import storage
+from flows.mlflow_store import existing_store
 from tasks.records import UserError
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
     from infra.tracking import TROUBLE
     from tasks.register.promotion import open_registry
 
-    # As `tracking_address` of the training, whose module brings Prefect and torch along.
-    uri = tracking_uri or f"sqlite:///{storage.absolute(root)}/mlflow.db"
-    file = uri.removeprefix("sqlite:///")
-    if file != uri and not os.path.isfile(file):
-        raise UserError(f"no MLflow store at {file}; run the command register-trip first, or give --tracking-uri")
+    uri = existing_store(tracking_uri, root)
     try:
         yield open_registry(uri)
     except TROUBLE as error:

@@ -8,10 +8,11 @@ from prefect import flow, task
 
 from flows.console import tell
 from flows.evaluate_trip import planned_evaluation, trained_model
+from flows.mlflow_store import tracking_address
 from flows.recipes import Recipe, find_recipe
 from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, code_version
-from flows.train_trip import EXPERIMENT, prepared_dataset, tracking_address
+from flows.train_trip import EXPERIMENT, prepared_dataset
 from infra import storage
 from infra.settings import CHECKOUT
 from infra.tracking import default_artifact_location

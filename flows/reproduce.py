@@ -13,11 +13,12 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.console import results, tell
 from flows.evaluate_trip import evaluate_trip
+from flows.mlflow_store import tracking_address
 from flows.prepare_latents import prepare_latents
 from flows.recipes import find_recipe
 from flows.register_trip import register_trip
 from flows.source import PLAIN, Reading
-from flows.train_trip import tracking_address, train_trip
+from flows.train_trip import train_trip
 from infra import storage
 from infra.cluster import kept_ray_session
 from tasks.evaluate.protocols import held_out_protocol, load_protocol

@@ -6,7 +6,7 @@ import os
 import tempfile
 
 from flows.console import results, tell
-from infra import storage
+from flows.mlflow_store import existing_store
 from tasks.records import UserError
 
 KEY_VARIABLE = "TRIP_API_KEY"
@@ -61,11 +61,7 @@ def serve(
             f"{replicas} replicas of {cpus} processors need {replicas * cpus}, there are {cores}; give fewer"
         )
 
-    # As `tracking_address` of the training, whose module brings Prefect and torch along.
-    uri = tracking_uri or f"sqlite:///{storage.absolute(root)}/mlflow.db"
-    file = uri.removeprefix("sqlite:///")
-    if file != uri and not os.path.isfile(file):
-        raise UserError(f"no MLflow store at {file}; run the command register-trip first, or give --tracking-uri")
+    uri = existing_store(tracking_uri, root)
 
     import uvicorn
 

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow, task
 
 from flows.console import tell
+from flows.mlflow_store import tracking_address
 from flows.planning import check_gpu_at_hand
 from flows.prepare_latents import planned_prepare
 from flows.recipes import Recipe, find_recipe
@@ -17,7 +18,7 @@ from infra import storage
 from infra.cluster import ray_session
 from infra.tracking import default_artifact_location
 from tasks.ingest.sources import SourceSpec
-from tasks.records import UserError, to_json
+from tasks.records import to_json
 from tasks.shards import ShardDataset
 from tasks.train.job import TrackingSpec, train
 from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
@@ -41,16 +42,6 @@ def planned_training(recipe: Recipe, dataset: str, root: str) -> TrainSpec:
         "base": folder_hash(resolve_base(spec.base)),
     }
     return replace(spec, output=address(root, "train", identity))
-
-
-def tracking_address(tracking_uri: str | None, root: str) -> str:
-    """The MLflow store that is named, else a SQLite file below a local root."""
-    if tracking_uri is not None:
-        return tracking_uri
-    folder = storage.absolute(root)
-    if storage.local_path(folder) is None:
-        raise UserError(f"MLflow cannot keep its database at {root}; name a server: --tracking-uri http://HOST:5000")
-    return f"sqlite:///{folder}/mlflow.db"
 
 
 @task(name="train", **STAGE_POLICY)
