@@ -19,6 +19,7 @@ from infra.outbox import Outbox, Record
 
 KEY_TAG = "trip.key"
 SOURCE_TYPE = "uri"
+MODEL_HASH = "trip.model_sha256"  # tag of a version: `folder_hash` of its model, which the service checks a download by
 
 # What a tracking store that is down, slow, locked or full raises; requests' errors are OSErrors.
 TROUBLE = (MlflowException, SQLAlchemyError, OSError)

@@ -25,8 +25,6 @@ from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.encoders import folder_hash
 from trip_model.video import load_image
 
-MODEL_HASH = "trip.model_sha256"  # the tag that the service checks a download against
-
 
 @dataclass(frozen=True)
 class RegisterSpec:
@@ -239,7 +237,7 @@ def _log_model(
         package = Path(scratch) / "model"
         model_hash = packaging.save_package(folder, package, photo, spec.prompt, sampling_defaults(settings), record)
         client.log_model_artifacts(logged.model_id, str(package))
-    client.set_logged_model_tags(logged.model_id, {MODEL_HASH: model_hash})
+    client.set_logged_model_tags(logged.model_id, {tracking.MODEL_HASH: model_hash})
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged.model_id
@@ -268,7 +266,7 @@ def _create_version(
             raise
     tags = {
         "trip.package": package_digest,
-        MODEL_HASH: client.get_logged_model(model_id).tags[MODEL_HASH],
+        tracking.MODEL_HASH: client.get_logged_model(model_id).tags[tracking.MODEL_HASH],
         "trip.report": report.digest,
         "trip.gate": "passed" if report.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "nothing against it",

@@ -14,8 +14,6 @@ from mlflow.models import Model
 from infra import tracking
 from trip_model.encoders import folder_hash
 
-MODEL_HASH = "trip.model_sha256"  # a version's tag: `folder_hash` of its model folder, written by registration
-
 
 class RegistryTrouble(Exception):
     """The registry cannot be asked, or does not know the model or its alias; one sentence says which."""
@@ -99,12 +97,12 @@ class AliasedModel:
             tags = self._client.get_model_version(self.name, version).tags
         except tracking.TROUBLE as error:
             raise RegistryTrouble(self._unreachable(error)) from error
-        if MODEL_HASH not in tags:
+        if tracking.MODEL_HASH not in tags:
             raise RegistryTrouble(
-                f"version {version} of {self.name} has no tag {MODEL_HASH} to check its weights against; register it"
-                " anew"
+                f"version {version} of {self.name} has no tag {tracking.MODEL_HASH} to check its weights against;"
+                " register it anew"
             )
-        return tags[MODEL_HASH]
+        return tags[tracking.MODEL_HASH]
 
     def _model_folder(self, package: Path, version: str) -> Path:
         artifact = Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]
