@@ -30,7 +30,7 @@ from tasks.curate.verify import problems
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.drawing import draw_clip
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from trip_model.video import video_bytes
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")

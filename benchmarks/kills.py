@@ -34,7 +34,7 @@ from infra.settings import CHECKOUT
 from tasks.curate.verify import problems
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.drawing import draw_scene
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.records import to_json
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")

@@ -34,7 +34,8 @@ from tasks.evaluate.statistics import (
     ratio_of_sums,
     unique_clips,
 )
-from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import NOT_COMPARABLE
 from tasks.judges.panel import load_judges
 from trip_model.video import ClipError, read_windows
 

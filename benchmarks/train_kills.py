@@ -35,11 +35,8 @@ from infra.settings import apply_environment_defaults
 from infra.tracking import connect
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.checkpoints import COMPLETE, CheckpointStore
-from tasks.train.job import TrackingSpec
-from tasks.train.spec import TrainSpec
-from trip_model.fusion import FusionConfig
-from trip_model.model import TripConfig
-from trip_model.schedule import ScheduleConfig
+from tasks.train.spec import TrackingSpec, TrainSpec
+from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 
 KINDS = ("worker", "write", "driver", "truncated", "raylet")
 CURVES = ("loss", "frame_1", "frame_last", "learning_rate")

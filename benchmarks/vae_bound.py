@@ -29,7 +29,7 @@ from benchmarks.peers.stand_in import StandIn, local_ray
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
 from tasks.encode.job import PrepareSpec, prepare
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from trip_model.encoders import encode_pixels, load_vae
 from trip_model.video import read_clip
 

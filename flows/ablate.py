@@ -7,26 +7,25 @@ from typing import Any
 
 from prefect import flow
 
-from flows.console import results, tell
-from flows.evaluate_trip import NONE, evaluate_stage, judged_with, planned_evaluation
+from flows import layout
+from flows.console import log, results
+from flows.evaluate_trip import evaluate_stage, with_judges
 from flows.mlflow_store import tracking_address
-from flows.recipes import VARIANTS, find_recipe
-from flows.source import PLAIN, Reading, named_source
-from flows.stage import address
-from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset, train_stage
+from flows.recipes import VARIANTS
+from flows.source import DEFAULT, SourceOptions
+from flows.train_trip import train_stage
 from infra.cluster import kept_ray_session
-from infra.tracking import default_artifact_location
+from infra.settings import DEFAULT_ROOT
 from tasks.evaluate import ablation
-from tasks.judges.judge import JudgeFiles
+from tasks.judges.files import NONE, JudgeFiles
 from tasks.records import UserError, to_json
-from tasks.train.job import TrackingSpec
 
 
 @flow(name="ablate")
 def ablate(
     recipe: str = "demo",
     source: str | None = None,
-    root: str = "runs/demo",
+    root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
@@ -35,7 +34,7 @@ def ablate(
     steps: int | None = None,
     *,
     judges: JudgeFiles = NONE,
-    reading: Reading = PLAIN,
+    options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Train and judge TRIP and its variants under common seeds, and report the paired differences. Resumes.
 
@@ -50,9 +49,9 @@ def ablate(
         seeds: how many trainings of each variant.
         steps: training steps of each, instead of the recipe's.
         judges: files of the judges; without them fixed random nets stand in under names of their own.
-        reading: how the source was read.
+        options: how the source was read.
     """
-    chosen = find_recipe(recipe, base)
+    run = layout.resolve(recipe, source, root, base, options)
     names = dict.fromkeys([ablation.REFERENCE, *(name.strip() for name in variants.split(",") if name.strip())])
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
@@ -60,28 +59,27 @@ def ablate(
     if seeds < 1 or (steps is not None and steps < 1):
         raise UserError(f"seeds {seeds} and steps {steps}, expected numbers above 0")
     uri = tracking_address(tracking_uri, root)
-    data = dataset or prepared_dataset(chosen, named_source(source, reading), root)
+    data = run.prepared() if dataset is None else layout.data_set(dataset)
     arms = []
     with kept_ray_session():
         for seed in range(seeds):  # seed by seed, so that a run that is stopped early has whole rows
             for name in names:
-                variant = VARIANTS[name](chosen)
+                variant = VARIANTS[name](run.recipe)
                 train = replace(variant.train, seed=seed, steps=steps or variant.train.steps)
-                variant = replace(variant, train=train)
-                tell(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
-                tracking = TrackingSpec(uri, EXPERIMENT, f"ablate {name} {seed}", default_artifact_location(uri))
-                trained = train_stage(planned_training(variant, data, root), tracking)
-                judged = evaluate_stage(judged_with(planned_evaluation(variant, trained.model, data, root), judges))
+                arm = replace(run, recipe=replace(variant, train=train))
+                log(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
+                trained = train_stage(arm.train(data), uri, f"ablate {name} {seed}")
+                judged = evaluate_stage(with_judges(arm.evaluate(trained.exported, data), judges))
                 arms.append(ablation.Arm(name, seed, judged.uri, trained.loss_last))
     comparison = ablation.compare(arms)
     about = {
         "recipe": recipe,
-        "steps": steps or chosen.train.steps,
-        "global_batch": chosen.train.global_batch,
-        "dataset": data,
+        "steps": steps or run.recipe.train.steps,
+        "global_batch": run.recipe.train.global_batch,
+        "dataset": data.uri,
         **{f"{arm.variant}, seed {arm.seed}": arm.report for arm in arms},
     }
-    places = ablation.write(address(root, "ablate", about), comparison, about)
+    places = ablation.write(layout.address(root, "ablate", about), comparison, about)
     results("Done.", {"table": places["html"], "markdown": places["md"]} | _lines(ablation.verdicts(comparison)))
     return {"comparison": to_json(comparison), **places}
 

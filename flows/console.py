@@ -13,7 +13,7 @@ from rich.console import Console
 _console = Console(highlight=False, soft_wrap=True)
 
 
-def tell(news: str | Mapping[str, Any]) -> None:
+def log(news: str | Mapping[str, Any]) -> None:
     """The progress callback that flows hand to every stage: a sentence, or counts of a stage under way."""
     text = news if isinstance(news, str) else tick_line(news)
     _console.print(text, markup=False)

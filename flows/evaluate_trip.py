@@ -1,4 +1,4 @@
-"""Flow: a model is judged on a protocol's clips, beside other methods."""
+"""Flow: a model is evaluated on a protocol's clips, next to other methods."""
 
 from __future__ import annotations
 
@@ -9,74 +9,29 @@ from typing import Any
 
 from prefect import flow, task
 
-from flows.console import tell
-from flows.recipes import Recipe, find_recipe
-from flows.source import PLAIN, Reading, named_source
-from flows.stage import STAGE_POLICY, address, code_version
-from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset
+from flows import layout
+from flows.console import log
+from flows.layout import EXPERIMENT
+from flows.source import DEFAULT, SourceOptions
+from flows.stage import STAGE_POLICY, code_version
 from infra import storage
-from infra.tracking import Tracking
-from tasks.evaluate.job import evaluate
-from tasks.evaluate.methods import parse_methods
+from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
-from tasks.judges.judge import JudgeFiles
-from tasks.records import UserError, to_json
-from tasks.register.report_facts import read_report
-from tasks.shards import ShardDataset
-from tasks.train.spec import finished_report
-from trip_model.encoders import folder_hash
-
-NONE = JudgeFiles()
-_FILES = ("clip_model", "i3d", "inception", "videomae", "raft")
+from tasks.judges.files import NONE, JudgeFiles
+from tasks.records import to_json
 
 
-def trained_model(recipe: Recipe, dataset: str, root: str) -> str:
-    """The address of the model of this recipe, data set and root. Raises UserError when it is not trained yet."""
-    report = finished_report(planned_training(recipe, dataset, root))
-    if report is None:
-        raise UserError(
-            f"no finished training of recipe {recipe.name!r} below {root}; run the command train-trip first"
-        )
-    return report.model
-
-
-def planned_evaluation(
-    recipe: Recipe, model: str, dataset: str, root: str, protocol: str | None = None, foreign: bool = False
-) -> EvaluateSpec:
-    """The spec of the stage, its addresses filled in. `foreign` data were never trained on: all of it is held out.
-
-    The recipe's protocol is for such data; of the data that was trained on, what was held out is judged unless named.
-    The address goes by what decides TRIP's own clips: other judges and methods are further rows and columns of the same
-    report, and find the clips that are there.
-    """
-    fraction = 1.0 if foreign else recipe.train.held_out_fraction
-    addresses = {"model": storage.absolute(model), "dataset": storage.absolute(dataset)}
-    spec = replace(recipe.evaluate, held_out_fraction=fraction, **addresses)
-    spec = replace(spec, protocol=protocol or (spec.protocol if foreign else "held-out"))
-    try:
-        model_hash = folder_hash(storage.local_folder(spec.model))
-    except FileNotFoundError as error:
-        raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
-    identity = {
-        "model": model_hash,
-        "dataset": ShardDataset(spec.dataset).manifest_sha256,
-        "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.batch],
-        "protocol": spec.protocol,
-    }
-    return replace(spec, output=address(root, "evaluate", identity))
-
-
-def judged_with(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
-    """The spec with these files of judges, or where there are none with its own."""
-    given = spec.judges if judges == NONE else judges
-    places = {name: getattr(given, name) for name in _FILES}  # made absolute: workers have another working directory
-    return replace(spec, judges=replace(given, **{k: storage.absolute(place) for k, place in places.items() if place}))
+def with_judges(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
+    """The spec with these files, or with its own if there are none; made absolute for workers in other folders."""
+    return replace(spec, judges=(spec.judges if judges == NONE else judges).absolute())
 
 
 @task(name="evaluate", **STAGE_POLICY)
 def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate and judge; clips that are done are kept."""
-    return evaluate(spec, tell)
+    from tasks.evaluate.job import evaluate
+
+    return evaluate(spec, log)
 
 
 @task(name="track-evaluation", **STAGE_POLICY)
@@ -85,6 +40,9 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 
     The same report is the same run. A store in trouble is told of and stops nothing: the page is "" then.
     """
+    from infra.tracking import Tracking
+    from tasks.register.report_facts import read_report
+
     facts = read_report(report.uri)
     origin = storage.read_json(storage.join(report.uri, "report.json"))["provenance"]
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
@@ -100,9 +58,9 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
         delivered = tracking.finish(wait_seconds=120)
     if not delivered:
         reason = tracking.last_error or "no answer"
-        tell(f"evaluate   tracking at {tracking_uri} did not take the report ({reason}); repeat the command to log it")
+        log(f"evaluate   tracking at {tracking_uri} did not take the report ({reason}); repeat the command to log it")
         return ""
-    tell(f"evaluate   logged to {tracking.run_page}")
+    log(f"evaluate   logged to {tracking.run_page}")
     return tracking.run_page
 
 
@@ -110,7 +68,7 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 def evaluate_trip(
     recipe: str = "demo",
     source: str | None = None,
-    root: str = "runs/demo",
+    root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     model: str | None = None,
@@ -121,7 +79,7 @@ def evaluate_trip(
     tracking_uri: str | None = None,
     *,
     judges: JudgeFiles = NONE,
-    reading: Reading = PLAIN,
+    options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Judge a model on a protocol's clips, beside other methods; continues what an earlier call began.
 
@@ -140,20 +98,22 @@ def evaluate_trip(
         champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         judges: files of the judges; without them fixed random nets stand in under names of their own.
-        reading: how the source was read.
+        options: how the source was read.
     """
-    chosen = find_recipe(recipe, base)
+    from tasks.evaluate.methods import parse_methods
+
     methods = parse_methods(method or [])
-    if model is None or held_out is None:
-        dataset = dataset or prepared_dataset(chosen, named_source(source, reading), root)
-    if model is None:
-        assert dataset is not None
-        model = trained_model(chosen, dataset, root)
-    judged_by = held_out or dataset
-    assert judged_by is not None
-    spec = planned_evaluation(chosen, model, judged_by, root, protocol, foreign=held_out is not None)
+    run = layout.resolve(recipe, source, root, base, options)
+    data = layout.data_set(held_out) if held_out is not None else None
+    if model is None or data is None:
+        trained_on = layout.data_set(dataset) if dataset is not None else run.prepared()
+        data = data or trained_on
+        candidate = run.trained(trained_on) if model is None else layout.model_folder(model)
+    else:
+        candidate = layout.model_folder(model)
+    spec = run.evaluate(candidate, data, protocol, foreign=held_out is not None)
     champion = champion and storage.absolute(champion)
-    report = evaluate_stage(replace(judged_with(spec, judges), methods=methods, champion=champion))
+    report = evaluate_stage(replace(with_judges(spec, judges), methods=methods, champion=champion))
     if tracking_uri is not None:
         track_evaluation(report, spec.dataset, tracking_uri)
     return to_json(report)

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.settings import CHECKOUT
-from tasks.encode.filters import FilterSpec
-from tasks.encode.spec import PrepareSpec
-from tasks.evaluate.job import EvaluateSpec
-from tasks.ingest.sources import SourceSpec
+from tasks.encode.spec import FilterSpec, PrepareSpec
+from tasks.evaluate.spec import EvaluateSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
 from tasks.train.spec import TrainSpec, ValidationSpec
-from trip_model.fusion import FusionConfig
-from trip_model.model import TripConfig
-from trip_model.objective import ObjectiveConfig
-from trip_model.schedule import ScheduleConfig
+from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
 
 PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; a local folder of the same layout does as well
 # The small base model that comes with the repository, in the same layout.

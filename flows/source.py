@@ -1,28 +1,31 @@
-"""How a source is read: the flags that all commands share which open one."""
+"""The options of a source: the flags that every command with a source accepts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cyclopts import Group, Parameter
 
-from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
 from tasks.records import UserError
 
+if TYPE_CHECKING:
+    from tasks.ingest.sources import SourceSpec
 
-@Parameter(name="*", group=Group("How the source is read", sort_key=1))
+
+@Parameter(name="*", group=Group("Source options", sort_key=1))
 @dataclass(frozen=True)
-class Reading:
-    """What a command may say of a source beside its address. In a deployment it is an object: `{split: train}`.
+class SourceOptions:
+    """How a source is read, apart from its address. In a deployment it is an object: `{split: train}`.
 
     Attributes:
         format: csv, parquet, jsonl, msrvtt, sample, folder or classes; auto goes by the name.
         columns: a table's own names, as --columns.key id --columns.url link --columns.caption text.
         split: MSR-VTT's own; of any other source train, validation or test, by a hash of each key.
         held_out_share: the share of the keys in validation, and again in test.
-        captions: of several a clip: first, all (a row each), or a number, the seed of a draw.
+        captions: of several captions per clip: first, all (a row each), or a number, the seed of a draw.
         limit: the first rows only.
-        base_url: where relative links lie, instead of the table's own folder.
+        base_url: the address that relative links resolve against, instead of the table's own folder.
     """
 
     format: str = "auto"
@@ -33,8 +36,10 @@ class Reading:
     limit: int | None = None
     base_url: str | None = None
 
-    def of(self, table: str) -> SourceSpec:
-        """The source at that address, read so. Raises UserError for a limit that leaves no row."""
+    def spec(self, table: str) -> SourceSpec:
+        """The source at that address with these options. Raises UserError for a limit that leaves no row."""
+        from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
+
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit {self.limit}, expected the number of rows to read, at least 1")
         return SourceSpec(
@@ -50,13 +55,13 @@ class Reading:
         )
 
 
-PLAIN = Reading()
+DEFAULT = SourceOptions()
 
 
-def named_source(table: str | None, reading: Reading) -> SourceSpec | None:
-    """The source that a command names; None where it names none. Raises UserError for a reading of nothing."""
+def named_source(table: str | None, options: SourceOptions) -> SourceSpec | None:
+    """The source that a command names; None if it names none. Raises UserError for options without a source."""
     if table is not None:
-        return reading.of(table)
-    if reading != PLAIN:
-        raise UserError("flags say how a source is read, but there is none; name a table or a folder: --source TABLE")
+        return options.spec(table)
+    if options != DEFAULT:
+        raise UserError("source options without a source; name a table or a folder: --source TABLE")
     return None

@@ -1,4 +1,4 @@
-"""What the stage flows share: content addresses below a root, the code's version, and when a stage is tried again."""
+"""What the stage tasks share: when a stage is tried again, and the version of the code."""
 
 from __future__ import annotations
 
@@ -9,22 +9,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from infra import storage
 from infra.cluster import lost_a_machine
 from infra.settings import CHECKOUT
-from tasks.records import digest
 
 
-def address(root: str, stage: str, identity: Any) -> str:
-    """Where the result of a stage lies: a folder named after what goes in, so a changed recipe never meets old files.
-
-    `identity` is everything that changes the result, contents by their hash. The stages themselves write their mark of
-    completion last, find it again, and continue what lacks it; so the same command resumes.
-    """
-    return storage.join(storage.absolute(root), stage, digest(identity))
-
-
-def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a second attempt can end otherwise: Ray lost a machine. A bad table is not tried twice."""
     return lost_a_machine(state.data)
 
@@ -42,6 +31,6 @@ def code_version() -> str:
 STAGE_POLICY: dict[str, Any] = {
     "retries": 1,
     "retry_delay_seconds": 10,
-    "retry_condition_fn": worth_retrying,
+    "retry_condition_fn": is_transient,
     "cache_policy": NO_CACHE,  # results are found by their address, on any machine
 }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The checkout: flows, tasks and infra run from it, and Ray's workers import them from it.
 CHECKOUT = Path(__file__).resolve().parent.parent
+# Where a command writes if it is given no --root.
+DEFAULT_ROOT = "runs/demo"
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",

@@ -49,6 +49,14 @@ class Failure:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A result at rest: the address of a folder and the sha256 of its content, resolved once and passed on."""
+
+    uri: str
+    sha256: str
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """A dataclass as a JSON-able dict."""
     return dataclasses.asdict(record)

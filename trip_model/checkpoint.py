@@ -13,10 +13,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from trip_model.encoders import BaseFolderError
-from trip_model.fusion import FusionConfig
-from trip_model.model import Trip, TripConfig
-from trip_model.schedule import BaseSchedule, ScheduleConfig
+from trip_model.config import BaseSchedule, FusionConfig, ScheduleConfig, TripConfig
+from trip_model.folders import BaseFolderError
+from trip_model.model import Trip
 from trip_model.unet import load_unet, save_unet
 
 FORMAT = 1

@@ -5,12 +5,9 @@ Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent h
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-# head: TRIP, the clean first frame before the noised ones. tail: TRIP_TE, after them. channel: TRIP_C, beside each.
-Condition = Literal["head", "tail", "channel"]
+from trip_model.config import Condition
 
 
 def unet_input(z_t_BCFHW: torch.Tensor, z_first_BC1HW: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -5,7 +5,6 @@ A base folder has the layout of `text-to-video-ms-1.7b`: `unet/ vae/ text_encode
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-class BaseFolderError(ValueError):
-    """A base or model folder that cannot be used; the message names the part and the remedy."""
-
-
-def resolve_base(base: str | Path) -> Path:
-    """The local folder of a base: a path as it is, or a hub name fetched when there is a network.
-
-    Raises:
-        BaseFolderError: no such folder, a missing part, or a hub name that cannot be fetched.
-    """
-    folder = Path(base)
-    if not folder.is_dir():
-        looks_like_hub = not folder.is_absolute() and str(base).count("/") == 1 and not str(base).startswith(".")
-        if not looks_like_hub:
-            raise BaseFolderError(f"base {str(base)!r} is not a folder; give a folder with {', '.join(BASE_PARTS)}")
-        from huggingface_hub import snapshot_download
-
-        try:
-            fetched = snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
-        except (OSError, ValueError) as error:
-            raise BaseFolderError(
-                f"base {str(base)!r} is neither a local folder nor a hub name that could be fetched"
-                f" ({type(error).__name__}); download it and give its path"
-            ) from error
-        folder = Path(fetched)
-    missing = [part for part in BASE_PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise BaseFolderError(f"base {folder} lacks {', '.join(missing)}; it needs {', '.join(BASE_PARTS)}")
-    return folder
-
-
-def folder_hash(folder: str | Path, part: str = "") -> str:
-    """sha256 over the names and bytes of a folder's files (or of one part of it): the identity of its weights."""
-    root = Path(folder) / part if part else Path(folder)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(root)).encode() + b"\0")
-        with path.open("rb") as file:  # weights may be larger than the memory
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+from trip_model.folders import BaseFolderError
 
 
 def load_vae(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:

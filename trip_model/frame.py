@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-Fit = Literal["crop", "squash"]  # into the square: the middle of the frame, or all of it without its aspect
+from trip_model.config import Fit
 
 # Luma 16 to 235 spread over 0 to 255; the scaler does so for colour, but takes every gray frame for full.
 _SPREAD = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)

@@ -7,34 +7,15 @@ L = H W spatial tokens, D width. What the paper leaves open is decided in docs/d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-FusionKind = Literal["tnf", "linear", "none"]
+from trip_model.config import FusionConfig
+
 FIRST_THRESHOLD = 0.2  # local shrinkage starts by keeping half of a motion of 45 % of s_i
-
-
-@dataclass(frozen=True)
-class FusionConfig:
-    """How reference and residual noise become the predicted noise.
-
-    `kind` alone tells the variants of Table 6 apart: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^-. The paper gives no
-    width, heads, or way of concatenation; `key_value` is "channel" (one token per place, prior and residual side by
-    side) or "token" (twice the tokens).
-    """
-
-    kind: FusionKind = "tnf"
-    width: int = 320
-    heads: int = 8
-    key_value: Literal["channel", "token"] = "channel"
-    local_shrinkage: bool = False  # ours, not the paper's: keep still what the residual path finds still
-    lambda_first: float = 1.0  # Equation 9: lambda^1, the prior's weight in frame 1 (TRIP^W)
-    lambda_last: float = 0.5  # and lambda^N; in between it decays linearly with the frame index
 
 
 class AdaptiveLayerNorm(nn.Module):

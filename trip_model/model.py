@@ -6,52 +6,20 @@ Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent h
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from trip_model.conditioning import Condition, drop_condition_slot, unet_input
-from trip_model.fusion import FusionConfig, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.conditioning import drop_condition_slot, unet_input
+from trip_model.config import TripConfig
+from trip_model.fusion import TemporalNoiseFusion, linear_decay, linear_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
-from trip_model.schedule import NoiseSchedule, ScheduleConfig
+from trip_model.schedule import NoiseSchedule
 from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
 
 MIN_RESIDUAL_STD = 0.02  # a data set of stills must not forbid motion for good
-
-
-@dataclass(frozen=True)
-class TripConfig:
-    """Everything that tells one TRIP model from another, saved with its weights. The defaults are the paper's.
-
-    Each variant of Tables 5 and 6 differs in one value: `condition` (head TRIP, tail TRIP_TE, channel TRIP_C) or
-    `fusion.kind` (tnf TRIP, linear TRIP^W, none TRIP^-).
-    """
-
-    condition: Condition = "head"
-    fusion: FusionConfig = field(default_factory=FusionConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    num_frames: int = 16
-    fps: float = 4.0
-    size: int = 256  # side of the square frames, in pixels
-    guidance: float = 1.0  # classifier-free guidance on text when sampling; the paper gives none
-    residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)  # s_i by frame, measured on the data set before training
-    unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
-    unet_dropout: float = 0.0  # in the 3D-UNet's temporal convolutions, the only place where it has any
-    # The time step that the 3D-UNet is told for the clean frame; the paper's text implies one for all frames.
-    clean_frame_timestep: Literal["shared", "zero"] = "shared"
-
-    def __post_init__(self) -> None:
-        if self.clean_frame_timestep == "zero" and self.condition == "channel":
-            raise ValueError(
-                "clean_frame_timestep 'zero' needs a clean frame: condition 'head' or 'tail', not 'channel'"
-            )
-        if len(self.residual_std) != self.num_frames:
-            raise ValueError(
-                f"residual_std has {len(self.residual_std)} values, expected one for each of {self.num_frames} frames"
-            )
 
 
 class Trip(nn.Module):

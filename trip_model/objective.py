@@ -8,25 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from trip_model.config import ObjectiveConfig
 from trip_model.model import Trip
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Equation 10 and what it leaves open.
-
-    weighting: `noise` is Equation 10 as written. `unit` divides the squared error by 1 - lambda*(t, i), the part of
-        the noise that the prior leaves unknown, so that every time step asks for the motion equally loudly; under
-        `noise` a small model hardly learns it at the noisy end, where sampling starts (docs/decisions/objective.md).
-    text_dropout: share of samples trained with an empty caption, for classifier-free guidance; the paper gives none.
-    """
-
-    weighting: Literal["noise", "unit"] = "noise"
-    text_dropout: float = 0.1
 
 
 def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generator:

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-Betas = Literal["linear", "scaled_linear"]
+from trip_model.config import BaseSchedule, ScheduleConfig
 
-
-@dataclass(frozen=True)
-class BaseSchedule:
-    """The schedule that the base's 3D-UNet was trained with, from its `scheduler/scheduler_config.json`."""
-
-    beta_start: float
-    beta_end: float
-    beta_schedule: Betas
-    num_train_timesteps: int
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The schedule that a model was trained with; it travels with the model.
-
-    The defaults are the paper's (Section 4.1). Spacing is not in the paper: `trailing` starts DDIM at the last trained
-    step and never visits index 0, where the prior's gain is 100 (docs/decisions/schedule.md).
-    """
-
-    num_train_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    beta_schedule: Betas = "linear"
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
-    sampling_steps: int = 50
-    # The paper's betas differ from those that its base was trained with. `paper` leaves it at that, `checkpoint` takes
-    # the base's betas instead, `snr` keeps the paper's and tells the 3D-UNet the base's step of equal noise.
-    bridge: Literal["paper", "checkpoint", "snr"] = "paper"
-    base: BaseSchedule | None = None  # under `snr`: what the steps are matched to
+DEFAULT = ScheduleConfig()
 
 
 class NoiseSchedule:
@@ -50,7 +21,7 @@ class NoiseSchedule:
     A time step t is the 0-based index of diffusers: the paper's t = 1..T is t - 1 here.
     """
 
-    def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
+    def __init__(self, config: ScheduleConfig = DEFAULT) -> None:
         self.config = config
         self.alphas_cumprod_T: torch.Tensor = self.ddim().alphas_cumprod
         self._unet_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trip_model.encoders import BaseFolderError
+from trip_model.folders import BaseFolderError
 from trip_model.unet_blocks import (
     Downsample,
     ResnetBlock,

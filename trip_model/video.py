@@ -18,7 +18,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trip_model.frame import Fit, frame_box, has_full_range, square_box, to_square
+from trip_model.config import Fit
+from trip_model.frame import frame_box, has_full_range, square_box, to_square
 from trip_model.sparing import can_spare, needed_frames
 
 # Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.

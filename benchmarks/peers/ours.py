@@ -10,7 +10,7 @@ from benchmarks.peers.stand_in import local_ray
 from benchmarks.rig.table import DOWNLOAD
 from infra.settings import CHECKOUT
 from tasks.encode.job import PrepareSpec, prepare
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
 

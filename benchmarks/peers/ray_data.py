@@ -22,8 +22,9 @@ from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, SIZE
 from benchmarks.peers.ours import BASE
 from benchmarks.peers.stand_in import install
 from infra.settings import CHECKOUT, apply_environment_defaults
-from tasks.encode.encoder import ClipEncoder, Decoded, EncodeSpec
+from tasks.encode.encoder import ClipEncoder, Decoded
 from tasks.encode.filters import Window
+from tasks.encode.spec import PrepareSpec
 from tasks.records import ClipRef
 from tasks.shards import SUFFIXES
 from trip_model.video import Clip, read_windows
@@ -70,7 +71,7 @@ class Encode:
 
     def __init__(self) -> None:
         install()
-        self._encoder = ClipEncoder(BASE, EncodeSpec(num_frames=FRAMES, fps=FPS, size=SIZE))
+        self._encoder = ClipEncoder(BASE, PrepareSpec(num_frames=FRAMES, fps=FPS, size=SIZE))
 
     def __call__(self, batch: Batch) -> Batch:
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

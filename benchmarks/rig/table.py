@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rig.files import make_file
-from tasks.encode.decoder import DecodeSpec
-from tasks.ingest.download import DownloadSpec
+from tasks.encode.spec import DecodeSpec
 from tasks.ingest.drawing import draw_scene
+from tasks.ingest.spec import DownloadSpec
 from tasks.shards import ShardDataset, clip_key_of, read_manifest, read_shard_manifest
 
 ENCODED = "encoded"

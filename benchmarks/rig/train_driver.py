@@ -11,8 +11,8 @@ from typing import Any
 
 from infra.cluster import ray_session
 from tasks.records import UserError, from_json, to_json
-from tasks.train.job import TrackingSpec, train
-from tasks.train.spec import TrainSpec
+from tasks.train.job import train
+from tasks.train.spec import TrackingSpec, TrainSpec
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 
+from tasks.encode.spec import DecodeSpec
 from tasks.records import UserError
 from trip_model.video import Clip, ClipError
 
@@ -35,16 +35,6 @@ _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
 _START_SECONDS = 120.0  # for imports, on a machine that is short of everything
-
-
-@dataclass(frozen=True)
-class DecodeSpec:
-    """How many processes decode, how far ahead, and what one video may cost. None of it changes a sample."""
-
-    processes: int | None = None  # None: one for each CPU of the worker
-    ahead: int = 4  # clips per process that are being decoded or wait for the encoder
-    seconds: float = 60.0  # wall clock, one video
-    memory_bytes: int = 2 << 30  # address space of one process, and the most that it may send for one video
 
 
 class DecoderPool:

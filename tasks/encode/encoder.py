@@ -11,39 +11,21 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from tasks.encode.decoder import READER, TRACK_READER, DecoderPool, DecodeSpec
-from tasks.encode.filters import MEASURING_READER, FilterSpec, Screen, Window, check_filters
+from tasks.encode.decoder import READER, TRACK_READER, DecoderPool
+from tasks.encode.filters import MEASURING_READER, Screen, Window
+from tasks.encode.fingerprint import check_spec
+from tasks.encode.spec import DecodeSpec, FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae, vae_factor
-from trip_model.frame import Fit
 from trip_model.video import Clip, ClipError
 
 _FP16_MAX = float(np.finfo(np.float16).max)
-
-
-@dataclass(frozen=True)
-class EncodeSpec:
-    """What a sample is. The defaults are the paper's: 16 frames at 4 fps, 256 pixels (Section 4.1)."""
-
-    num_frames: int = 16
-    fps: float = 4.0
-    size: int = 256
-    fit: Fit = "crop"  # of a frame into the square
-    stride: int | None = None  # takes every n-th native frame, and `fps` is then said alone; None: `fps` chooses
-    clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
-    windows_per_clip: int = 1  # at most
-    longest_track: int = 240  # frames; a longer track is cut off there
-    keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
-    keep_logvar: bool = False  # also store the posterior's log variance, so that training can draw latents
-    keep_text: bool = False  # also store the caption's text features
-    frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
-    filters: FilterSpec = FilterSpec()
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,7 @@ class Decoded:
     windows: list[Window]  # a track is one long window
 
 
-def open_decoders(spec: EncodeSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
+def open_decoders(spec: PrepareSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
     """The processes that decode for one encoder."""
     names = ("num_frames", "fps", "size", "fit", "stride")
     grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
@@ -99,7 +81,7 @@ class ClipEncoder:
         UserError: a spec that the VAE cannot serve. trip_model.encoders.BaseFolderError: a part cannot be loaded.
     """
 
-    def __init__(self, base: str | Path, spec: EncodeSpec, device: str = "cpu") -> None:
+    def __init__(self, base: str | Path, spec: PrepareSpec, device: str = "cpu") -> None:
         check_spec(spec)
         self.spec = spec
         self._vae = load_vae(base, device)
@@ -177,21 +159,3 @@ class ClipEncoder:
                 )
             )
         return samples
-
-
-def check_spec(spec: EncodeSpec) -> None:
-    """Raises UserError for a number that no clip can satisfy."""
-    for name in ("num_frames", "fps", "size", "windows_per_clip", "frames_per_batch"):
-        if not getattr(spec, name) > 0:
-            raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
-    if spec.num_frames < 2:
-        raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
-    if spec.fit not in ("crop", "squash"):
-        raise UserError(f"fit {spec.fit!r}, expected 'crop' or 'squash'")
-    if spec.stride is not None and spec.stride < 1:
-        raise UserError(f"stride {spec.stride}, expected at least 1, or none for the time grid of fps")
-    if spec.clip not in ("windows", "track"):
-        raise UserError(f"clip {spec.clip!r}, expected 'windows' or 'track'")
-    if spec.clip == "track" and spec.longest_track < spec.num_frames:
-        raise UserError(f"longest_track {spec.longest_track}, expected at least num_frames, which is {spec.num_frames}")
-    check_filters(spec.filters)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
 from trip_model.video import Clip, ClipError, read_track, read_windows
 
@@ -34,28 +35,6 @@ REASONS = {
 SCORES = ("side", "brightness", "contrast", "bars", "cut", "motion")
 _BLACK = 32  # of 255: the brightest that a pixel of a bar gets by compression
 _LUMA = np.array([0.299, 0.587, 0.114])
-
-
-@dataclass(frozen=True)
-class FilterSpec:
-    """Which windows are left out; None is off. A bound that is met is kept, and `scores` says what is measured.
-
-    With any bound set, every sample says all its scores and a hash of its picture. A scorer gets the frames of a window
-    as uint8 [F, H, W, 3] and returns a float from 0, clean, to 1; the module is importable on every worker.
-    """
-
-    least_side: int | None = None  # pixels
-    least_brightness: float | None = None
-    least_contrast: float | None = None
-    most_bars: float | None = None
-    most_cut: float | None = None
-    least_motion: float | None = None
-    most_watermark: float | None = None
-    watermark_scorer: str | None = None  # module:function
-
-    def chosen(self) -> dict[str, Any]:
-        """What is set, by name: the filters' part of a data set's identity, empty where all are off."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ from infra import storage
 from infra.cluster import machines_left, ray_session
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
+from tasks.encode.fingerprint import fingerprint_of
 from tasks.encode.ledger import TICK_SECONDS, Ledger, Progress
 from tasks.encode.repair import find_held, retry_reasons
 from tasks.encode.report import write_report, write_report_apart
-from tasks.encode.spec import PrepareReport, PrepareSpec, recipe
+from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.encode.unit import Unit, encode_unit, plan
-from tasks.ingest.sources import count_rows, settled
+from tasks.ingest.sources import count_rows, opened
 from tasks.records import UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary
-from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
+from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 _LOST_WORKER_RETRIES = 2
 
@@ -49,15 +50,15 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         raise UserError(
             f"output {output}: memory is not shared between workers; give a folder or an object store, or 0 workers"
         )
-    spec = replace(spec, source=settled(spec.source))
-    made_of = recipe(spec)
+    spec = replace(spec, source=opened(spec.source))
+    fingerprint = spec.fingerprint or fingerprint_of(spec)
     retried = retry_reasons(spec.retry)
-    recipe_hash = digest(made_of)
+    recipe_hash = digest(fingerprint)
     total = count_rows(spec.source)
     if total == 0:
         raise UserError(f"table {spec.source.table} has no rows; give a table with at least two clips")
     with _explained(f"output {output}"):
-        shards.open_dataset(output, made_of)
+        shards.open_dataset(output, fingerprint)
         published = storage.exists(storage.join(output, shards.MANIFEST))
         forgotten = shards.read_forgotten(output)
 
@@ -78,7 +79,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = held.summary
                 ledger.add(held.summary, reused=True)
 
-    with _Workers(spec, output, made_of) as workers:
+    with _Workers(spec, output, fingerprint) as workers:
         with _explained(f"output {output}"):
             for unit, summary in workers.run(missing_units(), ledger.tick):
                 done[unit.index] = summary
@@ -94,9 +95,9 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 f"{encoded} of {total} clips of {spec.source.table} can be used ({reasons});"
                 f" at least 2 are needed, see the failures in {storage.join(output, 'shard-*.json')}"
             )
-        source = {name: made_of[name] for name in ("columns", "table_sha256")} | {"limit": spec.source.limit}
+        source = {name: fingerprint[name] for name in ("columns", "table_sha256")} | {"limit": spec.source.limit}
         with _explained(f"output {output}"):
-            manifest_sha = shards.publish_dataset(output, made_of, recipe_hash, source, parts)
+            manifest_sha = shards.publish_dataset(output, fingerprint, recipe_hash, source, parts)
         report = PrepareReport(
             dataset=output,
             rows=total,
@@ -131,33 +132,33 @@ def _explained(place: str) -> Iterator[None]:
 class EncodeWorker:
     """Loads the encoders and starts the decoders once, then turns units into shards."""
 
-    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
-        self._spec, self._output, self._made_of = spec, output, made_of
+    def __init__(self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any]) -> None:
+        self._spec, self._output, self._fingerprint = spec, output, fingerprint
         self._encoder: ClipEncoder | None = None
-        self._decoders = open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker)
+        self._decoders = open_decoders(spec, spec.decode, spec.cpus_per_worker)
 
     def encode(self, unit: Unit) -> ShardSummary:
         # Loaded by the first unit rather than in __init__, where an error would reach the driver as a dead actor.
         if self._encoder is None:
             torch.set_num_threads(self._spec.cpus_per_worker)
-            self._encoder = _load_encoder(self._spec, self._made_of)
-        recipe_hash = digest(self._made_of)
+            self._encoder = _load_encoder(self._spec, self._fingerprint)
+        recipe_hash = digest(self._fingerprint)
         return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, unit)
 
     def write_report(self, numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
         write_report(numbers, base, size_bytes, rows_made)
 
 
-def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
+def _load_encoder(spec: PrepareSpec, fingerprint: dict[str, Any]) -> ClipEncoder:
     """The encoders on this machine, which must be those that the recipe names."""
     try:
         base = resolve_base(spec.base)
         for part in ("vae", "tokenizer", "text_encoder"):
-            if f"{part}_sha256" in made_of and folder_hash(base, part) != made_of[f"{part}_sha256"]:
+            if f"{part}_sha256" in fingerprint and folder_hash(base, part) != fingerprint[f"{part}_sha256"]:
                 raise UserError(
                     f"{part} of base {base} on a worker is not the driver's; give a folder that all machines share"
                 )
-        return ClipEncoder(base, spec.encode_spec(), "cuda" if spec.gpus_per_worker > 0 else "cpu")
+        return ClipEncoder(base, spec, "cuda" if spec.gpus_per_worker > 0 else "cpu")
     except BaseFolderError as error:
         raise UserError(str(error)) from error
 
@@ -165,8 +166,8 @@ def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
 class _Workers:
     """Whoever does the units of one run; Ray's workers start when there is work and stay warm until the block ends."""
 
-    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
-        self._spec, self._output, self._made_of = spec, output, made_of
+    def __init__(self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any]) -> None:
+        self._spec, self._output, self._fingerprint = spec, output, fingerprint
         self._actors: list[Any] = []  # handles; Ray types them by a plugin
         self._session = ExitStack()
 
@@ -183,15 +184,15 @@ class _Workers:
 
         `tick` is called about every `TICK_SECONDS` while nothing finishes.
         """
-        spec, output, made_of = self._spec, self._output, self._made_of
+        spec, output, fingerprint = self._spec, self._output, self._fingerprint
         first = next(units, None)
         if first is None:
             return
         if spec.workers == 0:
-            encoder = _load_encoder(spec, made_of)
-            with open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker) as decoders:
+            encoder = _load_encoder(spec, fingerprint)
+            with open_decoders(spec, spec.decode, spec.cpus_per_worker) as decoders:
                 for unit in itertools.chain([first], units):
-                    yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), unit)
+                    yield unit, encode_unit(encoder, decoders, spec, output, digest(fingerprint), unit)
             return
         self._session.enter_context(_joined_ray(spec))
         workers = _workers_that_fit(spec)
@@ -202,7 +203,7 @@ class _Workers:
             if unit is not None and len(running) < workers:
                 idle = [actor for actor in self._actors if all(actor is not busy for busy, _ in running.values())]
                 if not idle:
-                    idle = [worker.remote(spec, output, made_of)]
+                    idle = [worker.remote(spec, output, fingerprint)]
                     self._actors += idle
                 running[idle[0].encode.remote(unit)] = (idle[0], unit)
                 unit = next(units, None)

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infra import storage
 from tasks.shards import ShardDataset, report_addresses
-from trip_model.encoders import decode_latents, load_vae, resolve_base
+from trip_model.encoders import decode_latents, load_vae
+from trip_model.folders import resolve_base
 
 SHEET_CLIPS, SHEET_FRAMES = 6, 4
 INK, PAPER, ACCENT = "#1c1c1e", "#ffffff", "#c2410c"

@@ -1,40 +1,69 @@
-"""What prepare is asked for, what it answers, and the recipe that names its samples."""
+"""The spec of the prepare stage and its report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tasks import shards
-from tasks.encode.decoder import DecodeSpec, check_decoding
-from tasks.encode.encoder import EncodeSpec, check_spec
-from tasks.encode.filters import VERSION, FilterSpec
-from tasks.ingest.download import DownloadSpec
-from tasks.ingest.sources import SourceSpec, source_identity
-from tasks.records import UserError
-from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
-from trip_model.frame import Fit
+from tasks.ingest.spec import DownloadSpec, SourceSpec
+from tasks.records import Artifact
+from trip_model.config import Fit, TripConfig
+
+
+@dataclass(frozen=True)
+class FilterSpec:
+    """Which windows are left out; None is off. A bound that is met is kept, and `scores` says what is measured.
+
+    With any bound set, every sample says all its scores and a hash of its picture. A scorer gets the frames of a window
+    as uint8 [F, H, W, 3] and returns a float from 0, clean, to 1; the module is importable on every worker.
+    """
+
+    least_side: int | None = None  # pixels
+    least_brightness: float | None = None
+    least_contrast: float | None = None
+    most_bars: float | None = None
+    most_cut: float | None = None
+    least_motion: float | None = None
+    most_watermark: float | None = None
+    watermark_scorer: str | None = None  # module:function
+
+    def chosen(self) -> dict[str, Any]:
+        """What is set, by name: the filters' part of a data set's identity, empty where all are off."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """How many processes decode, how far ahead, and what one video may cost. None of it changes a sample."""
+
+    processes: int | None = None  # None: one for each CPU of the worker
+    ahead: int = 4  # clips per process that are being decoded or wait for the encoder
+    seconds: float = 60.0  # wall clock, one video
+    memory_bytes: int = 2 << 30  # address space of one process, and the most that it may send for one video
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """From a table of links to a data set of latents. What changes the samples is in `recipe`; the rest is means."""
+    """From a source to a data set of latents. What changes the samples is in `fingerprint`; the rest is means.
 
-    source: SourceSpec
-    output: str  # address of the data set's folder
-    base: str  # folder with vae/, text_encoder/ and tokenizer/, readable by every worker; or a hub name
-    num_frames: int = 16
-    fps: float = 4.0
-    size: int = 256
-    fit: Fit = "crop"
-    stride: int | None = None
-    clip: Literal["windows", "track"] = "windows"
-    windows_per_clip: int = 1
-    longest_track: int = 240
-    keep_pixels: bool = False
-    keep_logvar: bool = False
-    keep_text: bool = False
-    frames_per_batch: int = 16
+    The defaults of a sample are the paper's: 16 frames at 4 fps, 256 pixels (Section 4.1).
+    """
+
+    source: SourceSpec = SourceSpec("")
+    output: str = ""  # address of the data set's folder
+    base: str = ""  # folder with vae/, text_encoder/ and tokenizer/, readable by every worker; or a hub name
+    num_frames: int = TripConfig.num_frames
+    fps: float = TripConfig.fps
+    size: int = TripConfig.size
+    fit: Fit = "crop"  # of a frame into the square
+    stride: int | None = None  # takes every n-th native frame, whatever `fps`; None: `fps` chooses
+    clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
+    windows_per_clip: int = 1  # at most
+    longest_track: int = 240  # frames; a longer track is cut off there
+    keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
+    keep_logvar: bool = False  # also store the posterior's log variance, so that training can draw latents
+    keep_text: bool = False  # also store the caption's text features
+    frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
     filters: FilterSpec = FilterSpec()
     clips_per_shard: int = 256  # rows of one work unit: what a lost worker costs
     workers: int = 2  # Ray workers; 0 runs in this process, without Ray
@@ -43,16 +72,13 @@ class PrepareSpec:
     ray_address: str | None = None
     download: DownloadSpec = DownloadSpec()
     decode: DecodeSpec = DecodeSpec()
+    fingerprint: dict[str, Any] | None = None  # of `tasks.encode.fingerprint`, if it was taken already
     retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.records.RETRY_CLASSES
-
-    def encode_spec(self) -> EncodeSpec:
-        names = [field.name for field in fields(EncodeSpec)]
-        return EncodeSpec(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The closed books: `rows == encoded + sum(failed.values())`, in clips; a clip gives one or more samples."""
+    """The closed accounting: `rows == encoded + sum(failed.values())`, in clips; a clip gives one or more samples."""
 
     dataset: str
     rows: int
@@ -65,41 +91,8 @@ class PrepareReport:
     shards_reused: int
     rows_retried: int
     seconds: float
-    page: str  # the report for people, beside the data set
+    page: str  # the report for people, next to the data set
 
-
-def recipe(spec: PrepareSpec) -> dict[str, Any]:
-    """What the samples are made from and how. Equal recipes give equal samples, wherever and by how many workers.
-
-    Raises:
-        UserError: the table or the base cannot be read, or a number makes no sense.
-    """
-    check_spec(spec.encode_spec())
-    check_decoding(spec.decode)
-    for name, least in (("clips_per_shard", 1), ("workers", 0), ("cpus_per_worker", 1)):
-        if getattr(spec, name) < least:
-            raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
-    try:
-        base = resolve_base(spec.base)
-    except BaseFolderError as error:
-        raise UserError(str(error)) from error
-    tracks = {"clip": spec.clip, "longest_track": spec.longest_track}
-    return {
-        "schema_version": shards.SCHEMA_VERSION,
-        **source_identity(spec.source),
-        "num_frames": spec.num_frames,
-        "fps": spec.fps,
-        "size": spec.size,
-        # What is off is not named, so that data sets from before it existed are still of their recipe.
-        **({"fit": spec.fit} if spec.fit != "crop" else {}),
-        **({"stride": spec.stride} if spec.stride is not None else {}),
-        **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
-        "keep_pixels": spec.keep_pixels,
-        "frames_per_batch": spec.frames_per_batch,
-        "clips_per_shard": spec.clips_per_shard,
-        **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
-        "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",
-        "vae_sha256": folder_hash(base, "vae"),
-        **({"text_encoder_sha256": folder_hash(base, "text_encoder")} if spec.keep_text else {}),
-        "tokenizer_sha256": folder_hash(base, "tokenizer"),
-    }
+    @property
+    def data(self) -> Artifact:
+        return Artifact(self.dataset, self.manifest_sha)

@@ -119,7 +119,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         others.append(find_champion(spec.champion, protocol))
     without_missing(protocol, {method.name: missing_of(method, protocol.items) for method in others})
     made = {
-        "model_sha256": model_sha256(spec.model),
+        "model_sha256": spec.model_sha256 or model_sha256(spec.model),
         "dataset_manifest_sha256": dataset.manifest_sha256,
         "items": digest([asdict(item) for item in protocol.items]),
         "frames": protocol.frames,

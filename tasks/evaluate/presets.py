@@ -11,7 +11,7 @@ from typing import Any, Literal
 from infra import storage
 from tasks.records import UserError
 from tasks.shards import parse_record
-from trip_model.frame import Fit
+from trip_model.config import Fit
 
 PRESETS = Path(__file__).with_name("protocols")
 AS_PUBLISHED = "as published, other harness"

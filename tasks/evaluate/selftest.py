@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.evaluate.frechet import Moments, frechet_distance
-from tasks.judges.judge import KNOWN_FILES, NOT_COMPARABLE, Judge, JudgeFiles, judge_item
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import KNOWN_FILES, NOT_COMPARABLE, Judge, judge_item
 from tasks.judges.panel import load_judges
 from tasks.records import UserError
 

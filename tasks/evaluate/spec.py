@@ -7,15 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocols import Protocol
-from tasks.judges.judge import JudgeFiles, JudgeName
+from tasks.judges.files import JudgeFiles
 from tasks.records import UserError
 from tasks.shards import ShardDataset
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
+
+if TYPE_CHECKING:
+    from tasks.judges.judge import JudgeName
 
 SCHEMA_VERSION = 2
 REPORT = "report.json"
@@ -35,6 +38,7 @@ class EvaluateSpec:
     model: str
     dataset: str
     output: str
+    model_sha256: str = ""  # of the model folder, where it is known
     protocol: str = "held-out"
     clips: int = 48
     held_out_fraction: float = 0.1

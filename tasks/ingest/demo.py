@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 from infra import storage
 from tasks.ingest.drawing import SOURCE_FPS, draw_clip, draw_scene
 from tasks.records import UserError
-from trip_model.video import video_bytes
 
 FIRST_SEED = 1_000_000  # the demo base is trained on other seeds, so no demo clip was seen in its training
 TABLE = "results_demo.csv"
@@ -38,22 +38,22 @@ def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Calla
     root = Path(storage.absolute(str(folder)))
     table = root / TABLE
     try:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
         for index in range(clips):
-            name = f"videos/{size}px/{FIRST_SEED + index}.mp4"
-            caption = _write_clip(root / name, FIRST_SEED + index, size)
-            writer.writerow([FIRST_SEED + index, name, "PT00H00M04S", f"{size}px", caption])
+            _write_clip(root / _video(index, size), FIRST_SEED + index, size)
             if progress is not None:
                 progress(index + 1)
-        storage.write_bytes(str(table), text.getvalue().encode())
+        storage.write_bytes(str(table), _table_bytes(clips, size))
     except OSError as error:
         raise UserError(
             f"the demo corpus cannot be written to {root} ({error.strerror or error});"
             " free some space or name another folder"
         ) from error
     return str(table)
+
+
+def demo_table(folder: str, clips: int, size: int) -> tuple[str, str]:
+    """Address and sha256 of the table that `write_demo_corpus` writes into `folder`; nothing is drawn or written."""
+    return storage.join(storage.absolute(folder), TABLE), hashlib.sha256(_table_bytes(clips, size)).hexdigest()
 
 
 @contextmanager
@@ -71,12 +71,27 @@ def serve_folder(folder: str | Path) -> Iterator[str]:
         thread.join()
 
 
-def _write_clip(path: Path, seed: int, size: int) -> str:
-    """Draws one clip unless its file is there, and returns its caption."""
+def _table_bytes(clips: int, size: int) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
+    for index in range(clips):
+        seed = FIRST_SEED + index
+        writer.writerow([seed, _video(index, size), "PT00H00M04S", f"{size}px", draw_scene(seed).caption])
+    return text.getvalue().encode()
+
+
+def _video(index: int, size: int) -> str:
+    return f"videos/{size}px/{FIRST_SEED + index}.mp4"
+
+
+def _write_clip(path: Path, seed: int, size: int) -> None:
+    """Draws one clip unless its file is there."""
     if not path.is_file():
+        from trip_model.video import video_bytes  # a finished corpus needs no codec
+
         pixels, _ = draw_clip(seed, size)
         storage.write_bytes(str(path), video_bytes(pixels, SOURCE_FPS, "mp4", _CRF))
-    return draw_scene(seed).caption
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

@@ -17,7 +17,8 @@ import aiohttp
 from infra import storage
 from tasks.ingest.addresses import AddressGuard, blocked_cause
 from tasks.ingest.answers import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
-from tasks.ingest.sources import SourceSpec, local_root, resolve_url
+from tasks.ingest.sources import local_root, resolve_url
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import RETRY_CLASSES, ClipRef, Failure
 
 # Tried again within the run; 403 and the rarer 5xx only by a later one.
@@ -26,26 +27,6 @@ _RETRYABLE |= {f"http_{status}" for status in (425, 429, 500, 502, 503, 504)}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_HOPS = 5
 _PIECE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class DownloadSpec:
-    """How politely and how long to try. Bytes and seconds are per clip; the defaults suit one CDN and 2 MB clips."""
-
-    concurrency: int = 16  # requests at once, of one worker
-    per_host: int = 8  # of these, to one host and port
-    max_bytes: int = 200_000_000
-    connect_seconds: float = 10.0
-    read_seconds: float = 30.0  # longest silence while reading
-    total_seconds: float = 300.0  # one attempt
-    min_bytes_per_second: float = 2_000.0
-    rate_seconds: float = 15.0  # what the least rate is an average of
-    attempts: int = 3
-    backoff_seconds: float = 0.5  # doubled each time, with full jitter
-    max_backoff_seconds: float = 10.0  # also caps what Retry-After may ask for
-    heed_robots: bool = True  # leave what X-Robots-Tag keeps out: noai, noimageai, noindex, noimageindex, none
-    allow_private: bool = False  # let the table name private, loopback and link-local addresses
-    contact: str = ""  # a page or an address for the operators of the servers, told in the user agent
 
 
 @dataclass(frozen=True)

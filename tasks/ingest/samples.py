@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from infra import storage
 from tasks.ingest.annotations import MAX_DOCUMENT_BYTES, SAMPLE_SCHEMA, sample_sha256
 from tasks.ingest.rows import SPLIT_RULE
-from tasks.ingest.sources import SourceSpec, has_scheme, local_root, read_rows, resolve_url, source_identity
+from tasks.ingest.sources import has_scheme, local_root, read_rows, resolve_url, source_identity
+from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, UserError
 
 

@@ -7,7 +7,7 @@ import itertools
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -16,32 +16,13 @@ import fsspec
 from infra import storage
 from tasks.ingest import annotations, folders, tables
 from tasks.ingest.rows import SPLITS, KeysSeen, Row, clean_key, reading, split_of
+from tasks.ingest.spec import WEBVID_COLUMNS, SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 
-# The 2M and the 10M tables of WebVid order their columns differently, so columns go by name.
-WEBVID_COLUMNS = {"key": "videoid", "url": "contentUrl", "caption": "name"}
 MAX_CAPTION = 4000
 FORMATS = ("csv", "parquet", "jsonl", "msrvtt", "sample", "folder", "classes")
 _FOLDERS = ("folder", "classes")
 _ENDINGS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """A table, an annotation or a folder of captioned videos.
-
-    Relative URLs resolve against `base_url` where given, else against the table's own folder. `base_url` says where the
-    same files are found today (a mirror, a loopback port, a folder); it is no part of what the data set is.
-    """
-
-    table: str  # address of a file, or of a folder of videos
-    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))  # of a CSV, Parquet or JSON lines
-    limit: int | None = None  # the first rows only
-    base_url: str | None = None
-    format: str = "auto"  # one of FORMATS; "auto" goes by the name, and by what a folder holds
-    split: str | None = None  # MSR-VTT's own; of any other format "train", "validation" or "test", by hash of the key
-    held_out: float = 0.01  # share of the keys in "validation", and again in "test"
-    captions: str | int = "first"  # of MSR-VTT's 20 a clip: "first", "all" (a row each), or one drawn by this seed
 
 
 def read_rows(spec: SourceSpec, start: int = 0, stop: int | None = None) -> Iterator[ClipRef | Failure]:
@@ -90,7 +71,7 @@ def source_digest(spec: SourceSpec) -> str:
 def source_identity(spec: SourceSpec) -> dict[str, Any]:
     """What decides the rows, but for `limit`: the digest and every setting that this format heeds."""
     kind = find_format(spec)
-    identity: dict[str, Any] = {"table_sha256": source_digest(spec), "columns": dict(spec.columns)}
+    identity: dict[str, Any] = {"table_sha256": opened(spec).sha256, "columns": dict(spec.columns)}
     if kind != "csv":
         identity["format"] = kind
     if spec.split is not None:
@@ -102,9 +83,15 @@ def source_identity(spec: SourceSpec) -> dict[str, Any]:
     return identity
 
 
-def settled(spec: SourceSpec) -> SourceSpec:
-    """The same source with its format named, so that nobody after has to look."""
-    return replace(spec, format=find_format(spec))
+def opened(spec: SourceSpec) -> SourceSpec:
+    """The same source with its format and the digest of its content filled in; a source that has both is unchanged.
+
+    Raises:
+        UserError: the source is missing or unreadable.
+    """
+    if spec.format == "auto":
+        spec = replace(spec, format=find_format(spec))
+    return spec if spec.sha256 is not None else replace(spec, sha256=source_digest(spec))
 
 
 def find_format(spec: SourceSpec) -> str:

@@ -55,39 +55,6 @@ KNOWN_FILES = {
 
 
 @dataclass(frozen=True)
-class JudgeFiles:
-    """The judges to ask: each by its file, with the hash that it must have where it is not the known one.
-
-    Attributes:
-        clip_model: OpenAI's ViT-L-14.pt or an open_clip folder; without it a fixed random tower stands in by name.
-        clip_sha256: hash of that file, of a folder its open_clip_model.safetensors.
-        i3d: I3D as TorchScript, for FVD.
-        i3d_sha256: its hash.
-        inception: torch-fidelity's Inception weights, for FID.
-        inception_sha256: their hash.
-        inception_clean: also FID with the resizing of clean-fid.
-        videomae: a folder of transformers (config.json, model.safetensors), for a Frechet distance in its features.
-        videomae_sha256: hash of its model.safetensors.
-        raft: torchvision's weights of raft_large, for the ratio of optical flow.
-        raft_sha256: their hash.
-        custom: package.module:factory of your own judge; see docs/decisions/judges.md.
-    """
-
-    clip_model: str | None = None
-    clip_sha256: str | None = None
-    i3d: str | None = None
-    i3d_sha256: str | None = None
-    inception: str | None = None
-    inception_sha256: str | None = None
-    inception_clean: bool = False
-    videomae: str | None = None
-    videomae_sha256: str | None = None
-    raft: str | None = None
-    raft_sha256: str | None = None
-    custom: str | None = None
-
-
-@dataclass(frozen=True)
 class JudgeName:
     """A judge's identity, known before its weights are loaded.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from tasks.judges.clip import Clip
 from tasks.judges.custom import Custom
+from tasks.judges.files import JudgeFiles
 from tasks.judges.flow import Raft
 from tasks.judges.i3d import I3D
 from tasks.judges.inception import Inception
-from tasks.judges.judge import Judge, JudgeError, JudgeFiles, JudgeName
+from tasks.judges.judge import Judge, JudgeError, JudgeName
 from tasks.judges.random_nets import RandomDistance
 from tasks.judges.video_mae import VideoMAE
 

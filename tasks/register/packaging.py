@@ -24,7 +24,7 @@ from PIL import Image
 import trip_model
 from tasks.records import UserError, digest
 from tasks.register.pyfunc_model import BOUNDS, FORMATS
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent

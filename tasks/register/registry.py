@@ -22,7 +22,7 @@ from tasks.register.consumer import addresses, call_as_consumer
 from tasks.register.model_card import write_model_card
 from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, open_registry, promote, settle
 from tasks.register.report_facts import ReportFacts, read_report
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
 from trip_model.video import load_image
 
 

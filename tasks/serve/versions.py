@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from infra import tracking
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
 
 
 class RegistryTrouble(Exception):

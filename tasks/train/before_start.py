@@ -16,7 +16,7 @@ from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tasks.train.optimizer import trained_parameters
 from tasks.train.spec import TrainSpec, check_spec
-from trip_model.encoders import folder_hash, resolve_base
+from trip_model.folders import folder_hash, resolve_base
 
 
 def check_before_start(spec: TrainSpec) -> list[str]:

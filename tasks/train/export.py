@@ -13,8 +13,9 @@ from tasks.train.adapters import add_adapters, save_and_merge
 from tasks.train.checkpoints import Tensors
 from tasks.train.spec import TrainReport, TrainSpec, spec_digest
 from trip_model.checkpoint import save_model
-from trip_model.encoders import folder_hash
-from trip_model.model import Trip, TripConfig
+from trip_model.config import TripConfig
+from trip_model.folders import folder_hash
+from trip_model.model import Trip
 
 
 def export(

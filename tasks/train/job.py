@@ -12,8 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal
 
@@ -24,14 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.cluster import lost_a_machine
-from infra.tracking import Tracking
-from tasks.records import digest
+from infra.tracking import Tracking, default_artifact_location
 from tasks.shards import read_manifest
 from tasks.train.before_start import check_before_start
 from tasks.train.checkpoints import CheckpointStore, Saved
 from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
-from tasks.train.spec import TrainReport, TrainSpec, finished_report, spec_digest
+from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
 
+NOWHERE = TrackingSpec()
 MAX_FAILURES = 2  # without a new checkpoint between; a lost worker starts the group again from the newest one
 # An elastic training looks for machines at this interval: to grow costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
@@ -39,20 +38,10 @@ FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrackingSpec:
-    """Where the run is logged in MLflow; an empty `uri` logs nowhere."""
-
-    uri: str = ""
-    experiment: str = "trip"
-    run_name: str = "train"
-    artifact_location: str | None = None
-
-
 def train(
     spec: TrainSpec,
     progress: Tick | None = None,
-    tracking: TrackingSpec = TrackingSpec(),
+    tracking: TrackingSpec = NOWHERE,
     in_process: bool = False,
 ) -> TrainReport:
     """Trains a model, or returns the report of the same training if it is complete.
@@ -70,7 +59,7 @@ def train(
     """
     done = finished_report(spec)
     if done is not None:
-        if _spool(spec).exists():  # what tracking could not take while it was down
+        if spool_file(spec).exists():  # what tracking could not take while it was down
             with _Log(spec, tracking):
                 pass
         return done
@@ -216,14 +205,6 @@ def _both(first: Tick, second: Tick | None) -> Tick:
     return tick
 
 
-def _spool(spec: TrainSpec) -> Path:
-    """Where rank 0 keeps what tracking has not taken yet: in the output, or for a remote one in a local cache."""
-    output = storage.local_path(spec.output)
-    if output is not None:
-        return output / "tracking.jsonl"
-    return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
-
-
 class _Log:
     """Rank 0's side of tracking: one MLflow run per training, the same one after a resume; watches the checkpoints."""
 
@@ -232,7 +213,12 @@ class _Log:
         if not tracking.uri:
             return
         manifest_sha256 = read_manifest(spec.dataset)[1]
-        self._tracking = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location, _spool(spec))
+        self._tracking = Tracking(
+            tracking.uri,
+            tracking.experiment,
+            tracking.artifact_location or default_artifact_location(tracking.uri),
+            spool_file(spec),
+        )
         key = f"train-{spec_digest(spec)}"
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
         self._tracking.start_run(tracking.run_name, None, key, params, {"trip.stage": "train"}, wait_seconds=0)

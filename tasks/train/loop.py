@@ -27,7 +27,8 @@ from tasks.train.sharding import like, shard, whole
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
 from tasks.train.validation import LOSS, Look, Validation
 from trip_model.checkpoint import config_from_json
-from trip_model.encoders import load_text_encoder, load_vae, resolve_base
+from trip_model.encoders import load_text_encoder, load_vae
+from trip_model.folders import resolve_base
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
 from trip_model.schedule import bridged

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from infra import storage
-from tasks.records import UserError, digest
-from trip_model.model import TripConfig
-from trip_model.objective import ObjectiveConfig
+from tasks.records import Artifact, UserError, digest
+from trip_model.config import ObjectiveConfig, TripConfig
 
 # Of a field that does not change what is trained, up to the rounding of sums, and so is no part of its identity.
 MEANS = {"means": True}
@@ -69,6 +69,16 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
+class TrackingSpec:
+    """Where the run is logged in MLflow; an empty `uri` logs nowhere."""
+
+    uri: str = ""
+    experiment: str = "trip"
+    run_name: str = "train"
+    artifact_location: str | None = None  # of a new experiment; None: next to a SQLite file, else the server's choice
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """What a training made; written beside the model as the mark of completion."""
 
@@ -82,11 +92,24 @@ class TrainReport:
     model_digest: str
     spec_digest: str
 
+    @property
+    def exported(self) -> Artifact:
+        """The model folder, ready to use."""
+        return Artifact(self.model, self.model_digest)
+
 
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but its means. Another split of a batch changes the last bits."""
     goals = asdict(spec)
     return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
+
+
+def spool_file(spec: TrainSpec) -> Path:
+    """The file of tracking records that are not delivered yet: in the output, or for a remote one in a local cache."""
+    output = storage.local_path(spec.output)
+    if output is not None:
+        return output / "tracking.jsonl"
+    return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
 
 
 def check_spec(spec: TrainSpec) -> None:

@@ -122,7 +122,7 @@ def test_a_ray_manifest_fits_kuberays_schema(manifest: str, kind: str) -> None:
 
 
 def test_the_ray_job_runs_a_command_that_exists_on_a_cluster_it_fits() -> None:
-    from flows.__main__ import parse
+    from flows.cli.app import parse
     from flows.recipes import find_recipe
 
     manifest = load(INFRA / "kubernetes" / "ray_job.yaml")

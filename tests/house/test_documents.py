@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import parse
+from flows.cli.app import parse
 from trip_model.__main__ import parse as parse_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]

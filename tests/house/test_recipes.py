@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.prepare_latents import prepared_for
+from flows.layout import prepared_for
 from flows.recipes import RECIPES, find_recipe
-from tasks.evaluate.presets import load_preset
 from tasks.records import UserError, digest
 
 
@@ -66,8 +65,8 @@ def test_the_papers_numbers() -> None:
     assert (schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end) == (1000, 1e-4, 2e-2)
     assert schedule.sampling_steps == 50
     assert (recipe.evaluate.protocol, recipe.evaluate.clips) == ("webvid-2048", 2048)
-    webvid = load_preset(recipe.evaluate.protocol)  # asks for what the recipe prepares
-    assert prepared_for(recipe.prepare, webvid) == replace(recipe.prepare, keep_pixels=True)
+    # The protocol asks for what the recipe prepares.
+    assert prepared_for(recipe.prepare, recipe.evaluate.protocol) == replace(recipe.prepare, keep_pixels=True)
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from trip_model.conditioning import drop_condition_slot, unet_input
-from trip_model.fusion import (
-    AdaptiveLayerNorm,
-    FusionConfig,
-    TemporalNoiseFusion,
-    linear_decay,
-    linear_fusion,
-)
-from trip_model.model import Trip, TripConfig, base_unet_output, measure_residual_std
+from trip_model.config import FusionConfig, TripConfig
+from trip_model.fusion import AdaptiveLayerNorm, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
 from trip_model.pipeline import sample_latents
 from trip_model.schedule import NoiseSchedule

@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trip_model.config import ScheduleConfig
 from trip_model.noise_prior import (
     image_noise_prior,
     normalised_prior,
@@ -16,7 +17,7 @@ from trip_model.noise_prior import (
     scaled_residual,
     unscaled_residual,
 )
-from trip_model.schedule import NoiseSchedule, ScheduleConfig
+from trip_model.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
 

@@ -9,9 +9,9 @@ import torch
 
 from tasks.train.optimizer import make_optimizer
 from tasks.train.spec import TrainSpec
-from trip_model.fusion import FusionConfig
-from trip_model.model import Trip, TripConfig
-from trip_model.objective import Draw, ObjectiveConfig, addressed_generator, draw, training_loss
+from trip_model.config import FusionConfig, ObjectiveConfig, TripConfig
+from trip_model.model import Trip
+from trip_model.objective import Draw, addressed_generator, draw, training_loss
 
 SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
 SHAPE = (4, 16, 4, 4)

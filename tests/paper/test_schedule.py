@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from trip_model.checkpoint import config_from_json
-from trip_model.model import Trip, TripConfig
-from trip_model.schedule import BaseSchedule, NoiseSchedule, ScheduleConfig, bridged, matched_steps, read_base_schedule
+from trip_model.config import BaseSchedule, ScheduleConfig, TripConfig
+from trip_model.model import Trip
+from trip_model.schedule import NoiseSchedule, bridged, matched_steps, read_base_schedule
 
 MS_1_7B = BaseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 

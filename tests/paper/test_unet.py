@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from trip_model import unet_blocks
-from trip_model.encoders import BaseFolderError
-from trip_model.fusion import FusionConfig
-from trip_model.model import Trip, TripConfig
+from trip_model.config import FusionConfig, TripConfig
+from trip_model.folders import BaseFolderError
+from trip_model.model import Trip
 from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout
 
 SMALL = UNetConfig(

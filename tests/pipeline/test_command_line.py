@@ -14,20 +14,20 @@ import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
-from flows.__main__ import curable, main, parse, sentence
+from flows import layout
+from flows.cli.app import main, parse, sentence, user_error
 from flows.console import tick_line
 from flows.evaluate_trip import evaluate_trip
-from flows.prepare_latents import planned_prepare, prepare_latents
-from flows.recipes import find_recipe
+from flows.prepare_latents import prepare_latents
 from flows.register_trip import register_trip
 from flows.reproduce import reproduce
-from flows.source import Reading, named_source
+from flows.source import SourceOptions
 from flows.train_trip import train_trip
-from tasks.encode.filters import FilterSpec
 from tasks.encode.job import prepare
-from tasks.encode.spec import PrepareSpec
+from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
-from tasks.ingest.sources import SourceSpec, count_rows, read_rows
+from tasks.ingest.sources import count_rows, read_rows
+from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, UserError
 from tasks.shards import ShardDataset
 
@@ -47,7 +47,7 @@ def test_flags_follow_from_the_signature() -> None:
         "base": None,
         "dataset": "s3://bucket/data",
         "tracking_uri": None,
-        "reading": Reading(),
+        "options": SourceOptions(),
     }
 
 
@@ -74,11 +74,11 @@ def test_all_commands_read_a_source_alike_and_find_its_data_set(
     source = ["--source", str(tmp_path / name)]
     common = [*source, "--root", str(tmp_path), "--base", str(tiny_base)]
     given = parse(["prepare-latents", *common, *flags])
-    recipe = find_recipe("demo", str(tiny_base))
-    with planned_prepare(recipe, named_source(given["source"], given["reading"]), str(tmp_path)) as spec:
-        assert 0 < count_rows(spec.source) == len([row for row in read_rows(spec.source) if isinstance(row, ClipRef)])
-    with planned_prepare(recipe, named_source(given["source"], Reading()), str(tmp_path)) as plain:
-        assert (plain.output == spec.output) == (not flags)
+    root, base = str(tmp_path), str(tiny_base)
+    spec = layout.resolve("demo", given["source"], root, base, given["options"]).prepare
+    assert 0 < count_rows(spec.source) == len([row for row in read_rows(spec.source) if isinstance(row, ClipRef)])
+    plain = layout.resolve("demo", given["source"], root, base, SourceOptions()).prepare
+    assert (plain.output == spec.output) == (not flags)
     for command, flow in (
         ("train-trip", train_trip),
         ("evaluate-trip", evaluate_trip),
@@ -86,23 +86,23 @@ def test_all_commands_read_a_source_alike_and_find_its_data_set(
     ):
         with pytest.raises(UserError, match=re.escape(f"no finished data set at {spec.output}:")):
             flow.fn(**parse([command, *common, *flags]))
-    assert parse(["sample", *source, "-o", "s.json", *flags])["reading"] == given["reading"]
-    assert parse(["reproduce", *common, *flags])["reading"] == given["reading"]
+    assert parse(["sample", *source, "-o", "s.json", *flags])["options"] == given["options"]
+    assert parse(["reproduce", *common, *flags])["options"] == given["options"]
 
 
 def test_a_second_source_is_read_its_own_way() -> None:
     flags = ["--source", "m.json", "--split", "train", "--held-out-source", "m.json", "--held-out-source.split", "test"]
     given = parse(["reproduce", *flags])
-    assert (given["reading"], given["held_out_reading"]) == (Reading(split="train"), Reading(split="test"))
+    assert (given["options"], given["held_out_options"]) == (SourceOptions(split="train"), SourceOptions(split="test"))
 
 
 @pytest.mark.parametrize("flow", [prepare_latents, train_trip, evaluate_trip, register_trip, reproduce])
 def test_a_deployment_says_a_reading_as_json(flow: Flow[..., Any]) -> None:
     json.dumps(parameter_schema(flow).model_dump())
-    said = {"source": "t.csv", "reading": {"split": "train", "columns": {"key": "id"}, "captions": 7}}
-    expected = Reading(split="train", columns={"key": "id"}, captions=7)
-    assert flow.validate_parameters(said)["reading"] == expected
-    assert flow.validate_parameters(flow.serialize_parameters({"reading": expected}))["reading"] == expected
+    said = {"source": "t.csv", "options": {"split": "train", "columns": {"key": "id"}, "captions": 7}}
+    expected = SourceOptions(split="train", columns={"key": "id"}, captions=7)
+    assert flow.validate_parameters(said)["options"] == expected
+    assert flow.validate_parameters(flow.serialize_parameters({"options": expected}))["options"] == expected
 
 
 @pytest.mark.parametrize(
@@ -218,26 +218,26 @@ def test_the_curable_error_is_found_below_what_frameworks_wrap_around_it() -> No
     cause = UserError("table t.csv lacks a column 'name'; give a column map")
     wrapper = RuntimeError("task failed")
     wrapper.__cause__ = cause
-    assert curable(wrapper) is cause
+    assert user_error(wrapper) is cause
 
     class LikeRays(UserError):
         """Ray's copy: of the same class, with the worker's traceback as its text."""
 
     copy = LikeRays("Traceback (most recent call last): ...")
     copy.cause = cause  # type: ignore[attr-defined]
-    assert curable(copy) is cause
+    assert user_error(copy) is cause
 
     class LikeRayTrains(RuntimeError):
         worker_failures = {0: copy}
 
-    assert curable(LikeRayTrains("workers failed")) is cause
-    assert curable(KeyError("ours")) is None
+    assert user_error(LikeRayTrains("workers failed")) is cause
+    assert user_error(KeyError("ours")) is None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_full_or_read_only_disk_is_one_sentence_with_a_remedy(number: int) -> None:
     error = OSError(number, "said by the system", "/data/run/x")
-    assert curable(error) is error
+    assert user_error(error) is error
     assert sentence(error).startswith("/data/run/x: said by the system; ")
     assert "--root" in sentence(error)
 

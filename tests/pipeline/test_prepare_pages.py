@@ -15,9 +15,9 @@ from prefect.client.schemas.objects import Artifact
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import recipes
-from flows.__main__ import main
-from flows.artifacts import PreparePages
-from flows.local_server import local_server
+from flows.cli.app import main
+from flows.cli.local_server import local_server
+from flows.prefect_artifacts import PrepareArtifacts
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tests.pipeline.tiny_cli import tiny
 
@@ -73,7 +73,7 @@ def silent() -> Iterator[str]:
 def test_a_server_that_goes_away_neither_fails_nor_holds_up_a_stage(server: None, silent: str, kind: str) -> None:
     @task
     def stage() -> list[float]:
-        pages, seconds = PreparePages(), []
+        pages, seconds = PrepareArtifacts(), []
         with temporary_settings({PREFECT_API_URL: silent if kind == "silent" else "http://127.0.0.1:9/api"}):
             for done in (1, 2, 10):
                 began = time.monotonic()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tasks.shards import ShardDataset
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
 from trip_model.video import load_image, read_clip
 
 TINY = Path(__file__).with_name("tiny_cli.py")

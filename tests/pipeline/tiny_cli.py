@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from flows import recipes  # noqa: E402
-from flows.__main__ import main  # noqa: E402
+from flows.cli.app import main  # noqa: E402
 from trip_model.fusion import FusionConfig  # noqa: E402
 
 

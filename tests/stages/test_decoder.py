@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tasks.encode.decoder import DecoderPool, DecodeSpec, check_decoding
+from tasks.encode.decoder import DecoderPool, check_decoding
 from tasks.encode.encoder import Decoded, decode_ahead
+from tasks.encode.spec import DecodeSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from trip_model.video import Clip, ClipError, read_windows, video_bytes

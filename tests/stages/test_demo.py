@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tasks.ingest.demo import FIRST_SEED, serve_folder, write_demo_corpus
-from tasks.ingest.download import DownloadSpec, Fetched, download_clips
+from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.drawing import draw_clip
-from tasks.ingest.sources import SourceSpec, read_rows
+from tasks.ingest.sources import read_rows
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import ClipRef, UserError
 from trip_model.video import read_clip
 

@@ -17,8 +17,8 @@ import pytest
 from tasks.ingest import addresses
 from tasks.ingest.addresses import is_public
 from tasks.ingest.answers import is_video, looks_like, opts_out, seconds_to_wait
-from tasks.ingest.download import DownloadSpec, Fetched, download_clips
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.download import Fetched, download_clips
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import RETRY_CLASSES, ClipRef, Failure
 
 VIDEO = b"\x00\x00\x00\x18ftypmp42" + bytes(range(256)) * 40

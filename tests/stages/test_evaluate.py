@@ -22,7 +22,7 @@ from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocols import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
-from tasks.judges.judge import JudgeFiles
+from tasks.judges.files import JudgeFiles
 from tasks.records import UserError, to_json
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
 from trip_model.video import write_video

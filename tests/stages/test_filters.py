@@ -14,11 +14,11 @@ from PIL import Image
 from flows.recipes import find_recipe
 from tasks.curate.duplicates import deduplicate
 from tasks.curate.verify import problems
-from tasks.encode.encoder import EncodeSpec, check_spec
-from tasks.encode.filters import REASONS, SCORES, FilterSpec, Screen, picture_hash, read_measured, scores
+from tasks.encode.filters import REASONS, SCORES, Screen, picture_hash, read_measured, scores
+from tasks.encode.fingerprint import check_spec
 from tasks.encode.job import prepare
-from tasks.encode.spec import PrepareReport, PrepareSpec
-from tasks.ingest.sources import SourceSpec
+from tasks.encode.spec import FilterSpec, PrepareReport, PrepareSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from trip_model.video import Clip, ClipError, read_windows, video_bytes
@@ -228,7 +228,7 @@ def test_a_fault_of_the_scorer_stops_the_stage_with_its_name(scorer: str, senten
 )
 def test_a_bound_that_no_score_can_have_is_refused(filters: FilterSpec, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_spec(EncodeSpec(filters=filters))
+        check_spec(PrepareSpec(filters=filters))
 
 
 def test_every_reason_has_a_bound_and_every_bound_a_score() -> None:

@@ -15,15 +15,8 @@ from PIL import Image
 from tasks.evaluate.consistency import consistency_curve
 from tasks.ingest.drawing import draw_clip
 from tasks.judges.clip import Clip
-from tasks.judges.judge import (
-    KNOWN_FILES,
-    JudgeError,
-    JudgeFiles,
-    checked_sha256,
-    judge_item,
-    judge_name,
-    state_sha256,
-)
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import KNOWN_FILES, JudgeError, checked_sha256, judge_item, judge_name, state_sha256
 from tasks.judges.panel import identify_judges
 from tasks.judges.random_nets import RandomDistance
 

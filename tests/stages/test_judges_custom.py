@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.judges.judge import JudgeError, JudgeFiles, judge_item
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import JudgeError, judge_item
 from tasks.judges.panel import identify_judges, load_judges
 
 CUSTOM = """

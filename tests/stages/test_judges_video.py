@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flows.selftest import selftest
+from flows.cli.selftest import selftest
 from tasks.evaluate.selftest import selftest as findings
 from tasks.ingest.drawing import draw_clip
+from tasks.judges.files import JudgeFiles
 from tasks.judges.flow import Raft, flow_frames
 from tasks.judges.i3d import I3D
 from tasks.judges.inception import Inception, clean_frames, legacy_frames
-from tasks.judges.judge import KNOWN_FILES, JudgeError, JudgeFiles, KnownFile, judge_item
+from tasks.judges.judge import KNOWN_FILES, JudgeError, KnownFile, judge_item
 from tasks.judges.panel import identify_judges, load_judges
 from tasks.judges.video_mae import VideoMAE
 from tasks.records import UserError

@@ -23,7 +23,7 @@ from tasks.register import packaging
 from tasks.register.packaging import build_wheel, drawn_photo, mentions, requirements, without_local_paths
 from tasks.register.registry import RegisterSpec, register
 from tasks.serve.versions import AliasedModel, RegistryTrouble
-from trip_model.encoders import folder_hash
+from trip_model.folders import folder_hash
 from trip_model.video import load_image, read_clip
 
 ROOT = Path(__file__).resolve().parents[2]

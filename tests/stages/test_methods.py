@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from flows.__main__ import parse
+from flows.cli.app import parse
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate.job import evaluate
@@ -25,7 +25,8 @@ from tasks.evaluate.presets import load_preset
 from tasks.evaluate.protocols import Item, Protocol, held_out_protocol
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
-from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import NOT_COMPARABLE
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, write_shard
 from tests.stages.test_judges_video import StandInI3D

@@ -17,11 +17,11 @@ import pytest
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image
 
-from flows.__main__ import parse
-from flows.prepare_latents import prepared_for
+from flows.cli.app import parse
+from flows.layout import prepared_for
 from infra import storage
 from infra.cluster import ray_session
-from tasks.encode.encoder import EncodeSpec, check_spec
+from tasks.encode.fingerprint import check_spec
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec, recipe
 from tasks.evaluate import generate
@@ -32,13 +32,14 @@ from tasks.evaluate.protocols import load_protocol
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.drawing import draw_clip
-from tasks.ingest.sources import SourceSpec
-from tasks.judges.judge import JudgeFiles
+from tasks.ingest.spec import SourceSpec
+from tasks.judges.files import JudgeFiles
 from tasks.judges.panel import load_judges
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tests.stages.test_sparing import PAUSES, moving
-from trip_model.frame import Fit, to_square
+from trip_model.config import Fit
+from trip_model.frame import to_square
 from trip_model.video import ClipError, load_image, read_track, read_windows
 
 
@@ -158,16 +159,16 @@ def test_a_recipe_names_fit_and_stride_where_they_are_not_the_usual_ones(tiny_ba
             prepare(replace(spec, **change))
     for name, value in (("fit", "pad"), ("stride", 0)):
         with pytest.raises(UserError, match=f"{name} .*{value}.*, expected"):
-            check_spec(replace(EncodeSpec(), **{name: value}))
+            check_spec(replace(PrepareSpec(), **{name: value}))
 
 
 def test_a_protocol_says_how_its_data_set_is_prepared() -> None:
     usual = PrepareSpec(SourceSpec("t.csv"), "out", "base", size=64, windows_per_clip=8)
-    cinn = prepared_for(usual, load_preset("cinn-exact"))
+    cinn = prepared_for(usual, "cinn-exact")
     assert cinn == replace(usual, num_frames=17, stride=1, size=128, fit="squash", keep_pixels=True)
-    clean = prepared_for(usual, load_preset("dtdb-clean"))
+    clean = prepared_for(usual, "dtdb-clean")
     assert clean == replace(usual, num_frames=16, fps=4.0, size=256, keep_pixels=True)
-    assert prepared_for(usual, load_preset("folder")) == replace(usual, keep_pixels=True)
+    assert prepared_for(usual, "folder") == replace(usual, keep_pixels=True)
     assert parse(["prepare-latents", "--source", "dtdb", "--protocol", "cinn-exact"])["protocol"] == "cinn-exact"
 
 
@@ -190,7 +191,7 @@ def test_cinns_protocol_from_videos_to_the_report(
         (folder / f"video{number}.mp4").write_bytes(video)
     source = SourceSpec(str(tmp_path / "dtdb"), format="classes")
     spec = PrepareSpec(source, str(tmp_path / "data"), str(tiny_base), size=32, workers=0)
-    made = prepare(prepared_for(spec, load_preset("cinn-exact")))
+    made = prepare(prepared_for(spec, "cinn-exact"))
     data = ShardDataset(made.dataset)
     items = load_protocol("cinn-exact", data, 1.0, 1, seed=0).items
     assert len(items) == 80 and len({item.seed for item in items}) == 80

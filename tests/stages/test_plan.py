@@ -19,21 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from flows.__main__ import main
-from flows.planning import check_gpu_memory, parse_count
-from tasks.plan.base import PUBLISHED, read_base
-from tasks.plan.counting import ModelCounts, StepCounts, count_model, count_pass, new_inputs, new_trip
-from tasks.plan.hardware import GPUS, Device
-from tasks.plan.memory import MemoryPlan, plan_memory, shortfall
-from tasks.plan.spec import PlanSpec
+from flows.cli.app import main
+from flows.cli.plan import parse_count
+from flows.planning.base import PUBLISHED, read_base
+from flows.planning.counting import ModelCounts, StepCounts, count_model, count_pass, new_inputs, new_trip
+from flows.planning.hardware import GPUS, Device
+from flows.planning.memory import MemoryPlan, plan_memory, shortfall
+from flows.planning.preflight import check_gpu_memory
+from flows.planning.spec import PlanSpec
 from tasks.records import UserError
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.before_start import check_before_start
 from tasks.train.optimizer import choose_trained, trained_parameters, trained_weights
 from tasks.train.spec import TrainSpec
-from trip_model.encoders import folder_hash
-from trip_model.fusion import FusionConfig
-from trip_model.model import Trip, TripConfig
+from trip_model.config import FusionConfig, TripConfig
+from trip_model.folders import folder_hash
+from trip_model.model import Trip
 
 SMALL = TripConfig(size=128, fusion=FusionConfig(width=16, heads=2))
 

@@ -20,13 +20,12 @@ import torch
 from infra import storage
 from infra.cluster import ray_session
 from tasks.encode import job
-from tasks.encode.decoder import DecodeSpec
-from tasks.encode.encoder import ClipEncoder, EncodeSpec, decode_ahead, open_decoders
+from tasks.encode.encoder import ClipEncoder, decode_ahead, open_decoders
 from tasks.encode.job import prepare
-from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.encode.spec import DecodeSpec, PrepareReport, PrepareSpec
 from tasks.ingest.demo import serve_folder, write_demo_corpus
-from tasks.ingest.download import DownloadSpec, Fetched
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.download import Fetched
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import ClipRef, Failure, UserError, from_json, to_json
 from tasks.shards import Sample, ShardDataset
 from trip_model.encoders import encode_pixels, load_vae
@@ -54,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def encoded(
-    base: Path, spec: EncodeSpec, rows: list[tuple[ClipRef, Fetched] | Failure]
+    base: Path, spec: PrepareSpec, rows: list[tuple[ClipRef, Fetched] | Failure]
 ) -> list[list[Sample] | Failure]:
     with open_decoders(spec, DecodeSpec(), 1) as decoders:
         return list(ClipEncoder(base, spec).encode(decode_ahead(rows, decoders)))
@@ -62,7 +61,7 @@ def encoded(
 
 def test_a_clip_becomes_samples_that_say_where_they_come_from(tiny_base: Path, corpus: str) -> None:
     data = next((Path(corpus).parent / "videos").rglob("*.mp4")).read_bytes()
-    spec = EncodeSpec(num_frames=4, size=32, windows_per_clip=2, keep_pixels=True)
+    spec = PrepareSpec(num_frames=4, size=32, windows_per_clip=2, keep_pixels=True)
     [samples] = encoded(tiny_base, spec, [(ClipRef("k", "videos/k.mp4", "a red circle", 5), Fetched(data, "hash"))])
     assert isinstance(samples, list) and [sample.key for sample in samples] == ["k_000", "k_001"]
     first, second = samples
@@ -86,7 +85,7 @@ def test_a_clip_becomes_samples_that_say_where_they_come_from(tiny_base: Path, c
     ],
 )
 def test_a_clip_that_cannot_be_used_is_a_row_with_a_reason(tiny_base: Path, data: bytes, reason: str) -> None:
-    [result] = encoded(tiny_base, EncodeSpec(size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
+    [result] = encoded(tiny_base, PrepareSpec(size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
     assert isinstance(result, Failure) and (result.key, result.row, result.reason) == ("k", 3, reason)
 
 
@@ -94,7 +93,7 @@ def test_a_clip_that_cannot_be_used_is_a_row_with_a_reason(tiny_base: Path, data
 def test_the_neighbours_of_a_clip_change_nothing_about_its_sample(
     tiny_base: Path, corpus: str, frames_per_batch: int
 ) -> None:
-    spec = EncodeSpec(num_frames=3, size=32, windows_per_clip=3, frames_per_batch=frames_per_batch)
+    spec = PrepareSpec(num_frames=3, size=32, windows_per_clip=3, frames_per_batch=frames_per_batch)
     videos = [path.read_bytes() for path in sorted((Path(corpus).parent / "videos").rglob("*.mp4"))]
     rows: list[tuple[ClipRef, Fetched] | Failure] = [
         (ClipRef(f"k{row}", "u", "a shape", row), Fetched(data, "hash")) for row, data in enumerate(videos)
@@ -122,13 +121,13 @@ def test_latents_that_are_not_finite_are_a_failure(tiny_base: Path, corpus: str,
     vae.quant_conv.bias.fill_(1e6)  # type: ignore[union-attr, operator]
     vae.save_pretrained(base / "vae")  # type: ignore[operator]
     data = next((Path(corpus).parent / "videos").rglob("*.mp4")).read_bytes()
-    [result] = encoded(base, EncodeSpec(num_frames=4, size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
+    [result] = encoded(base, PrepareSpec(num_frames=4, size=32), [(ClipRef("k", "u", "c", 3), Fetched(data, "hash"))])
     assert isinstance(result, Failure) and result.reason == "non_finite_latents"
 
 
 def test_a_size_that_the_vae_cannot_halve_is_told(tiny_base: Path) -> None:
     with pytest.raises(UserError, match="size 36 is no multiple of"):
-        ClipEncoder(tiny_base, EncodeSpec(size=36))
+        ClipEncoder(tiny_base, PrepareSpec(size=36))
 
 
 def test_every_row_is_in_the_books(tiny_base: Path, corpus: str, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluate.statistics import Estimate
 from tasks.evaluate.tables import Table, all_tables, own_table, paper_tables
 from tasks.ingest.drawing import draw_clip
-from tasks.judges.judge import NOT_COMPARABLE, JudgeFiles, JudgeName, judge_item
+from tasks.judges.files import JudgeFiles
+from tasks.judges.judge import NOT_COMPARABLE, JudgeName, judge_item
 from tasks.judges.panel import load_judges
 from trip_model.video import read_clip
 

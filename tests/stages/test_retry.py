@@ -27,8 +27,7 @@ from tasks.encode.repair import retry_reasons
 from tasks.encode.report import write_report_apart
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
-from tasks.ingest.download import DownloadSpec
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import RETRY_CLASSES, UserError, to_json
 from tasks.shards import ShardDataset, report_addresses
 from tests.stages.kills import Killed, kill_at

@@ -17,7 +17,7 @@ from tasks.encode import encoder
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.drawing import draw_frame, draw_scene
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.shards import ShardDataset
 
 SIZE = 32

@@ -18,7 +18,7 @@ from tasks.curate.verify import problems
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.demo import write_demo_corpus
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.shards import ShardDataset, report_addresses
 from trip_model.encoders import decode_latents, encode_pixels, load_vae
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.__main__ import main
+from flows.cli.app import main
 from infra import storage
 from tasks.ingest.rows import split_of
 from tasks.ingest.samples import sample_rows, write_sample
-from tasks.ingest.sources import SourceSpec, find_format, read_rows
+from tasks.ingest.sources import find_format, read_rows
+from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, UserError
 from tasks.shards import split_keys
 

@@ -16,10 +16,11 @@ from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest import sources
 from tasks.ingest.demo import write_demo_corpus
-from tasks.ingest.download import DownloadSpec, download_clips
+from tasks.ingest.download import download_clips
 from tasks.ingest.rows import clean_key
 from tasks.ingest.samples import write_sample
-from tasks.ingest.sources import SourceSpec, count_rows, read_rows
+from tasks.ingest.sources import count_rows, read_rows
+from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import ShardDataset
 
@@ -87,7 +88,7 @@ def test_a_folder_gives_its_videos_with_the_captions_beside_them(tmp_path: Path,
     assert isinstance(ball, ClipRef) and isinstance(cat, ClipRef) and (ball.caption, cat.caption) == ("a ball", "cat")
     assert sources.resolve_url(spec, cat.url) == f"{storage.absolute(root)}/deep/c.MP4"
     assert sources.resolve_url(spec, "./d:e.mp4") == f"{storage.absolute(root)}/d:e.mp4"
-    assert sources.local_root(spec) == sources.local_root(sources.settled(spec)) == storage.absolute(root)
+    assert sources.local_root(spec) == sources.local_root(sources.opened(spec)) == storage.absolute(root)
 
 
 def test_the_digest_of_a_folder_changes_with_names_sizes_and_captions(memory: str) -> None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from infra import storage
 from tasks.ingest import sources
 from tasks.ingest.rows import KeysSeen, clean_key
-from tasks.ingest.sources import SourceSpec, count_rows, read_rows
+from tasks.ingest.sources import count_rows, read_rows
+from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError, from_json, to_json
 
 WEBVID_2M = "videoid,contentUrl,duration,page_dir,name\n"

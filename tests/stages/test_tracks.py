@@ -17,22 +17,19 @@ from infra import storage
 from tasks.curate.forget import forget
 from tasks.curate.samples import SampleChecker
 from tasks.curate.verify import problems
-from tasks.encode.filters import FilterSpec
 from tasks.encode.job import prepare
-from tasks.encode.spec import PrepareSpec, recipe
+from tasks.encode.spec import FilterSpec, PrepareSpec, recipe
 from tasks.evaluate.generate import real_pixels
 from tasks.evaluate.protocols import held_out_protocol
-from tasks.ingest.sources import SourceSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
 from tasks.shards import OPTIONAL, Sample, ShardDataset, publish_dataset, write_shard
 from tasks.train.before_start import check_before_start
 from tasks.train.loader import TrainingData
 from tasks.train.loop import run_training
 from tasks.train.spec import TrainSpec, spec_digest
+from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae
-from trip_model.fusion import FusionConfig
-from trip_model.model import TripConfig
-from trip_model.schedule import ScheduleConfig
 from trip_model.video import video_bytes
 
 FRAMES = 4

@@ -19,16 +19,14 @@ from infra import storage
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, clip_key_of, open_dataset, publish_dataset, split_keys, write_shard
 from tasks.train.checkpoints import CheckpointStore
-from tasks.train.job import TrackingSpec, train
+from tasks.train.job import train
 from tasks.train.loader import TrainingData, share
 from tasks.train.loop import TrainingStopped, run_training
 from tasks.train.optimizer import learning_rate_factor
-from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
+from tasks.train.spec import TrackingSpec, TrainSpec, ValidationSpec, spec_digest
 from tasks.train.validation import LOSS
 from trip_model.checkpoint import load_model
-from trip_model.fusion import FusionConfig
-from trip_model.model import TripConfig
-from trip_model.schedule import ScheduleConfig
+from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 from trip_model.unet import load_unet
 from trip_model.video import read_clip
 

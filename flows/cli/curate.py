@@ -10,8 +10,8 @@ from typing import Annotated
 
 import cyclopts
 
-from flows.console import tell
-from flows.source import PLAIN, Reading
+from flows.console import log
+from flows.source import DEFAULT, SourceOptions
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
@@ -26,7 +26,7 @@ def sample(
     count: int = 2048,
     seed: int = 0,
     *,
-    reading: Reading = PLAIN,
+    options: SourceOptions = DEFAULT,
 ) -> None:
     """Draw a seeded sample of a source into a file with a hash, which is a source itself.
 
@@ -35,9 +35,9 @@ def sample(
         output: the JSON file to write.
         count: how many clips.
         seed: which clips.
-        reading: how the source is read.
+        options: how the source is read.
     """
-    report = write_sample(reading.of(source), count, seed, output)
+    report = write_sample(options.spec(source), count, seed, output)
     print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
 
 
@@ -49,10 +49,10 @@ def verify(data: str, workers: int | None = None) -> int:
         workers: how many shards are read at once; without it one a core, at most 8.
     """
     count = 0
-    for problem in problems(data, tell, min(8, os.cpu_count() or 1) if workers is None else workers):
+    for problem in problems(data, log, min(8, os.cpu_count() or 1) if workers is None else workers):
         print(problem, flush=True)
         count += 1
-    tell(f"verify      {data}: {f'{count} problems' if count else 'whole'}")
+    log(f"verify      {data}: {f'{count} problems' if count else 'whole'}")
     return int(count > 0)
 
 
@@ -70,10 +70,10 @@ def forget(data: str, ids: Path, reason: str = "asked for") -> int:
         raise UserError(f"--ids {ids} cannot be read ({error}); give a text file with an id in each line") from error
     if not words:
         raise UserError(f"--ids {ids} names no clip; give a text file with an id in each line")
-    report = forget_clips(data, words, reason, clean_key, tell)
+    report = forget_clips(data, words, reason, clean_key, log)
     for word in report.unknown:
         print(f"not in the data set: {word}")
-    tell(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards made anew")
+    log(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards made anew")
     return int(bool(report.unknown))
 
 
@@ -84,5 +84,5 @@ def deduplicate(data: str, distance: int = 4) -> None:
         data: address of the data set's folder; it was prepared with filters.
         distance: how many of a hash's 64 bits may differ, 0 to 8.
     """
-    removal = remove_duplicates(data, distance, tell)
-    tell(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards made anew")
+    removal = remove_duplicates(data, distance, log)
+    log(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards made anew")

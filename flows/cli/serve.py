@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
-from flows.console import results, tell
+from flows.console import log, results
 from flows.mlflow_store import existing_store
+from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
 
 KEY_VARIABLE = "TRIP_API_KEY"
@@ -16,7 +17,7 @@ LAST_WORDS_SECONDS = 2  # for connections that are open when the last request is
 def serve(
     name: str = "trip",
     alias: str = "champion",
-    root: str = "runs/demo",
+    root: str = DEFAULT_ROOT,
     tracking_uri: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -74,7 +75,7 @@ def serve(
     key = os.environ.get(KEY_VARIABLE) or None
     with tempfile.TemporaryDirectory(prefix="trip-serve-", ignore_cleanup_errors=True) as cache:
         spec = EngineSpec(name, alias, uri, cache, max_batch, max_queue)
-        tell(f"serve: starting {replicas} of {name}@{alias} from {uri}")
+        log(f"serve: starting {replicas} of {name}@{alias} from {uri}")
         with serving(spec, replicas, cpus, gpus, ray_address) as animators:
             desk = Desk(animators, seconds)
             app = create_app(desk, key)
@@ -84,4 +85,4 @@ def serve(
             place = f"http://{host}:{port}"
             results("serve", {"page": place, "api": f"{place}/v1/animate", "docs": f"{place}/docs"})
             Server(config, desk).run()
-    tell("serve: stopped, every request that was taken is answered")
+    log("serve: stopped, every request that was taken is answered")

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tasks.plan.base import BaseConfig
+from flows.planning.base import BaseConfig
 from trip_model import unet_blocks
-from trip_model.model import Trip, TripConfig
+from trip_model.config import TripConfig
+from trip_model.model import Trip
 from trip_model.unet import UNet3D, UNetConfig
 
 

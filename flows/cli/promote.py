@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flows.console import results, tell
+from flows.console import log, results
 from flows.mlflow_store import existing_store
+from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ JUDGED = "trip"  # the row of a report that is the model's own
 
 
 def promote(
-    version: int, reason: str = "", root: str = "runs/demo", tracking_uri: str | None = None, name: str = "trip"
+    version: int, reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip"
 ) -> None:
     """Make a version champion if the gate of its report passed; the champion of before becomes `previous`.
 
@@ -37,7 +38,7 @@ def promote(
         _say(name, promotion.promote(client, name, str(version), reason))
 
 
-def rollback(reason: str = "", root: str = "runs/demo", tracking_uri: str | None = None, name: str = "trip") -> None:
+def rollback(reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
     """Make the champion of before champion again; repeated, it goes back one further.
 
     Args:
@@ -52,7 +53,7 @@ def rollback(reason: str = "", root: str = "runs/demo", tracking_uri: str | None
         _say(name, promotion.rollback(client, name, reason))
 
 
-def live(root: str = "runs/demo", tracking_uri: str | None = None, name: str = "trip") -> None:
+def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
     """Print what is live, since when and why, its scores, what it was trained on, and the last promotions.
 
     Args:
@@ -94,7 +95,7 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
 
 def _say(name: str, standing: Standing) -> None:
     earlier = f"; previous is version {standing.earlier[-1]}" if standing.earlier else ""
-    tell(f"version {standing.champion} of {name} is champion{earlier}")
+    log(f"version {standing.champion} of {name} is champion{earlier}")
 
 
 def _why(standing: Standing) -> dict[str, str]:

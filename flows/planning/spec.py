@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.records import UserError
-from trip_model.model import TripConfig
+from trip_model.config import TripConfig
 
 CLIP_SECONDS = 17.5  # the mean of WebVid
 

@@ -34,7 +34,7 @@ def local_server(home: Path) -> Iterator[str]:
     log_path = home / "server.log"
     with open(log_path, "ab") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.local_server", str(port)],
+            [sys.executable, "-m", "flows.cli.local_server", str(port)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

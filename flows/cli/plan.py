@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json as json_format
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated
 
 import cyclopts
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from flows.recipes import Recipe, find_recipe
+from flows.planning.plan import Plan, Row, make_plan
+from flows.planning.preflight import plan_spec
+from flows.planning.units import duration, size, work
+from flows.recipes import find_recipe
 from infra import storage
-from tasks.plan.hardware import GPUS
-from tasks.plan.memory import shortfall
-from tasks.plan.plan import Plan, Row, make_plan, plan_step
-from tasks.plan.spec import PlanSpec
-from tasks.plan.units import duration, size, work
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tasks.train.before_start import check_before_start
 from tasks.train.optimizer import choose_trained
-from tasks.train.spec import TrainSpec
 
 COLUMNS = 120  # of the table where there is no terminal to ask
 
@@ -74,72 +68,6 @@ def plan(
     else:
         _show(made, warnings, spec.clips is None)
     return int(not made.fits)
-
-
-def plan_spec(
-    recipe: Recipe, gpus: int | None, gpu: str | None, price: float | None, mfu: float | None, gbit: float
-) -> PlanSpec:
-    """The numbers of a recipe that a plan needs."""
-    train, prepare = recipe.train, recipe.prepare
-    return replace(
-        _step_spec(train),
-        workers=train.workers if gpus is None else gpus,
-        device=gpu or ("h100" if train.gpus_per_worker else "cpu"),
-        stored=prepare.clip,
-        windows_per_clip=prepare.windows_per_clip,
-        longest_track=prepare.longest_track,
-        keep_pixels=prepare.keep_pixels,
-        keep_logvar=prepare.keep_logvar,
-        keep_text=prepare.keep_text,
-        prepare_cores=prepare.workers * prepare.cpus_per_worker,
-        price=price,
-        mfu=mfu,
-        gbit=gbit,
-    )
-
-
-def check_gpu_at_hand(train: TrainSpec) -> None:
-    """Holds a training's step against the memory of this machine's GPUs; without any nothing is checked.
-
-    Raises:
-        UserError: it does not fit.
-    """
-    if train.gpus_per_worker and torch.cuda.is_available():
-        check_gpu_memory(train, _free_gpu_bytes())
-
-
-def check_gpu_memory(train: TrainSpec, free_bytes: float) -> None:
-    """The same for a GPU with that much memory left."""
-    device = replace(GPUS["h100"], name="GPU of this machine", memory_bytes=free_bytes)
-    _, memory = plan_step(_step_spec(train), device, partial(choose_trained, spec=train))
-    told = shortfall(memory, device)
-    if told is not None:
-        raise UserError(f"the training does not fit: {told}")
-
-
-def _free_gpu_bytes() -> float:
-    """The least that is left on a GPU of this machine; asked in a process of its own, for asking takes some of it."""
-    code = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
-def _step_spec(train: TrainSpec) -> PlanSpec:
-    """What a training's step takes of memory and work."""
-    return PlanSpec(
-        base=train.base,
-        model=train.model,
-        steps=train.steps,
-        global_batch=train.global_batch,
-        workers=train.workers,
-        device="",
-        cores=train.cpus_per_worker,
-        trained=train.trained,
-        average=train.average_decay > 0,
-        precision=train.precision,
-        micro_batch=train.micro_batch,
-        recompute=train.recompute_activations,
-        fsdp2=train.sharding == "fsdp2",
-    )
 
 
 def parse_count(text: str) -> int:

@@ -15,7 +15,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows.console import tell, tick_line
+from flows.console import log, tick_line
 from tasks.encode.spec import PrepareReport
 
 UPDATE_SECONDS = 10.0
@@ -25,7 +25,7 @@ AWAY = (httpx.HTTPError, PrefectException)
 AWAY_SECONDS = 300.0
 
 
-class PreparePages:
+class PrepareArtifacts:
     """The progress callback of the stage: tells every tick, and keeps the artifacts of the task run it is used in."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class PreparePages:
         self._due = 0.0
 
     def __call__(self, news: dict[str, Any]) -> None:
-        tell(news)
+        log(news)
         self._clips_per_second = news["clips_per_second"]
         if time.monotonic() < self._due and news["done"] < news["total"]:
             return

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tasks.plan.counting import ModelCounts
-from tasks.plan.hardware import Device
-from tasks.plan.spec import PlanSpec
-from tasks.plan.units import size
+from flows.planning.counting import ModelCounts
+from flows.planning.hardware import Device
+from flows.planning.spec import PlanSpec
+from flows.planning.units import size
 
 # CUDA's context, the workspaces of its libraries, and what a caching allocator cannot use again.
 RESERVE = 0.08

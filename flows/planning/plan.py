@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tasks.plan.base import BaseConfig, read_base
-from tasks.plan.counting import ModelCounts, count_model, count_text, count_vae
-from tasks.plan.hardware import Device, find_device
-from tasks.plan.memory import MemoryPlan, plan_memory, shortfall
-from tasks.plan.spec import PlanSpec, check_plan
-from tasks.plan.units import duration, size, work
+from flows.planning.base import BaseConfig, read_base
+from flows.planning.counting import ModelCounts, count_model, count_text, count_vae
+from flows.planning.hardware import Device, find_device
+from flows.planning.memory import MemoryPlan, plan_memory, shortfall
+from flows.planning.spec import PlanSpec, check_plan
+from flows.planning.units import duration, size, work
 from trip_model.model import Trip
 
 CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2dataset#336)

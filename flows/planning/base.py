@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trip_model.encoders import BaseFolderError, resolve_base
-from trip_model.model import TripConfig
+from trip_model.config import TripConfig
+from trip_model.folders import BaseFolderError, resolve_base
 
 MS_1_7B = "damo-vilab/text-to-video-ms-1.7b"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.evaluate import selftest as test
-from tasks.judges.judge import JudgeFiles
+from tasks.judges.files import JudgeFiles
 
 NONE = JudgeFiles()
 _VERDICTS = {True: "ok", False: "FAILED", None: "-"}

@@ -1,0 +1,1 @@
+"""The commands: each flow, and what needs no flow; they run flows and are imported by none."""

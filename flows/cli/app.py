@@ -1,0 +1,171 @@
+"""Runs one command: reads its flags, locks its root, and turns an error into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib
+import inspect
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import cyclopts
+
+from flows.cli.session import locked, prefect_home, prefect_server
+from flows.cli.signature import signature_of, summary_of
+from infra import storage
+from infra.settings import DEFAULT_ROOT, apply_environment_defaults
+from tasks.records import UserError
+from trip_model.folders import BaseFolderError
+
+FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
+# Every other command and the module of its function.
+COMMANDS = {
+    "recipes": "flows.cli.recipes",
+    "plan": "flows.cli.plan",
+    "selftest": "flows.cli.selftest",
+    "serve": "flows.cli.serve",
+    "promote": "flows.cli.promote",
+    "rollback": "flows.cli.promote",
+    "live": "flows.cli.promote",
+    "sample": "flows.cli.curate",
+    "verify": "flows.cli.curate",
+    "forget": "flows.cli.curate",
+    "deduplicate": "flows.cli.curate",
+}
+CHANGE_DATA = ("forget", "deduplicate")  # they take the lock of the root that the data set lies below
+
+# Errors of the operating system that a user can fix, and how.
+REMEDIES = {
+    errno.ENOSPC: "free some space or give another --root",
+    errno.EDQUOT: "free some space or give another --root",
+    errno.EROFS: "give a --root that can be written",
+    errno.EACCES: "give a --root that you may write, or change its permissions",
+    errno.EPERM: "give a --root that you may write, or change its permissions",
+    errno.ENOTDIR: "give a --root whose parents are folders",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "free some memory",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command.
+
+    Returns:
+        The command's own exit code, 0 by default; 2 for an error that the user can fix; 1 with a traceback for others.
+    """
+    # Prefect prints the traceback of every failed state; the user gets a sentence, and the server keeps the rest.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if "PREFECT_API_URL" not in os.environ:
+        # Prefect reads its home when it is imported, before any flag is parsed.
+        apply_environment_defaults(str(prefect_home(_root_in(arguments))))
+    try:
+        return _app(arguments)(arguments, result_action="return_value") or 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last handler: it decides between a sentence and a traceback
+        cause = user_error(error)
+        if cause is None:
+            traceback.print_exc()
+            print(f"error: {type(error).__name__} ended a stage; the same command continues", file=sys.stderr)
+            return 1
+        print(f"error: {sentence(cause)}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The flags of a command line by name, as its function receives them. Raises `cyclopts.CycloptsError`."""
+    _, given, _ = _app(arguments).parse_args(arguments, print_error=False, exit_on_error=False)
+    given.apply_defaults()
+    return dict(given.arguments)
+
+
+def user_error(error: BaseException) -> Exception | None:
+    """The error inside `error` that the user can fix, however frameworks have wrapped it; None if there is none."""
+    pending: list[Any] = [error]
+    for candidate in pending:  # grows while it is walked
+        # Ray raises a copy that is of the error's class as well, but its text is the worker's whole traceback.
+        ray_cause = getattr(candidate, "cause", None)
+        if not isinstance(ray_cause, BaseException):
+            if isinstance(candidate, UserError | BaseFolderError):
+                return candidate
+            if isinstance(candidate, OSError) and candidate.errno in REMEDIES:
+                return candidate
+        workers = getattr(candidate, "worker_failures", None)
+        inner = [ray_cause, candidate.__cause__, *(workers.values() if isinstance(workers, dict) else ())]
+        pending += [item for item in inner if isinstance(item, BaseException) and item not in pending]
+    return None
+
+
+def sentence(error: Exception) -> str:
+    """The text of an error in one line, with the remedy of an error of the operating system."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
+    return " ".join(str(error).split())
+
+
+def _app(arguments: list[str]) -> cyclopts.App:
+    """The application with the commands that `arguments` name, or with all of them for the list of commands."""
+    about = "TRIP: from a table of video links to a registered image-to-video model."
+    app = cyclopts.App(name="python -m flows", help=about, version_flags=[])
+    for name in FLOWS:
+        _add(app, name, f"flows.{name.replace('-', '_')}", _run_flow, name in arguments)
+    for name, module in COMMANDS.items():
+        _add(app, name, module, _run_command, name in arguments)
+    return app
+
+
+def _add(app: cyclopts.App, name: str, module: str, run: Callable[..., Any], in_use: bool) -> None:
+    function = name.replace("-", "_")
+    if not in_use:  # listed by its summary; its signature is not read
+        app.command(cyclopts.App(name=name, help=summary_of(module, function)))
+        return
+    signature = signature_of(module, function)
+
+    @functools.wraps(signature)
+    def command(*args: Any, **flags: Any) -> Any:
+        given = inspect.signature(signature).bind(*args, **flags)
+        given.apply_defaults()
+        return run(name, module, function, given.arguments)
+
+    app.command(command, name=name)
+
+
+def _run_flow(name: str, module: str, function: str, given: dict[str, Any]) -> None:
+    """Runs a flow with a Prefect server, alone on its root."""
+    from flows.recipes import find_recipe
+
+    find_recipe(given["recipe"])  # rejects a misspelt name before a server is started for it
+    with warnings.catch_warnings():
+        # Prefect looks for its home on import; the folder is made when a server needs it.
+        warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
+        flow = getattr(importlib.import_module(module), function)
+    with locked(given["root"]), prefect_server(given["root"]):
+        flow(**given)
+
+
+def _run_command(name: str, module: str, function: str, given: dict[str, Any]) -> Any:
+    lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if name in CHANGE_DATA:
+        root = storage.parent(storage.parent(storage.absolute(given["data"])))
+        if storage.exists(storage.join(root, ".lock")):
+            lock = locked(root)
+    with lock:
+        return getattr(importlib.import_module(module), function)(**given)
+
+
+def _root_in(arguments: list[str]) -> str:
+    """The value of --root in a command line that is not parsed yet."""
+    for position, word in enumerate(arguments):
+        if word == "--root" and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if word.startswith("--root="):
+            return word.removeprefix("--root=")
+    return DEFAULT_ROOT

@@ -1,0 +1,170 @@
+"""Where every result of a run lies: each address is resolved here once, from what goes in, and then passed on.
+
+A result lies in a folder named after everything that changes it, contents by their hash, so a changed recipe never
+meets old files and the same command resumes. Asking for an address runs nothing, draws nothing and opens no port.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from flows.recipes import Recipe, find_recipe
+from flows.source import SourceOptions, named_source
+from infra import storage
+from infra.settings import CHECKOUT
+from tasks.encode.fingerprint import fingerprint_of
+from tasks.encode.spec import PrepareSpec
+from tasks.evaluate.presets import load_preset
+from tasks.evaluate.spec import EvaluateSpec
+from tasks.ingest.demo import demo_table
+from tasks.ingest.sources import opened
+from tasks.ingest.spec import SourceSpec
+from tasks.records import Artifact, UserError, digest
+from tasks.shards import ShardDataset
+from tasks.train.spec import TrainSpec, finished_report, spec_digest
+from trip_model.folders import folder_hash, resolve_base
+
+EXPERIMENT = "trip"  # of MLflow
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe on a source below a root: what every address follows from.
+
+    Attributes:
+        recipe: the numbers.
+        source: the table or folder that is named; None for the corpus that the demo draws.
+        root: absolute address that everything is written below.
+    """
+
+    recipe: Recipe
+    source: SourceSpec | None
+    root: str
+
+    @cached_property
+    def prepare(self) -> PrepareSpec:
+        """The spec of prepare, with its source opened and its fingerprint taken.
+
+        Raises:
+            UserError: the source or the base cannot be read, or the recipe has no clips of its own.
+        """
+        spec = replace(self.recipe.prepare, source=self._opened_source())
+        identity = fingerprint_of(spec)
+        output = address(self.root, "data", identity | {"limit": spec.source.limit})
+        return replace(spec, output=output, fingerprint=identity)
+
+    def _opened_source(self) -> SourceSpec:
+        if self.source is not None:
+            return opened(self.source)
+        if self.recipe.demo_clips is None:
+            raise UserError(
+                f"recipe {self.recipe.name!r} has no clips of its own; name a table or a folder: --source TABLE.csv"
+            )
+        if storage.local_path(self.root) is None:
+            raise UserError(
+                f"the demo corpus is drawn into a local folder, not {self.root}; name a table: --source TABLE.csv"
+            )
+        table, sha256 = demo_table(storage.join(self.root, "corpus"), self.recipe.demo_clips, self.recipe.prepare.size)
+        return replace(self.recipe.prepare.source, table=table, format="csv", sha256=sha256)
+
+    def prepared(self) -> Artifact:
+        """The data set of this run. Raises UserError if it is not finished."""
+        return data_set(self.prepare.output)
+
+    def train(self, data: Artifact) -> TrainSpec:
+        """The spec of a training on a data set."""
+        spec = replace(self.recipe.train, dataset=data.uri)
+        identity = {"spec": spec_digest(spec), "dataset": data.sha256, "base": base_hash(spec.base)}
+        return replace(spec, output=address(self.root, "train", identity))
+
+    def trained(self, data: Artifact) -> Artifact:
+        """The model that this run trained on a data set. Raises UserError if it is not finished."""
+        report = finished_report(self.train(data))
+        if report is None:
+            raise UserError(
+                f"no finished training of recipe {self.recipe.name!r} below {self.root};"
+                " run the command train-trip first"
+            )
+        return report.exported
+
+    def evaluate(
+        self, model: Artifact, data: Artifact, protocol: str | None = None, foreign: bool = False
+    ) -> EvaluateSpec:
+        """The spec of an evaluation. Data that are `foreign` were never trained on: all of them are held out.
+
+        The recipe's protocol is for foreign data; without `protocol`, the data that was trained on is evaluated by
+        "held-out". The address follows from what decides TRIP's own clips: further feature extractors and baselines are
+        columns and rows of the same report.
+        """
+        fraction = 1.0 if foreign else self.recipe.train.held_out_fraction
+        spec = replace(
+            self.recipe.evaluate,
+            model=model.uri,
+            model_sha256=model.sha256,
+            dataset=data.uri,
+            held_out_fraction=fraction,
+        )
+        spec = replace(spec, protocol=protocol or (spec.protocol if foreign else "held-out"))
+        identity = {
+            "model": model.sha256,
+            "dataset": data.sha256,
+            "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.batch],
+            "protocol": spec.protocol,
+        }
+        return replace(spec, output=address(self.root, "evaluate", identity))
+
+    def lineage(self, data: Artifact, code_version: str) -> dict[str, str]:
+        """Where a model comes from, as tags of its version."""
+        base = resolve_base(self.recipe.train.base)
+        inside = base.is_relative_to(CHECKOUT)
+        return {
+            "recipe": self.recipe.name,
+            "recipe_hash": digest(self.recipe.identity()),
+            "data_uri": data.uri,
+            "data_digest": data.sha256,
+            "base": str(base.relative_to(CHECKOUT)) if inside else self.recipe.train.base,
+            "base_hash": base_hash(self.recipe.train.base),
+            "code_version": code_version,
+        }
+
+
+def resolve(recipe: str, source: str | None, root: str, base: str | None, options: SourceOptions) -> Run:
+    """The run that the flags of a command ask for. Raises UserError for an unknown recipe or unusable options."""
+    return Run(find_recipe(recipe, base), named_source(source, options), storage.absolute(root))
+
+
+def data_set(uri: str) -> Artifact:
+    """A finished data set by its address. Raises UserError if there is none."""
+    data = ShardDataset(uri)
+    return Artifact(data.uri, data.manifest_sha256)
+
+
+def model_folder(uri: str) -> Artifact:
+    """A model folder that a command names. Raises UserError if there is none."""
+    try:
+        return Artifact(storage.absolute(uri), folder_hash(storage.local_folder(uri)))
+    except FileNotFoundError as error:
+        raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
+
+
+def prepared_for(spec: PrepareSpec, protocol: str | None) -> PrepareSpec:
+    """The spec with the frames that a protocol asks for, stored as well; what it leaves open stays the recipe's."""
+    if protocol is None:
+        return replace(spec, keep_pixels=True)
+    preset = load_preset(protocol)
+    values = {"num_frames": preset.frames} | {n: getattr(preset, n) for n in ("fps", "stride", "size", "fit")}
+    return replace(spec, keep_pixels=True, **{name: value for name, value in values.items() if value is not None})
+
+
+def address(root: str, stage: str, identity: Any) -> str:
+    """The folder of a stage's result: `<root>/<stage>/<digest of everything that changes the result>`."""
+    return storage.join(storage.absolute(root), stage, digest(identity))
+
+
+@functools.cache
+def base_hash(base: str) -> str:
+    """sha256 of a base's files, read once a process."""
+    return folder_hash(resolve_base(base))

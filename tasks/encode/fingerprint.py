@@ -1,0 +1,68 @@
+"""The fingerprint of a data set: everything that changes its samples, contents by their hash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.encode.decoder import check_decoding
+from tasks.encode.filters import VERSION, check_filters
+from tasks.encode.spec import PrepareSpec
+from tasks.ingest.sources import source_identity
+from tasks.records import UserError
+from tasks.shards import SCHEMA_VERSION
+from trip_model.folders import BaseFolderError, folder_hash, resolve_base
+
+
+def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
+    """What the samples are made from and how. Equal fingerprints mean equal samples, on any machine with any workers.
+
+    Raises:
+        UserError: the table or the base cannot be read, or a number makes no sense.
+    """
+    check_spec(spec)
+    try:
+        base = resolve_base(spec.base)
+    except BaseFolderError as error:
+        raise UserError(str(error)) from error
+    tracks = {"clip": spec.clip, "longest_track": spec.longest_track}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **source_identity(spec.source),
+        "num_frames": spec.num_frames,
+        "fps": spec.fps,
+        "size": spec.size,
+        # What is off is not named, so that data sets from before it existed are still of their recipe.
+        **({"fit": spec.fit} if spec.fit != "crop" else {}),
+        **({"stride": spec.stride} if spec.stride is not None else {}),
+        **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
+        "keep_pixels": spec.keep_pixels,
+        "frames_per_batch": spec.frames_per_batch,
+        "clips_per_shard": spec.clips_per_shard,
+        **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
+        "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",
+        "vae_sha256": folder_hash(base, "vae"),
+        **({"text_encoder_sha256": folder_hash(base, "text_encoder")} if spec.keep_text else {}),
+        "tokenizer_sha256": folder_hash(base, "tokenizer"),
+    }
+
+
+def check_spec(spec: PrepareSpec) -> None:
+    """Raises UserError for a number that no clip, decoder or worker can satisfy."""
+    for name in ("num_frames", "fps", "size", "windows_per_clip", "frames_per_batch"):
+        if not getattr(spec, name) > 0:
+            raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
+    if spec.num_frames < 2:
+        raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
+    if spec.fit not in ("crop", "squash"):
+        raise UserError(f"fit {spec.fit!r}, expected 'crop' or 'squash'")
+    if spec.stride is not None and spec.stride < 1:
+        raise UserError(f"stride {spec.stride}, expected at least 1, or none for the time grid of fps")
+    if spec.clip not in ("windows", "track"):
+        raise UserError(f"clip {spec.clip!r}, expected 'windows' or 'track'")
+    if spec.clip == "track" and spec.longest_track < spec.num_frames:
+        raise UserError(f"longest_track {spec.longest_track}, expected at least num_frames, which is {spec.num_frames}")
+    check_filters(spec.filters)
+    check_decoding(spec.decode)
+    for name, least in (("clips_per_shard", 1), ("workers", 0), ("cpus_per_worker", 1)):
+        if getattr(spec, name) < least:
+            raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
