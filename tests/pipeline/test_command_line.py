@@ -142,7 +142,7 @@ def test_two_commands_do_not_share_a_root(tmp_path: Path, capsys: pytest.Capture
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main(["prepare-latents", "--root", str(tmp_path)]) == 2
-    assert "another command is at work" in capsys.readouterr().err
+    assert "another command is running" in capsys.readouterr().err
 
 
 VIDEOS = [f"videos/32px/{FIRST_SEED + number}.mp4" for number in range(3)]
@@ -211,7 +211,7 @@ def test_forget_is_refused_while_another_command_is_at_work(
     with open(tmp_path / "runs" / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main(["forget", "--data", str(data), "--ids", str(tmp_path / "ids.txt")]) == 2
-    assert "another command is at work" in capsys.readouterr().err and "a_000" in ShardDataset(str(data)).keys
+    assert "another command is running" in capsys.readouterr().err and "a_000" in ShardDataset(str(data)).keys
 
 
 def test_the_curable_error_is_found_below_what_frameworks_wrap_around_it() -> None:

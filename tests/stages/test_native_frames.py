@@ -21,9 +21,9 @@ from flows.cli.app import parse
 from flows.layout import prepared_for
 from infra import storage
 from infra.cluster import ray_session
-from tasks.encode.fingerprint import check_spec
+from tasks.encode.fingerprint import check_spec, fingerprint_of
 from tasks.encode.job import prepare
-from tasks.encode.spec import PrepareSpec, recipe
+from tasks.encode.spec import PrepareSpec
 from tasks.evaluate import generate
 from tasks.evaluate.frechet import Moments, frechet_distance
 from tasks.evaluate.job import evaluate
@@ -150,9 +150,9 @@ def test_frames_of_a_folder_come_out_of_one_file_as_they_went_in(suffix: str, tm
 def test_a_recipe_names_fit_and_stride_where_they_are_not_the_usual_ones(tiny_base: Path, tmp_path: Path) -> None:
     table = write_demo_corpus(tmp_path / "corpus", clips=2, size=32)
     spec = PrepareSpec(SourceSpec(table), str(tmp_path / "out"), str(tiny_base), size=32, num_frames=4, workers=0)
-    usual = recipe(spec)
+    usual = fingerprint_of(spec)
     assert not {"fit", "stride"} & set(usual)  # data sets from before they existed are still of their recipe
-    assert recipe(replace(spec, fit="squash", stride=2)) == usual | {"fit": "squash", "stride": 2}
+    assert fingerprint_of(replace(spec, fit="squash", stride=2)) == usual | {"fit": "squash", "stride": 2}
     prepare(spec)
     for change in ({"fit": "squash"}, {"stride": 1}):
         with pytest.raises(UserError, match=f"{next(iter(change))} .* -> .*another output"):

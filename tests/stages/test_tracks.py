@@ -17,8 +17,9 @@ from infra import storage
 from tasks.curate.forget import forget
 from tasks.curate.samples import SampleChecker
 from tasks.curate.verify import problems
+from tasks.encode.fingerprint import fingerprint_of
 from tasks.encode.job import prepare
-from tasks.encode.spec import FilterSpec, PrepareSpec, recipe
+from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.evaluate.generate import real_pixels
 from tasks.evaluate.protocols import held_out_protocol
 from tasks.ingest.spec import SourceSpec
@@ -73,18 +74,18 @@ def by_key(dataset: str) -> dict[str, dict[str, Any]]:
 
 
 def test_a_recipe_names_what_is_on_and_only_that(tiny_base: Path, clips: str) -> None:
-    plain = recipe(spec_for(clips, tiny_base, "x"))
+    plain = fingerprint_of(spec_for(clips, tiny_base, "x"))
     assert plain["latents"] == "posterior mean, float16, unscaled" and plain["windows_per_clip"] == 1
     assert not {"clip", "longest_track", "text_encoder_sha256"} & set(plain)
-    assert recipe(spec_for(clips, tiny_base, "x", longest_track=99)) == plain, "of no meaning for windows"
-    track = recipe(spec_for(clips, tiny_base, "x", clip="track", windows_per_clip=7))
-    assert track == recipe(spec_for(clips, tiny_base, "x", clip="track")), "of no meaning for tracks"
+    assert fingerprint_of(spec_for(clips, tiny_base, "x", longest_track=99)) == plain, "of no meaning for windows"
+    track = fingerprint_of(spec_for(clips, tiny_base, "x", clip="track", windows_per_clip=7))
+    assert track == fingerprint_of(spec_for(clips, tiny_base, "x", clip="track")), "of no meaning for tracks"
     assert {name: track.get(name) for name in {*track} ^ {*plain}} == {
         "windows_per_clip": None,
         "clip": "track",
         "longest_track": 240,
     }
-    kept = recipe(spec_for(clips, tiny_base, "x", keep_logvar=True, keep_text=True))
+    kept = fingerprint_of(spec_for(clips, tiny_base, "x", keep_logvar=True, keep_text=True))
     assert {name for name in {*kept, *plain} if kept.get(name) != plain.get(name)} == {"latents", "text_encoder_sha256"}
 
 
@@ -166,7 +167,7 @@ def test_a_cut_anywhere_leaves_the_track_out(tiny_base: Path, clips: str, tmp_pa
 )
 def test_a_clip_of_no_kind_is_one_sentence(tiny_base: Path, clips: str, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        recipe(spec_for(clips, tiny_base, "x", **({"clip": "track"} | change)))
+        fingerprint_of(spec_for(clips, tiny_base, "x", **({"clip": "track"} | change)))
 
 
 def test_some_frames_are_read_without_the_others(uri: str) -> None:
