@@ -22,7 +22,8 @@ from flows import curation, planning, promotion, serve
 from flows.recipes import RECIPES, find_recipe
 from flows.selftest import selftest
 from infra import storage
-from infra.settings import apply_environment_defaults
+from infra.redaction import redact
+from infra.settings import apply_environment_defaults, move_credentials
 from tasks.records import UserError
 from trip_model.encoders import BaseFolderError
 
@@ -46,6 +47,8 @@ REMEDIES = {
 
 def main(arguments: list[str]) -> int:
     """Runs one command. Returns 0 or what it returns; 2 when a person can cure the error; 1 with a traceback if not."""
+    # What a flow is given is stored by Prefect's server, which shows it to everybody who may look at it.
+    arguments = _without_credentials(arguments)
     # Prefect reads its settings when it is imported. Its console handler would print the traceback of every failed
     # state; people get a sentence instead, and the server of the run keeps the rest.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -59,7 +62,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # the last stop: it decides between a sentence and a traceback
         cause = curable(error)
         if cause is None:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
             print(f"error: {type(error).__name__} ended a stage; the same command continues", file=sys.stderr)
             return 1
         print(f"error: {sentence(cause)}", file=sys.stderr)
@@ -95,7 +98,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
-    return " ".join(str(error).split())
+    return redact(" ".join(str(error).split()))
 
 
 def _app(arguments: list[str]) -> cyclopts.App:
@@ -154,6 +157,18 @@ def _alone(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **flags)
 
     return run
+
+
+def _without_credentials(arguments: list[str]) -> list[str]:
+    """The arguments with no password in the value of --tracking-uri: it moves into the environment."""
+    flag = "--tracking-uri"
+    moved = list(arguments)
+    for place, word in enumerate(arguments):
+        if place and arguments[place - 1] == flag:
+            moved[place] = move_credentials(word)
+        elif word.startswith(f"{flag}="):
+            moved[place] = f"{flag}={move_credentials(word.removeprefix(f'{flag}='))}"
+    return moved
 
 
 def _root_of(arguments: list[str]) -> str:

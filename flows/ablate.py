@@ -15,6 +15,7 @@ from flows.source import PLAIN, Reading, named_source
 from flows.stage import address
 from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset, train_stage
 from infra.cluster import kept_ray_session
+from infra.redaction import redact
 from infra.tracking import default_artifact_location
 from tasks.evaluate import ablation
 from tasks.judges.judge import JudgeFiles
@@ -81,7 +82,11 @@ def ablate(
         "dataset": data,
         **{f"{arm.variant}, seed {arm.seed}": arm.report for arm in arms},
     }
-    places = ablation.write(address(root, "ablate", about), comparison, about)
+    places = ablation.write(
+        address(root, "ablate", about),
+        comparison,
+        {name: redact(of) if isinstance(of, str) else of for name, of in about.items()},
+    )
     results("Done.", {"table": places["html"], "markdown": places["md"]} | _lines(ablation.verdicts(comparison)))
     return {"comparison": to_json(comparison), **places}
 

@@ -12,6 +12,7 @@ import cyclopts
 
 from flows.console import tell
 from flows.source import PLAIN, Reading
+from infra.redaction import redact
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
@@ -38,7 +39,9 @@ def sample(
         reading: how the source is read.
     """
     report = write_sample(reading.of(source), count, seed, output)
-    print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
+    print(
+        redact(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
+    )
 
 
 def verify(data: str, workers: int | None = None) -> int:
@@ -50,7 +53,7 @@ def verify(data: str, workers: int | None = None) -> int:
     """
     count = 0
     for problem in problems(data, tell, min(8, os.cpu_count() or 1) if workers is None else workers):
-        print(problem, flush=True)
+        print(redact(problem), flush=True)
         count += 1
     tell(f"verify      {data}: {f'{count} problems' if count else 'whole'}")
     return int(count > 0)

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow, task
 
 from flows.console import tell
+from flows.mlflow_store import tracking_address
 from flows.recipes import Recipe, find_recipe
 from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, address, code_version
@@ -142,6 +143,7 @@ def evaluate_trip(
         judges: files of the judges; without them fixed random nets stand in under names of their own.
         reading: how the source was read.
     """
+    uri = tracking_uri and tracking_address(tracking_uri, root)
     chosen = find_recipe(recipe, base)
     methods = parse_methods(method or [])
     if model is None or held_out is None:
@@ -154,6 +156,6 @@ def evaluate_trip(
     spec = planned_evaluation(chosen, model, judged_by, root, protocol, foreign=held_out is not None)
     champion = champion and storage.absolute(champion)
     report = evaluate_stage(replace(judged_with(spec, judges), methods=methods, champion=champion))
-    if tracking_uri is not None:
-        track_evaluation(report, spec.dataset, tracking_uri)
+    if uri is not None:
+        track_evaluation(report, spec.dataset, uri)
     return to_json(report)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from flows.recipes import Recipe, find_recipe
 from infra import storage
+from infra.redaction import redact
 from tasks.plan.hardware import GPUS
 from tasks.plan.memory import shortfall
 from tasks.plan.plan import Plan, Row, make_plan, plan_step
@@ -70,7 +71,7 @@ def plan(
         spec = replace(spec, clips=len(ShardDataset(data)), clips_are="prepared", windows_per_clip=1)
     made = make_plan(spec, partial(choose_trained, spec=chosen.train))
     if json:
-        print(json_format.dumps({"spec": asdict(spec), "warnings": warnings} | asdict(made), indent=2))
+        print(redact(json_format.dumps({"spec": asdict(spec), "warnings": warnings} | asdict(made), indent=2)))
     else:
         _show(made, warnings, spec.clips is None)
     return int(not made.fits)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import results, tell
 from flows.mlflow_store import existing_store
+from infra.redaction import redact
 from tasks.records import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
     try:
         yield open_registry(uri)
     except TROUBLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"the registry at {uri} failed ({reason}); the same command continues") from error
 
 

@@ -14,6 +14,7 @@ from flows.source import PLAIN, Reading, named_source
 from flows.stage import STAGE_POLICY, code_version
 from flows.train_trip import EXPERIMENT, prepared_dataset
 from infra import storage
+from infra.redaction import redact
 from infra.settings import CHECKOUT
 from infra.tracking import default_artifact_location
 from tasks.records import UserError, digest, to_json
@@ -30,9 +31,9 @@ def lineage(chosen: Recipe, dataset: str) -> dict[str, str]:
     return {
         "recipe": chosen.name,
         "recipe_hash": digest(chosen.identity()),
-        "data_uri": held.uri,
+        "data_uri": redact(held.uri),
         "data_digest": held.manifest_sha256,
-        "base": str(base.relative_to(CHECKOUT)) if inside else chosen.train.base,
+        "base": str(base.relative_to(CHECKOUT)) if inside else redact(chosen.train.base),
         "base_hash": folder_hash(base),
         "code_version": code_version(),
     }

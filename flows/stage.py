@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from typing import Any
 
@@ -11,8 +12,13 @@ from prefect.tasks import Task
 
 from infra import storage
 from infra.cluster import lost_a_machine
+from infra.redaction import RedactingFilter
 from infra.settings import CHECKOUT
 from tasks.records import digest
+
+# Prefect logs the errors of flows and tasks, with the tracebacks of the libraries' own ones.
+for _logger in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_logger).addFilter(RedactingFilter())
 
 
 def address(root: str, stage: str, identity: Any) -> str:

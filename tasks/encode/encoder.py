@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from infra.redaction import name_of
 from tasks.encode.decoder import READER, TRACK_READER, DecoderPool, DecodeSpec
 from tasks.encode.filters import MEASURING_READER, FilterSpec, Screen, Window, check_filters
 from tasks.ingest.download import Fetched
@@ -160,7 +161,7 @@ class ClipEncoder:
                     meta={
                         "clip": ref.key,
                         "row": ref.row,
-                        "url": ref.url,
+                        "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
                         "window": window.place,

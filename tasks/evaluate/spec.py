@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from infra import storage
+from infra.redaction import redact
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocols import Protocol
 from tasks.judges.judge import JudgeFiles, JudgeName
@@ -113,13 +114,16 @@ def provenance_of(
 ) -> dict[str, Any]:
     """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
     return {
-        "model": spec.model,
-        "dataset": spec.dataset,
+        "model": redact(spec.model),
+        "dataset": redact(spec.dataset),
         "dataset_recipe": dataset.manifest["recipe_hash"],
         "protocol": protocol.name,
         "held_out_fraction": spec.held_out_fraction,
         "seed": spec.seed,
-        "folders": spec.methods | ({"champion": spec.champion} if spec.champion else {}),
+        "folders": {
+            name: redact(folder)
+            for name, folder in (spec.methods | ({"champion": spec.champion} if spec.champion else {})).items()
+        },
         "judges": {
             judge.metric: {
                 "official": judge.official,

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra import tracking
+from infra.redaction import redact, without_userinfo
 from tasks.records import UserError
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -80,7 +81,7 @@ def open_registry(uri: str) -> MlflowClient:
     if uri.startswith(("http://", "https://")):
         # MLflow itself keeps trying for minutes before it says that nobody is there.
         try:
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10).close()
+            urllib.request.urlopen(without_userinfo(uri).rstrip("/") + "/health", timeout=10).close()
         except urllib.error.HTTPError:
             pass  # somebody is there; what it refuses will be said by the call that needs it
         except OSError as error:
@@ -91,7 +92,7 @@ def open_registry(uri: str) -> MlflowClient:
         client = tracking.connect(uri)
         client.search_registered_models(max_results=1)
     except tracking.TROUBLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = redact(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"the tracking store {uri!r} cannot be used ({reason}); give a server's address or sqlite:///FILE in a"
             " folder that can be written"

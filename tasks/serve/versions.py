@@ -12,6 +12,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from infra import tracking
+from infra.redaction import redact
+from infra.settings import client_address
 from trip_model.encoders import folder_hash
 
 
@@ -26,8 +28,8 @@ class AliasedModel:
     def __init__(self, name: str, alias: str, tracking_uri: str, cache: Path) -> None:
         self.name, self.alias, self.uri, self.cache = name, alias, tracking_uri, cache
         # Downloads look a logged model up at the module-wide addresses, whatever client asked.
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
+        mlflow.set_tracking_uri(client_address(tracking_uri))
+        mlflow.set_registry_uri(client_address(tracking_uri))
         self._client = tracking.connect(tracking_uri)
         self._refused: dict[str, str] = {}
 
@@ -41,8 +43,8 @@ class AliasedModel:
                 "INVALID_PARAMETER_VALUE",
             ):
                 raise RegistryTrouble(
-                    f"the registry at {self.uri} has no version {self.name}@{self.alias}; register a model, or serve"
-                    " an alias that is set"
+                    f"the registry at {redact(self.uri)} has no version {self.name}@{self.alias}; register a model,"
+                    " or serve an alias that is set"
                 ) from error
             raise RegistryTrouble(self._unreachable(error)) from error
 
@@ -115,5 +117,5 @@ class AliasedModel:
         return self.cache / f"version-{version}"
 
     def _unreachable(self, error: Exception) -> str:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        return f"the registry at {self.uri} does not answer ({reason}); start it, it is asked again"
+        reason = redact(str(error)).splitlines()[0][:160] if str(error) else type(error).__name__
+        return f"the registry at {redact(self.uri)} does not answer ({reason}); start it, it is asked again"
