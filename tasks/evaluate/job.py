@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import generate, report, rows, score
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
@@ -35,7 +36,6 @@ from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
-_RESTARTS = 2  # a worker lost to a full memory or a dead node is started again this often
 
 
 class _Worker:
@@ -50,7 +50,10 @@ class _Worker:
         torch.set_num_threads(spec.cpus_per_worker)
         self.spec, self.frames = spec, frames
         self.device = "cuda" if spec.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
-        self.dataset = ShardDataset(spec.dataset)
+
+    @cached_property
+    def dataset(self) -> ShardDataset:
+        return ShardDataset(self.spec.dataset)
 
 
 class Generator(_Worker):
@@ -258,40 +261,18 @@ def _drive(
     done: int,
     progress: Callable[[str], None],
 ) -> None:
-    """Runs tasks over actors, each actor with one in hand; one that dies is started again and repeats it.
+    """Runs tasks over actors, each actor with one in hand; the task of one that is lost goes to another.
 
     A task is the arguments of `run`, the batch last; `done` items need none.
     """
     if not tasks:
         return
     ticks = Ticks(label, len(protocol.items), progress, done)
-    actor_class: Any = ray.remote(
-        num_cpus=spec.cpus_per_worker,
-        num_gpus=spec.gpus_per_worker,
-        max_restarts=_RESTARTS,
-        max_task_retries=_RESTARTS,
-    )(kind)
-    held = ray.cluster_resources()
-    for resource, wanted in (("CPU", spec.cpus_per_worker), ("GPU", spec.gpus_per_worker)):
-        present = held.get(resource, 0)
-        if wanted > present:  # Ray would wait for it without end and without a word
-            raise UserError(f"a {label} worker asks for {wanted:g} {resource}, the Ray session has {present:g}")
-    fitting = spec.workers or int(held["CPU"]) // spec.cpus_per_worker
-    queue = deque(tasks)
-    actors = [actor_class.remote(spec, protocol.frames, *arguments) for _ in range(max(1, min(fitting, len(tasks))))]
-    in_hand: dict[Any, tuple[Any, Batch]] = {}
+    actors = (kind, (spec, protocol.frames, *arguments), spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
     try:
-        for actor in actors:
-            task = queue.popleft()
-            in_hand[actor.run.remote(*task)] = (actor, task[-1])
-        while in_hand:
-            (ready,), _ = ray.wait(list(in_hand), num_returns=1)
-            actor, batch = in_hand.pop(ready)
-            ray.get(ready)
-            ticks.tick(len(batch))
-            if queue:
-                task = queue.popleft()
-                in_hand[actor.run.remote(*task)] = (actor, task[-1])
+        with WorkerPool(*actors) as pool:
+            for task, _ in pool.run(tasks, lambda actor, task: actor.run.remote(*task)):
+                ticks.tick(len(task[-1]))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError | OSError):
@@ -299,13 +280,14 @@ def _drive(
         if isinstance(cause, ValueError):  # a sentence for a person, not a worker's stack
             raise UserError(str(cause)) from None
         raise
-    except ray.exceptions.ActorDiedError as error:
+    except NoRoom as error:
+        raise UserError(f"{label}: {error}") from None
+    except WorkerDied as error:
+        if error.task is None:
+            raise UserError(f"{label}: {error}") from error
         raise UserError(
-            f"a {label} worker died {_RESTARTS + 1} times; give it more memory, or a smaller batch than {spec.batch}"
+            f"a {label} worker died {MAX_DEATHS} times; give it more memory, or a smaller batch than {spec.batch}"
         ) from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def _examples(
