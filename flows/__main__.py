@@ -83,7 +83,7 @@ def curable(error: BaseException) -> Exception | None:
         # Ray raises a copy that is of the error's class as well, but says the worker's whole traceback.
         ray_cause = getattr(found, "cause", None)
         if not isinstance(ray_cause, BaseException):
-            if isinstance(found, UserError | BaseFolderError):
+            if isinstance(found, UserError | BaseFolderError | storage.StorageError):
                 return found
             if isinstance(found, OSError) and found.errno in REMEDIES:
                 return found
