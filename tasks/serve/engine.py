@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,7 +145,7 @@ class Engine:
         pipe(np.zeros((pipe.size, pipe.size, 3), np.uint8), "a test", num_frames=2, steps=1)
         return pipe
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         """Progress, then one `Clip` or `Refusal`. What is refused at once comes first, so before any progress."""
         job = _Job(animation, asyncio.get_running_loop())
         deadline = time.monotonic() + seconds
@@ -195,7 +195,11 @@ class Engine:
                 for job in mates:
                     self._waiting.remove(job)
             assert self._live is not None
-            self._run(self._live, [first, *mates])
+            try:
+                self._run(self._live, [first, *mates])
+            except Exception as error:  # this thread outlives whatever a request or a model does
+                _log.exception("a batch of %d failed", 1 + len(mates))
+                _refuse([first, *mates], 500, f"the model failed with {type(error).__name__}; ask for fewer frames")
 
     def _run(self, live: _Live, batch: list[_Job]) -> None:
         """Answers a batch with one version, whatever the alias does meanwhile."""
@@ -208,8 +212,10 @@ class Engine:
             try:
                 photos.append(load_image(job.animation.image, live.pipe.size))
                 ready.append(job)
-            except (ValueError, MemoryError) as error:
-                job.tell(Refusal(400, f"image cannot be used: {error}"))
+            except Exception as error:  # decoders of images raise what they like
+                known = isinstance(error, ValueError)  # the rest speaks of the decoder, not of the photo
+                reason = str(error) if known else f"its decoder failed with {type(error).__name__}"
+                job.tell(Refusal(400, f"image cannot be used: {reason}"))
         if not ready:
             return
 
@@ -237,9 +243,6 @@ class Engine:
             _refuse(ready, 503, "the service is stopping; send the request again")
         except ValueError as error:
             _refuse(ready, 422, str(error))
-        except Exception as error:  # this thread outlives whatever a model does
-            _log.exception("a batch of %d failed", len(ready))
-            _refuse(ready, 500, f"the model failed with {type(error).__name__}; ask for fewer frames")
 
     def _clip(self, animation: Animation, live: _Live, pixels: np.ndarray, batch: int) -> Clip:
         given = animation.model_dump(include={"steps", "guidance", "fps"}, exclude_none=True)

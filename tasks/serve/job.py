@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from ray import serve
@@ -33,7 +33,7 @@ class Animator:
         self._engine = Engine(spec)
         self._engine.start()
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         async for event in self._engine.animate(animation, seconds):
             yield event
 
@@ -55,7 +55,7 @@ class Replicas:
         self._model = model
         self.sent_again = 0
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         """As `Engine.animate`, through the loss of a replica.
 
         Serve sends again only what no replica had taken. What was taken is sent again here: its seed makes the same
