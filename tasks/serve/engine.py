@@ -18,7 +18,7 @@ from PIL import Image
 
 from tasks.serve.events import Clip, EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
-from tasks.serve.versions import AliasedModel, RegistryTrouble
+from tasks.serve.versions import Aliased, AliasedModel, RegistryTrouble
 from trip_model.pipeline import TripPipeline
 from trip_model.video import load_image, video_bytes
 
@@ -27,8 +27,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Live:
-    version: str
+    aliased: Aliased
     pipe: TripPipeline
+
+    @property
+    def version(self) -> str:
+        return self.aliased.number
 
 
 @dataclass(eq=False)
@@ -67,7 +71,8 @@ class Engine:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._aliased = AliasedModel(spec.name, spec.alias, spec.tracking_uri, Path(spec.cache))
         self._live: _Live | None = None
-        self._broken = self._silence = ""
+        self._broken: Aliased | None = None
+        self._silence = ""
         self._trouble = "the model is being loaded"
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -113,21 +118,22 @@ class Engine:
         live = self._live
         try:
             version = self._version()
-            if live is None or version != live.version:
+            if live is None or version != live.aliased:
                 if version == self._broken:
                     return
                 folder = self._aliased.fetch(version)
                 self._broken = version
                 self._live = _Live(version, self._tried(TripPipeline.from_folder(folder, self.device)))
-                self._broken = ""
-                self._aliased.forget_all_but(version, live.version if live else version)
+                self._broken = None
+                self._aliased.forget_all_but(version, live.aliased if live else version)
             self._trouble = self._silence
         except RegistryTrouble as error:
             self._trouble = str(error)
         except Exception as error:  # whatever is wrong with a version, the one in use stays in use
-            self._trouble = f"version {self._broken} of {self.spec.name} does not load: {error}"
+            number = self._broken.number if self._broken else "?"
+            self._trouble = f"version {number} of {self.spec.name} does not load: {error}"
 
-    def _version(self) -> str:
+    def _version(self) -> Aliased:
         """Where the alias points. A replica that starts while the registry is down takes what was in use last."""
         try:
             version = self._aliased.current()
