@@ -8,7 +8,7 @@ from typing import Any
 from prefect import flow
 
 from flows.console import results, tell
-from flows.evaluate_trip import NONE, evaluate_stage, judged_with, planned_evaluation
+from flows.evaluate_trip import NONE, evaluate_stage, judged_with, planned_evaluation, with_base_row
 from flows.mlflow_store import tracking_address
 from flows.recipes import VARIANTS, find_recipe
 from flows.source import PLAIN, Reading, named_source
@@ -21,6 +21,7 @@ from tasks.evaluate import ablation
 from tasks.judges.judge import JudgeFiles
 from tasks.records import UserError, to_json
 from tasks.train.job import TrackingSpec
+from trip_model.encoders import folder_hash, resolve_base
 
 
 @flow(name="ablate")
@@ -72,13 +73,15 @@ def ablate(
                 tell(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
                 tracking = TrackingSpec(uri, EXPERIMENT, f"ablate {name} {seed}", default_artifact_location(uri))
                 trained = train_stage(planned_training(variant, data, root), tracking)
-                judged = evaluate_stage(judged_with(planned_evaluation(variant, trained.model, data, root), judges))
+                asked = with_base_row(planned_evaluation(variant, trained.model, data, root), variant, root)
+                judged = evaluate_stage(judged_with(asked, judges))
                 arms.append(ablation.Arm(name, seed, judged.uri, trained.loss_last))
     comparison = ablation.compare(arms)
     about = {
         "recipe": recipe,
         "steps": steps or chosen.train.steps,
         "global_batch": chosen.train.global_batch,
+        "base_sha256": folder_hash(resolve_base(chosen.train.base)),
         "dataset": data,
         **{f"{arm.variant}, seed {arm.seed}": arm.report for arm in arms},
     }

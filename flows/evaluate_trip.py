@@ -17,6 +17,7 @@ from flows.stage import STAGE_POLICY, address, code_version
 from flows.train_trip import EXPERIMENT, planned_training, prepared_dataset
 from infra import storage
 from infra.tracking import Tracking
+from tasks.evaluate.base import base_sha256
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.methods import parse_methods
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
@@ -25,7 +26,7 @@ from tasks.records import UserError, to_json
 from tasks.register.report_facts import read_report
 from tasks.shards import ShardDataset
 from tasks.train.spec import finished_report
-from trip_model.encoders import folder_hash
+from trip_model.encoders import folder_hash, resolve_base
 
 NONE = JudgeFiles()
 _FILES = ("clip_model", "i3d", "inception", "videomae", "raft")
@@ -65,6 +66,18 @@ def planned_evaluation(
         "protocol": spec.protocol,
     }
     return replace(spec, output=address(root, "evaluate", identity))
+
+
+def with_base_row(spec: EvaluateSpec, recipe: Recipe, root: str) -> EvaluateSpec:
+    """The spec with the recipe's base, untrained, as a row; its clips are shared by all evaluations below a root.
+
+    The row is left out, with a line that says so, where the model was trained from another base.
+    """
+    base = recipe.train.base
+    if folder_hash(resolve_base(base)) != base_sha256(spec.model):
+        tell(f"evaluate   no row for the untrained base: {spec.model} was not trained from {base}; name its own base")
+        return spec
+    return replace(spec, base=base, base_clips=storage.join(storage.absolute(root), "base_clips"))
 
 
 def judged_with(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
@@ -120,6 +133,7 @@ def evaluate_trip(
     method: list[str] | None = None,
     champion: str | None = None,
     tracking_uri: str | None = None,
+    base_row: bool = True,
     *,
     judges: JudgeFiles = NONE,
     reading: Reading = PLAIN,
@@ -140,6 +154,8 @@ def evaluate_trip(
             frames; once for each method.
         champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
+        base_row: animate the untrained base too, as a row of the table. It costs as much as animating with the model,
+            once for all models of this base below the root.
         judges: files of the judges; without them fixed random nets stand in under names of their own.
         reading: how the source was read.
     """
@@ -154,6 +170,8 @@ def evaluate_trip(
     judged_by = held_out or dataset
     assert judged_by is not None
     spec = planned_evaluation(chosen, model, judged_by, root, protocol, foreign=held_out is not None)
+    if base_row:
+        spec = with_base_row(spec, chosen, root)
     champion = champion and storage.absolute(champion)
     report = evaluate_stage(replace(judged_with(spec, judges), methods=methods, champion=champion))
     if uri is not None:

@@ -15,12 +15,13 @@ from infra import storage
 from infra.cluster import ray_session
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import generate, report, rows, score
+from tasks.evaluate.base import UntrainedBase, find_base, load_base
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
 from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Item, Protocol, load_protocol
-from tasks.evaluate.rows import FROZEN, REAL, TRIP, Row
+from tasks.evaluate.rows import BASE, FROZEN, REAL, TRIP, Row
 from tasks.evaluate.spec import (
     REPORT,
     SCHEMA_VERSION,
@@ -57,20 +58,24 @@ class _Worker:
 
 
 class Generator(_Worker):
-    """Loads the model once, then animates batches."""
+    """Loads the model, or its untrained base, once, then animates batches."""
 
     pipeline: Any = None
 
-    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool, base: UntrainedBase | None) -> None:
         super().__init__(spec, frames)
-        self.folder, self.scaled = folder, scaled
+        self.folder, self.scaled, self.base = folder, scaled, base
 
     def run(self, batch: Batch) -> None:
         if self.pipeline is None:
             from trip_model.pipeline import TripPipeline
 
-            self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
-        steps, guidance = self.spec.steps, self.spec.guidance
+            if self.base is None:
+                self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
+            else:
+                self.pipeline = load_base(self.base, self.frames, self.device)
+        of = self.spec if self.base is None else self.base
+        steps, guidance = of.steps, of.guidance
         generate.generate_batch(
             self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance, self.scaled
         )
@@ -121,19 +126,19 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     if spec.champion is not None:
         others.append(find_champion(spec.champion, protocol))
     without_missing(protocol, {method.name: missing_of(method, protocol.items) for method in others})
-    made = {
-        "model_sha256": model_sha256(spec.model),
+    clips = {
         "dataset_manifest_sha256": dataset.manifest_sha256,
         "items": digest([asdict(item) for item in protocol.items]),
         "frames": protocol.frames,
-        "steps": spec.steps,
-        "guidance": spec.guidance,
         "batch": spec.batch,
     }
+    made = clips | {"model_sha256": model_sha256(spec.model), "steps": spec.steps, "guidance": spec.guidance}
+    base = None if spec.base is None else find_base(spec.base, spec.model, spec.steps, spec.guidance)
     summed = made | {
         "protocol_sha": protocol.sha,
         "judges": [judge.id for judge in judges],
         "methods": {method.name: method.identity for method in others},
+        "base": base and base.identity(),
         "schema": SCHEMA_VERSION,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
@@ -146,11 +151,15 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     generations = storage.join("generations", digest(made))
     try:
         storage.write_json(storage.join(output, PROTOCOL), protocol.manifest())
-        folder = storage.join(output, generations)
-        files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in protocol.items}
-        trip = Method(TRIP, folder, files, digest(made), given_frame=True)
-        table = [Row(FROZEN), *(Row(method.name, method) for method in others), Row(TRIP, trip), Row(REAL)]
-        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, folder, progress)
+        trip = _generated(TRIP, storage.join(output, generations), digest(made), protocol.items)
+        models: list[tuple[Method, UntrainedBase | None]] = [(trip, None)]
+        if base is not None:
+            name = digest(clips | base.identity())
+            folder = storage.join(spec.base_clips or storage.join(output, "base"), name)
+            models.insert(0, (_generated(BASE, folder, name, protocol.items), base))
+        methods = [*(method for method, of in models if of is not None), *others, trip]
+        table = [Row(FROZEN), *(Row(method.name, method) for method in methods), Row(REAL)]
+        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, models, progress)
         summary = score.summarise(
             protocol,
             items,
@@ -204,23 +213,31 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     return done
 
 
+def _generated(name: str, folder: str, identity: str, items: Sequence[Item]) -> Method:
+    """A row whose clips a `Generator` keeps in a folder."""
+    files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in items}
+    return Method(name, folder, files, identity, given_frame=True)
+
+
 def _run_stages(
     spec: EvaluateSpec,
     protocol: Protocol,
     dataset: ShardDataset,
     table: Sequence[Row],
     judges: Sequence[JudgeName],
-    folder: str,
+    models: Sequence[tuple[Method, UntrainedBase | None]],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], tuple[Item, ...], dict[str, dict[str, int]]]:
     """Makes what is missing. Returns each row's records of the items that all rows have, those items, and the others.
 
-    Other methods' clips come first: one that cannot be used is told before any is animated.
+    Other methods' clips come first: one that cannot be used is told before any is animated. `models` are the rows that
+    are animated here.
     """
     made = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
     made |= {"shifted": True} if protocol.rules.shifted else {}
     plan = generate.batches(protocol.items, spec.batch)
-    given = [row for row in table if row.method is not None and row.name != TRIP]
+    own = [method.name for method, _ in models]
+    given = [row for row in table if row.method is not None and row.name not in own]
 
     def lacking() -> dict[str, dict[str, str]]:
         found = {}
@@ -236,15 +253,16 @@ def _run_stages(
         done = len(protocol.items) - sum(len(batch) for _, batch in tasks)
         _drive(label, Judge, (of, made), spec, protocol, tasks, done, progress)
 
-    missing = generate.unfinished(plan, folder)
-    if missing or rows.unjudged(spec.output, table, made, plan, judges):
+    missing = [generate.unfinished(plan, method.folder) for method, _ in models]
+    if any(missing) or rows.unjudged(spec.output, table, made, plan, judges):
         with ray_session(spec.ray_address):
             if given:
                 judge("methods", given)
                 without_missing(protocol, lacking())
-            done = len(protocol.items) - sum(map(len, missing))
-            arguments = (folder, protocol.rules.scaled)
-            _drive("generate", Generator, arguments, spec, protocol, [(batch,) for batch in missing], done, progress)
+            for (method, base), batches in zip(models, missing, strict=True):
+                label, arguments = "base" if base else "generate", (method.folder, protocol.rules.scaled, base)
+                done = len(protocol.items) - sum(map(len, batches))
+                _drive(label, Generator, arguments, spec, protocol, [(batch,) for batch in batches], done, progress)
             judge("judge", table)
     items, excluded = without_missing(protocol, lacking())
     found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
