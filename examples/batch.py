@@ -17,7 +17,9 @@ import json
 import os
 import re
 import sys
+import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +31,12 @@ from fsspec.core import url_to_fs
 from mlflow.exceptions import MlflowException
 
 RECORD, RESULTS = "batch.json", "results.jsonl"
+MAX_DEATHS = 3  # of workers on one row
+PATIENCE_SECONDS = 600  # until a worker that does not come back ends the batch
 MAX_PHOTO_BYTES = 64 * 2**20  # read no further; the model refuses less than that
 
 
-@ray.remote(max_restarts=-1, max_task_retries=2)
+@ray.remote(max_restarts=-1)
 class Animator:
     """One worker: loads the model once, then animates row after row."""
 
@@ -41,8 +45,9 @@ class Animator:
         mlflow.set_registry_uri(registry)
         self.model = mlflow.pyfunc.load_model(model)
 
-    def ready(self) -> None:
-        """Returns once the model is loaded."""
+    def ready(self) -> str:
+        """Returns the machine that it is on, once the model is loaded."""
+        return ray.get_runtime_context().get_node_id()
 
     def animate(self, row: dict[str, Any], params: dict[str, Any]) -> str:
         """Writes the video of a row; returns why there is none, or "" when it is there."""
@@ -142,23 +147,43 @@ def animate_all(rows: list[dict[str, Any]], model: str, params: dict[str, Any], 
         raise ValueError(f"a worker needs {args.cpus} processors and {args.gpus} GPUs, Ray has {there}; ask for less")
     place = (model, mlflow.get_tracking_uri(), mlflow.get_registry_uri())
     worker = Animator.options(num_cpus=args.cpus, num_gpus=args.gpus)
-    starting = [worker.remote(*place) for _ in range(min(args.workers, len(rows)))]
-    under_way = {animator.ready.remote(): (animator, None) for animator in starting}
-    waiting, left = iter(rows), len(rows)
+    animators = [worker.remote(*place) for _ in range(min(args.workers, len(rows)))]
+    under_way = {animator.ready.remote(): (number, None) for number, animator in enumerate(animators)}
+    machines, silent, lost = {}, {}, {}  # by number of the animator
+    deaths, waiting, idle, left = Counter(), deque(rows), [], len(rows)
     while left:
+        while waiting and idle:
+            row, number = waiting.popleft(), idle.pop()
+            under_way[animators[number].animate.remote(row, params)] = number, row
         [answer], _ = ray.wait(list(under_way))
-        animator, row = under_way.pop(answer)
+        number, row = under_way.pop(answer)
         try:
-            error = ray.get(answer)
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
-            if row is None:  # the model does not load, for no row
-                raise
-            error = "the worker was lost on this row three times; it may need more memory than there is"
+            reply = ray.get(answer)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            began = silent.setdefault(number, time.monotonic())
+            if getattr(error, "actor_init_failed", False) or time.monotonic() - began > PATIENCE_SECONDS:
+                raise  # the model does not load, for no row
+            if row is not None:
+                lost[number] = row
+                waiting.appendleft(row)
+            time.sleep(1)  # Ray starts the animator again, but may not even know yet that its machine is gone
+            under_way[animators[number].ready.remote()] = number, None
+            continue
+        silent.pop(number, None)
+        idle.append(number)
         if row is not None:
             left -= 1
-            yield row, error
-        if (following := next(waiting, None)) is not None:
-            under_way[animator.animate.remote(following, params)] = animator, following
+            yield row, reply
+            continue
+        before, machines[number] = machines.get(number), reply
+        if (row := lost.pop(number, None)) is None:
+            continue
+        # A row is not to blame for a machine that is lost, only for a process that died on a living one.
+        deaths[row["row"]] += any(node["Alive"] and node["NodeID"] == before for node in ray.nodes())
+        if deaths[row["row"]] >= MAX_DEATHS and row in waiting:
+            waiting.remove(row)
+            left -= 1
+            yield row, "the worker was lost on this row three times; it may need more memory than there is"
 
 
 def run(args: argparse.Namespace) -> int:

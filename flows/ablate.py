@@ -9,12 +9,13 @@ from prefect import flow
 
 from flows import layout
 from flows.console import log, results
-from flows.evaluate_trip import evaluate_stage, with_judges
+from flows.evaluate_trip import evaluate_stage, with_base_row, with_judges
 from flows.mlflow_store import tracking_address
 from flows.recipes import VARIANTS
 from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
 from infra.cluster import kept_ray_session
+from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate import ablation
 from tasks.judges.files import NONE, JudgeFiles
@@ -69,17 +70,22 @@ def ablate(
                 arm = replace(run, recipe=replace(variant, train=train))
                 log(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
                 trained = train_stage(arm.train(data), uri, f"ablate {name} {seed}")
-                judged = evaluate_stage(with_judges(arm.evaluate(trained.exported, data), judges))
+                judged = evaluate_stage(with_judges(with_base_row(arm.evaluate(trained.exported, data), arm), judges))
                 arms.append(ablation.Arm(name, seed, judged.uri, trained.loss_last))
     comparison = ablation.compare(arms)
     about = {
         "recipe": recipe,
         "steps": steps or run.recipe.train.steps,
         "global_batch": run.recipe.train.global_batch,
+        "base_sha256": layout.base_hash(run.recipe.train.base),
         "dataset": data.uri,
         **{f"{arm.variant}, seed {arm.seed}": arm.report for arm in arms},
     }
-    places = ablation.write(layout.address(root, "ablate", about), comparison, about)
+    places = ablation.write(
+        layout.address(root, "ablate", about),
+        comparison,
+        {name: redact(value) if isinstance(value, str) else value for name, value in about.items()},
+    )
     results("Done.", {"table": places["html"], "markdown": places["md"]} | _lines(ablation.verdicts(comparison)))
     return {"comparison": to_json(comparison), **places}
 

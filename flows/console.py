@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
+from infra.redaction import redact
+
 # highlight=False: colour of its own on numbers would make columns jump; soft_wrap: a line stays one line in a log file.
 _console = Console(highlight=False, soft_wrap=True)
 
 
 def log(news: str | Mapping[str, Any]) -> None:
     """The progress callback that flows hand to every stage: a sentence, or counts of a stage under way."""
-    text = news if isinstance(news, str) else tick_line(news)
+    text = redact(news if isinstance(news, str) else tick_line(news))
     _console.print(text, markup=False)
     if "prefect" in sys.modules:  # a command that is no flow need not wait until it is loaded
         from prefect.exceptions import MissingContextError
@@ -46,4 +48,4 @@ def results(title: str, rows: Mapping[str, str]) -> None:
     _console.print(f"[bold]{title}[/bold]")
     width = max(map(len, rows))
     for name, place in rows.items():
-        _console.print(f"  {name:<{width}}  {place}", markup=False)
+        _console.print(f"  {name:<{width}}  {redact(place)}", markup=False)

@@ -11,19 +11,34 @@ from prefect import flow, task
 
 from flows import layout
 from flows.console import log
-from flows.layout import EXPERIMENT
+from flows.layout import EXPERIMENT, Run
+from flows.mlflow_store import tracking_address
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, code_version
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.judges.files import NONE, JudgeFiles
-from tasks.records import to_json
+from tasks.records import Artifact, to_json
 
 
 def with_judges(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
     """The spec with these files, or with its own if there are none; made absolute for workers in other folders."""
     return replace(spec, judges=(spec.judges if judges == NONE else judges).absolute())
+
+
+def with_base_row(spec: EvaluateSpec, run: Run) -> EvaluateSpec:
+    """The spec with the recipe's untrained base as a row; evaluations below one root share the base's clips.
+
+    Leaves the row out, with a log line, if the model was trained from another base.
+    """
+    from tasks.evaluate.base import base_sha256
+
+    base = Artifact(run.recipe.train.base, layout.base_hash(run.recipe.train.base))
+    if base.sha256 != base_sha256(spec.model):
+        log(f"evaluate   no row of the untrained base: {spec.model} was not trained from {base.uri}; give its --base")
+        return spec
+    return replace(spec, base=base, base_clips=storage.join(run.root, "base_clips"))
 
 
 @task(name="evaluate", **STAGE_POLICY)
@@ -77,6 +92,7 @@ def evaluate_trip(
     method: list[str] | None = None,
     champion: str | None = None,
     tracking_uri: str | None = None,
+    base_row: bool = True,
     *,
     judges: JudgeFiles = NONE,
     options: SourceOptions = DEFAULT,
@@ -97,11 +113,14 @@ def evaluate_trip(
             frames; once for each method.
         champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
+        base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
+            model, once for all models of this base below the root.
         judges: files of the judges; without them fixed random nets stand in under names of their own.
         options: how the source was read.
     """
     from tasks.evaluate.methods import parse_methods
 
+    uri = tracking_uri and tracking_address(tracking_uri, root)
     methods = parse_methods(method or [])
     run = layout.resolve(recipe, source, root, base, options)
     data = layout.data_set(held_out) if held_out is not None else None
@@ -112,8 +131,10 @@ def evaluate_trip(
     else:
         candidate = layout.model_folder(model)
     spec = run.evaluate(candidate, data, protocol, foreign=held_out is not None)
+    if base_row:
+        spec = with_base_row(spec, run)
     champion = champion and storage.absolute(champion)
     report = evaluate_stage(replace(with_judges(spec, judges), methods=methods, champion=champion))
-    if tracking_uri is not None:
-        track_evaluation(report, spec.dataset, tracking_uri)
+    if uri is not None:
+        track_evaluation(report, spec.dataset, uri)
     return to_json(report)

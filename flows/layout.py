@@ -14,6 +14,7 @@ from typing import Any
 from flows.recipes import Recipe, find_recipe
 from flows.source import SourceOptions, named_source
 from infra import storage
+from infra.redaction import redact
 from infra.settings import CHECKOUT
 from tasks.encode.fingerprint import fingerprint_of
 from tasks.encode.spec import PrepareSpec
@@ -123,9 +124,9 @@ class Run:
         return {
             "recipe": self.recipe.name,
             "recipe_hash": digest(self.recipe.identity()),
-            "data_uri": data.uri,
+            "data_uri": redact(data.uri),
             "data_digest": data.sha256,
-            "base": str(base.relative_to(CHECKOUT)) if inside else self.recipe.train.base,
+            "base": str(base.relative_to(CHECKOUT)) if inside else redact(self.recipe.train.base),
             "base_hash": base_hash(self.recipe.train.base),
             "code_version": code_version,
         }

@@ -5,13 +5,29 @@ from __future__ import annotations
 import os
 
 from infra import storage
+from infra.redaction import redact
+from infra.settings import move_credentials
 from tasks.records import UserError
 
 
 def tracking_address(tracking_uri: str | None, root: str) -> str:
-    """The MLflow store that is named, else a SQLite file below a local root. Raises UserError where root is remote."""
+    """The MLflow store that is named, else that of MLFLOW_TRACKING_URI, else a SQLite file below a local root.
+
+    The address never holds credentials. Those of MLFLOW_TRACKING_URI stay in the environment of the process, where
+    `infra.tracking.connect` finds them. Raises UserError for an address with credentials, which Prefect stores
+    with the parameters of the run, and for a remote root.
+    """
     if tracking_uri is not None:
+        if redact(tracking_uri) != tracking_uri:
+            raise UserError(
+                f"tracking_uri {tracking_uri} holds a password, which everybody could read among the run's parameters;"
+                " give the address without it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"
+                " MLFLOW_TRACKING_URI, in the environment of the worker"
+            )
         return tracking_uri
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    if named:
+        return move_credentials(named)
     folder = storage.absolute(root)
     if storage.local_path(folder) is None:
         raise UserError(f"MLflow cannot keep its database at {root}; name a server: --tracking-uri http://HOST:5000")

@@ -16,6 +16,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.console import log, tick_line
+from infra.redaction import redact
 from tasks.encode.spec import PrepareReport
 
 UPDATE_SECONDS = 10.0
@@ -78,7 +79,12 @@ def _artifact(kind: str, key: str, description: str, data: float | str) -> Artif
     assert context is not None, "artifacts belong to a task run"
     run = context.task_run
     return ArtifactCreate(
-        type=kind, key=key, description=description, data=data, task_run_id=run.id, flow_run_id=run.flow_run_id
+        type=kind,
+        key=key,
+        description=redact(description),
+        data=redact(data) if isinstance(data, str) else data,
+        task_run_id=run.id,
+        flow_run_id=run.flow_run_id,
     )
 
 

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import layout
 from flows.console import log, results
-from flows.evaluate_trip import evaluate_stage
+from flows.evaluate_trip import evaluate_stage, with_base_row
 from flows.layout import prepared_for
 from flows.mlflow_store import tracking_address
 from flows.prepare_latents import prepare_stage
@@ -120,7 +120,8 @@ def reproduce(
             # A protocol that the data cannot serve is rejected before days of training.
             load_protocol(rules, ShardDataset(held_out.uri), 1.0, numbers.evaluate.clips, numbers.evaluate.seed)
         model = train_stage(run.train(data), uri, f"train {recipe}").exported
-        report = evaluate_stage(run.evaluate(model, held_out, protocol, foreign=held_out_source is not None))
+        evaluation = run.evaluate(model, held_out, protocol, foreign=held_out_source is not None)
+        report = evaluate_stage(with_base_row(evaluation, run))
     version = register_stage(run, data, model, report.uri, uri, "trip")
     fraction = 1.0 if held_out_source is not None else numbers.train.held_out_fraction
     animation = animate_photo(model, held_out, fraction, numbers.evaluate.seed, run.root)

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from tasks.records import UserError
 
 if TYPE_CHECKING:
-    from tasks.ingest.sources import SourceSpec
+    from tasks.ingest.spec import SourceSpec
 
 
 @Parameter(name="*", group=Group("Source options", sort_key=1))
@@ -38,7 +38,7 @@ class SourceOptions:
 
     def spec(self, table: str) -> SourceSpec:
         """The source at that address with these options. Raises UserError for a limit that leaves no row."""
-        from tasks.ingest.sources import WEBVID_COLUMNS, SourceSpec
+        from tasks.ingest.spec import WEBVID_COLUMNS, SourceSpec
 
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit {self.limit}, expected the number of rows to read, at least 1")

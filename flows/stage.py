@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from typing import Any
 
@@ -10,7 +11,12 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from infra.cluster import lost_a_machine
+from infra.redaction import RedactingFilter
 from infra.settings import CHECKOUT
+
+# Prefect logs the errors of flows and tasks, with the tracebacks of the libraries' own ones.
+for _logger in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_logger).addFilter(RedactingFilter())
 
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

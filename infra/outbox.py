@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from infra.redaction import redact
+
 _MAX_PENDING = 50_000
 _LONGEST_PAUSE_SECONDS = 30.0
 
@@ -132,8 +134,12 @@ class Outbox:
         text = self._spool.read_text(encoding="utf-8")
         for line in text.splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:  # the line a killed process was writing
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
                 self.dropped += 1
         if text and not text.endswith("\n"):
             with self._spool.open("a", encoding="utf-8") as file:
@@ -156,7 +162,7 @@ class Outbox:
 
     def _note(self, error: Exception) -> None:
         self.failures += 1
-        message = " ".join(str(error).split())[:300]
+        message = redact(" ".join(str(error).split()))[:300]
         self.last_error = f"{type(error).__name__}: {message}"
         log = _log.warning if self.failures == 1 else _log.debug
         log("%s: %s", self._name, self.last_error)

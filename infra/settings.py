@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from infra.redaction import redact, without_userinfo
 
 # The checkout: flows, tasks and infra run from it, and Ray's workers import them from it.
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -52,6 +55,10 @@ QUIET = {
 }
 
 
+# Where MLflow's client finds its server and its credentials; the workers of a cluster get them from the driver.
+MLFLOW_ACCESS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
 def apply_environment_defaults(home: str | None = None) -> None:
     """Sets what is not set already; call it before ray, prefect or mlflow are imported, they read it at import.
 
@@ -62,3 +69,31 @@ def apply_environment_defaults(home: str | None = None) -> None:
         defaults["PREFECT_HOME"] = home
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def move_credentials(uri: str) -> str:
+    """Moves the credentials of an address into this process's environment; returns the address without them.
+
+    A user and password for HTTP go to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, where MLflow's client
+    reads them. Of any other address with a secret (a database's password, a token) all of it goes to
+    MLFLOW_TRACKING_URI, where `client_address` finds it again. Child processes and Ray workers inherit both.
+    """
+    if redact(uri) == uri:
+        return uri
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.username and parts.password:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+        plain = without_userinfo(uri)
+        if redact(plain) == plain:
+            if os.environ.get("MLFLOW_TRACKING_URI") == uri:
+                os.environ["MLFLOW_TRACKING_URI"] = plain
+            return plain
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return redact(uri)
+
+
+def client_address(uri: str) -> str:
+    """The address to give to MLflow's client: `uri`, or MLFLOW_TRACKING_URI where that is `uri` with its secret."""
+    named = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return named if named and redact(named) == uri else uri

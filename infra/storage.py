@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +17,37 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
+from infra.redaction import redact
+
 _TEMPORARY_SUFFIX = ".part"
+# Packages whose errors `boundary` explains; a missing file, a forbidden one and a full store are OSErrors already.
+_LIBRARIES = ("botocore", "aiobotocore", "gcsfs", "google", "azure", "adlfs")
+
+_log = logging.getLogger(__name__)
+
+
+class StorageError(Exception):
+    """A store cannot be used: credentials are missing, nobody answers, or its library is; one sentence says which."""
+
+
+@contextlib.contextmanager
+def boundary(uri: str) -> Iterator[None]:
+    """Turns the errors of a store's library that are no `OSError` into one sentence; the log keeps its own text."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in _LIBRARIES:
+            raise
+        _log.debug("%s", redact(str(error)), exc_info=error)
+        kind, text = type(error).__name__, redact(" ".join(str(error).split()))
+        if "Credential" in kind or "Token" in kind:
+            remedy = (
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), for Ray workers in the environment"
+                " of their machines"
+            )
+        else:
+            remedy = "check the address, its endpoint (AWS_ENDPOINT_URL) and the network"
+        raise StorageError(f"{redact(uri)} cannot be used ({kind}: {text}); {remedy}") from error
 
 
 def local_path(uri: str) -> Path | None:
@@ -49,9 +80,10 @@ def exists(uri: str) -> bool:
     path = local_path(uri)
     if path is not None:
         return path.exists()
-    filesystem, name = _remote(uri)
-    filesystem.invalidate_cache()  # another process may have written since this one listed the folder
-    return bool(filesystem.exists(name))
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        filesystem.invalidate_cache()  # another process may have written since this one listed the folder
+        return bool(filesystem.exists(name))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -59,8 +91,9 @@ def read_bytes(uri: str) -> bytes:
     path = local_path(uri)
     if path is not None:
         return path.read_bytes()
-    filesystem, name = _remote(uri)
-    return cast(bytes, filesystem.cat_file(name))
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        return cast(bytes, filesystem.cat_file(name))
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -70,8 +103,9 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         with path.open("rb") as file:
             file.seek(start)
             return file.read(end - start)
-    filesystem, name = _remote(uri)
-    return cast(bytes, filesystem.cat_file(name, start=start, end=end))
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        return cast(bytes, filesystem.cat_file(name, start=start, end=end))
 
 
 def open_stream(uri: str) -> BinaryIO:
@@ -79,8 +113,9 @@ def open_stream(uri: str) -> BinaryIO:
     path = local_path(uri)
     if path is not None:
         return path.open("rb")
-    filesystem, name = _remote(uri)
-    return cast(BinaryIO, filesystem.open(name, "rb", cache_type="readahead"))
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        return cast(BinaryIO, filesystem.open(name, "rb", cache_type="readahead"))
 
 
 @contextlib.contextmanager
@@ -93,7 +128,8 @@ def local_copy(uri: str) -> Iterator[Path]:
     filesystem, name = _remote(uri)
     with tempfile.TemporaryDirectory(prefix="trip-copy-") as folder:
         copy = Path(folder) / "copy"
-        filesystem.get_file(name, str(copy))
+        with boundary(uri):
+            filesystem.get_file(name, str(copy))
         yield copy
 
 
@@ -106,8 +142,9 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Writes atomically: the address holds the old content or all of the new, also after a kill or a full disk."""
     path = local_path(uri)
     if path is None:
-        filesystem, name = _remote(uri)
-        filesystem.pipe_file(name, data)  # one put is the commit; a rename would be a copy and a delete
+        with boundary(uri):
+            filesystem, name = _remote(uri)
+            filesystem.pipe_file(name, data)  # one put is the commit; a rename would be a copy and a delete
         return
     temporary = _sibling(path)
     try:
@@ -134,8 +171,9 @@ def upload_file(local: str | Path, uri: str) -> None:
     """Copies one local file to an address, atomically."""
     path = local_path(uri)
     if path is None:
-        filesystem, name = _remote(uri)
-        filesystem.put_file(str(local), name)
+        with boundary(uri):
+            filesystem, name = _remote(uri)
+            filesystem.put_file(str(local), name)
         return
     temporary = _sibling(path)
     try:
@@ -161,7 +199,8 @@ def local_draft(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="trip-draft-") as folder:
             draft = Path(folder) / "draft"
             yield draft
-            filesystem.put_file(str(draft), name)
+            with boundary(uri):
+                filesystem.put_file(str(draft), name)
         return
     temporary = _sibling(path)
     try:
@@ -182,7 +221,8 @@ def list_dir(uri: str) -> list[str]:
         filesystem, folder = _remote(uri)
         filesystem.invalidate_cache()
         try:
-            entries = filesystem.ls(folder, detail=False)
+            with boundary(uri):
+                entries = filesystem.ls(folder, detail=False)
         except FileNotFoundError:
             return []
         names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != folder.strip("/")]
@@ -206,10 +246,11 @@ def delete(uri: str) -> None:
         else:
             path.unlink(missing_ok=True)
         return
-    filesystem, name = _remote(uri)
-    filesystem.invalidate_cache()
-    if filesystem.exists(name):
-        filesystem.rm(name, recursive=True)
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        filesystem.invalidate_cache()
+        if filesystem.exists(name):
+            filesystem.rm(name, recursive=True)
 
 
 def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
@@ -221,13 +262,14 @@ def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
     path = local_path(uri)
     if path is not None:
         if not path.is_dir():
-            raise FileNotFoundError(f"no folder at {uri}")
+            raise FileNotFoundError(f"no folder at {redact(uri)}")
         return path
     filesystem, folder = _remote(uri)
     filesystem.invalidate_cache()
-    files = cast(dict[str, dict[str, Any]], filesystem.find(folder, detail=True))
+    with boundary(uri):
+        files = cast(dict[str, dict[str, Any]], filesystem.find(folder, detail=True))
     if not files:
-        raise FileNotFoundError(f"no folder at {uri}")
+        raise FileNotFoundError(f"no folder at {redact(uri)}")
     print_of = [(name, info.get("size"), str(info.get("ETag", info.get("mtime", "")))) for name, info in files.items()]
     name = hashlib.sha256(json.dumps([uri, sorted(print_of)]).encode()).hexdigest()[:24]
     root = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "trip-i2v"
@@ -239,7 +281,8 @@ def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
             for remote in files:
                 copy = temporary / remote.removeprefix(folder).strip("/")
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(remote, str(copy))
+                with boundary(uri):
+                    filesystem.get_file(remote, str(copy))
             try:
                 temporary.rename(target)
             except OSError:
@@ -257,7 +300,10 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
-    return fsspec.core.url_to_fs(uri)
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:  # a library that is not installed; a scheme that nobody knows
+        raise StorageError(f"{redact(uri)} cannot be used ({redact(str(error))}); install it, or correct it") from error
 
 
 def _sibling(path: Path) -> Path:

@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from infra.outbox import Outbox, Record
+from infra.redaction import redact, without_userinfo
+from infra.settings import client_address
 
 KEY_TAG = "trip.key"
 SOURCE_TYPE = "uri"
@@ -28,6 +32,7 @@ _log = logging.getLogger(__name__)
 _METRIC_NAME = re.compile(r"[^\w./ :-]")
 _METRICS_PER_BATCH = 900  # the server takes 1000 entities in one call
 _SYSTEM_METRICS_SECONDS = 10.0
+_ANSWERS_THAT_CHANGE = frozenset({401, 403, 407, 408, 425, 429})
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -48,7 +53,8 @@ def connect(uri: str) -> MlflowClient:
         file.parent.mkdir(parents=True, exist_ok=True)
     for name in ("mlflow.store.db.utils", "alembic", "mlflow.pyfunc"):  # two dozen lines on every new database
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    full = client_address(uri)
+    return MlflowClient(tracking_uri=full, registry_uri=full)
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_location: str | None) -> str:
@@ -104,8 +110,8 @@ def run_page(uri: str, experiment: str, run_id: str) -> str:
     """Where a person sees a run: its address, and for a SQLite file also the command that serves it."""
     path = f"/#/experiments/{experiment}/runs/{run_id}"
     if uri.startswith(("http://", "https://")):
-        return uri.rstrip("/") + path
-    return f"http://127.0.0.1:5000{path} (after: mlflow server --port 5000 --backend-store-uri {uri})"
+        return without_userinfo(uri).rstrip("/") + path
+    return f"http://127.0.0.1:5000{path} (after: mlflow server --port 5000 --backend-store-uri {redact(uri)})"
 
 
 def system_monitors() -> list[Any]:
@@ -144,12 +150,13 @@ class Tracking:
         self.artifact_location = artifact_location or default_artifact_location(uri)
         self.run_id = ""
         self._experiment_id = ""
+        self._opening: Record = {}
         self._logged_step: dict[str, int] = {}
         self._client: MlflowClient | None = None
         self._monitors: list[Any] | None = None
         self._monitored = 0.0
         self._started = self._finished = False
-        self._outbox = Outbox(f"tracking at {uri}", self._send, _batch_size, TROUBLE, _refused, spool)
+        self._outbox = Outbox(f"tracking at {redact(uri)}", self._send, _batch_size, TROUBLE, _refused, spool)
 
     @property
     def failures(self) -> int:
@@ -191,10 +198,12 @@ class Tracking:
         self._started = True
         start = {"op": "start", "name": name, "run_id": run_id, "key": key}
         start.update(params=dict(params or {}), tags={k: str(v) for k, v in (tags or {}).items()})
-        self._put(start)
+        self._opening = self._put(start)
         self._outbox.start()
         if wait_seconds and not self._outbox.flush(wait_seconds, failures=3):
-            _log.warning("tracking at %s gave no run yet, going on: %s", self.uri, self.last_error or "no answer")
+            _log.warning(
+                "tracking at %s gave no run yet, going on: %s", redact(self.uri), self.last_error or "no answer"
+            )
         return self.run_id
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -261,15 +270,29 @@ class Tracking:
             self._put({"op": "status", "status": status})
         return self._outbox.close(wait_seconds)
 
-    def _put(self, record: Record) -> None:
-        self._outbox.put(json.loads(json.dumps(record, default=str)))  # a copy, as a spool would give it back
+    def _put(self, record: Record) -> Record:
+        """Queues a copy of a record, as a spool would give it back and without secrets, and returns that copy."""
+        text = json.dumps(record, default=str)
+        copy = json.loads(text if record["op"] == "artifacts" else redact(text))  # a file is read where it lies
+        self._outbox.put(copy)
+        return copy
 
     # What follows runs in the background thread.
 
     def _send(self, batch: list[Record]) -> None:
         if self._client is None:
             self._client = connect(self.uri)
-        client, record = self._client, batch[0]
+        try:
+            self._send_to(self._client, batch)
+        except (KeyError, TypeError) as error:
+            what = f"record {str(batch[0])[:80]} cannot be read ({type(error).__name__}: {error})"
+            raise MlflowException(what, error_code=INVALID_PARAMETER_VALUE) from error
+
+    def _send_to(self, client: MlflowClient, batch: list[Record]) -> None:
+        record = batch[0]
+        if not self.run_id and record["op"] != "start":
+            # From the spool of a process whose own `start` was delivered before the outage that filled the spool.
+            self._start(client, self._opening)
         match record["op"]:
             case "start":
                 self._start(client, record)
@@ -290,6 +313,8 @@ class Tracking:
                     client.set_logged_model_tags(model.model_id, {"removed": "true"})
             case "status":
                 client.set_terminated(self.run_id, status=record["status"])
+            case _:
+                raise KeyError(record["op"])
 
     def _start(self, client: MlflowClient, record: Record) -> None:
         self._experiment_id = experiment_id(client, self.experiment, self.artifact_location)
@@ -349,9 +374,9 @@ def _batch_size(pending: Iterable[Record]) -> int:
     """How many metrics records at the head of the queue fit one call; 1 for a record of another kind."""
     count = size = 0
     for record in pending:
-        if record["op"] != "metrics":
+        if record.get("op") != "metrics":
             break
-        size += len(record["values"])
+        size += len(record.get("values", ()))
         if count and size > _METRICS_PER_BATCH:
             break
         count += 1
@@ -359,7 +384,15 @@ def _batch_size(pending: Iterable[Record]) -> int:
 
 
 def _refused(error: Exception) -> bool:
-    """True for an answer that will not change by asking again: a request the store understood and would not take."""
+    """True for an answer that will not change by asking again: a request the store understood and would not take.
+
+    Who may not log in, or is sent away by a proxy, is let in later: with credentials, or once the server is back.
+    """
+    status = 0
     if isinstance(error, MlflowException):
-        return error.get_http_status_code() < 500 and error.get_http_status_code() != 429
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError) and error.response is not None:  # of an artifact
+        status = error.response.status_code
+    if status:
+        return 400 <= status < 500 and status not in _ANSWERS_THAT_CHANGE
     return isinstance(error, FileNotFoundError | IsADirectoryError)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from infra.redaction import redact
+
 Record = TypeVar("Record")
 
 # What a later run may hope to do better, by class; a reason that is in none of them will not change by itself.
@@ -26,7 +28,13 @@ RETRY_CLASSES = {
 
 
 class UserError(ValueError):
-    """One sentence for a person: the value that is wrong, what was expected, the remedy. Shown without a traceback."""
+    """One sentence for a person: the value that is wrong, what was expected, the remedy. Shown without a traceback.
+
+    Addresses in it lose their passwords and tokens: the sentence is logged, stored with the run, and sent to callers.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(redact(sentence))
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,8 @@ def tiny_velocity_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of an exported, untrained TRIP model folder on the tiny base."""
     from trip_model.checkpoint import save_model
-    from trip_model.fusion import FusionConfig
-    from trip_model.model import Trip, TripConfig
-    from trip_model.schedule import ScheduleConfig
+    from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
+    from trip_model.model import Trip
 
     config = TripConfig(
         size=32, fusion=FusionConfig(width=16, heads=2), schedule=ScheduleConfig(sampling_steps=2), guidance=1.0

@@ -252,7 +252,10 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
             raise ValueError(f"{name} is damaged ({error}); give a whole JPEG, PNG or WebP photo") from error
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"a photo of {image.width}x{image.height} pixels, at most {MAX_ASPECT} times as long as wide")
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF turns nothing; Pillow lists no errors for it (SyntaxError, struct.error, ...)
+        pass
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

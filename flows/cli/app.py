@@ -19,7 +19,8 @@ import cyclopts
 from flows.cli.session import locked, prefect_home, prefect_server
 from flows.cli.signature import signature_of, summary_of
 from infra import storage
-from infra.settings import DEFAULT_ROOT, apply_environment_defaults
+from infra.redaction import redact
+from infra.settings import DEFAULT_ROOT, apply_environment_defaults, move_credentials
 from tasks.records import UserError
 from trip_model.folders import BaseFolderError
 
@@ -59,6 +60,8 @@ def main(arguments: list[str]) -> int:
     Returns:
         The command's own exit code, 0 by default; 2 for an error that the user can fix; 1 with a traceback for others.
     """
+    # Prefect stores the parameters of a run and shows them to everyone who can open its pages.
+    arguments = _without_credentials(arguments)
     # Prefect prints the traceback of every failed state; the user gets a sentence, and the server keeps the rest.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if "PREFECT_API_URL" not in os.environ:
@@ -72,7 +75,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # the last handler: it decides between a sentence and a traceback
         cause = user_error(error)
         if cause is None:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
             print(f"error: {type(error).__name__} ended a stage; the same command continues", file=sys.stderr)
             return 1
         print(f"error: {sentence(cause)}", file=sys.stderr)
@@ -93,7 +96,7 @@ def user_error(error: BaseException) -> Exception | None:
         # Ray raises a copy that is of the error's class as well, but its text is the worker's whole traceback.
         ray_cause = getattr(candidate, "cause", None)
         if not isinstance(ray_cause, BaseException):
-            if isinstance(candidate, UserError | BaseFolderError):
+            if isinstance(candidate, UserError | BaseFolderError | storage.StorageError):
                 return candidate
             if isinstance(candidate, OSError) and candidate.errno in REMEDIES:
                 return candidate
@@ -108,7 +111,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
-    return " ".join(str(error).split())
+    return redact(" ".join(str(error).split()))
 
 
 def _app(arguments: list[str]) -> cyclopts.App:
@@ -159,6 +162,18 @@ def _run_command(name: str, module: str, function: str, given: dict[str, Any]) -
             lock = locked(root)
     with lock:
         return getattr(importlib.import_module(module), function)(**given)
+
+
+def _without_credentials(arguments: list[str]) -> list[str]:
+    """The arguments with no password in the value of --tracking-uri: it moves into the environment."""
+    flag = "--tracking-uri"
+    plain = list(arguments)
+    for position, word in enumerate(arguments):
+        if position and arguments[position - 1] == flag:
+            plain[position] = move_credentials(word)
+        elif word.startswith(f"{flag}="):
+            plain[position] = f"{flag}={move_credentials(word.removeprefix(f'{flag}='))}"
+    return plain
 
 
 def _root_in(arguments: list[str]) -> str:

@@ -12,6 +12,7 @@ import cyclopts
 
 from flows.console import log
 from flows.source import DEFAULT, SourceOptions
+from infra.redaction import redact
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
@@ -38,7 +39,7 @@ def sample(
         options: how the source is read.
     """
     report = write_sample(options.spec(source), count, seed, output)
-    print(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
+    log(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
 
 
 def verify(data: str, workers: int | None = None) -> int:
@@ -50,7 +51,7 @@ def verify(data: str, workers: int | None = None) -> int:
     """
     count = 0
     for problem in problems(data, log, min(8, os.cpu_count() or 1) if workers is None else workers):
-        print(problem, flush=True)
+        print(redact(problem), flush=True)
         count += 1
     log(f"verify      {data}: {f'{count} problems' if count else 'whole'}")
     return int(count > 0)

@@ -17,6 +17,7 @@ from flows.planning.preflight import plan_spec
 from flows.planning.units import duration, size, work
 from flows.recipes import find_recipe
 from infra import storage
+from infra.redaction import redact
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tasks.train.before_start import check_before_start
@@ -64,7 +65,7 @@ def plan(
         spec = replace(spec, clips=len(ShardDataset(data)), clips_are="prepared", windows_per_clip=1)
     made = make_plan(spec, partial(choose_trained, spec=chosen.train))
     if json:
-        print(json_format.dumps({"spec": asdict(spec), "warnings": warnings} | asdict(made), indent=2))
+        print(redact(json_format.dumps({"spec": asdict(spec), "warnings": warnings} | asdict(made), indent=2)))
     else:
         _show(made, warnings, spec.clips is None)
     return int(not made.fits)

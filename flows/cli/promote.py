@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import log, results
 from flows.mlflow_store import existing_store
+from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
 
@@ -65,17 +66,19 @@ def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = 
 
     with _registry(root, tracking_uri) as client:
         standing = promotion.settle(client, name)
+        if standing.champions and not standing.champion:
+            raise UserError(
+                f"version {standing.champions[-1].number} of {name}, which the log says is live, was deleted; promote"
+                " another, or roll back"
+            )
         if not standing.champion:
             raise UserError(f"no version of {name} is live; its versions are {', '.join(standing.versions) or 'none'}")
         results(f"{name}: version {standing.champion} is live", _why(standing))
-        found = standing.versions.get(standing.champion)
-        if found is not None:
-            origin = {tag.removeprefix("lineage."): of for tag, of in found.tags.items() if tag.startswith("lineage.")}
-            if origin:
-                results("Trained on", dict(sorted(origin.items())))
-            results(
-                "Scores", _scores(client, found.run_id or "") or {"none": "the run of this version holds no report"}
-            )
+        found = standing.versions[standing.champion]
+        origin = {tag.removeprefix("lineage."): of for tag, of in found.tags.items() if tag.startswith("lineage.")}
+        if origin:
+            results("Trained on", dict(sorted(origin.items())))
+        results("Scores", _scores(client, found.run_id or "") or {"none": "the run of this version holds no report"})
     if standing.entries:
         results("Log", {str(entry.number): _told(entry) for entry in reversed(standing.entries[-LAST:])})
 
@@ -89,12 +92,12 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
     try:
         yield open_registry(uri)
     except TROUBLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"the registry at {uri} failed ({reason}); the same command continues") from error
 
 
 def _say(name: str, standing: Standing) -> None:
-    earlier = f"; previous is version {standing.earlier[-1]}" if standing.earlier else ""
+    earlier = f"; previous is version {standing.earlier[-1].number}" if standing.earlier else ""
     log(f"version {standing.champion} of {name} is champion{earlier}")
 
 
@@ -104,13 +107,10 @@ def _why(standing: Standing) -> dict[str, str]:
     if standing.entries:
         last = standing.entries[-1]
         rows = {"since": _time(last), "why": f"{last.action}: {last.reasons}"}
-        promoted = [entry for entry in standing.entries if (entry.action, entry.version) == ("promote", last.version)]
+        promoted = [entry for entry in standing.entries if (entry.action, entry.promoted) == ("promote", last.promoted)]
         if promoted and promoted[-1] != last:
             rows["promoted"] = f"{_time(promoted[-1])}, {promoted[-1].reasons}"
-    found = standing.versions.get(standing.champion)
-    if found is None:
-        rows["missing"] = "this version is no longer in the registry; promote another, or roll back"
-    rows["previous"] = f"version {standing.earlier[-1]}" if standing.earlier else "none"
+    rows["previous"] = f"version {standing.earlier[-1].number}" if standing.earlier else "none"
     rows["candidate"] = f"version {standing.aliases['candidate']}" if "candidate" in standing.aliases else "none"
     return rows
 

@@ -28,6 +28,7 @@ def serve(
     max_queue: int = 16,
     seconds: float = 120,
     ray_address: str | None = None,
+    service: str = "",
     page: bool = True,
 ) -> None:
     """Answer POST /v1/animate with the model that an alias names, and follow the alias when it moves.
@@ -49,6 +50,8 @@ def serve(
         max_queue: requests that wait at each replica; more are refused with 429.
         seconds: time that a request has.
         ray_address: a Ray cluster for the replicas, instead of this machine.
+        service: the name of the service on that cluster, where no other may have it; without it the model's and the
+            alias's.
         page: whether / is a page to play with.
     """
     counts = {"--replicas": replicas, "--max-batch": max_batch, "--max-queue": max_queue, "--seconds": seconds}
@@ -76,7 +79,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="trip-serve-", ignore_cleanup_errors=True) as cache:
         spec = EngineSpec(name, alias, uri, cache, max_batch, max_queue)
         log(f"serve: starting {replicas} of {name}@{alias} from {uri}")
-        with serving(spec, replicas, cpus, gpus, ray_address) as animators:
+        with serving(spec, replicas, cpus, gpus, ray_address, service) as animators:
             desk = Desk(animators, seconds)
             app = create_app(desk, key)
             if page:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from infra import storage
+from infra.redaction import name_of
 from tasks.curate.removal import Progress, indexes, remove_rows
 from tasks.records import Failure
 from tasks.shards import (
@@ -86,13 +87,14 @@ def _keys(index: ShardManifest) -> set[str]:
 
 def _urls(dataset: str, index: ShardManifest, urls: Collection[str]) -> Iterator[tuple[str, str]]:
     """(clip key, URL) of the rows that are known to come from one of `urls`; one range read a clip."""
+    names = {name: url for url in urls for name in (url, name_of(url))}  # data sets keep no secret of a URL
     for entries in index.clips().values():
         offset, size = entries[0].members["meta"]
         meta = decode_field("meta", storage.read_range(storage.join(dataset, index.shard), offset, offset + size))
-        if meta.get("url") in urls:
-            yield clip_key_of(entries[0].key), meta["url"]
+        if meta.get("url") in names:
+            yield clip_key_of(entries[0].key), names[meta["url"]]
     for failure in index.failures:
-        yield from ((failure.key, url) for url in urls if failure.detail.startswith(f"{url}: "))
+        yield from ((failure.key, url) for name, url in names.items() if failure.detail.startswith(f"{name}: "))
 
 
 def _removed(index: ShardManifest, forgotten: Forgotten) -> dict[int, Failure]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.redaction import name_of
 from tasks.encode.decoder import READER, TRACK_READER, DecoderPool
 from tasks.encode.filters import MEASURING_READER, Screen, Window
 from tasks.encode.fingerprint import check_spec
@@ -142,7 +143,7 @@ class ClipEncoder:
                     meta={
                         "clip": ref.key,
                         "row": ref.row,
-                        "url": ref.url,
+                        "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
                         "window": window.place,

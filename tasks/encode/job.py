@@ -14,11 +14,12 @@ import ray.exceptions
 import torch
 
 from infra import storage
-from infra.cluster import machines_left, ray_session
+from infra.cluster import ray_session
+from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
 from tasks.encode.fingerprint import fingerprint_of
-from tasks.encode.ledger import TICK_SECONDS, Ledger, Progress
+from tasks.encode.ledger import Ledger, Progress
 from tasks.encode.repair import find_held, retry_reasons
 from tasks.encode.report import write_report, write_report_apart
 from tasks.encode.spec import PrepareReport, PrepareSpec
@@ -27,8 +28,6 @@ from tasks.ingest.sources import count_rows, opened
 from tasks.records import UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
-
-_LOST_WORKER_RETRIES = 2
 
 
 def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareReport:
@@ -127,8 +126,6 @@ def _explained(place: str) -> Iterator[None]:
         raise UserError(f"{place} cannot be written ({reason}); free some space or give another output") from error
 
 
-# Ray restarts a lost worker and gives it its unit again, but not for ever: the unit may be more than its machine holds.
-@ray.remote(max_restarts=-1, max_task_retries=_LOST_WORKER_RETRIES)
 class EncodeWorker:
     """Loads the encoders and starts the decoders once, then turns units into shards."""
 
@@ -168,21 +165,23 @@ class _Workers:
 
     def __init__(self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any]) -> None:
         self._spec, self._output, self._fingerprint = spec, output, fingerprint
-        self._actors: list[Any] = []  # handles; Ray types them by a plugin
+        self._pool: WorkerPool | None = None
         self._session = ExitStack()
 
     def __enter__(self) -> _Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._session:
-            for actor in self._actors:
-                ray.kill(actor)
+        self._session.close()
 
     def run(self, units: Iterator[Unit], tick: Callable[[], None]) -> Iterator[tuple[Unit, ShardSummary]]:
         """Hands units to workers, one each, and yields them as they finish. Starts Ray only when there is work.
 
-        `tick` is called about every `TICK_SECONDS` while nothing finishes.
+        `tick` is called about every 10 s while nothing finishes.
+
+        Raises:
+            UserError: what a worker raised for a person; a unit's workers kept dying; no worker fits.
+            ray.exceptions.NodeDiedError: machines are lost and no unit is to blame; the same command continues.
         """
         spec, output, fingerprint = self._spec, self._output, self._fingerprint
         first = next(units, None)
@@ -195,24 +194,29 @@ class _Workers:
                     yield unit, encode_unit(encoder, decoders, spec, output, digest(fingerprint), unit)
             return
         self._session.enter_context(_joined_ray(spec))
-        workers = _workers_that_fit(spec)
-        worker = EncodeWorker.options(num_cpus=spec.cpus_per_worker, num_gpus=spec.gpus_per_worker)
-        running: dict[ray.ObjectRef, tuple[Any, Unit]] = {}
-        unit: Unit | None = first
-        while unit is not None or running:
-            if unit is not None and len(running) < workers:
-                idle = [actor for actor in self._actors if all(actor is not busy for busy, _ in running.values())]
-                if not idle:
-                    idle = [worker.remote(spec, output, fingerprint)]
-                    self._actors += idle
-                running[idle[0].encode.remote(unit)] = (idle[0], unit)
-                unit = next(units, None)
-                continue
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_SECONDS)
-            tick()
-            for reference in ready:
-                _, finished = running.pop(reference)
-                yield finished, _result(reference, finished)
+        arguments = (spec, output, fingerprint)
+        try:
+            self._pool = self._session.enter_context(
+                WorkerPool(EncodeWorker, arguments, spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
+            )
+            yield from self._pool.run(
+                itertools.chain([first], units), lambda actor, unit: actor.encode.remote(unit), tick
+            )
+        except NoRoom as error:
+            raise UserError(str(error)) from None
+        except WorkerDied as error:
+            if error.task is None:
+                raise UserError(str(error)) from error
+            raise UserError(
+                f"rows {error.task.start} to {error.task.stop - 1} lost their worker {MAX_DEATHS} times;"
+                " give the machine more memory, or ask for fewer workers or fewer processes that decode"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            if isinstance(error.cause, OSError):
+                raise error.cause from None
+            raise
 
     def write_report(self, numbers: dict[str, Any], size_bytes: int, rows_made: int) -> None:
         """Has the report written by who has the VAE's libraries loaded, for they are ten seconds and half a gigabyte.
@@ -223,34 +227,10 @@ class _Workers:
         if self._spec.workers == 0:
             write_report(*arguments)
             return
-        for actor in self._actors[:1]:
+        if self._pool is not None and (actor := self._pool.idle_actor()) is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(actor.write_report.remote(*arguments))
         write_report_apart(*arguments)  # nothing is left to do where a worker did it
-
-
-def _result(reference: ray.ObjectRef, unit: Unit) -> ShardSummary:
-    """A unit's summary.
-
-    Raises:
-        UserError: what the worker raised for a person; or its process kept dying.
-        ray.exceptions.NodeDiedError: Ray has lost its machine; the unit is not to blame, and a new session may do it.
-    """
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        if isinstance(error.cause, OSError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError:
-        if not machines_left():
-            raise ray.exceptions.NodeDiedError("Ray's session lost its machine; the same command continues") from None
-        raise UserError(
-            f"rows {unit.start} to {unit.stop - 1} lost their worker {_LOST_WORKER_RETRIES + 1} times;"
-            " give the machine more memory, or ask for fewer workers or fewer processes that decode"
-        ) from None
 
 
 @contextmanager
@@ -263,17 +243,3 @@ def _joined_ray(spec: PrepareSpec) -> Iterator[None]:
     with ExitStack() as stack:
         stack.push(session)
         yield
-
-
-def _workers_that_fit(spec: PrepareSpec) -> int:
-    """How many workers the Ray session can hold at once: one more would wait with its unit for ever."""
-    resources = ray.cluster_resources()
-    fit = int(resources.get("CPU", 0) // spec.cpus_per_worker)
-    if spec.gpus_per_worker > 0:
-        fit = min(fit, int(resources.get("GPU", 0) // spec.gpus_per_worker))
-    if fit < 1:
-        raise UserError(
-            f"a worker of {spec.cpus_per_worker} CPUs and {spec.gpus_per_worker:g} GPUs does not fit the Ray session"
-            f" ({resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs); ask for less"
-        )
-    return min(spec.workers, fit)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from infra import storage
+from infra.redaction import redact
 from tasks.shards import ShardDataset, report_addresses
 from trip_model.encoders import decode_latents, load_vae
 from trip_model.folders import resolve_base
@@ -44,9 +45,10 @@ def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made:
         "rows_per_second": round(rows_made / max(numbers["seconds"], 1e-9), 3),
         "size_bytes": size_bytes,
     }
+    shown = numbers | {name: redact(numbers[name]) for name in ("dataset", "page")}
     sheet = _contact_sheet_png(ShardDataset(numbers["dataset"]), base)
-    storage.write_bytes(addresses["html"], _page(numbers, rates, sheet).encode())
-    storage.write_json(addresses["json"], numbers | rates)  # last: its presence says that the page is there as well
+    storage.write_bytes(addresses["html"], _page(shown, rates, sheet).encode())
+    storage.write_json(addresses["json"], shown | rates)  # last: its presence says that the page is there as well
 
 
 def write_report_apart(numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:

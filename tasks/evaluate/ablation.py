@@ -6,7 +6,7 @@ import csv
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Comparison:
     distances: dict[str, dict[str, list[float]]]
     losses: dict[str, list[float]]
     real: dict[str, float]
+    base: dict[str, float] = field(default_factory=dict)  # of the untrained base, where the evaluations have its row
 
 
 def two_way_mean(values_SC: Values, clusters: Sequence[str], resamples: int = 4000, seed: int = 0) -> Estimate:
@@ -99,7 +100,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     lacking = [f"{variant} with seed {seed}" for variant in variants for seed in seeds if (variant, seed) not in found]
     if REFERENCE not in variants or lacking:
         raise UserError(f"an ablation needs {REFERENCE} and every variant under every seed; missing: {lacking}")
-    keys, clusters, real, _, _ = found[REFERENCE, seeds[0]]
+    keys, clusters, reference, _, _ = found[REFERENCE, seeds[0]]
     for (variant, seed), (others, *_) in found.items():
         if others != keys:
             raise UserError(f"{variant} with seed {seed} was judged on other clips than {REFERENCE}; evaluate it anew")
@@ -131,29 +132,42 @@ def compare(arms: Sequence[Arm]) -> Comparison:
             for variant in variants
         },
         losses={v: [next(a.loss_last for a in arms if (a.variant, a.seed) == (v, s)) for s in seeds] for v in variants},
-        real=real,
+        real={"clip_distance": 0.0, "motion_ratio": 1.0} | reference["real"],
+        base=reference["base"],
     )
 
 
-def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, float], dict[str, Values], dict[str, Any]]:
-    """Of one evaluation: keys, source clips, the real row's means, values by metric [C], and the report itself."""
+def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], dict[str, Values], dict[str, Any]]:
+    """Of one evaluation: keys, source clips, means of the reference rows, values by metric [C], and the report itself.
+
+    The row of the untrained base is empty where the evaluation has none.
+    """
     text = storage.read_bytes(storage.join(arm.report, "per_clip.csv")).decode()
     lines = list(csv.DictReader(io.StringIO(text)))
     column = {name: np.array([float(line[of]) for line in lines]) for name, of in _COLUMNS.items()}
     moving = float(np.mean([float(line["magnitude_real"]) for line in lines]))
     column["motion_ratio"] /= moving  # so that the mean over clips is the ratio of the sums
-    real = {name: float(np.mean([float(line[f"{name}_real"]) for line in lines])) for name in list(METRICS)[2:]}
+
+    def means(row: str, names: Sequence[str]) -> dict[str, float]:
+        columns = {name: _COLUMNS[name].replace("trip", row) for name in names}
+        return {
+            name: float(np.mean([float(line[of]) for line in lines])) for name, of in columns.items() if of in lines[0]
+        }
+
+    base = means("base", list(METRICS))
+    if base:
+        base["motion_ratio"] /= moving
     return (
         [line["key"] for line in lines],
         [line["clip"] for line in lines],
-        {"clip_distance": 0.0, "motion_ratio": 1.0} | real,
+        {"real": means("real", list(METRICS)[2:]), "base": base},
         column,
         storage.read_json(storage.join(arm.report, "report.json")),
     )
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What the distance to the true clip says of each variant, and whether the paper's order holds here."""
+    """What the distance to the true clip says of each variant on this base, with the paper's values beside it."""
     published = {row.method: row.values for row in published_rows("webvid-2048")}
     lines = []
     for variant, found in comparison.differences.items():
@@ -182,6 +196,9 @@ def tables(comparison: Comparison) -> list[Table]:
     real = [f"{comparison.real[name]:{digits}}" for name, (_, digits, _) in METRICS.items()]
     names = list(comparison.distances[REFERENCE])
     rows.append(["Real video", *real, *("-" for _ in names), "-"])
+    if comparison.base:
+        base = [f"{comparison.base[name]:{digits}}" for name, (_, digits, _) in METRICS.items()]
+        rows.insert(0, ["Base, not trained", *base, *("-" for _ in names), "-"])
     values = Table("Values", ["Variant", *titles, *(f"{name} (lower)" for name in names), "last training loss"], rows)
     minus = [
         [f"{v} minus {REFERENCE}"]
@@ -226,8 +243,14 @@ def write(output: str, comparison: Comparison, about: Mapping[str, Any]) -> dict
         if seeds > 1
         else "One seed: the intervals are over clips alone and say nothing of another seed.",
         "A still clip scores 100 on frame consistency: nearest to the real row is best, not highest.",
-        "The paper's rows are of another data set, model size and harness: only their order can be compared.",
+        "All variants start from one base, and each is as good at step 0 as that base is at it: a base that was "
+        "trained like one variant puts that variant ahead, however they compare. The row of the base, not trained, is "
+        "the base sampled as TRIP^-.",
+        "The paper's rows are of another data set, base, number of steps and harness: an order that agrees with "
+        "theirs, or does not, is no finding about them.",
     ]
+    if "TRIP^W" in comparison.variants:
+        notes.append("TRIP^W: the weights of Equation 9 are the recipe's, not tuned.")
     if any(name.startswith(("rfd-", "rkd-")) for name in comparison.distances[REFERENCE]):
         notes.append(f"rfd- and rkd- are distances of fixed random networks, {NOT_COMPARABLE}.")
     shown = tables(comparison)

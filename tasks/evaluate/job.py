@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -13,13 +13,15 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import generate, report, rows, score
+from tasks.evaluate.base import UntrainedBase, find_base, load_base
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
 from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocols import Item, Protocol, load_protocol
-from tasks.evaluate.rows import FROZEN, REAL, TRIP, Row
+from tasks.evaluate.rows import BASE, FROZEN, REAL, TRIP, Row
 from tasks.evaluate.spec import (
     REPORT,
     SCHEMA_VERSION,
@@ -35,7 +37,6 @@ from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
-_RESTARTS = 2  # a worker lost to a full memory or a dead node is started again this often
 
 
 class _Worker:
@@ -50,24 +51,31 @@ class _Worker:
         torch.set_num_threads(spec.cpus_per_worker)
         self.spec, self.frames = spec, frames
         self.device = "cuda" if spec.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
-        self.dataset = ShardDataset(spec.dataset)
+
+    @cached_property
+    def dataset(self) -> ShardDataset:
+        return ShardDataset(self.spec.dataset)
 
 
 class Generator(_Worker):
-    """Loads the model once, then animates batches."""
+    """Loads the model, or its untrained base, once, then animates batches."""
 
     pipeline: Any = None
 
-    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool, base: UntrainedBase | None) -> None:
         super().__init__(spec, frames)
-        self.folder, self.scaled = folder, scaled
+        self.folder, self.scaled, self.base = folder, scaled, base
 
     def run(self, batch: Batch) -> None:
         if self.pipeline is None:
             from trip_model.pipeline import TripPipeline
 
-            self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
-        steps, guidance = self.spec.steps, self.spec.guidance
+            if self.base is None:
+                self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
+            else:
+                self.pipeline = load_base(self.base, self.frames, self.device)
+        of = self.spec if self.base is None else self.base
+        steps, guidance = of.steps, of.guidance
         generate.generate_batch(
             self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance, self.scaled
         )
@@ -118,19 +126,23 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     if spec.champion is not None:
         others.append(find_champion(spec.champion, protocol))
     without_missing(protocol, {method.name: missing_of(method, protocol.items) for method in others})
-    made = {
-        "model_sha256": spec.model_sha256 or model_sha256(spec.model),
+    clips = {
         "dataset_manifest_sha256": dataset.manifest_sha256,
         "items": digest([asdict(item) for item in protocol.items]),
         "frames": protocol.frames,
-        "steps": spec.steps,
-        "guidance": spec.guidance,
         "batch": spec.batch,
     }
+    made = clips | {
+        "model_sha256": spec.model_sha256 or model_sha256(spec.model),
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+    }
+    base = None if spec.base is None else find_base(spec.base, spec.model, spec.steps, spec.guidance)
     summed = made | {
         "protocol_sha": protocol.sha,
         "judges": [judge.id for judge in judges],
         "methods": {method.name: method.identity for method in others},
+        "base": base and base.identity(),
         "schema": SCHEMA_VERSION,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
@@ -143,11 +155,15 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     generations = storage.join("generations", digest(made))
     try:
         storage.write_json(storage.join(output, PROTOCOL), protocol.manifest())
-        folder = storage.join(output, generations)
-        files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in protocol.items}
-        trip = Method(TRIP, folder, files, digest(made), given_frame=True)
-        table = [Row(FROZEN), *(Row(method.name, method) for method in others), Row(TRIP, trip), Row(REAL)]
-        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, folder, progress)
+        trip = _generated(TRIP, storage.join(output, generations), digest(made), protocol.items)
+        models: list[tuple[Method, UntrainedBase | None]] = [(trip, None)]
+        if base is not None:
+            name = digest(clips | base.identity())
+            folder = storage.join(spec.base_clips or storage.join(output, "base"), name)
+            models.insert(0, (_generated(BASE, folder, name, protocol.items), base))
+        methods = [*(method for method, of in models if of is not None), *others, trip]
+        table = [Row(FROZEN), *(Row(method.name, method) for method in methods), Row(REAL)]
+        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, models, progress)
         summary = score.summarise(
             protocol,
             items,
@@ -201,23 +217,31 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     return done
 
 
+def _generated(name: str, folder: str, identity: str, items: Sequence[Item]) -> Method:
+    """A row whose clips a `Generator` keeps in a folder."""
+    files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in items}
+    return Method(name, folder, files, identity, given_frame=True)
+
+
 def _run_stages(
     spec: EvaluateSpec,
     protocol: Protocol,
     dataset: ShardDataset,
     table: Sequence[Row],
     judges: Sequence[JudgeName],
-    folder: str,
+    models: Sequence[tuple[Method, UntrainedBase | None]],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], tuple[Item, ...], dict[str, dict[str, int]]]:
     """Makes what is missing. Returns each row's records of the items that all rows have, those items, and the others.
 
-    Other methods' clips come first: one that cannot be used is told before any is animated.
+    Other methods' clips come first: one that cannot be used is told before any is animated. `models` are the rows that
+    are animated here.
     """
     made = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
     made |= {"shifted": True} if protocol.rules.shifted else {}
     plan = generate.batches(protocol.items, spec.batch)
-    given = [row for row in table if row.method is not None and row.name != TRIP]
+    own = [method.name for method, _ in models]
+    given = [row for row in table if row.method is not None and row.name not in own]
 
     def lacking() -> dict[str, dict[str, str]]:
         found = {}
@@ -233,15 +257,16 @@ def _run_stages(
         done = len(protocol.items) - sum(len(batch) for _, batch in tasks)
         _drive(label, Judge, (of, made), spec, protocol, tasks, done, progress)
 
-    missing = generate.unfinished(plan, folder)
-    if missing or rows.unjudged(spec.output, table, made, plan, judges):
+    missing = [generate.unfinished(plan, method.folder) for method, _ in models]
+    if any(missing) or rows.unjudged(spec.output, table, made, plan, judges):
         with ray_session(spec.ray_address):
             if given:
                 judge("methods", given)
                 without_missing(protocol, lacking())
-            done = len(protocol.items) - sum(map(len, missing))
-            arguments = (folder, protocol.rules.scaled)
-            _drive("generate", Generator, arguments, spec, protocol, [(batch,) for batch in missing], done, progress)
+            for (method, base), batches in zip(models, missing, strict=True):
+                label, arguments = "base" if base else "generate", (method.folder, protocol.rules.scaled, base)
+                done = len(protocol.items) - sum(map(len, batches))
+                _drive(label, Generator, arguments, spec, protocol, [(batch,) for batch in batches], done, progress)
             judge("judge", table)
     items, excluded = without_missing(protocol, lacking())
     found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
@@ -258,40 +283,18 @@ def _drive(
     done: int,
     progress: Callable[[str], None],
 ) -> None:
-    """Runs tasks over actors, each actor with one in hand; one that dies is started again and repeats it.
+    """Runs tasks over actors, each actor with one in hand; the task of one that is lost goes to another.
 
     A task is the arguments of `run`, the batch last; `done` items need none.
     """
     if not tasks:
         return
     ticks = Ticks(label, len(protocol.items), progress, done)
-    actor_class: Any = ray.remote(
-        num_cpus=spec.cpus_per_worker,
-        num_gpus=spec.gpus_per_worker,
-        max_restarts=_RESTARTS,
-        max_task_retries=_RESTARTS,
-    )(kind)
-    held = ray.cluster_resources()
-    for resource, wanted in (("CPU", spec.cpus_per_worker), ("GPU", spec.gpus_per_worker)):
-        present = held.get(resource, 0)
-        if wanted > present:  # Ray would wait for it without end and without a word
-            raise UserError(f"a {label} worker asks for {wanted:g} {resource}, the Ray session has {present:g}")
-    fitting = spec.workers or int(held["CPU"]) // spec.cpus_per_worker
-    queue = deque(tasks)
-    actors = [actor_class.remote(spec, protocol.frames, *arguments) for _ in range(max(1, min(fitting, len(tasks))))]
-    in_hand: dict[Any, tuple[Any, Batch]] = {}
+    actors = (kind, (spec, protocol.frames, *arguments), spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
     try:
-        for actor in actors:
-            task = queue.popleft()
-            in_hand[actor.run.remote(*task)] = (actor, task[-1])
-        while in_hand:
-            (ready,), _ = ray.wait(list(in_hand), num_returns=1)
-            actor, batch = in_hand.pop(ready)
-            ray.get(ready)
-            ticks.tick(len(batch))
-            if queue:
-                task = queue.popleft()
-                in_hand[actor.run.remote(*task)] = (actor, task[-1])
+        with WorkerPool(*actors) as pool:
+            for task, _ in pool.run(tasks, lambda actor, task: actor.run.remote(*task)):
+                ticks.tick(len(task[-1]))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError | OSError):
@@ -299,13 +302,14 @@ def _drive(
         if isinstance(cause, ValueError):  # a sentence for a person, not a worker's stack
             raise UserError(str(cause)) from None
         raise
-    except ray.exceptions.ActorDiedError as error:
+    except NoRoom as error:
+        raise UserError(f"{label}: {error}") from None
+    except WorkerDied as error:
+        if error.task is None:
+            raise UserError(f"{label}: {error}") from error
         raise UserError(
-            f"a {label} worker died {_RESTARTS + 1} times; give it more memory, or a smaller batch than {spec.batch}"
+            f"a {label} worker died {MAX_DEATHS} times; give it more memory, or a smaller batch than {spec.batch}"
         ) from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def _examples(

@@ -22,7 +22,7 @@ from tasks.records import UserError, digest
 from trip_model.frame import to_square
 from trip_model.video import CONTAINERS, ClipError, load_image
 
-OWN_ROWS = ("frozen", "trip", "real")  # and `champion`: rows that no folder may take the name of
+OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
 CHAMPION = "champion"
 SUFFIXES = (".npz", ".mp4", ".gif")
 READERS = 16  # at once: on an object store each read alone is a round trip

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from tasks.evaluate.rows import FROZEN, REAL, TRIP
+from tasks.evaluate.rows import BASE, FROZEN, REAL, TRIP
 from tasks.evaluate.score import Summary
 from tasks.evaluate.tables import consistency_judge, label
 from tasks.judges.judge import NOT_COMPARABLE, JudgeName
@@ -38,7 +38,8 @@ class Example:
     @property
     def methods(self) -> dict[str, Pixels]:
         """What moves, by row: the real clip and every method's."""
-        return {REAL: self.real, TRIP: self.generated, **self.others}
+        before = {name: pixels for name, pixels in self.others.items() if name == BASE}
+        return {REAL: self.real, **before, TRIP: self.generated, **self.others}
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def strip_png(example: Example) -> bytes:
 def side_by_side(example: Example) -> Pixels:
     """The real clip and every method in one picture, so that all play in step: uint8 [F, H, W, 3], sides times 32.
 
-    Each stands below its name, two in a line up to four, else three. A codec works in blocks; other sizes it pads, and
-    the padding bleeds into the picture's edge.
+    Each stands below its name, two or four in lines of two, others in lines of three. A codec works in blocks; other
+    sizes it pads, and the padding bleeds into the picture's edge.
     """
     clips = example.methods
-    colours, columns = colours_of(list(clips)), 2 if len(clips) <= 4 else 3
+    colours, columns = colours_of(list(clips)), 2 if len(clips) in (2, 4) else 3
     count = len(example.real)
     scale = _scale(min(example.real.shape[1:3]))
     height, width = (side * scale for side in example.real.shape[1:3])
@@ -157,7 +158,7 @@ def _block(side: int) -> int:
 
 
 def _short(row: str) -> str:
-    return {TRIP: "TRIP", REAL: "real", "champion": "champion"}.get(row, row)
+    return {BASE: "not trained", TRIP: "TRIP", REAL: "real", "champion": "champion"}.get(row, row)
 
 
 def _scale(size: int) -> int:

@@ -21,6 +21,7 @@ from tasks.evaluate.pictures import (
     strip_png,
 )
 from tasks.evaluate.protocols import Protocol
+from tasks.evaluate.rows import BASE
 from tasks.evaluate.score import Summary
 from tasks.evaluate.tables import Table, all_tables
 from tasks.judges.judge import JudgeName
@@ -45,6 +46,10 @@ GUIDE = (
     "x (a to b) is a value with its 95 % interval; whether a method differs from TRIP say the paired differences.",
     "A cell that says it is not comparable holds another judge than the publications used: compare it within this page "
     "alone.",
+)
+BASE_GUIDE = (
+    "The base, not trained, is what training started from. It is sampled as TRIP^-: the clean first frame before the "
+    "noised ones, neither prior nor fusion. What training adds is the difference from this row, not from the still."
 )
 
 FOLDED = ("table_5", "table_6")  # the ablations repeat this run's rows of Table 1
@@ -97,6 +102,10 @@ def build(
     return files
 
 
+def _guide(summary: Summary) -> tuple[str, ...]:
+    return (GUIDE[0], *([BASE_GUIDE] if BASE in summary.rows else []), *GUIDE[1:])
+
+
 def _verdict(gate: Gate) -> str:
     return "Gate: passed" if gate.passed else "Gate: not passed"
 
@@ -114,7 +123,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
 def _markdown(tables: Sequence[Table], origin: Table, gate: Gate, summary: Summary, examples: Sequence[Example]) -> str:
     curves = [f"![{curve_title(name)}]({file})" for name, file in CURVE_FILES.items() if name in summary.curves]
     clips = [f"[{e.caption}](videos/{e.key}.mp4) (`{e.key}`)\n\n![frames](strips/{e.key}.png)" for e in examples]
-    parts = ["# Evaluation", f"**{_verdict(gate)}**", _bullets(gate.reasons), "## How to read it", _bullets(GUIDE)]
+    parts = [
+        "# Evaluation",
+        f"**{_verdict(gate)}**",
+        _bullets(gate.reasons),
+        "## How to read it",
+        _bullets(_guide(summary)),
+    ]
     for table in tables:
         parts += [f"## {table.title}", table.markdown()]
     parts += ["## Curves", *curves, "## Clips", *clips, "## What was measured", _bullets(summary.notes)]
@@ -167,7 +182,7 @@ def _page(
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width,initial-scale=1"><title>TRIP evaluation</title>'
         f'<style>{REPORT_STYLE}</style><h1>Evaluation</h1><p class="gate{" passed" if gate.passed else ""}">'
-        f"{_verdict(gate)}</p>{items(gate.reasons)}<h2>How to read it</h2>{items(GUIDE)}"
+        f"{_verdict(gate)}</p>{items(gate.reasons)}<h2>How to read it</h2>{items(_guide(summary))}"
         f"<h2>Clips, all methods in step</h2><div class=clips>{videos}</div>{sections}"
         f'<h2>Curves</h2><div class="clips strips">{curves}</div>'
         f'<h2>Frames</h2><div class="clips strips">{strips}</div>'

@@ -28,7 +28,8 @@ from tasks.records import digest
 from trip_model.video import ClipError
 
 # The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
-FROZEN, REAL, TRIP = "frozen", "real", "trip"
+# BASE is what the model's base does before training: without it nobody knows what training adds.
+FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
 HASHES = ("content", "shifted")  # of a record: which pixels were looked at, all of a clip and those for sets
 RECORDS_VERSION = 1  # of what `measure` says; another one is never read
 

@@ -18,7 +18,7 @@ from tasks.evaluate.consistency import (
     consistency_name,
 )
 from tasks.evaluate.protocols import Item, Protocol
-from tasks.evaluate.rows import FROZEN, HASHES, REAL, TRIP, Features
+from tasks.evaluate.rows import BASE, FROZEN, HASHES, REAL, TRIP, Features
 from tasks.evaluate.statistics import Estimate, mean_over_clips
 from tasks.evaluate.sums import Sums, Values
 from tasks.judges.judge import NOT_COMPARABLE, JudgeName
@@ -90,8 +90,10 @@ def summarise(
     sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
     sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
     sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
-    still = column[TRIP]["distance"] - column[FROZEN]["distance"]
-    sums.metrics[TRIP]["clip_distance_minus_frozen"] = mean_over_clips(still, sums.clips, bootstrap)
+    for row in (FROZEN, BASE):
+        if row in column:
+            minus = column[TRIP]["distance"] - column[row]["distance"]
+            sums.metrics[TRIP][f"clip_distance_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
     for kind, metric in (("psnr", "first_frame_psnr_db"), ("ssim", "first_frame_ssim")):
         made = {row: column[row][kind] for row in rows if kind in column[row]}
         sums.add(metric, {row: values[:, 0] for row, values in made.items()})

@@ -7,20 +7,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
+from infra.redaction import redact
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocols import Protocol
 from tasks.judges.files import JudgeFiles
-from tasks.records import UserError
+from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
     from tasks.judges.judge import JudgeName
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REPORT = "report.json"
 
 
@@ -32,7 +34,9 @@ class EvaluateSpec:
     report. `protocol` names a preset, or is the address of a file: a preset's .toml, a manifest's .json. Where a preset
     leaves it to the run, `clips` windows are judged at most; `held_out_fraction` is the one training split by. None for
     `steps` and `guidance`: the model's own values. `methods` are folders of other methods' videos by the name of their
-    row, and `champion` is the folder of an earlier report, whose model this one must not be worse than.
+    row, and `champion` is the folder of an earlier report, whose model this one must not be worse than. `base` is the
+    base that the model was trained from: untrained, it is a row of the table (None: no such row). Its clips lie below
+    `base_clips`, which evaluations of several models of one base share (None: below `output`).
     """
 
     model: str
@@ -48,6 +52,8 @@ class EvaluateSpec:
     batch: int = 8
     methods: dict[str, str] = field(default_factory=dict)
     champion: str | None = None
+    base: Artifact | None = None
+    base_clips: str | None = None
     judges: JudgeFiles = JudgeFiles()
     bootstrap: int = 2000
     examples: int = 6
@@ -61,7 +67,7 @@ class EvaluateSpec:
 class EvaluateReport:
     """The report's address and its content that later stages need.
 
-    `metrics` is row ("frozen", "trip", "real", and the other methods) -> metric -> {"value", "ci_low", "ci_high"},
+    `metrics` is row ("frozen", "base", "trip", "real", and other methods) -> metric -> {"value", "ci_low", "ci_high"},
     `clips` the number of unique clips, `files` the names below `uri`; `key` is equal for evaluations that must agree.
     """
 
@@ -101,15 +107,20 @@ def finished_report(output: str, key: str, start: float) -> EvaluateReport | Non
     )
 
 
-def model_sha256(model: str) -> str:
-    """The identity of a model export. Raises UserError where there is none."""
+def model_folder(model: str) -> Path:
+    """The local folder of a model export. Raises UserError where there is none."""
     try:
         folder = storage.local_folder(model)
     except FileNotFoundError as error:
         raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
     if not (folder / "trip.json").is_file():
         raise UserError(f"{model} holds no trip.json; give the folder that training exported, not a base or checkpoint")
-    return folder_hash(folder)
+    return folder
+
+
+def model_sha256(model: str) -> str:
+    """The identity of a model export. Raises UserError where there is none."""
+    return folder_hash(model_folder(model))
 
 
 def provenance_of(
@@ -117,13 +128,19 @@ def provenance_of(
 ) -> dict[str, Any]:
     """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
     return {
-        "model": spec.model,
-        "dataset": spec.dataset,
+        "model": redact(spec.model),
+        "dataset": redact(spec.dataset),
         "dataset_recipe": dataset.manifest["recipe_hash"],
         "protocol": protocol.name,
         "held_out_fraction": spec.held_out_fraction,
         "seed": spec.seed,
-        "folders": spec.methods | ({"champion": spec.champion} if spec.champion else {}),
+        "folders": {
+            name: redact(folder)
+            for name, folder in (
+                spec.methods | {"champion": spec.champion, "base": spec.base.uri if spec.base else None}
+            ).items()
+            if folder
+        },
         "judges": {
             judge.metric: {
                 "official": judge.official,

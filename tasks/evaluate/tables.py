@@ -10,12 +10,18 @@ from dataclasses import dataclass
 
 from tasks.evaluate.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocols import Protocol
-from tasks.evaluate.rows import FROZEN, REAL, TRIP
+from tasks.evaluate.rows import BASE, FROZEN, REAL, TRIP
 from tasks.evaluate.score import Summary
 from tasks.evaluate.statistics import Estimate
 from tasks.judges.judge import NOT_COMPARABLE, JudgeName
 
-LABELS = {FROZEN: "Frozen first frame", TRIP: "TRIP (this run)", REAL: "Real video", "champion": "Champion"}
+LABELS = {
+    FROZEN: "Frozen first frame",
+    BASE: "Base, not trained",
+    TRIP: "TRIP (this run)",
+    REAL: "Real video",
+    "champion": "Champion",
+}
 FLOOR = "floor: one real half against the other"
 NOTHING = "-"
 
@@ -39,6 +45,7 @@ _TITLES = {
     "motion_ratio": ("Motion ratio to real (1 is best)", ".3f"),
     "clip_distance": ("Distance to the true clip (lower)", ".4f"),
     "clip_distance_minus_frozen": ("Distance minus that of frozen (below 0)", "+.4f"),
+    "clip_distance_minus_base": ("Distance minus that of the base, not trained (below 0)", "+.4f"),
     "first_frame_psnr_db": ("First-frame PSNR, dB (higher)", ".2f"),
     "first_frame_ssim": ("First-frame SSIM (higher)", ".4f"),
     "flicker_ratio": ("Flicker ratio to real (1 is best)", ".3f"),

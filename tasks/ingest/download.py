@@ -15,6 +15,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 
 from infra import storage
+from infra.redaction import name_of, redact
 from tasks.ingest.addresses import AddressGuard, blocked_cause
 from tasks.ingest.answers import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.sources import local_root, resolve_url
@@ -109,7 +110,9 @@ class _Downloader:
             except Refused as refused:
                 if refused.reason not in _RETRYABLE or attempt >= spec.attempts:
                     tries = f", {attempt} attempts" if attempt > 1 else ""
-                    return Failure(ref.key, ref.row, refused.reason, f"{ref.url}: {refused.detail}{tries}")
+                    return Failure(
+                        ref.key, ref.row, refused.reason, f"{name_of(ref.url)}: {redact(refused.detail)}{tries}"
+                    )
                 pause = random.uniform(0, spec.backoff_seconds * 2 ** (attempt - 1))  # full jitter: clients spread out
                 await asyncio.sleep(min(max(pause, refused.retry_after or 0), spec.max_backoff_seconds))
         raise AssertionError("the last attempt returns")

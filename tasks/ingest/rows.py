@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from infra import storage
 from tasks.records import UserError
 
 NAMES = ("key", "url", "caption")
@@ -89,7 +90,8 @@ class KeysSeen:
 def reading(address: str, wanted: str = "a table") -> Iterator[None]:
     """Turns what a store or a parser says about an unreadable source into one sentence."""
     try:
-        yield
+        with storage.boundary(address):
+            yield
     except FileNotFoundError as error:
         raise UserError(f"no table at {address}; give the address of {wanted}") from error
     except IsADirectoryError as error:

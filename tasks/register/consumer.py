@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlflow
 import pandas as pd
 
+from infra.settings import client_address
 from trip_model.video import load_image, read_clip
 
 
@@ -35,10 +37,16 @@ def addresses(uri: str) -> Iterator[None]:
     `load_model` reads them, and so does the SQL registry when it looks a logged model up, whatever client asked.
     """
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    mlflow.set_tracking_uri(client_address(uri))
+    mlflow.set_registry_uri(client_address(uri))
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before[0])
         mlflow.set_registry_uri(before[1])
+        for name, value in variables.items():  # MLflow sets them, and a later flow would take them for a person's
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

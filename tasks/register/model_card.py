@@ -20,6 +20,7 @@ LIMITS = (
     "Clips are as long, as small and as varied as the training data: a photo unlike it will move badly or not at all.",
     "Frame 1 is the photo after a centre crop to a square; what the crop cuts off is not in the video.",
     "F-Consistency rewards clips that hardly move. Read it beside the motion ratio and the rows `frozen` and `real`.",
+    "What training adds is the difference from the row `base`, the base not trained; not from the row `frozen`.",
     "Trained on clips with a stock watermark, a model may draw traces of it.",
     "There is no filter on photos, prompts or results, and results carry no mark that says they are generated.",
 )

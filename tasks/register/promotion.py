@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra import tracking
+from infra.redaction import redact, without_userinfo
 from tasks.records import UserError
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -30,20 +31,47 @@ class Refused(UserError):
 
 
 @dataclass(frozen=True)
+class Named:
+    """A version as the log names it: its number, and when the registry made it, in milliseconds.
+
+    The number is not enough: a model that is deleted and registered again counts from 1 again.
+    """
+
+    number: str
+    created: int
+
+    def __str__(self) -> str:
+        return f"{self.number}:{self.created}"
+
+
+@dataclass(frozen=True)
 class Entry:
     """One promotion or rollback that counts.
 
-    `number` orders the log, `version` became champion instead of `replaced` ("" where there was none), `champions` are
-    the versions that were before and can be gone back to, with `version` last; `time` is the store's.
+    `number` orders the log; `promoted` became champion instead of `former` (None where there was none), `champions` are
+    the versions that were before and can be gone back to, with `promoted` last; `time` is the store's.
     """
 
     number: int
     action: str
-    version: str
-    replaced: str
-    champions: tuple[str, ...]
+    former: Named | None
+    champions: tuple[Named, ...]
     reasons: str
     time: datetime
+
+    @property
+    def promoted(self) -> Named:
+        return self.champions[-1]
+
+    @property
+    def version(self) -> str:
+        """The number of the version that became champion."""
+        return self.promoted.number
+
+    @property
+    def replaced(self) -> str:
+        """The number of the version that was champion before, or ""."""
+        return self.former.number if self.former else ""
 
 
 @dataclass(frozen=True)
@@ -55,24 +83,34 @@ class Standing:
     aliases: dict[str, str]
 
     @property
-    def champions(self) -> tuple[str, ...]:
-        """Champions one above the other; the last is live. Before the first entry, what the aliases say."""
+    def champions(self) -> tuple[Named, ...]:
+        """Champions one above the other, deleted ones among them. Before the first entry, what the aliases say."""
         if self.entries:
             return self.entries[-1].champions
-        return tuple(self.aliases[alias] for alias in (PREVIOUS, CHAMPION) if alias in self.aliases)
+        aliased = (self.aliases[alias] for alias in (PREVIOUS, CHAMPION) if alias in self.aliases)
+        return tuple(named(self.versions[number]) for number in aliased if number in self.versions)
+
+    def find(self, logged: Named) -> ModelVersion | None:
+        """The version that the log names; None when it was deleted, also if another has its number now."""
+        version = self.versions.get(logged.number)
+        return version if version is not None and named(version) == logged else None
 
     @property
     def champion(self) -> str:
-        """The version that is live, or ""."""
-        return self.champions[-1] if self.champions else ""
+        """The version that is live; "" where there is none, or when it was deleted."""
+        return self.champions[-1].number if self.champions and self.find(self.champions[-1]) else ""
 
     @property
-    def earlier(self) -> tuple[str, ...]:
+    def earlier(self) -> tuple[Named, ...]:
         """What is left of `champions` after a rollback, passing over versions that are no more."""
         rest = self.champions[:-1]
-        while rest and (rest[-1] not in self.versions or rest[-1] == self.champion):
+        while rest and (self.find(rest[-1]) is None or rest[-1] == self.champions[-1]):
             rest = rest[:-1]
         return rest
+
+
+def named(version: ModelVersion) -> Named:
+    return Named(str(version.version), int(version.creation_timestamp))
 
 
 def open_registry(uri: str) -> MlflowClient:
@@ -80,7 +118,7 @@ def open_registry(uri: str) -> MlflowClient:
     if uri.startswith(("http://", "https://")):
         # MLflow itself keeps trying for minutes before it says that nobody is there.
         try:
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10).close()
+            urllib.request.urlopen(without_userinfo(uri).rstrip("/") + "/health", timeout=10).close()
         except urllib.error.HTTPError:
             pass  # somebody is there; what it refuses will be said by the call that needs it
         except OSError as error:
@@ -91,7 +129,7 @@ def open_registry(uri: str) -> MlflowClient:
         client = tracking.connect(uri)
         client.search_registered_models(max_results=1)
     except tracking.TROUBLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = redact(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"the tracking store {uri!r} cannot be used ({reason}); give a server's address or sqlite:///FILE in a"
             " folder that can be written"
@@ -127,8 +165,8 @@ def promote(client: MlflowClient, name: str, version: str, reason: str = "") -> 
         raise _refused(client, name, version, f"version {version} of {name} is not promoted: {'; '.join(against)}")
     report = found.tags.get("trip.report", "")
     reasons = [f"the gate of report {report} passed", found.tags["trip.consumer_check"], *filter(None, [reason])]
-    first, now = _append(client, name, standing, PROMOTE, (*standing.champions, version), "; ".join(reasons))
-    if first.version != version:
+    first, now = _append(client, name, standing, PROMOTE, (*standing.champions, named(found)), "; ".join(reasons))
+    if first.promoted != named(found):
         remedy = f"evaluate version {version} against version {now.champion} and promote again"
         raise _refused(client, name, version, f"{_overtaken(name, first)}; {remedy}")
     return now
@@ -142,15 +180,15 @@ def rollback(client: MlflowClient, name: str, reason: str = "") -> Standing:
         UserError: no such model.
     """
     standing = settle(client, name)
-    if not standing.champion:
+    if not standing.champions:
         raise Refused(f"{name} has no champion, so there is nothing to roll back; promote a version first")
     if not standing.earlier:
         raise Refused(
-            f"before version {standing.champion} no other version of {name} was champion, so there is none to go back"
-            " to; promote another version instead"
+            f"before version {standing.champions[-1].number} no other version of {name} was champion, so there is none"
+            " to go back to; promote another version instead"
         )
     first, now = _append(client, name, standing, ROLLBACK, standing.earlier, reason or "no reason given")
-    if first.version != standing.earlier[-1]:
+    if first.promoted != standing.earlier[-1]:
         raise Refused(f"{_overtaken(name, first)}; look at what is live, and roll back again if that is still wanted")
     return now
 
@@ -167,9 +205,9 @@ def settle(client: MlflowClient, name: str) -> Standing:
         if not standing.entries:
             return standing
         last, earlier = standing.entries[-1], standing.earlier
-        wanted = {PREVIOUS: earlier[-1] if earlier else None, CHAMPION: standing.champion}
-        if standing.champion not in standing.versions:  # deleted, and its alias with it
-            del wanted[CHAMPION]
+        wanted: dict[str, str | None] = {PREVIOUS: earlier[-1].number if earlier else None}
+        if standing.champion:  # else it was deleted, and its alias with it
+            wanted[CHAMPION] = standing.champion
         wrong = {alias: to for alias, to in wanted.items() if standing.aliases.get(alias) != to}
         if not wrong:
             return standing
@@ -201,32 +239,42 @@ def _read(client: MlflowClient, name: str) -> Standing:
     for line in sorted(lines, key=lambda found: int(found.version)):
         # Its writer had seen all that counts up to `after`; when more counts by now, another was first.
         if int(line.tags.get("after", -1)) >= (entries[-1].number if entries else 0):
-            entries.append(_entry(line))
+            entries.append(_entry(line, versions))
     return Standing(tuple(entries), versions, {alias: str(version) for alias, version in aliases.items()})
 
 
-def _entry(line: ModelVersion) -> Entry:
+def _entry(line: ModelVersion, versions: dict[str, ModelVersion]) -> Entry:
     tags = line.tags
-    champions = tuple(tags["champions"].split())
+
+    def parse(text: str) -> Named:
+        number, _, created = text.partition(":")
+        if created:
+            return Named(number, int(created))
+        # An entry of before versions were named with their time means the one that was there when it was written.
+        version = versions.get(number)
+        old = version is not None and int(version.creation_timestamp) <= int(line.creation_timestamp)
+        return named(version) if version is not None and old else Named(number, 0)
+
+    champions = tuple(map(parse, tags["champions"].split()))
+    former = parse(tags["replaced"].strip()) if tags["replaced"].strip() else None
     time = datetime.fromtimestamp(line.creation_timestamp / 1000, UTC)
-    replaced = tags["replaced"].strip()
-    return Entry(int(line.version), tags["action"], champions[-1], replaced, champions, tags["reasons"], time)
+    return Entry(int(line.version), tags["action"], former, champions, tags["reasons"], time)
 
 
 def _append(
-    client: MlflowClient, name: str, standing: Standing, action: str, champions: tuple[str, ...], reasons: str
+    client: MlflowClient, name: str, standing: Standing, action: str, champions: tuple[Named, ...], reasons: str
 ) -> tuple[Entry, Standing]:
     """Writes the entry that follows `standing`, in one call of the store.
 
     Returns the entry that does follow, which is another writer's where that was first, and what stands after it.
     """
-    version, replaced = champions[-1], standing.champion
+    version, replaced = champions[-1].number, standing.champions[-1] if standing.champions else None
     seen = standing.entries[-1].number if standing.entries else 0
     tags = {
         "action": action,
         "after": str(seen),
-        "champions": " ".join(champions[-DEPTH:]),
-        "replaced": replaced or " ",
+        "champions": " ".join(map(str, champions[-DEPTH:])),
+        "replaced": str(replaced or " "),
         "reasons": reasons[:4900],
     }
     if not standing.entries:
@@ -236,7 +284,7 @@ def _append(
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    instead = f" instead of version {replaced}" if replaced else ""
+    instead = f" instead of version {replaced.number}" if replaced else ""
     sentence = f"{action}: version {version}{instead}; {reasons}"[:4900]
     while True:
         try:
@@ -281,7 +329,7 @@ def _objections(standing: Standing, found: ModelVersion, reason: str) -> list[st
                 f"its report compared it with another model than version {champion.version}, which is champion now;"
                 f" evaluate it with --champion and the report of version {champion.version}, and register that report"
             )
-    undone = [entry for entry in standing.entries if (entry.action, entry.replaced) == (ROLLBACK, str(found.version))]
+    undone = [entry for entry in standing.entries if (entry.action, entry.former) == (ROLLBACK, named(found))]
     if undone and not reason:
         against.append(
             f"it was rolled back on {undone[-1].time:%Y-%m-%d} ({undone[-1].reasons}); give a --reason to promote it"
@@ -294,9 +342,9 @@ def _tag(client: MlflowClient, name: str, standing: Standing, entry: Entry) -> N
     """Writes on the versions that an entry is about what it did to them."""
     time = entry.time.isoformat(timespec="seconds")
     if entry.action == PROMOTE:
-        of, tags = entry.version, {"trip.promoted_at": time, "trip.promotion_reasons": entry.reasons}
+        of, tags = entry.promoted, {"trip.promoted_at": time, "trip.promotion_reasons": entry.reasons}
     else:
-        of, tags = entry.replaced, {"trip.rolled_back_at": time, "trip.rollback_reason": entry.reasons}
-    if of in standing.versions:
+        of, tags = entry.former, {"trip.rolled_back_at": time, "trip.rollback_reason": entry.reasons}
+    if of is not None and standing.find(of):
         for tag, value in tags.items():
-            client.set_model_version_tag(name, of, tag, value)
+            client.set_model_version_tag(name, of.number, tag, value)

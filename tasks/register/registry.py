@@ -20,7 +20,7 @@ from tasks.records import UserError, digest
 from tasks.register import packaging
 from tasks.register.consumer import addresses, call_as_consumer
 from tasks.register.model_card import write_model_card
-from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, open_registry, promote, settle
+from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, named, open_registry, promote, settle
 from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.folders import folder_hash
 from trip_model.video import load_image
@@ -125,17 +125,17 @@ def _register(
         for tag, value in {**report.origin(), "trip.consumer_check": check}.items():
             client.set_model_version_tag(spec.name, version.version, tag, value)
         progress(f"register: {check}")
-        _promote_once(client, spec.name, str(version.version), progress)
+        _promote_once(client, spec.name, version, progress)
         client.set_model_version_tag(spec.name, version.version, "trip.done", "yes")
     return _report(client, spec, experiment, version.version, report)
 
 
-def _promote_once(client: MlflowClient, name: str, version: str, progress: Callable[[str], None]) -> None:
+def _promote_once(client: MlflowClient, name: str, version: ModelVersion, progress: Callable[[str], None]) -> None:
     """Promotes a new version; one that the log knows was promoted before a kill, and others may have come since."""
-    if any(entry.version == version for entry in settle(client, name).entries):
+    if any(entry.promoted == named(version) for entry in settle(client, name).entries):
         return
     try:
-        promote(client, name, version)
+        promote(client, name, str(version.version))
     except Refused as error:
         progress(f"register: {error}")
 

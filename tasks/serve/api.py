@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import hmac
@@ -11,27 +12,31 @@ import logging
 import re
 import uuid
 import zipfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Security
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
-from pydantic_core import from_json
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.desk import Desk
 from tasks.serve.events import Clip, Event, Progress
-from tasks.serve.limits import MAX_BODY_BYTES, Animation, Refusal, read_animation, too_many_bytes
+from tasks.serve.limits import MAX_BODY_BYTES, Animation, Refusal, read_animation, read_json, too_many_bytes
 
 MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
 JSON, LINES, MULTIPART = "application/json", "application/x-ndjson", "multipart/form-data"
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+READERS = 2  # bodies that are read at the same time, each in a thread
 _log = logging.getLogger(__name__)
 
 ABOUT = """\
@@ -52,12 +57,21 @@ EXAMPLE = {
 def create_app(desk: Desk, key: str | None = None) -> FastAPI:
     """The application; with a `key`, /v1/animate is for those who send it as bearer token or `X-API-Key`."""
     app = FastAPIOffline(title="TRIP", version="1", description=ABOUT, redoc_url=None)
+    app.state.readers = CapacityLimiter(READERS)
+    # Without origins: no page of another site may read an answer. Gradio, which would let every one, then adds nothing.
+    app.add_middleware(CORSMiddleware)
+    app.add_middleware(_SameOrigin)
     app.add_middleware(_RequestId)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
         wait = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
         return JSONResponse(_said(refusal, request.state.request_id), refusal.status, wait)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        said = Refusal(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}; see /docs")
+        return JSONResponse(_said(said, request.state.request_id), said.status, error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
@@ -89,16 +103,16 @@ def create_app(desk: Desk, key: str | None = None) -> FastAPI:
                 raise first
             return StreamingResponse(_lines(first, events, request.state.request_id), media_type=LINES)
         clip = await _waited_for(desk, animation, request)
-        if clip is None:
-            return Response(status_code=499)  # nobody reads it
         if JSON in accept:
             return JSONResponse(_as_json(clip, request.state.request_id), headers=_headers(clip))
         return Response(_file(clip), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether this process answers", response_class=PlainTextResponse)
     async def healthz() -> str:
         return "ok\n"
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Whether requests are answered, and with which version")
     async def readyz() -> Response:
         status = await desk.animators.status()
@@ -113,6 +127,36 @@ def create_app(desk: Desk, key: str | None = None) -> FastAPI:
         return generate_latest(desk.metrics).decode()
 
     return app
+
+
+class _SameOrigin:
+    """Refuses what a page of another site makes a visitor's browser send, and does not believe what headers say of
+    the service's own address.
+
+    A browser says where a request comes from in `Sec-Fetch-Site`, and over plain http in `Origin` alone. Programs send
+    neither. GET and HEAD change nothing, and without CORS headers no other page can read their answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # Gradio would make links to any host that is named here.
+            not_believed = (b"x-forwarded-host", b"x-gradio-server")
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in not_believed]
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_foreign(Headers(scope=scope)):
+                said = Refusal(403, "the request comes from a page of another site; send it from a program or our page")
+                await JSONResponse(_said(said, scope["state"]["request_id"]), said.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2] != headers.get("host", "")
 
 
 class _RequestId:
@@ -147,20 +191,25 @@ def _authorize(request: Request, key: str | None) -> None:
 
 
 async def _read(request: Request) -> Animation:
-    """The request as JSON or as a form. Raises `Refusal`."""
+    """The request as JSON or as a form, read in a thread. Raises `Refusal`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (JSON, MULTIPART):
         raise Refusal(415, f"the content type is {kind!r:.60}; send {JSON} or {MULTIPART}")
     body = await _body(request)
-    try:
-        fields = from_json(body) if kind == JSON else await _form(request, body)
-    except (ValueError, MultiPartException) as error:
-        raise Refusal(
-            400, f"the body is not {kind} ({str(error)[:80]}); send photo and prompt as /docs shows"
-        ) from error
-    if not isinstance(fields, dict):
-        raise Refusal(400, "the body is JSON but no object; send {'image': ..., 'prompt': ...}")
-    return read_animation(fields)
+
+    def read() -> Animation:
+        try:
+            # A loop of its own: the form's parser is a coroutine that computes and never waits.
+            fields = read_json(body) if kind == JSON else asyncio.run(_form(request.headers, body))
+        except (ValueError, MultiPartException) as error:
+            raise Refusal(
+                400, f"the body is not {kind} ({str(error)[:80]}); send photo and prompt as /docs shows"
+            ) from error
+        if not isinstance(fields, dict):
+            raise Refusal(400, "the body is JSON but no object; send {'image': ..., 'prompt': ...}")
+        return read_animation(fields)
+
+    return await to_thread.run_sync(read, limiter=request.app.state.readers)
 
 
 async def _body(request: Request) -> bytes:
@@ -169,38 +218,54 @@ async def _body(request: Request) -> bytes:
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
         raise too_many_bytes(int(announced))
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise too_many_bytes(len(body))
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise too_many_bytes(len(body))
+    except ClientDisconnect as error:
+        raise Refusal(499, "the caller has gone") from error
     return bytes(body)
 
 
-async def _form(request: Request, body: bytes) -> dict[str, Any]:
+async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
-    form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=16).parse()
+    form = await MultiPartParser(headers, once(), max_files=1, max_fields=16).parse()
     fields = {name: await value.read() if isinstance(value, UploadFile) else value for name, value in form.items()}
     await form.close()
     return fields
 
 
-async def _waited_for(desk: Desk, animation: Animation, request: Request) -> Clip | None:
-    """The clip; None when the caller has gone. Raises `Refusal`."""
-    async with aclosing(desk.clip(animation)) as events:
+async def _waited_for(desk: Desk, animation: Animation, request: Request) -> Clip:
+    """The clip. Raises `Refusal`, also as soon as the caller has gone, whether the request waits or is computed."""
+
+    async def clip() -> Clip:
+        async with aclosing(desk.clip(animation)) as events:
+            async for event in events:
+                if isinstance(event, Clip):
+                    return event
+        raise AssertionError("no clip and no refusal")
+
+    answer = asyncio.ensure_future(clip())
+    gone = asyncio.ensure_future(request.receive())  # the body is read, so only a disconnect can come
+    try:
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise Refusal(499, "the caller has gone")
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.wait([answer, gone])
+
+
+async def _lines(first: Event, events: AsyncGenerator[Event, None], request_id: str) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        yield _line(first, request_id)
         async for event in events:
-            if isinstance(event, Clip):
-                return event
-            if await request.is_disconnected():
-                return None
-    raise AssertionError("no clip and no refusal")
-
-
-async def _lines(first: Event, events: AsyncIterator[Event], request_id: str) -> AsyncIterator[str]:
-    yield _line(first, request_id)
-    async for event in events:
-        yield _line(event, request_id)
+            yield _line(event, request_id)
 
 
 def _line(event: Event, request_id: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import FrameType
 from typing import Protocol
 
@@ -22,7 +23,7 @@ class Animators(Protocol):
 
     sent_again: int  # requests that a lost replica had taken
 
-    def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]: ...
+    def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]: ...
 
     async def status(self) -> Status: ...
 
@@ -57,31 +58,37 @@ class Desk:
         self._answers.labels(refusal.status).inc()
         return refusal
 
-    async def animate(self, animation: Animation) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation) -> AsyncGenerator[Event, None]:
         """Progress, then one clip or refusal; a refusal at once comes before any progress."""
         if self.closing:
             yield self.refused(Refusal(503, "the service is stopping; send the request to another, or later", 5))
             return
         start = time.monotonic()
         self.under_way += 1
+        answered = False
         try:
-            async for event in self.animators.animate(animation, self.seconds):
-                if isinstance(event, Refusal):
-                    self.refused(event)
-                elif isinstance(event, Clip):
-                    self._answers.labels(200).inc()
-                    self._clips.labels(event.model, event.version).inc()
-                    self._seconds.observe(time.monotonic() - start)
-                yield event
+            async with aclosing(self.animators.animate(animation, self.seconds)) as events:
+                async for event in events:
+                    answered = not isinstance(event, Progress)
+                    if isinstance(event, Refusal):
+                        self.refused(event)
+                    elif isinstance(event, Clip):
+                        self._answers.labels(200).inc()
+                        self._clips.labels(event.model, event.version).inc()
+                        self._seconds.observe(time.monotonic() - start)
+                    yield event
         finally:
             self.under_way -= 1
+            if not answered:  # the caller has gone
+                self._answers.labels(499).inc()
 
     async def clip(self, animation: Animation) -> AsyncGenerator[Progress | Clip, None]:
         """As `animate`, but raises the `Refusal`."""
-        async for event in self.animate(animation):
-            if isinstance(event, Refusal):
-                raise event
-            yield event
+        async with aclosing(self.animate(animation)) as events:
+            async for event in events:
+                if isinstance(event, Refusal):
+                    raise event
+                yield event
 
 
 class Server(uvicorn.Server):

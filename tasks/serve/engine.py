@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from tasks.serve.events import Clip, EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
-from tasks.serve.versions import AliasedModel, RegistryTrouble
+from tasks.serve.versions import Aliased, AliasedModel, RegistryTrouble
 from trip_model.pipeline import TripPipeline
 from trip_model.video import load_image, video_bytes
 
@@ -27,8 +27,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Live:
-    version: str
+    aliased: Aliased
     pipe: TripPipeline
+
+    @property
+    def version(self) -> str:
+        return self.aliased.number
 
 
 @dataclass(eq=False)
@@ -67,7 +71,8 @@ class Engine:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._aliased = AliasedModel(spec.name, spec.alias, spec.tracking_uri, Path(spec.cache))
         self._live: _Live | None = None
-        self._broken = self._silence = ""
+        self._broken: Aliased | None = None
+        self._silence = ""
         self._trouble = "the model is being loaded"
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -113,21 +118,22 @@ class Engine:
         live = self._live
         try:
             version = self._version()
-            if live is None or version != live.version:
+            if live is None or version != live.aliased:
                 if version == self._broken:
                     return
                 folder = self._aliased.fetch(version)
                 self._broken = version
                 self._live = _Live(version, self._tried(TripPipeline.from_folder(folder, self.device)))
-                self._broken = ""
-                self._aliased.forget_all_but(version, live.version if live else version)
+                self._broken = None
+                self._aliased.forget_all_but(version, live.aliased if live else version)
             self._trouble = self._silence
         except RegistryTrouble as error:
             self._trouble = str(error)
         except Exception as error:  # whatever is wrong with a version, the one in use stays in use
-            self._trouble = f"version {self._broken} of {self.spec.name} does not load: {error}"
+            number = self._broken.number if self._broken else "?"
+            self._trouble = f"version {number} of {self.spec.name} does not load: {error}"
 
-    def _version(self) -> str:
+    def _version(self) -> Aliased:
         """Where the alias points. A replica that starts while the registry is down takes what was in use last."""
         try:
             version = self._aliased.current()
@@ -145,7 +151,7 @@ class Engine:
         pipe(np.zeros((pipe.size, pipe.size, 3), np.uint8), "a test", num_frames=2, steps=1)
         return pipe
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         """Progress, then one `Clip` or `Refusal`. What is refused at once comes first, so before any progress."""
         job = _Job(animation, asyncio.get_running_loop())
         deadline = time.monotonic() + seconds
@@ -195,7 +201,11 @@ class Engine:
                 for job in mates:
                     self._waiting.remove(job)
             assert self._live is not None
-            self._run(self._live, [first, *mates])
+            try:
+                self._run(self._live, [first, *mates])
+            except Exception as error:  # this thread outlives whatever a request or a model does
+                _log.exception("a batch of %d failed", 1 + len(mates))
+                _refuse([first, *mates], 500, f"the model failed with {type(error).__name__}; ask for fewer frames")
 
     def _run(self, live: _Live, batch: list[_Job]) -> None:
         """Answers a batch with one version, whatever the alias does meanwhile."""
@@ -208,8 +218,10 @@ class Engine:
             try:
                 photos.append(load_image(job.animation.image, live.pipe.size))
                 ready.append(job)
-            except (ValueError, MemoryError) as error:
-                job.tell(Refusal(400, f"image cannot be used: {error}"))
+            except Exception as error:  # decoders of images raise what they like
+                known = isinstance(error, ValueError)  # the rest speaks of the decoder, not of the photo
+                reason = str(error) if known else f"its decoder failed with {type(error).__name__}"
+                job.tell(Refusal(400, f"image cannot be used: {reason}"))
         if not ready:
             return
 
@@ -237,9 +249,6 @@ class Engine:
             _refuse(ready, 503, "the service is stopping; send the request again")
         except ValueError as error:
             _refuse(ready, 422, str(error))
-        except Exception as error:  # this thread outlives whatever a model does
-            _log.exception("a batch of %d failed", len(ready))
-            _refuse(ready, 500, f"the model failed with {type(error).__name__}; ask for fewer frames")
 
     def _clip(self, animation: Animation, live: _Live, pixels: np.ndarray, batch: int) -> Clip:
         given = animation.model_dump(include={"steps", "guidance", "fps"}, exclude_none=True)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from infra.cluster import ray_session
+from tasks.records import UserError
 from tasks.serve.events import EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
 
-APPLICATION = "trip"
+OWNER_SECONDS = 60.0  # for the actor that owns a service's name to start
 STATUS_SECONDS = 5.0
 SPARE_SLOTS = 8  # of a replica, beside waiting and running requests: questions after its state
 TRIES = 3  # a request that takes its replica down with it is not sent for ever
@@ -33,7 +36,7 @@ class Animator:
         self._engine = Engine(spec)
         self._engine.start()
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         async for event in self._engine.animate(animation, seconds):
             yield event
 
@@ -55,7 +58,7 @@ class Replicas:
         self._model = model
         self.sent_again = 0
 
-    async def animate(self, animation: Animation, seconds: float) -> AsyncIterator[Event]:
+    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
         """As `Engine.animate`, through the loss of a replica.
 
         Serve sends again only what no replica had taken. What was taken is sent again here: its seed makes the same
@@ -107,15 +110,61 @@ class Replicas:
         return await self._status.remote()
 
 
+class Owner:
+    """An actor that holds the name of a service on a cluster; it lives as long as the process that made it."""
+
+    def ping(self) -> None:
+        """Returns while the name is held."""
+
+
+@contextlib.contextmanager
+def _owned(application: str) -> Iterator[None]:
+    """The name of a Serve application, held by this process alone for the length of a `with` block.
+
+    Ray gives a name to one actor at a time, and takes it back when the actor's process or the one that made it ends,
+    so an application of that name which is there already was left by a service that was killed, and is removed.
+    Raises UserError.
+    """
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(Owner)  # another one where its machine was lost
+    try:
+        owner = actor.options(name=f"owner of {application}").remote()
+        ray.get(owner.ping.remote(), timeout=OWNER_SECONDS)
+    except ValueError as error:  # Ray's word for a name that is taken
+        raise UserError(
+            f"a service called {application!r} runs on this Ray cluster; give another --service, or stop that one"
+        ) from error
+    try:
+        if application in serve.status().applications:
+            serve.delete(application)
+        try:
+            yield
+        finally:
+            if _answers(owner):  # else the name, and what is called by it, may be another's
+                serve.delete(application)
+    finally:
+        ray.kill(owner)
+
+
+def _answers(owner: Any) -> bool:
+    try:
+        ray.get(owner.ping.remote(), timeout=OWNER_SECONDS)
+    except (RayError, TimeoutError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def serving(
-    spec: EngineSpec, replicas: int, cpus: float, gpus: float = 0, address: str | None = None
+    spec: EngineSpec, replicas: int, cpus: float, gpus: float = 0, address: str | None = None, service: str = ""
 ) -> Iterator[Replicas]:
     """Replicas on a Ray of this machine, or of the cluster at `address`, for the length of a `with` block.
 
     Each has `cpus` processors, which are also its threads, and `gpus` accelerators, which may be a part of one.
+    `service` is their name on the cluster, where no other may have it; "" takes the model's and the alias's.
+    Raises UserError.
     """
-    with ray_session(address):
+    application = "trip-" + re.sub(r"[^\w.-]", "-", service or f"{spec.name}-{spec.alias}")
+    with ray_session(address), contextlib.ExitStack() as stack:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         animator = serve.deployment(Animator).options(
             num_replicas=replicas,
@@ -129,8 +178,5 @@ def serving(
                 "runtime_env": {"env_vars": {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}},
             },
         )
-        handle = serve.run(animator.bind(spec), name=APPLICATION, route_prefix=None)
-        try:
-            yield Replicas(handle, spec.name)
-        finally:
-            serve.delete(APPLICATION)
+        stack.enter_context(_owned(application))
+        yield Replicas(serve.run(animator.bind(spec), name=application, route_prefix=None), spec.name)

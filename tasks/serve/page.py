@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncGenerator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,26 @@ from urllib.parse import quote
 import gradio as gr
 from fastapi import FastAPI
 from gradio.processing_utils import save_bytes_to_cache
+from gradio_client.utils import is_http_url_like
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.desk import Desk
 from tasks.serve.events import Clip, Progress
-from tasks.serve.limits import MAX_IMAGE_BYTES, MAX_PROMPT_CHARACTERS, Refusal, read_animation
+from tasks.serve.limits import MAX_IMAGE_BYTES, MAX_PROMPT_CHARACTERS, MAX_REST_BYTES, Refusal, read_animation
 
 KEPT_SECONDS = 3600  # photos and clips of the page on this machine
 WAITING = 64  # visitors in line; more are told so
+
+UPLOAD = "/gradio_api/upload"
+MAX_UPLOAD_BYTES = MAX_IMAGE_BYTES + 2**12  # with the form around it
+PAGE_PATHS = re.compile(
+    r"/|/(login|logout|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(static|assets|svelte)/.*"
+    r"|/gradio_api/(upload|upload_progress|queue/join|queue/data|reset|cancel|login_check|app_id|startup-events|info"
+    r"|theme\.css)/?|/gradio_api/heartbeat/\w+|/gradio_api/file=(?!\w+:).*"
+)
 
 # Shown until the model has told its own.
 DEFAULTS = {"steps": 50, "guidance": 1, "num_frames": 16, "fps": 4}
@@ -82,9 +96,11 @@ def mount_page(app: FastAPI, desk: Desk, key: str | None = None) -> FastAPI:
     def known(_: str, password: str) -> bool:
         return hmac.compare_digest(password.encode(), (key or "").encode())
 
-    return gr.mount_gradio_app(
+    page = build_page(desk)
+    page.has_launched = True  # mounting does not say so, and until then Gradio reads any file that a request names
+    gr.mount_gradio_app(
         app,
-        build_page(desk),
+        page,
         path="/",
         theme=THEME,
         css=CSS,
@@ -95,6 +111,64 @@ def mount_page(app: FastAPI, desk: Desk, key: str | None = None) -> FastAPI:
         run_history=False,  # Gradio's own would keep photos in the visitor's browser
         ssr_mode=False,
     )
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    mount.app = _PageOnly(mount.app, app)
+    return app
+
+
+class _PageOnly:
+    """Lets through to Gradio what the page needs of it, in sizes that the page sends; all else it has is refused."""
+
+    def __init__(self, gradio: ASGIApp, app: FastAPI) -> None:
+        self._gradio, self._app = gradio, app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        # The mount takes what the service's own routes refuse for their method.
+        for route in self._app.routes[:-1]:
+            if route.matches(scope)[0] == Match.PARTIAL:
+                await route.handle(scope, receive, send)
+                return
+        if not PAGE_PATHS.fullmatch(path):
+            raise HTTPException(404, "there is no such page")
+        if scope["method"] not in ("GET", "HEAD"):
+            length = Headers(scope=scope).get("content-length", "")
+            most = MAX_UPLOAD_BYTES if path == UPLOAD else MAX_REST_BYTES
+            if not length.isdecimal():
+                raise HTTPException(411, "the body has no Content-Length")
+            if int(length) > most:
+                raise HTTPException(413, f"the body has {length} bytes; the page sends at most {most}")
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Gradio's login is meant for pages inside of other sites.
+                message["headers"] = [
+                    (name, re.sub(rb"(?i)samesite=none", b"SameSite=lax", value) if name == b"set-cookie" else value)
+                    for name, value in message["headers"]
+                ]
+            await send(message)
+
+        await self._gradio(scope, receive, answer)
+
+
+def _opened_by_us(image: gr.Image) -> gr.Image:
+    """The same, but Gradio gives the path of what was sent, does not open it, and asks no address for it.
+
+    Not a subclass: for each one Gradio writes an interface file beside the source.
+    """
+    move = image.async_move_resource_to_block_cache
+
+    async def move_own(url_or_file_path: str | Path | None) -> str | None:
+        if is_http_url_like(str(url_or_file_path)):
+            raise gr.Error("Send the photo itself, not its address.", title="Not this one", print_exception=False)
+        return await move(url_or_file_path)
+
+    image.preprocess = lambda payload: payload.path if payload else None
+    image.async_move_resource_to_block_cache = move_own
+    return image
 
 
 def build_page(desk: Desk) -> gr.Blocks:
@@ -137,10 +211,10 @@ def build_page(desk: Desk) -> gr.Blocks:
                     elem_id="title")  # fmt: skip
         with gr.Row(equal_height=False):
             with gr.Column():
-                photo = gr.Image(
+                photo = _opened_by_us(gr.Image(
                     label="Photo", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=320,
                     elem_id="photo",
-                )  # fmt: skip
+                ))  # fmt: skip
                 prompt = gr.Textbox(
                     label="What should happen?", placeholder="a red circle moving right slowly", lines=1, max_lines=4,
                     max_length=MAX_PROMPT_CHARACTERS, submit_btn=False, elem_id="prompt",
@@ -178,7 +252,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     return page.queue(max_size=WAITING)
 
 
-async def _watched(events: AsyncIterator[Progress | Clip], progress: gr.Progress) -> Clip:
+async def _watched(events: AsyncGenerator[Progress | Clip, None], progress: gr.Progress) -> Clip:
     async for event in events:
         if isinstance(event, Clip):
             return event

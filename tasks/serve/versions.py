@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -12,11 +13,23 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from infra import tracking
+from infra.redaction import redact
+from infra.settings import client_address
 from trip_model.folders import folder_hash
+
+PACKAGE = "version-{}-{}"  # folder of a download: number and time of the version
 
 
 class RegistryTrouble(Exception):
     """The registry cannot be asked, or does not know the model or its alias; one sentence says which."""
+
+
+@dataclass(frozen=True)
+class Aliased:
+    """A version by its number and the time when the registry made it: a deleted model's numbers come again."""
+
+    number: str
+    created: int
 
 
 class AliasedModel:
@@ -26,36 +39,37 @@ class AliasedModel:
     def __init__(self, name: str, alias: str, tracking_uri: str, cache: Path) -> None:
         self.name, self.alias, self.uri, self.cache = name, alias, tracking_uri, cache
         # Downloads look a logged model up at the module-wide addresses, whatever client asked.
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
+        mlflow.set_tracking_uri(client_address(tracking_uri))
+        mlflow.set_registry_uri(client_address(tracking_uri))
         self._client = tracking.connect(tracking_uri)
-        self._refused: dict[str, str] = {}
+        self._refused: dict[Aliased, str] = {}
 
-    def current(self) -> str:
+    def current(self) -> Aliased:
         """The version that the alias names now. Raises `RegistryTrouble`."""
         try:
-            return str(self._client.get_model_version_by_alias(self.name, self.alias).version)
+            version = self._client.get_model_version_by_alias(self.name, self.alias)
+            return Aliased(str(version.version), int(version.creation_timestamp))
         except tracking.TROUBLE as error:
             if isinstance(error, MlflowException) and error.error_code in (
                 "RESOURCE_DOES_NOT_EXIST",
                 "INVALID_PARAMETER_VALUE",
             ):
                 raise RegistryTrouble(
-                    f"the registry at {self.uri} has no version {self.name}@{self.alias}; register a model, or serve"
-                    " an alias that is set"
+                    f"the registry at {redact(self.uri)} has no version {self.name}@{self.alias}; register a model,"
+                    " or serve an alias that is set"
                 ) from error
             raise RegistryTrouble(self._unreachable(error)) from error
 
-    def fetch(self, version: str) -> Path:
+    def fetch(self, aliased: Aliased) -> Path:
         """The folder of a version's weights and descriptions, downloaded once.
 
         What was downloaded gets its name in the cache only if it has the hash that the registry knows; a download that
         has not is removed, and the version is not asked for again by this process. Raises `RegistryTrouble`.
         """
-        package = self._package(version)
+        version, package = aliased.number, self._package(aliased)
         if not package.is_dir():
-            if version in self._refused:
-                raise RegistryTrouble(self._refused[version])
+            if aliased in self._refused:
+                raise RegistryTrouble(self._refused[aliased])
             expected = self._model_hash(version)
             self.cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
@@ -67,11 +81,11 @@ class AliasedModel:
                     raise RegistryTrouble(self._unreachable(error)) from error
                 found = folder_hash(self._model_folder(whole, version))
                 if found != expected:
-                    self._refused[version] = (
+                    self._refused[aliased] = (
                         f"the model of version {version} of {self.name} has the hash {found[:12]}, registered was"
                         f" {expected[:12]}; restore its files or register it anew, then restart the service"
                     )
-                    raise RegistryTrouble(self._refused[version])
+                    raise RegistryTrouble(self._refused[aliased])
                 try:
                     whole.rename(package)
                 except OSError:
@@ -80,15 +94,18 @@ class AliasedModel:
         os.utime(package)
         return self._model_folder(package, version)
 
-    def last_fetched(self) -> str | None:
+    def last_fetched(self) -> Aliased | None:
         """The version that was in use last, for a process that starts while the registry is down."""
-        packages = sorted(self.cache.glob(self._package("*").name), key=lambda folder: folder.stat().st_mtime)
-        return packages[-1].name.removeprefix(self._package("").name) if packages else None
+        packages = sorted(self.cache.glob(PACKAGE.format("*", "*")), key=lambda folder: folder.stat().st_mtime)
+        if not packages:
+            return None
+        _, number, created = packages[-1].name.split("-")
+        return Aliased(number, int(created))
 
-    def forget_all_but(self, *versions: str) -> None:
+    def forget_all_but(self, *versions: Aliased) -> None:
         """Removes what was downloaded of other versions."""
         kept = [self._package(version) for version in versions]
-        for folder in self.cache.glob(self._package("*").name):
+        for folder in self.cache.glob(PACKAGE.format("*", "*")):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,9 +128,9 @@ class AliasedModel:
             raise RegistryTrouble(f"version {version} of {self.name} names files outside its package; register it anew")
         return folder
 
-    def _package(self, version: str) -> Path:
-        return self.cache / f"version-{version}"
+    def _package(self, version: Aliased) -> Path:
+        return self.cache / PACKAGE.format(version.number, version.created)
 
     def _unreachable(self, error: Exception) -> str:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        return f"the registry at {self.uri} does not answer ({reason}); start it, it is asked again"
+        reason = redact(str(error)).splitlines()[0][:160] if str(error) else type(error).__name__
+        return f"the registry at {redact(self.uri)} does not answer ({reason}); start it, it is asked again"

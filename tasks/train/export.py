@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from infra import storage
+from infra.redaction import redact
 from tasks.shards import ShardDataset
 from tasks.train.adapters import add_adapters, save_and_merge
 from tasks.train.checkpoints import Tensors
@@ -27,7 +28,7 @@ def export(
         trained: the trained weights, whole, by their names in the model that was trained.
     """
     provenance = {
-        "dataset": spec.dataset,
+        "dataset": redact(spec.dataset),
         "dataset_manifest_sha256": dataset.manifest_sha256,
         "base_sha256": folder_hash(base),
         "spec_digest": spec_digest(spec),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infra import storage
+from infra.redaction import redact
 from tasks.records import UserError
 
 MOST_DAMAGED = 0.001  # of the samples that are trained on
@@ -32,7 +33,9 @@ class Quarantine:
         """
         if key in self._entered:
             return
-        storage.write_json(storage.join(self.uri, f"{key}.json"), {"key": key, "dataset": dataset, "reason": reason})
+        storage.write_json(
+            storage.join(self.uri, f"{key}.json"), {"key": key, "dataset": redact(dataset), "reason": reason}
+        )
         self._entered.add(key)
         if (damaged := len(self)) > MOST_DAMAGED * self._samples:
             raise UserError(

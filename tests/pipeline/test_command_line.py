@@ -214,7 +214,7 @@ def test_forget_is_refused_while_another_command_is_at_work(
     assert "another command is running" in capsys.readouterr().err and "a_000" in ShardDataset(str(data)).keys
 
 
-def test_the_curable_error_is_found_below_what_frameworks_wrap_around_it() -> None:
+def test_the_user_error_error_is_found_below_what_frameworks_wrap_around_it() -> None:
     cause = UserError("table t.csv lacks a column 'name'; give a column map")
     wrapper = RuntimeError("task failed")
     wrapper.__cause__ = cause

@@ -87,7 +87,7 @@ def test_one_command_leads_from_clips_to_a_moving_photo(done: tuple[Path, str]) 
 
 def test_every_stage_shows_progress(done: tuple[Path, str]) -> None:
     _, said = done
-    for stage in ("corpus", "prepare", "train", "generate", "judge", "register", "animate"):
+    for stage in ("corpus", "prepare", "train", "base", "generate", "judge", "register", "animate"):
         assert any(line.startswith(stage) for line in said.splitlines()), f"nothing was said by {stage}"
     assert "Traceback" not in said
 

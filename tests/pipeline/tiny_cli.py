@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from flows import recipes  # noqa: E402
 from flows.cli.app import main  # noqa: E402
-from trip_model.fusion import FusionConfig  # noqa: E402
+from trip_model.config import FusionConfig  # noqa: E402
 
 
 def tiny(base: str) -> recipes.Recipe:

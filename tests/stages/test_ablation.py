@@ -15,7 +15,7 @@ from tasks.records import UserError
 CLIPS, FRECHET = 24, "rfd-motion"
 
 
-def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLIPS) -> Arm:
+def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLIPS, base: bool = True) -> Arm:
     """An evaluation on disk whose clips differ greatly and whose variants differ by `worse` and little noise."""
     of_clips = np.random.default_rng(0)
     noise = np.random.default_rng([sum(variant.encode()), seed])
@@ -30,6 +30,8 @@ def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLI
                 "magnitude_trip": 0.1 * (1 + worse),
                 "magnitude_real": 0.1,
                 **{f"consistency_{k}_{row}": 90.0 for k in ("4", "all") for row in ("trip", "real")},
+                **({"distance_base": hard + 0.1, "magnitude_base": 0.15} if base else {}),
+                **({f"consistency_{k}_base": 80.0 for k in ("4", "all")} if base else {}),
             }
         )
     text = io.StringIO()
@@ -108,7 +110,13 @@ def test_the_report_holds_every_variant_beside_the_papers_rows() -> None:
     for word in ("TRIP_TE", "TRIP^-", "as published, other harness", "43", "Seeds: 0, 1, 2,"):
         assert word in page and word in text
     values, differences, paper = tables(comparison)
-    assert len(values.rows) == 5 and len(differences.rows) == 3 and len(paper.rows) == 4
+    assert values.rows[0][:5] == ["Base, not trained", values.rows[0][1], "1.500", "80.00", "80.00"]
+    distance = np.random.default_rng(0).uniform(0.01, 0.2, CLIPS).mean() + 0.1
+    assert values.rows[0][1] == f"{distance:.4f}" and "not tuned." in text
+    assert "base that was trained like one variant" in page
+    bare = compare([arm("memory://ablation-no-base", "TRIP", 0, base=False)])
+    assert not bare.base and [row[0] for row in tables(bare)[0].rows] == ["TRIP", "Real video"]
+    assert len(values.rows) == 6 and len(differences.rows) == 3 and len(paper.rows) == 4
     assert storage.read_json(places["json"])["comparison"]["clips"] == CLIPS
     alone = write("memory://ablation-one/out", compare(arms("memory://ablation-one", seeds=1)), {})
     assert "say nothing of another seed" in storage.read_bytes(alone["md"]).decode()

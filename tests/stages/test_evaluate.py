@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from flows.evaluate_trip import with_base_row
+from flows.layout import Run
+from flows.recipes import demo
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate
@@ -23,8 +26,12 @@ from tasks.evaluate.protocols import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
 from tasks.judges.files import JudgeFiles
-from tasks.records import UserError, to_json
+from tasks.records import Artifact, UserError, to_json
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
+from trip_model.checkpoint import save_model
+from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
+from trip_model.folders import folder_hash
+from trip_model.model import Trip
 from trip_model.video import write_video
 
 FRAMES, SIZE = 6, 32
@@ -143,7 +150,7 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     assert any(line.startswith("generate   5/5 clips") for line in lines)
     assert any(line.startswith("judge      5/5 clips") for line in lines)
     content = storage.read_json(storage.join(report.uri, "report.json"))
-    assert content["schema_version"] == 2 and content["provenance"]["seed"] == spec.seed
+    assert content["schema_version"] == 3 and content["provenance"]["seed"] == spec.seed
     assert all(len(content["curves"]["consecutive"][row]) == FRAMES - 1 for row in report.metrics)
     minus = content["differences"]["Other"]["clip_distance"]
     assert minus["value"] == pytest.approx(other["clip_distance"]["value"] - trip["clip_distance"]["value"])
@@ -250,6 +257,73 @@ def test_the_champion_is_a_row_and_the_gate_asks_for_it(
         evaluate(replace(spec, champion=report.uri, seed=7, methods={}), lambda line: None)
 
 
+def exported(folder: Path, base: Path, config: TripConfig) -> Path:
+    """A model folder as training writes it: with the hash of the base that it comes from."""
+    return save_model(folder, Trip.from_base(base, config), base, {"base_sha256": folder_hash(base)})
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all_models(
+    prediction: str, cluster: None, dataset: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base: Path = request.getfixturevalue("tiny_base" if prediction == "noise" else "tiny_velocity_base")
+    schedule, output = ScheduleConfig(sampling_steps=3), cast(Any, prediction)
+    fusion = FusionConfig(width=16, heads=2)
+    config = TripConfig(size=32, fusion=fusion, schedule=schedule, unet_output=output, guidance=2.0)
+    with_prior = exported(tmp_path / "with_prior", base, config)
+    minus = exported(tmp_path / "minus", base, replace(config, fusion=FusionConfig(kind="none")))
+    spec = spec_for(with_prior, dataset, tmp_path / "a", steps=None, clips=3)
+    spec = replace(spec, base=Artifact(str(base), folder_hash(base)), base_clips=str(tmp_path / "base_clips"))
+    report = evaluate(spec, lambda line: None)
+    assert set(report.metrics) == {"frozen", "base", "trip", "real"}
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "base_clips").rglob("*.npz")}
+    assert len(made) == 3
+
+    # An export of the base as TRIP^- makes the very clips of the row, and finds those of the row made before.
+    lines: list[str] = []
+    other = evaluate(replace(spec, model=str(minus), output=str(tmp_path / "b")), lines.append)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "base_clips").rglob("*.npz")} == made
+    assert other.metrics["base"] == report.metrics["base"]
+    own = dict(other.metrics["trip"])
+    zeros = [own.pop(f"clip_distance_minus_{row}") for row in ("base", "frozen")][0]
+    assert own == other.metrics["base"] and zeros == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+    assert report.metrics["trip"]["clip_distance"] != report.metrics["base"]["clip_distance"]
+
+    # The row adds a paired difference, and changes neither the gate nor another row.
+    content = storage.read_json(storage.join(report.uri, "report.json"))
+    minus_trip = content["differences"]["base"]["clip_distance"]["value"]
+    assert report.metrics["trip"]["clip_distance_minus_base"]["value"] == pytest.approx(-minus_trip)
+    page = storage.read_bytes(storage.join(report.uri, "report.html")).decode()
+    assert "Base, not trained" in page and "what training started from" in page
+    without = evaluate(replace(spec, base=None), lambda line: None)
+    assert without.gate == report.gate
+    trip = {name: value for name, value in report.metrics["trip"].items() if name != "clip_distance_minus_base"}
+    assert without.metrics == {"frozen": report.metrics["frozen"], "trip": trip, "real": report.metrics["real"]}
+    page = storage.read_bytes(storage.join(without.uri, "report.html")).decode()
+    assert "Base, not trained" not in page and "what training started from" not in page
+
+    # What is missing of it is made again with identical numbers.
+    next(iter(made)).unlink()
+    again = evaluate(replace(spec, output=str(tmp_path / "c")), lines.append)
+    assert again.metrics == report.metrics and again.key == report.key
+    assert any(line.startswith("base ") and "found from before" in line for line in lines)
+
+
+def test_a_base_that_the_model_was_not_trained_from_is_no_row(
+    cluster: None, dataset: str, tiny_base: Path, tiny_velocity_base: Path, tmp_path: Path
+) -> None:
+    model = exported(tmp_path / "model", tiny_base, TripConfig(size=32, fusion=FusionConfig(kind="none")))
+    spec = spec_for(
+        model, dataset, tmp_path / "out", base=Artifact(str(tiny_velocity_base), folder_hash(tiny_velocity_base))
+    )
+    with pytest.raises(UserError, match="was not trained from base"):
+        evaluate(spec, lambda line: None)
+    recipe = demo()
+    for base, expected in ((tiny_velocity_base, None), (tiny_base, Artifact(str(tiny_base), folder_hash(tiny_base)))):
+        run = Run(replace(recipe, train=replace(recipe.train, base=str(base))), None, str(tmp_path))
+        assert with_base_row(replace(spec, base=None), run).base == expected
+
+
 def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path, tiny_base: Path, tmp_path: Path):
     spec = spec_for(tiny_model, dataset, tmp_path / "out", workers=1)
     bare = drawn_dataset(tmp_path / "bare", keep_pixels=False)
@@ -266,8 +340,8 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "no CLIP weights": replace(spec, judges=JudgeFiles(clip_model=str(tmp_path / "clip.pt"))),
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
-        "no report of schema 2 at": replace(spec, champion=str(tmp_path / "nothing")),
-        "asks for 64 CPU": replace(spec, cpus_per_worker=64),
+        "no report of schema 3 at": replace(spec, champion=str(tmp_path / "nothing")),
+        "a worker of 64 CPUs .* does not fit": replace(spec, cpus_per_worker=64),
         "steps 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),
     }

@@ -193,3 +193,26 @@ def test_a_batch_that_is_stopped_goes_on_where_it_was(home, tmp_path):
     assert not list(out.glob("*.tmp"))
     assert len({(out / name).read_bytes() for name in after}) == 12, "each seed has a clip of its own"
     assert "0 videos to make" in batch(home, *arguments).stdout
+
+
+@pytest.mark.slow
+def test_a_batch_whose_machine_is_lost_makes_all_videos_on_the_other(home, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    rows = [{"photo": "photo.png", "prompt": PROMPT, "seed": seed} for seed in range(8)]
+    table, out = write_table(tmp_path / "table", rows), tmp_path / "out"
+    for name, value in RAY.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        victim, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        arguments = (str(table), str(out), "--param", "steps=12", "--workers", "2", "--ray", cluster.address)
+        tracking = ("--tracking", registry(home))
+        started = subprocess.Popen(**command(home, "batch.py", *arguments, *tracking), stdout=subprocess.PIPE)
+        while len(videos(out)) < 2 and started.poll() is None:
+            time.sleep(0.02)
+        victim.all_processes["raylet"][0].process.kill()
+        words = started.communicate(timeout=300)[0].decode()
+    finally:
+        cluster.shutdown()
+    assert started.returncode == 0 and "8 rows have their video, 0 failed" in words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,8 +13,23 @@ import psutil
 import pytest
 import ray
 
-from infra.cluster import kept_ray_session, machines_left, ray_session
+from infra.cluster import SessionNotStarted, kept_ray_session, lost_a_machine, machines_left, ray_session
 from tests.conftest import REPOSITORY
+
+
+def test_ray_that_is_twice_too_slow_to_start_is_worth_another_try_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "The current node timed out during startup. This "
+    assert sentence in inspect.getsource(ray._private.node), "Ray says it in other words now"
+    tries: list[str] = []
+
+    def too_slow(**how: object) -> None:
+        tries.append(sentence)
+        raise Exception(sentence)
+
+    monkeypatch.setattr(ray, "init", too_slow)  # its limit of 30 s cannot be set
+    with pytest.raises(SessionNotStarted, match="twice: The current node") as caught, ray_session(None, 1):
+        pass
+    assert len(tries) == 2 and lost_a_machine(caught.value)
 
 
 @pytest.mark.slow

@@ -167,6 +167,75 @@ def test_an_alias_moved_by_hand_and_an_entry_deleted_by_hand_do_no_lasting_harm(
     assert aliases(client, name) == {"champion": "1", "previous": "2"}
 
 
+def start_over(client, name, *tags):
+    """Deletes a model, and makes another of its name with versions of the same numbers."""
+    client.delete_registered_model(name)
+    make(client, name, *tags)
+
+
+FAILED = {"trip.gate": "not passed", "trip.gate_reasons": "motion ratio 0.1"}
+
+
+def test_a_model_that_is_made_again_has_nothing_of_what_the_log_says_of_the_deleted_one(client, name):
+    make(client, name, {}, {})
+    promote(client, name, "1")
+    promote(client, name, "2")
+    rollback(client, name, "blurred faces")
+    start_over(client, name, FAILED, {})
+    standing = settle(client, name)
+    assert standing.champion == "" and standing.earlier == () and aliases(client, name) == {}
+    with pytest.raises(Refused, match="motion ratio"):
+        promote(client, name, "1")
+    with pytest.raises(Refused, match="no other version"):
+        rollback(client, name)
+    assert aliases(client, name) == {} and "trip.promoted_at" not in client.get_model_version(name, "1").tags
+    promote(client, name, "2")  # it was not this one that was rolled back
+    assert aliases(client, name) == {"champion": "2"} and told(client, name)[-1] == ("promote", "1", "2")
+    with pytest.raises(Refused, match="no other version"):
+        rollback(client, name)
+    assert settle(client, name).champion == "2"
+
+
+def test_entries_without_times_name_no_version_that_is_younger(client, name):
+    make(client, name, {}, FAILED)
+    client.create_registered_model(log_name(name))
+    tags = {"action": "promote", "after": "0", "champions": "1", "replaced": " ", "reasons": "good"}
+    client.create_model_version(log_name(name), f"models:/{name}/1", tags=tags)
+    assert settle(client, name).champion == aliases(client, name)["champion"] == "1"
+    start_over(client, name, FAILED)
+    assert settle(client, name).champion == "" and aliases(client, name) == {}
+
+
+def test_a_version_registered_again_after_its_model_was_deleted_goes_through_the_gate_itself(
+    client, name, tiny_model, tmp_path
+):
+    from tasks.register.registry import RegisterSpec, register
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    good = RegisterSpec(str(tiny_model), write_report(tmp_path / "good"), uri, name, check_steps=1)
+    assert register(good, silent).promoted
+    connect(uri).delete_registered_model(name)
+    weak = replace(good, report=write_report(tmp_path / "weak", passed=False))
+    again = register(weak, silent)
+    assert again.version == "1" and not again.promoted and again.aliases == ("candidate",)
+    assert register(good, silent).promoted  # of the same model and report as the deleted one, and a version of its own
+
+
+def test_live_does_not_say_that_a_deleted_version_is_live(tmp_path):
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    make(client, "trip", {}, {})
+    for version in "12":
+        promote(client, "trip", version)
+    client.delete_model_version("trip", "2")
+    with pytest.raises(UserError, match="version 2 of trip, which the log says is live, was deleted; promote another"):
+        commands.live(root=str(tmp_path))
+    rollback(client, "trip")
+    assert aliases(client, "trip") == {"champion": "1"}
+    start_over(client, "trip", {})
+    with pytest.raises(UserError, match="version 1 of trip, which the log says is live, was deleted"):
+        commands.live(root=str(tmp_path))
+
+
 def act(client, name, action):
     promote(client, name, "3", "again") if action == "promote" else rollback(client, name, "blurred faces")
 
@@ -211,7 +280,7 @@ def test_a_rival_between_any_two_calls_leaves_one_winner_and_aliases_that_agree_
         except Refused as error:
             sentences.append(str(error))
         held, standing = aliases(client, name), settle(client, name)  # read before it could be healed
-        earlier = {"previous": standing.earlier[-1]} if standing.earlier else {}
+        earlier = {"previous": standing.earlier[-1].number} if standing.earlier else {}
         assert held == {"champion": standing.champion, **earlier}
         if watched.calls <= n:
             break

@@ -292,6 +292,10 @@ def test_all_methods_play_in_one_picture_and_stand_in_the_strip():
     assert (shown[5, 248:440, 200:392] == real[5].repeat(3, 0).repeat(3, 1)).all()
     heights = [Image.open(io.BytesIO(strip_png(example))).height for example in (pair, four)]
     assert heights[1] - heights[0] == 2 * (192 + 4)
+    three = side_by_side(replace(pair, others={"base": real}))  # in one line, the untrained base before TRIP
+    assert three.shape == (16, 224, 608, 3)
+    assert (three[5, 28:220, 200:392] == real[5].repeat(3, 0).repeat(3, 1)).all()
+    assert (three[5, 28:220, 400:592] == drawn[5].repeat(3, 0).repeat(3, 1)).all()
 
 
 def test_an_evaluation_is_one_mlflow_run_linked_to_model_data_and_code(tmp_path: Path):

@@ -355,7 +355,7 @@ def test_a_version_that_does_not_load_leaves_the_old_one_in_place(store, tmp_pat
     store.point("moving", "1")
     with engine_of(store, tmp_path, alias="moving", poll_seconds=3600) as engine:
         store.point("moving", "2")
-        (engine._aliased.fetch("2") / "trip.json").write_text("{}")
+        (engine._aliased.fetch(engine._aliased.current()) / "trip.json").write_text("{}")
         engine.refresh()
         status = asyncio.run(engine.status())
         assert status.version == "1" and "version 2 of trip does not load" in status.trouble
@@ -363,6 +363,27 @@ def test_a_version_that_does_not_load_leaves_the_old_one_in_place(store, tmp_pat
         store.point("moving", "1")
         engine.refresh()
         assert asyncio.run(engine.status()).trouble == ""
+
+
+def test_a_version_of_the_same_number_in_a_model_made_again_takes_the_place_of_the_deleted_one(store, tmp_path):
+    client = connect(store.uri)
+
+    def make(version: str) -> None:
+        found = client.get_model_version("trip", version)
+        client.create_registered_model("again")
+        client.create_model_version("again", found.source, tags=found.tags, model_id=found.model_id)
+        client.set_registered_model_alias("again", "champion", "1")
+
+    make("1")
+    engine = Engine(EngineSpec("again", "champion", store.uri, str(tmp_path), poll_seconds=3600))
+    engine.refresh()
+    before = engine._live
+    client.delete_registered_model("again")
+    make("2")
+    engine.refresh()
+    assert before and engine._live and before.version == engine._live.version == "1"
+    assert (before.pipe.model.config.guidance, engine._live.pipe.model.config.guidance) == (1.0, 3.0)
+    client.delete_registered_model("again")
 
 
 def test_an_unknown_alias_and_a_registry_that_is_down_are_said_until_they_are_there(store, tmp_path, monkeypatch):

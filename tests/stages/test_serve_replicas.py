@@ -14,9 +14,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import ray
 import torch
+from ray import serve
 
 from benchmarks.serve_load import PROMPT, load, service
+from infra.cluster import ray_session
+from infra.settings import CHECKOUT
 from tasks.register.packaging import drawn_photo
 from trip_model.video import read_clip
 
@@ -57,6 +61,71 @@ def mlflow_server(registry: str, version: str):
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
+
+
+# Serves by the names that it is given until its input ends; prints an answer to each line, or why it does not serve.
+DRIVER = """
+import asyncio, sys
+from tasks.records import UserError
+from tasks.serve.events import EngineSpec
+from tasks.serve.job import serving
+
+address, folder, service = sys.argv[1:]
+spec = EngineSpec("trip", "champion", f"sqlite:///{folder}/mlflow.db", folder)
+try:
+    with serving(spec, 1, 0.5, address=address, service=service) as replicas:
+        print("serves", flush=True)
+        for _ in sys.stdin:
+            print(asyncio.run(replicas.status()).trouble, flush=True)
+except UserError as error:
+    print(f"refused: {error}")
+"""
+
+
+class Driver:
+    """A process that serves on a cluster."""
+
+    def __init__(self, address: str, folder: Path, service: str = "") -> None:
+        command = [sys.executable, "-c", DRIVER, address, str(folder), service]
+        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def answers(self) -> bool:
+        """Whether a replica of it does; they have no model, and say so."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return "has no version trip@champion" in self.line()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=120)
+
+
+def test_services_on_one_cluster_have_names_of_their_own_and_delete_nothing_of_each_other(tmp_path):
+    with ray_session(num_cpus=4):
+        address = ray.get_runtime_context().gcs_address
+        first = Driver(address, tmp_path)
+        assert first.line() == "serves" and first.answers()
+        same = Driver(address, tmp_path)
+        assert "a service called 'trip-trip-champion' runs on this Ray cluster; give another --service" in same.line()
+        same.end()
+        second = Driver(address, tmp_path, "second")
+        assert second.line() == "serves" and second.answers() and first.answers()
+        first.end()
+        assert second.answers()
+        second.process.kill()  # what it leaves is taken over by the next of its name
+        second.process.wait()
+        third = Driver(address, tmp_path, "second")
+        assert third.line() == "serves" and third.answers()
+        third.end()
+        assert serve.status().applications == {}
 
 
 def test_the_frames_are_those_of_mlflow_models_serve(running):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from flows.cli.app import user_error
 from infra import storage
+from tasks.ingest.rows import reading
 
 
 @pytest.fixture(params=["local", "file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
@@ -115,3 +119,29 @@ def test_not_a_number_is_refused_for_it_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         storage.write_json(str(tmp_path / "m.json"), {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
+
+
+def test_missing_credentials_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(storage.StorageError, match="s3://bucket/a cannot be used .*set AWS_ACCESS_KEY_ID"):
+        storage.write_bytes("s3://bucket/a", b"")
+    with pytest.raises(storage.StorageError, match="set AWS_ACCESS_KEY_ID"), reading("s3://bucket/a.csv"):
+        fsspec.open("s3://bucket/a.csv", "rb").open().read()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("address", ["foo://u:hunter2@host/a", "gs://bucket/a"])
+def test_a_store_without_a_library_is_one_sentence(address: str) -> None:
+    if address.startswith("gs:") and importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(storage.StorageError, match="cannot be used") as raised:
+        storage.read_bytes(address)
+    assert "hunter2" not in str(raised.value)
+    assert user_error(RuntimeError("of a framework")) is None and user_error(raised.value) is raised.value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -272,3 +274,139 @@ def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path
     assert points(store, run_id, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert points(store, run_id, "checkpoint/loss") == [(3, 0.3)]
     assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
+
+
+# A training of a few steps: `tracking_process.py URI SPOOL STEP...` reports the steps after each line read.
+PROCESS = """
+import sys, time
+from infra.tracking import Tracking
+uri, spool, first, *rest = sys.argv[1:]
+tracking = Tracking(uri, "exp", spool=spool)
+tracking.start_run("n", key="k-outage", wait_seconds=0)
+for part in (first, *rest):
+    for step in part.split(","):
+        tracking.metrics({"loss": int(step) / 10}, int(step))
+    print(tracking.flush(20 if part == first and rest else 0.5), flush=True)
+    sys.stdin.readline()
+time.sleep(600)
+"""
+
+
+def training(uri, spool, *parts):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, uri, str(spool), *parts],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def test_an_outage_that_outlives_two_killed_processes_loses_no_point(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server, spool = Server(store, tmp_path), tmp_path / "spool.jsonl"
+    server.start()
+    try:
+        first = training(server.uri, spool, "1", "2,3")
+        assert first.stdout.readline() == "True\n"
+        server.kill()
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "False\n"
+        first.kill()
+        assert [json.loads(line)["op"] for line in spool.read_text().splitlines()] == ["metrics", "metrics"]
+        second = training(server.uri, spool, "3,4")  # back to its checkpoint, and MLflow is still away
+        assert second.stdout.readline() == "False\n"
+        second.kill()
+        server.start()
+        third = Tracking(server.uri, "exp", spool=spool)
+        run_id = third.start_run("n", key="k-outage", wait_seconds=60)
+        third.metrics({"loss": 0.5}, 5)
+        assert third.finish(wait_seconds=60) and third.dropped == 0
+    finally:
+        server.kill()
+        server.parent.kill()
+    assert points(store, run_id, "loss") == [(step, step / 10) for step in (1, 2, 3, 4, 5)]
+    assert not spool.exists()
+
+
+def metrics_record(step):
+    return {"op": "metrics", "values": {"loss": step / 10}, "step": step, "time_ms": step}
+
+
+@pytest.mark.parametrize(
+    ("head", "dropped"),
+    [
+        ([{"op": "checkpoint", "step": 2, "uri": "/c", "digest": "d", "values": {"loss": 0.2}, "time_ms": 2}], 0),
+        ([{"op": "checkpoint_removed", "step": 1}], 0),
+        ([{"op": "document", "name": "spec.json", "value": {"steps": 9}}], 0),
+        ([{"op": "dataset", "name": "l", "digest": "d", "source_uri": "/d", "context": "training"}], 0),
+        ([{"op": "artifacts", "local_path": __file__, "artifact_path": "plots"}], 0),
+        ([{"op": "status", "status": "FAILED"}], 0),
+        ([{"op": "start", "name": "n", "run_id": "0" * 32, "key": "k", "params": {}, "tags": {}}], 1),  # run is gone
+        ([{"op": "artifacts", "local_path": "/nowhere", "artifact_path": "plots"}], 1),
+        ([{"op": "dataset", "name": "x" * 9999, "digest": "d", "source_uri": "/d", "context": "t"}], 1),  # a true 400
+        ([{"op": "metrics", "numbers": {}}, {"op": "hologram"}, {}, [], "metrics"], 5),  # not of this format
+    ],
+    ids=lambda value: value[0]["op"] if isinstance(value, list) else "",
+)
+def test_a_spool_may_begin_with_any_record(store, tmp_path, request, head, dropped):
+    key, spool = f"k-{request.node.name}", tmp_path / "spool.jsonl"
+    first = Tracking(store, "exp")
+    run_id = first.start_run("n", key=key)
+    first.metrics({"loss": 0.1}, 1)
+    assert first.flush()
+    records = [json.dumps(record) for record in [*head, metrics_record(2), metrics_record(3)]]
+    spool.write_text("\n".join(records) + '\n{"op": "metr')  # the kill came in the middle of a line
+
+    again = Tracking(store, "exp", spool=spool)
+    again.start_run("n", key=key, wait_seconds=0)
+    again.metrics({"loss": 0.4}, 4)
+    assert again.finish(wait_seconds=60) and again.dropped == dropped + 1
+    assert again.run_id == run_id
+    assert sorted(points(store, run_id, "loss")) == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
+
+
+def test_points_go_to_a_new_run_where_the_old_one_was_deleted(store, tmp_path):
+    first = Tracking(store, "exp")
+    deleted = first.start_run("n", key="k-deleted")
+    first.metrics({"loss": 0.1}, 1)
+    assert first.flush()
+    MlflowClient(store).delete_run(deleted)
+    spool = tmp_path / "spool.jsonl"
+    spool.write_text(json.dumps(metrics_record(2)) + "\n")
+    again = Tracking(store, "exp", spool=spool)
+    again.start_run("n", key="k-deleted", wait_seconds=0)
+    assert again.finish(wait_seconds=60) and again.dropped == 0
+    assert again.run_id != deleted and points(store, again.run_id, "loss") == [(2, 0.2)]
+
+
+class Door(http.server.BaseHTTPRequestHandler):
+    """A proxy before MLflow that lets nobody in."""
+
+    status = 401
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize(("status", "kept"), [(401, True), (403, True), (400, False), (429, True), (503, True)])
+def test_points_wait_for_who_may_not_log_in_and_not_for_a_malformed_request(status, kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(Door, "status", status)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        spool = tmp_path / "spool.jsonl"
+        tracking = Tracking(f"http://127.0.0.1:{door.server_port}", "exp", spool=spool)
+        tracking.start_run("n", key="k", wait_seconds=0)
+        tracking.metrics({"loss": 0.1}, 1)
+        assert tracking.finish(wait_seconds=30) is not kept
+        assert tracking.dropped == (0 if kept else 3) and spool.exists() is kept
+        door.shutdown()
