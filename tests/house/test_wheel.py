@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
         wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
     }
     expected = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "trip_model").rglob("*.py")}
-    assert expected <= set(names)
+    assert expected | {"trip_model/py.typed"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names) and any(name.endswith("NOTICE") for name in names)
 
 
