@@ -26,6 +26,28 @@ SPECS = re.compile(r"(Spec|Report|Rule|Files|Preset)$")
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
+class FieldComments(griffe.Extension):
+    """Gives a field of a dataclass without a docstring the comment on its line, or the comment lines above it."""
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        is_dataclass = any(str(decorator.value).startswith("dataclass") for decorator in cls.decorators)
+        if not is_dataclass or isinstance(cls.filepath, list):
+            return
+        lines = cls.filepath.read_text().splitlines()
+        for field in cls.attributes.values():
+            if field.docstring is None and field.lineno and (comment := _comment(lines, field.lineno - 1)):
+                field.docstring = griffe.Docstring(comment, lineno=field.lineno, parent=field)
+
+
+def _comment(lines: list[str], place: int) -> str:
+    if own := re.search(r"  # (.+)$", lines[place]):
+        return own[1]
+    above = place
+    while lines[above - 1].strip().startswith("# "):
+        above -= 1
+    return " ".join(line.strip().removeprefix("# ") for line in lines[above:place])
+
+
 class PlainText(griffe.Extension):
     """Shows docstrings as they are written: in `lambda* prior = sqrt(lambda*)` the asterisks are no emphasis."""
 
@@ -101,9 +123,11 @@ def _reference() -> Iterator[tuple[str, tuple[str, str], str]]:
 
 def _page(section: str, name: str, objects: list[str]) -> tuple[str, tuple[str, str], str]:
     blocks = "\n\n".join(f"::: {item}" for item in objects)
-    heading = f"# `{section}.{name}`\n\n" if len(objects) > 1 or objects[0] != f"{section}.{name}" else ""
-    level = "" if heading else "\n    options:\n      heading_level: 1\n"
-    return f"reference/{section}/{name}.md", (section, name), f"{heading}{blocks}{level}\n"
+    if objects == [f"{section}.{name}"]:  # a module, whose docstring opens the page
+        content = f"{blocks}\n    options:\n      heading_level: 1\n      show_root_full_path: true\n"
+    else:
+        content = f"# `{section}.{name}`\n\n{blocks}\n"
+    return f"reference/{section}/{name}.md", (section, name), content
 
 
 def _reference_nav() -> list[Any]:
