@@ -2,7 +2,7 @@
 # has a small one of its own, .venv-docs, so that the demo installs nothing for it.
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-servers coverage check docs clean
+.PHONY: help setup demo test test-slow test-servers test-gpu coverage check docs clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -34,6 +34,9 @@ test-slow: $(STAMP) ## the tests with servers, kills and several processes
 
 test-servers: $(STAMP) ## of the slow tests those of the page in Chromium and of promotion on PostgreSQL
 	@$(PYTHON) -m pytest tests/pipeline/test_page.py tests/stages/test_promotion.py -m "slow and not gpu and not network"
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	@$(PYTHON) -m pytest -m "gpu and not network"
 
 coverage: $(STAMP) ## the tests of `make test` with line and branch coverage; the report is htmlcov/index.html
 	@$(PYTHON) -m pytest -m "not slow and not gpu and not network" --cov --cov-report=term:skip-covered --cov-report=html
