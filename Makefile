@@ -1,12 +1,16 @@
-# Targets of the checkout; `make help` lists them. One environment, .venv, made by the first target that needs it.
+# Targets of the checkout; `make help` lists them. One environment, .venv, made by the first target that needs it; the site
+# has a small one of its own, .venv-docs, so that the demo installs nothing for it.
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-servers check clean
+.PHONY: help setup demo test test-slow test-servers test-gpu coverage check docs clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # A checksum, not a time stamp, says whether the environment is up to date: git does not keep times.
-STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+VERSIONS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.ready-$(VERSIONS)
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.ready-$(VERSIONS)
 ROOT ?= runs/demo
 RECIPE ?= demo
 
@@ -31,11 +35,25 @@ test-slow: $(STAMP) ## the tests with servers, kills and several processes
 test-servers: $(STAMP) ## of the slow tests those of the page in Chromium and of promotion on PostgreSQL
 	@$(PYTHON) -m pytest tests/pipeline/test_page.py tests/stages/test_promotion.py -m "slow and not gpu and not network"
 
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	@$(PYTHON) -m pytest -m "gpu and not network"
+
+coverage: $(STAMP) ## the tests of `make test` with line and branch coverage; the report is htmlcov/index.html
+	@$(PYTHON) -m pytest -m "not slow and not gpu and not network" --cov --cov-report=term:skip-covered --cov-report=html
+
 check: $(STAMP) ## ruff and the type checker
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
-clean: ## remove .venv, caches and runs/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+docs: $(DOCS_STAMP) ## build the site of docs/ into site/, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
+
+$(DOCS_STAMP):
+	@TRIP_PYTHON="$(TRIP_PYTHON)" bash infra/setup.sh $(DOCS_VENV) docs
+	@touch $@
+
+clean: ## remove the environments, caches, the site and runs/
+	rm -rf $(VENV) $(DOCS_VENV) site htmlcov .coverage* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from infra.settings import CHECKOUT, apply_environment_defaults
 # Stages pass addresses through Ray, never tensors, so the object store only carries specs and reports.
 OBJECT_STORE_BYTES = 300 * 1024 * 1024
 # What a remote cluster does not need of the checkout; Ray uploads the rest as the working directory.
-NOT_UPLOADED = [".git", ".venv", "runs", "tests", "docs", "benchmarks", "*.mp4", "*.gif"]
+NOT_UPLOADED = [".git", ".venv*", "runs", "tests", "docs", "site", "htmlcov", "benchmarks", "*.mp4", "*.gif"]
 
 
 # Of messages of Ray's start when a busy machine is too slow for its limits, which cannot be set.

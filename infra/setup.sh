@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Makes the virtual environment of the checkout: finds a Python 3.11 or 3.12, installs the pinned versions, keeps a log.
+#   infra/setup.sh .venv             the project with everything that its tests need
+#   infra/setup.sh .venv-docs docs   the packages of one extra, without the project
 set -euo pipefail
 
 venv=${1:-.venv}
+extra=${2:-}
 log=$venv/setup.log
 
 # A name on the PATH is not enough: version managers put shims there that only print an error.
@@ -20,7 +23,18 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-echo "setup: $("$python" --version) -> $venv; the log is $log; expect 2 to 8 minutes the first time"
+if [ -z "$extra" ]; then
+    packages=(-e '.[pipeline,dev]')
+    expect="2 to 8 minutes the first time; about 3 GB of packages"
+else
+    # The extra's own packages: `.[docs]` would bring the project along, and torch with it.
+    packages=()
+    while IFS= read -r package; do packages+=("$package"); done < <("$python" -c 'import sys, tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' "$extra")
+    expect="a minute"
+fi
+
+echo "setup: $("$python" --version) -> $venv; the log is $log; expect $expect"
 rm -rf "$venv"
 "$python" -m venv "$venv"
 
@@ -45,15 +59,14 @@ tick() {
 uv_install() {
     "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "$(grep '^uv==' constraints.txt)" \
         >>"$log" 2>&1 || return 1
-    echo "setup: fetching about 3 GB of packages"
     "$venv/bin/uv" pip install --python "$venv/bin/python" --no-progress --compile-bytecode \
-        -c constraints.txt -e '.[pipeline,dev]' >>"$log" 2>&1
+        -c constraints.txt "${packages[@]}" >>"$log" 2>&1
 }
 
 if ! uv_install; then
     echo "setup: uv could not install them, trying pip"
     if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --progress-bar off \
-        -c constraints.txt -e '.[pipeline,dev]' 2>&1 | tee "$log" | tick; then
+        -c constraints.txt "${packages[@]}" 2>&1 | tee "$log" | tick; then
         echo "error: pip could not install the pinned versions; the last lines of $log:" >&2
         grep -v '^WARNING' "$log" | tail -n 15 >&2
         exit 1

@@ -65,7 +65,7 @@ def package_code() -> dict[str, str]:
             f"{root} holds trip_model without {', '.join(absent)}; a registered model carries the trip-i2v wheel, which"
             " is built from a checkout: register from one"
         )
-    files = sorted(PACKAGE_FOLDER.rglob("*.py"))
+    files = sorted([*PACKAGE_FOLDER.rglob("*.py"), PACKAGE_FOLDER / "py.typed"])
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -12,7 +12,9 @@ class EngineSpec:
     """What one replica serves and how.
 
     Args:
-        name, alias, tracking_uri: the registered model, the alias to follow, and the registry's address.
+        name: the registered model.
+        alias: the alias to follow.
+        tracking_uri: the registry's address.
         cache: folder on this machine for the versions that were downloaded.
         max_batch: requests of equal shape in one pass of the model. More than 1 changes a few values of a clip by one
             level of 255, by what the request happened to share its batch with (`docs/decisions/serving.md`).

@@ -67,7 +67,8 @@ def test_the_package_is_code_safetensors_and_json_without_a_path_of_this_machine
     assert file.name == f"trip_i2v-{wheel.removeprefix('trip-i2v==')}-py3-none-any.whl" and "+sha" in wheel
     with zipfile.ZipFile(file) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
-    code = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / "trip_model").rglob("*.py")}
+    sources = [*(ROOT / "trip_model").rglob("*.py"), ROOT / "trip_model" / "py.typed"]
+    code = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in sources}
     assert code.items() <= texts.items() and not any(str(ROOT).encode() in text for text in texts.values())
 
 
