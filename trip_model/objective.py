@@ -14,13 +14,15 @@ import torch
 
 from trip_model.model import Trip
 
+MAX_WEIGHT = 1e7  # under `unit`, of one frame; reached where s_i is below 0.05 at the last time steps
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Equation 10 and what it leaves open.
+    """Equation 10 and what it leaves open. The defaults are the paper's where it gives a value.
 
-    weighting: `noise` is Equation 10 as written. `unit` divides the squared error by 1 - lambda*(t, i), the part of
-        the noise that the prior leaves unknown, so that every time step asks for the motion equally loudly; under
+    weighting: `noise` is Equation 10 as written. `unit`, ours, divides the squared error by 1 - lambda*(t, i), the part
+        of the noise that the prior leaves unknown, so that every time step asks for the motion equally loudly; under
         `noise` a small model hardly learns it at the noisy end, where sampling starts (docs/decisions/objective.md).
     text_dropout: share of samples trained with an empty caption, for classifier-free guidance; the paper gives none.
     """
@@ -102,7 +104,7 @@ def training_loss(
     error_BF = (predicted - noise).square().mean(dim=(1, 3, 4))
     if config.weighting == "noise":
         return error_BF.mean(), error_BF.detach()
-    unknown_BF = (1 - trip.shrinkage(t_B, z_t.shape[2])).flatten(1)
+    unknown_BF = trip.unknown_share(t_B, z_t.shape[2]).flatten(1)
     # The prior knows frame 1 exactly: its unknown part is zero, and so is its error; it keeps weight one.
-    weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1e-12), torch.ones_like(unknown_BF))
+    weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1 / MAX_WEIGHT), torch.ones_like(unknown_BF))
     return (weight_BF * error_BF).mean(), error_BF.detach()

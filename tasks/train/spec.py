@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from infra import storage
 from tasks.records import UserError, digest
+from trip_model.fusion import BEFORE
 from trip_model.model import TripConfig
 from trip_model.objective import ObjectiveConfig
 
@@ -83,9 +84,23 @@ class TrainReport:
     spec_digest: str
 
 
+def identity(value: Any) -> Any:
+    """A record as JSON-able data, for a digest; without fields that older records do not have and that change nothing.
+
+    Such a field's metadata names the value that its absence means (`trip_model.fusion`): a training that was digested
+    before the field existed keeps its digest.
+    """
+    if is_dataclass(value):
+        items = [(f, getattr(value, f.name)) for f in fields(value)]
+        return {f.name: identity(item) for f, item in items if BEFORE not in f.metadata or item != f.metadata[BEFORE]}
+    if isinstance(value, dict):
+        return {name: identity(item) for name, item in value.items()}
+    return [identity(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but its means. Another split of a batch changes the last bits."""
-    goals = asdict(spec)
+    goals = identity(spec)
     return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
 
 
