@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
-from tasks.train.spec import TrainSpec, ValidationSpec
+from tasks.train.spec import TrainSpec, ValidationSpec, identity
 from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
 
 PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; a local folder of the same layout does as well
@@ -38,17 +37,19 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """The numbers alone, the same on every machine: where the base lies is not one of them."""
         open_base = replace(self, prepare=replace(self.prepare, base=OPEN), train=replace(self.train, base=OPEN))
-        return dataclasses.asdict(open_base)
+        return identity(open_base)
 
 
 def paper() -> Recipe:
     """Section 4.1: 16 frames at 4 fps and 256 pixels from WebVid-10M, on the weights of text-to-video-ms-1.7b.
 
+    The model is the paper's: TNF's output is the predicted noise (Equation 11) and no statistic of the data enters it.
+    docs/paper-and-ours.md says of every field whether its value is the paper's.
     The frames of ten million clips are not kept; judging takes a second table, WebVid's validation split.
     """
     return Recipe(
         name="paper",
-        about="the paper's numbers (Section 4.1) on text-to-video-ms-1.7b; needs GPUs and two tables of links",
+        about="the paper's TRIP and numbers (Section 4.1) on text-to-video-ms-1.7b; needs GPUs and two tables of links",
         prepare=PrepareSpec(
             source=SourceSpec(table=OPEN),
             output=OPEN,
@@ -83,8 +84,17 @@ def paper() -> Recipe:
     )
 
 
+def paper_shrinkage() -> Recipe:
+    """`paper` with our fusion: Equation 9 with its best weight, corrected by TNF (docs/decisions/fusion.md)."""
+    whole = paper()
+    fusion = replace(whole.train.model.fusion, prediction="shrinkage")
+    return _variant(
+        whole, "shrinkage", "our fusion: the prior's weight in closed form, corrected by TNF", fusion=fusion
+    )
+
+
 def demo() -> Recipe:
-    """The same road in minutes on two cores: 64 pixels, the small base, clips drawn on the spot."""
+    """The same stages in minutes on two cores: 64 pixels, the small base, clips drawn on the spot, our fusion."""
     whole = paper()
     return replace(
         whole,
@@ -106,7 +116,7 @@ def demo() -> Recipe:
             base=DEMO_BASE,
             model=TripConfig(
                 size=64,
-                fusion=FusionConfig(width=64, heads=4, local_shrinkage=True),
+                fusion=FusionConfig(width=64, heads=4, local_shrinkage=True, prediction="shrinkage", residual="unit"),
                 schedule=ScheduleConfig(sampling_steps=20),
             ),
             objective=ObjectiveConfig(weighting="unit", text_dropout=0.0),
@@ -154,6 +164,12 @@ def trip_w(base: Recipe) -> Recipe:
     """Table 6, TRIP^W: both noises joined by a weight that decays linearly over the frames (Equation 9)."""
     fusion = replace(base.train.model.fusion, kind="linear")
     return _variant(base, "trip-w", "Table 6: linear weights instead of the transformer", fusion=fusion)
+
+
+def no_skip(base: Recipe) -> Recipe:
+    """TNF to the letter of Section 3.4, which names no skip: neither around the attentions nor to the output."""
+    fusion = replace(base.train.model.fusion, residual_skip=False)
+    return _variant(base, "no-skip", "TNF without any skip", fusion=fusion)
 
 
 def checkpoint_schedule(base: Recipe) -> Recipe:
@@ -250,10 +266,11 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 
 def _all() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
-    for base in (paper, demo):
+    # `paper-x` derives from `paper`, `paper-shrinkage-x` from `paper-shrinkage`, `demo-x` from `demo`.
+    for base in (paper, paper_shrinkage, demo):
         recipes[base().name] = base
         schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, posterior, stored_text)
-        for variant in (trip_c, trip_te, trip_minus, trip_w, temporal, lora, sharded, *schedules, *stored):
+        for variant in (trip_c, trip_te, trip_minus, trip_w, no_skip, temporal, lora, sharded, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from trip_model.config import BaseSchedule, FusionConfig, ScheduleConfig, TripConfig
+from trip_model.config import BaseSchedule, FusionConfig, ScheduleConfig, TripConfig, values_before
 from trip_model.folders import BaseFolderError
 from trip_model.model import Trip
 from trip_model.unet import load_unet, save_unet
@@ -22,14 +22,14 @@ FORMAT = 1
 
 
 def config_from_json(data: dict[str, Any]) -> TripConfig:
-    """A `TripConfig` from its JSON form."""
+    """A `TripConfig` from its JSON form, also from before some fields of its fusion existed."""
     schedule: dict[str, Any] = dict(data["schedule"])
     if schedule.get("base") is not None:
         schedule["base"] = BaseSchedule(**schedule["base"])
     return TripConfig(
         **data
         | {
-            "fusion": FusionConfig(**data["fusion"]),
+            "fusion": FusionConfig(**values_before(FusionConfig) | data["fusion"]),
             "schedule": ScheduleConfig(**schedule),
             "residual_std": tuple(data["residual_std"]),
         }

@@ -7,6 +7,7 @@ L = H W spatial tokens, D width. What the paper leaves open is decided in docs/d
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +59,30 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
+class Shrinkage(NamedTuple):
+    """Equation 9 with a weight that knows the time step, ours: float32, broadcastable to [B, C, F, H, W]."""
+
+    known: torch.Tensor  # sqrt(lambda)
+    unknown: torch.Tensor  # sqrt(1 - lambda)
+    prior: torch.Tensor  # sqrt(lambda) prior, [B, C, F, H, W]
+
+
 class TemporalNoiseFusion(nn.Module):
     """TNF (Equation 11, Figure 3): predicted noise = phi(residual noise, image noise prior, t), frame by frame.
 
-    Adaptive layer norm by time step, self-attention, adaptive layer norm, then cross-attention whose query is the
-    in-process feature and whose keys and values are the concatenated prior and residual. Around the attention stands
-    the closed form
+    As in the paper: adaptive layer norm by time step, self-attention, adaptive layer norm, then cross-attention whose
+    query is the in-process feature and whose keys and values are the concatenated prior and residual; the output is the
+    predicted noise (`prediction="direct"`). Where the paper is silent: linear layers between latent channels and width,
+    and with `residual_skip` the skips of a transformer and one from the residual noise to the output, whose layer
+    starts at zero, so that training starts at the noise that the 3D-UNet predicts.
 
-        noise = lambda* prior + sqrt(1 - lambda*) (residual + branch),    branch = 0 at initialisation,
+    Ours, `prediction="shrinkage"`: the output is a correction, in units in which the unknown part of the noise has unit
+    variance at every time step, and keys and values read the normalised prior.
 
-    with lambda*(t, i) of `noise_prior.optimal_shrinkage`: the attention corrects in units in which the unknown part of
-    the noise has unit variance at every time step. The caller passes the prior already normalised, so that
-    lambda* prior = sqrt(lambda*) normalised prior.
+        residual "noise":  noise = lambda prior + (1 - lambda) residual + sqrt(1 - lambda) output
+        residual "unit":   noise = lambda prior + sqrt(1 - lambda) (residual + output)
+
+    with lambda(t, i) of `noise_prior.optimal_shrinkage`, for an error of `residual_error` or 1.
     """
 
     def __init__(self, config: FusionConfig, channels: int) -> None:
@@ -89,21 +102,20 @@ class TemporalNoiseFusion(nn.Module):
         self.norm_cross = AdaptiveLayerNorm(width)
         self.attention_cross = Attention(width, config.heads)
         self.out = nn.Linear(width, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        if config.residual_skip:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
         if config.local_shrinkage:
             self.log_threshold = nn.Parameter(torch.tensor(math.log(FIRST_THRESHOLD)))
 
-    def branch(
-        self, residual_BCFHW: torch.Tensor, normalised_prior_BCFHW: torch.Tensor, t_B: torch.Tensor
-    ) -> torch.Tensor:
-        """What the attention adds to the residual, [B, C, F, H, W]."""
+    def attend(self, residual_BCFHW: torch.Tensor, prior_BCFHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """The attention's output, [B, C, F, H, W]."""
         batch, channels, frames, height, width = residual_BCFHW.shape
 
         def tokens(x_BCFHW: torch.Tensor) -> torch.Tensor:
             return x_BCFHW.permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, channels)
 
-        residual_NLC, prior_NLC = tokens(residual_BCFHW), tokens(normalised_prior_BCFHW.to(residual_BCFHW.dtype))
+        residual_NLC, prior_NLC = tokens(residual_BCFHW), tokens(prior_BCFHW.to(residual_BCFHW.dtype))
         time_BD = self.time_embedding(self.time_features(t_B).to(self.out.weight.dtype))
         time_ND = time_BD.repeat_interleave(frames, dim=0, output_size=batch * frames)
 
@@ -113,27 +125,39 @@ class TemporalNoiseFusion(nn.Module):
         else:
             context = torch.cat([self.prior_in(prior_NLC) + self.source[0], x_NLD + self.source[1]], dim=1)
         normed = self.norm_self(x_NLD, time_ND)
-        x_NLD = x_NLD + self.attention_self(normed, normed)
-        x_NLD = x_NLD + self.attention_cross(self.norm_cross(x_NLD, time_ND), context)
+        enhanced = self.attention_self(normed, normed)
+        x_NLD = x_NLD + enhanced if self.config.residual_skip else enhanced
+        fused = self.attention_cross(self.norm_cross(x_NLD, time_ND), context)
+        x_NLD = x_NLD + fused if self.config.residual_skip else fused
         out_NLC = self.out(x_NLD)
         return out_NLC.view(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
 
     def forward(
         self,
         residual_BCFHW: torch.Tensor,
-        normalised_prior_BCFHW: torch.Tensor,
-        shrinkage: torch.Tensor,
+        prior_BCFHW: torch.Tensor,
         t_B: torch.Tensor,
+        shrinkage: Shrinkage | None = None,
     ) -> torch.Tensor:
-        """The predicted noise, float32 [B, C, F, H, W]; `shrinkage` is lambda*, broadcastable to it."""
-        branch = self.branch(residual_BCFHW, normalised_prior_BCFHW, t_B)
-        unit = residual_BCFHW.float() + branch.float()
-        known, unknown = shrinkage.sqrt(), (1 - shrinkage).sqrt()
-        noise = known * normalised_prior_BCFHW + unknown * unit
+        """The predicted noise, float32 [B, C, F, H, W].
+
+        Args:
+            residual_BCFHW: the 3D-UNet's output. prior_BCFHW: what keys and values read of the prior.
+            shrinkage: under `prediction="shrinkage"` the weights of both; None under `direct`.
+        """
+        output = self.attend(residual_BCFHW, prior_BCFHW, t_B).float()
+        skipped = residual_BCFHW.float() if self.config.residual_skip else None
+        if self.config.prediction == "direct":
+            return output if skipped is None else skipped + output
+        assert shrinkage is not None
+        known, unknown, prior = shrinkage
+        if skipped is not None:
+            output = (skipped if self.config.residual == "unit" else unknown * skipped) + output
+        noise = known * prior + unknown * output
         if not self.config.local_shrinkage:
             return noise
         # The residual item that this noise implies (Equation 6), divided by s_i.
-        motion = unknown * normalised_prior_BCFHW - known * unit
+        motion = unknown * prior - known * output
         return noise + unknown / known * (1 - self.kept_motion(motion)) * motion
 
     def kept_motion(self, motion_BCFHW: torch.Tensor) -> torch.Tensor:

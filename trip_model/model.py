@@ -14,8 +14,8 @@ from torch import nn
 
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import TripConfig
-from trip_model.fusion import TemporalNoiseFusion, linear_decay, linear_fusion
-from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
+from trip_model.fusion import Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage, unknown_share
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
 
@@ -50,6 +50,11 @@ class Trip(nn.Module):
         signal, sigma = self.schedule.signal_and_noise(t_B, 5)
         return optimal_shrinkage(signal, sigma, self.residual_std(frames, t_B.device))
 
+    def unknown_share(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
+        """1 - lambda*(t, i), the share of the noise that the prior leaves unknown, float32 [B, 1, F, 1, 1]."""
+        signal, sigma = self.schedule.signal_and_noise(t_B, 5)
+        return unknown_share(signal, sigma, self.residual_std(frames, t_B.device))
+
     def forward(
         self,
         z_t_BCFHW: torch.Tensor,
@@ -72,21 +77,51 @@ class Trip(nn.Module):
             t = torch.cat([clean_B1, t_BF] if self.config.condition == "head" else [t_BF, clean_B1], dim=1)
         output = drop_condition_slot(self.unet(joined, t, text_BLD), self.config.condition)
 
+        fusion = self.config.fusion
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)
-            if self.fusion is None:
-                residual_noise = output.float()
-                if self.config.unet_output == "velocity":
-                    residual_noise = signal * residual_noise + sigma * z_t_BCFHW.float()
-                if self.config.fusion.kind == "none":
-                    return residual_noise
+            if fusion.kind == "tnf" and fusion.prediction == "shrinkage":
+                residual, prior, shrinkage = self._shrunk(output, z_t_BCFHW, z_first_BC1HW, signal, sigma)
+            else:
+                residual, shrinkage = self._as_noise(output, z_t_BCFHW, signal, sigma), None
+                if fusion.kind == "none":
+                    return residual
                 prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
-                decay = linear_decay(frames, self.config.fusion.lambda_first, self.config.fusion.lambda_last)
-                return linear_fusion(prior, residual_noise, decay.to(prior.device))
-            std = self.residual_std(frames, t_B.device)
-            prior = normalised_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
-            shrinkage = optimal_shrinkage(signal, sigma, std)
-        return self.fusion(output, prior, shrinkage, t_B)
+                if fusion.kind == "linear":
+                    decay = linear_decay(frames, fusion.lambda_first, fusion.lambda_last)
+                    return linear_fusion(prior, residual, decay.to(prior.device))
+        assert self.fusion is not None
+        return self.fusion(residual, prior, t_B, shrinkage)
+
+    def _as_noise(
+        self, output_BCFHW: torch.Tensor, z_t_BCFHW: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """The 3D-UNet's output as noise, float32: itself, or what a velocity implies."""
+        if self.config.unet_output == "noise":
+            return output_BCFHW.float()
+        return signal * output_BCFHW.float() + sigma * z_t_BCFHW.float()
+
+    def _shrunk(
+        self,
+        output_BCFHW: torch.Tensor,
+        z_t_BCFHW: torch.Tensor,
+        z_first_BC1HW: torch.Tensor,
+        signal: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, Shrinkage]:
+        """What TNF reads under `prediction="shrinkage"`: the residual, the normalised prior and the weights of both."""
+        std = self.residual_std(z_t_BCFHW.shape[2], z_t_BCFHW.device)
+        normalised = normalised_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
+        if self.config.fusion.residual == "unit":
+            known = optimal_shrinkage(signal, sigma, std).sqrt()
+            return output_BCFHW, normalised, Shrinkage(known, unknown_share(signal, sigma, std).sqrt(), normalised)
+        residual = self._as_noise(output_BCFHW, z_t_BCFHW, signal, sigma)
+        # An error of the velocity is an error of the noise `signal` times as large.
+        error = self.config.fusion.residual_error * (signal.square() if self.config.unet_output == "velocity" else 1)
+        known = optimal_shrinkage(signal, sigma, std, error).sqrt()
+        unknown = unknown_share(signal, sigma, std, error).sqrt()
+        prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
+        return residual, normalised, Shrinkage(known, unknown, known * prior)
 
 
 def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:

@@ -1,4 +1,4 @@
-"""The image noise prior (Section 3.2, Equations 3-8) and its closed-form shrinkage.
+"""The image noise prior (Section 3.2, Equations 3-8); and ours, not the paper's, its optimal shrinkage.
 
 | paper | here |
 | --- | --- |
@@ -53,17 +53,33 @@ def image_noise_prior(
     return (z_t.float() - signal * z_first.float()) / sigma
 
 
-def optimal_shrinkage(signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor) -> torch.Tensor:
-    """lambda*(t, i): the best weight of the prior alone, E[eps | prior] = lambda* prior.
+def optimal_shrinkage(
+    signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor, error: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """lambda(t, i): the best weight of the prior next to another estimate of the noise, of mean square error `error`.
 
-    For Delta z^i ~ N(0, s_i^2): lambda* = sigma^2 / (sigma^2 + signal^2 s_i^2). It replaces the paper's fixed lambda^i
-    of Equation 9 where the time step is known (docs/decisions/fusion.md).
+    The prior is off by C_t^i, of variance signal^2 s_i^2 / sigma^2 for Delta z^i ~ N(0, s_i^2). So
+
+        lambda = error sigma^2 / (error sigma^2 + signal^2 s_i^2)
+
+    minimises E|eps - lambda prior - (1 - lambda) estimate|^2. With `error` 1 the other estimate is zero, the mean of
+    the noise, and lambda is lambda*, the best weight of the prior alone. Ours: the paper's lambda^i of Equation 9 knows
+    the frame and not the time step (docs/decisions/fusion.md).
 
     Args:
         residual_std: s_i, the deviation of the residual item by frame, broadcastable to [B, 1, F, 1, 1].
     """
     variance = (signal * residual_std).square()
-    return sigma.square() / (sigma.square() + variance)
+    reference = error * sigma.square()
+    return reference / (reference + variance)
+
+
+def unknown_share(
+    signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor, error: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """1 - `optimal_shrinkage`, without the cancellation of that difference where lambda is near one."""
+    variance = (signal * residual_std).square()
+    return variance / (error * sigma.square() + variance)
 
 
 def normalised_prior(
@@ -71,7 +87,8 @@ def normalised_prior(
 ) -> torch.Tensor:
     """The prior divided by its own deviation: (z_t - signal z_first) / sqrt(sigma^2 + signal^2 s_i^2).
 
-    Unit variance at every time step, and it loses nothing; this is what the fusion module's attention reads.
+    Unit variance at every time step, and it loses nothing. Ours: under `prediction="shrinkage"` the fusion module's
+    attention reads it instead of the prior of Equation 8.
     """
     deviation = (sigma.square() + (signal * residual_std).square()).sqrt()
     return (z_t.float() - signal * z_first.float()) / deviation

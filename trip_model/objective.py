@@ -14,6 +14,8 @@ import torch
 from trip_model.config import ObjectiveConfig
 from trip_model.model import Trip
 
+MAX_WEIGHT = 1e7  # under `unit`, of one frame; reached where s_i is below 0.05 at the last time steps
+
 
 def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generator:
     """A generator whose stream depends on its address alone, e.g. ("noise", seed, step, sample)."""
@@ -88,7 +90,7 @@ def training_loss(
     error_BF = (predicted - noise).square().mean(dim=(1, 3, 4))
     if config.weighting == "noise":
         return error_BF.mean(), error_BF.detach()
-    unknown_BF = (1 - trip.shrinkage(t_B, z_t.shape[2])).flatten(1)
+    unknown_BF = trip.unknown_share(t_B, z_t.shape[2]).flatten(1)
     # The prior knows frame 1 exactly: its unknown part is zero, and so is its error; it keeps weight one.
-    weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1e-12), torch.ones_like(unknown_BF))
+    weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1 / MAX_WEIGHT), torch.ones_like(unknown_BF))
     return (weight_BF * error_BF).mean(), error_BF.detach()

@@ -35,19 +35,18 @@ def sample_latents(
     With guidance other than 1 the fused noise is computed with and without text (the image stays in both) and
     extrapolated after the fusion.
     """
-    scheduler: Any = model.schedule.ddim()
-    scheduler.set_timesteps(steps)
+    times = model.schedule.sampling_times(steps)
     z = noise_BCFHW.float()
     batch = z.shape[0]
-    for index, t in enumerate(scheduler.timesteps):
-        t_B = torch.full((batch,), int(t), dtype=torch.int64, device=z.device)
+    for index, (t, t_next) in enumerate(times):
+        t_B = torch.full((batch,), t, dtype=torch.int64, device=z.device)
         noise = model(z, z_first_BC1HW, t_B, text_BLD)
         if guidance != 1.0:
             without = model(z, z_first_BC1HW, t_B, empty_text_1LD.expand_as(text_BLD))
             noise = without + guidance * (noise - without)
-        z = scheduler.step(noise, int(t), z).prev_sample
+        z = model.schedule.ddim_step(z, noise, t, t_next)
         if on_step is not None:
-            on_step(index + 1, len(scheduler.timesteps))
+            on_step(index + 1, steps)
     return z
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from diffusers import DDIMScheduler
 
 from trip_model.config import BaseSchedule, ScheduleConfig
 
-DEFAULT = ScheduleConfig()
+PAPER = ScheduleConfig()  # Section 4.1
 
 
 class NoiseSchedule:
@@ -21,13 +22,13 @@ class NoiseSchedule:
     A time step t is the 0-based index of diffusers: the paper's t = 1..T is t - 1 here.
     """
 
-    def __init__(self, config: ScheduleConfig = DEFAULT) -> None:
+    def __init__(self, config: ScheduleConfig = PAPER) -> None:
         self.config = config
         self.alphas_cumprod_T: torch.Tensor = self.ddim().alphas_cumprod
         self._unet_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)
 
     def ddim(self) -> DDIMScheduler:
-        """A fresh DDIM sampler (eta 0) with the settings that are right for latents: no clipping of x0."""
+        """diffusers' DDIM with the settings that are right for latents: no clipping of x0. `ddim_step` is our own."""
         config = self.config
         return DDIMScheduler(
             num_train_timesteps=config.num_train_timesteps,
@@ -40,6 +41,24 @@ class NoiseSchedule:
             steps_offset=0,
             prediction_type="epsilon",
         )
+
+    def sampling_times(self, steps: int) -> list[tuple[int, int | None]]:
+        """The time step of each of `steps` DDIM steps and the one it goes to, None for the clean latent."""
+        scheduler: Any = self.ddim()
+        scheduler.set_timesteps(steps)
+        # For 62 numbers of steps, 61 the first, diffusers' trailing grid has one time more, which is -1.
+        times = scheduler.timesteps.tolist()[:steps]
+        return list(zip(times, [*times[1:], None], strict=True))
+
+    def ddim_step(self, z_t: torch.Tensor, noise: torch.Tensor, t: int, t_next: int | None) -> torch.Tensor:
+        """One DDIM step (eta 0) from time step `t` to `t_next`, None for the clean latent.
+
+        diffusers' own goes to t - T // steps, which is not the next time of the grid unless `steps` divides T.
+        """
+        abar = self.alphas_cumprod_T[t]
+        abar_next = torch.ones(()) if t_next is None else self.alphas_cumprod_T[t_next]
+        z_0 = (z_t - (1 - abar) ** 0.5 * noise) / abar**0.5
+        return abar_next**0.5 * z_0 + (1 - abar_next) ** 0.5 * noise
 
     def unet_steps(self, t_B: torch.Tensor) -> torch.Tensor:
         """What the 3D-UNet is told for time steps `t_B`: themselves, or under the bridge `snr` the matched ones."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from infra import storage
 from tasks.records import Artifact, UserError, digest
-from trip_model.config import ObjectiveConfig, TripConfig
+from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
 # Of a field that does not change what is trained, up to the rounding of sums, and so is no part of its identity.
 MEANS = {"means": True}
@@ -98,9 +98,23 @@ class TrainReport:
         return Artifact(self.model, self.model_digest)
 
 
+def identity(value: Any) -> Any:
+    """A record as JSON-able data, for a digest; without fields that older records do not have and that change nothing.
+
+    Such a field's metadata names the value that its absence means (`trip_model.fusion`): a training that was digested
+    before the field existed keeps its digest.
+    """
+    if is_dataclass(value):
+        items = [(f, getattr(value, f.name)) for f in fields(value)]
+        return {f.name: identity(item) for f, item in items if BEFORE not in f.metadata or item != f.metadata[BEFORE]}
+    if isinstance(value, dict):
+        return {name: identity(item) for name, item in value.items()}
+    return [identity(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def spec_digest(spec: TrainSpec) -> str:
     """The identity of what a spec trains: everything but its means. Another split of a batch changes the last bits."""
-    goals = asdict(spec)
+    goals = identity(spec)
     return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import FusionConfig, TripConfig
-from trip_model.fusion import AdaptiveLayerNorm, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.fusion import AdaptiveLayerNorm, Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
 from trip_model.pipeline import sample_latents
@@ -18,6 +19,7 @@ from trip_model.schedule import NoiseSchedule
 from trip_model.unet import load_unet, widen_input
 
 SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
+UNITS = FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit")  # as the demo's
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,8 +68,8 @@ def test_adaptive_layer_norm_treats_each_time_step_of_a_batch_alone() -> None:
 
 
 @pytest.mark.parametrize("key_value", ["channel", "token"])
-def test_tnf_at_initialisation_equals_its_closed_form(tiny_base: Path, key_value: str) -> None:
-    config = replace(SMALL, fusion=replace(SMALL.fusion, key_value=key_value))
+def test_shrinkage_at_initialisation_equals_its_closed_form(tiny_base: Path, key_value: str) -> None:
+    config = replace(SMALL, fusion=replace(UNITS, key_value=key_value))
     trip = Trip.from_base(tiny_base, config).eval()
     z_t, z_first, t, text = batch()
     signal, sigma = trip.schedule.signal_and_noise(t, 5)
@@ -79,21 +81,21 @@ def test_tnf_at_initialisation_equals_its_closed_form(tiny_base: Path, key_value
 
 
 @pytest.mark.parametrize("key_value", ["channel", "token"])
-def test_tnf_reads_prior_residual_and_time(key_value: str) -> None:
+def test_tnf_reads_prior_residual_and_time(key_value: Any) -> None:
     torch.manual_seed(0)
     tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, key_value=key_value), 4)
     torch.nn.init.normal_(tnf.out.weight)
     torch.nn.init.normal_(tnf.norm_cross.to_scale_shift.weight)
     residual, prior, t = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.tensor([5, 900])
-    out = tnf.branch(residual, prior, t)
+    out = tnf.attend(residual, prior, t)
     assert out.shape == residual.shape
-    assert not torch.allclose(out, tnf.branch(residual, prior + 1, t))
-    assert not torch.allclose(out, tnf.branch(residual + 1, prior, t))
-    assert not torch.allclose(out, tnf.branch(residual, prior, t.flip(0)))
+    assert not torch.allclose(out, tnf.attend(residual, prior + 1, t))
+    assert not torch.allclose(out, tnf.attend(residual + 1, prior, t))
+    assert not torch.allclose(out, tnf.attend(residual, prior, t.flip(0)))
     # Equation 11 fuses frame by frame: another frame's noise changes nothing here.
     other = prior.clone()
     other[:, :, 1] += 1
-    torch.testing.assert_close(tnf.branch(residual, other, t)[:, :, 0], out[:, :, 0])
+    torch.testing.assert_close(tnf.attend(residual, other, t)[:, :, 0], out[:, :, 0])
 
 
 @pytest.mark.parametrize("t", [3, 400, 999])
@@ -109,12 +111,14 @@ def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
     unit_prior = normalised_prior(z_t, z_0[:, :, :1], signal, sigma, std)
     shrink = optimal_shrinkage(signal, sigma, std)
 
-    def fused(log_threshold: float) -> torch.Tensor:
-        tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, local_shrinkage=True), 4)
-        torch.nn.init.constant_(tnf.log_threshold, log_threshold)
-        return tnf(residual, unit_prior, shrink, t_B)
+    weights = Shrinkage(shrink.sqrt(), (1 - shrink).sqrt(), unit_prior)
 
-    closed_form = TemporalNoiseFusion(FusionConfig(width=16, heads=2), 4)(residual, unit_prior, shrink, t_B)
+    def fused(log_threshold: float) -> torch.Tensor:
+        tnf = TemporalNoiseFusion(replace(UNITS, local_shrinkage=True), 4)
+        torch.nn.init.constant_(tnf.log_threshold, log_threshold)
+        return tnf(residual, unit_prior, t_B, weights)
+
+    closed_form = TemporalNoiseFusion(UNITS, 4)(residual, unit_prior, t_B, weights)
     torch.testing.assert_close(fused(-40.0), closed_form)
     torch.testing.assert_close(fused(40.0), prior, rtol=1e-4, atol=1e-4)
     # In between it is the same rule as Equation 9, with a weight of its own at every place.
@@ -125,15 +129,16 @@ def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
 
 
 def test_local_shrinkage_keeps_strong_motion_and_stills_faint_motion() -> None:
-    tnf = TemporalNoiseFusion(FusionConfig(width=16, heads=2, local_shrinkage=True), 4)
+    tnf = TemporalNoiseFusion(replace(UNITS, local_shrinkage=True), 4)
     motion = torch.full((1, 4, 2, 8, 8), 0.01)
     motion[..., 5:, 5:] = 1.0
     kept = tnf.kept_motion(motion)[0, 0, 1]
     assert kept[7, 7] > 0.8 and kept[0, 0] < 0.1
 
 
-def test_first_frame_is_predicted_exactly_before_any_training(tiny_base: Path) -> None:
-    trip = Trip.from_base(tiny_base, SMALL).eval()
+@pytest.mark.parametrize("residual", ["noise", "unit"])
+def test_under_shrinkage_the_first_frame_is_predicted_exactly(tiny_base: Path, residual: str) -> None:
+    trip = Trip.from_base(tiny_base, replace(SMALL, fusion=replace(UNITS, residual=residual))).eval()
     z_0 = torch.randn(2, 4, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(4))
     t = torch.tensor([40, 999])
@@ -200,8 +205,9 @@ def test_measured_deviation_is_zero_for_frame_one_and_right_elsewhere() -> None:
     assert std[0] == 0 and abs(std[1] - 0.3) < 0.02 and std[2] == 0.02  # the floor of a still frame
 
 
-def test_the_normalised_prior_is_what_the_model_feeds_its_fusion(tiny_base: Path) -> None:
-    trip = Trip.from_base(tiny_base, SMALL).eval()
+@pytest.mark.parametrize("residual", ["noise", "unit"])
+def test_under_shrinkage_the_fusion_reads_the_normalised_prior(tiny_base: Path, residual: str) -> None:
+    trip = Trip.from_base(tiny_base, replace(SMALL, fusion=replace(UNITS, residual=residual))).eval()
     seen: list[torch.Tensor] = []
     assert trip.fusion is not None
     trip.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[1]))

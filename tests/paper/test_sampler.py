@@ -1,0 +1,142 @@
+"""DDIM on clips whose law is known: the exact noise prediction, no network (Section 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
+from trip_model.model import Trip
+from trip_model.pipeline import sample_latents
+from trip_model.schedule import NoiseSchedule
+
+FRAMES, CORRELATION = 6, 0.9
+STEPS = [1, 7, 20, 50, 61, 64, 128, 150, 1000]
+
+
+class GaussianClips:
+    """Frames of an AR(1) process, given the first: each place is N(mean, covariance) over the frames, in float64."""
+
+    def __init__(self, z_first_BC1HW: torch.Tensor) -> None:
+        index = torch.arange(FRAMES, dtype=torch.float64)
+        decay = CORRELATION**index
+        joint = CORRELATION ** (index[:, None] - index[None]).abs()
+        self.mean = decay.view(1, 1, -1, 1, 1) * z_first_BC1HW.double()
+        self.variances, self.modes = torch.linalg.eigh(joint - decay[:, None] * decay[None])
+        self.variances = self.variances.clamp_min(0).view(1, 1, -1, 1, 1)
+        self.std = (1 - decay.square() + (decay - 1).square()).sqrt()  # of Delta z, for a first frame of variance one
+
+    def to_modes(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bcfhw,fm->bcmhw", x.double(), self.modes)
+
+    def noise(self, z_t: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+        """E[eps | z_t, first frame], at one abar."""
+        off = self.to_modes(z_t.double() - abar.sqrt() * self.mean)
+        return torch.einsum("bcmhw,fm->bcfhw", off * (1 - abar).sqrt() / (abar * self.variances + 1 - abar), self.modes)
+
+    def ddim(self, z: torch.Tensor, abars: list[torch.Tensor]) -> torch.Tensor:
+        """DDIM in closed form: each mode is scaled by one factor a step, from each abar to the next."""
+        x = self.to_modes(z.double() - abars[0].sqrt() * self.mean)
+        v = self.variances
+        for a, b in zip(abars[:-1], abars[1:], strict=True):
+            x = x * ((a * b).sqrt() * v + ((1 - a) * (1 - b)).sqrt()) / (a * v + 1 - a)
+        return self.mean + torch.einsum("bcmhw,fm->bcfhw", x, self.modes)
+
+    def flow(self, z: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+        """Where the probability flow takes z from abar to the clean latent."""
+        x = self.to_modes(z.double() - abar.sqrt() * self.mean)
+        x = x * (self.variances / (abar * self.variances + 1 - abar)).sqrt()
+        return self.mean + torch.einsum("bcmhw,fm->bcfhw", x, self.modes)
+
+
+def exact_abars(steps: int) -> list[torch.Tensor]:
+    """abar of the trailing grid, from its definition, and 1 at the end."""
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), dim=0)
+    times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
+    return [*(abar[t] for t in times), torch.ones((), dtype=torch.float64)]
+
+
+class ExactNet(torch.nn.Module):
+    """The 3D-UNet of a model, replaced by what it would have to predict for its fusion to be exact."""
+
+    def __init__(self, unet: torch.nn.Module, trip: Trip, clips: GaussianClips) -> None:
+        super().__init__()
+        self.config, self.schedule, self.clips, self.settings = unet.config, trip.schedule, clips, trip.config
+
+    def forward(self, x_BCFHW: torch.Tensor, t_B: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+        z_first, z_t = x_BCFHW[:, :, :1].double(), x_BCFHW[:, :, 1:].double()
+        abar = self.schedule.alphas_cumprod_T.double()[t_B[0]]
+        noise, prior = self.clips.noise(z_t, abar), (z_t - abar.sqrt() * z_first) / (1 - abar).sqrt()
+        fusion = self.settings.fusion
+        if fusion.prediction == "shrinkage":
+            signal = abar * self.clips.std.view(1, 1, -1, 1, 1).square()
+            error = 1.0 if fusion.residual == "unit" else fusion.residual_error
+            weight = error * (1 - abar) / (error * (1 - abar) + signal)
+            left = signal / (error * (1 - abar) + signal)
+            # Frame 1 is known: nothing is left for the residual path, and any output will do.
+            left[:, :, 0] = 1.0
+            noise = (noise - weight * prior) / (left.sqrt() if fusion.residual == "unit" else left)
+        output = noise.float()
+        return torch.cat([output[:, :, :1], output], dim=2)
+
+
+def exact_model(base: Path, clips: GaussianClips, fusion: FusionConfig) -> Trip:
+    std = (0.0, *clips.std[1:].tolist())
+    trip = Trip.from_base(base, TripConfig(size=32, num_frames=FRAMES, residual_std=std, fusion=fusion)).eval()
+    trip.unet = ExactNet(trip.unet, trip, clips)  # type: ignore
+    return trip
+
+
+PATHS = {
+    "none": FusionConfig(kind="none"),
+    "paper": FusionConfig(width=16, heads=2),
+    "shrinkage of noise": FusionConfig(width=16, heads=2, prediction="shrinkage"),
+    "shrinkage in units": FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_sampler_and_fusion_are_ddim_on_its_own_grid(tiny_base: Path, steps: int, path: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z_first, start = (
+        torch.randn(2, 4, 1, 2, 2, generator=generator),
+        torch.randn(2, 4, FRAMES, 2, 2, generator=generator),
+    )
+    clips = GaussianClips(z_first)
+    trip = exact_model(tiny_base, clips, PATHS[path])
+    text = torch.zeros(2, 32, 16)
+    found = sample_latents(trip, z_first, text, text[:1], start, steps, guidance=1.0)
+    abars = exact_abars(steps)
+    torch.testing.assert_close(found.double(), clips.ddim(start, abars), rtol=0, atol=1e-3)
+    # And DDIM comes near the probability flow as its steps grow, for every number of them.
+    off = (found.double() - clips.flow(start, abars[0])).square().mean().sqrt()
+    assert off < 2 / steps + 2e-3
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_every_number_of_steps_has_its_grid(spacing: Any) -> None:
+    schedule = NoiseSchedule(replace(ScheduleConfig(), timestep_spacing=spacing))
+    for steps in range(1, 1001):
+        times = schedule.sampling_times(steps)
+        visited = [t for t, _ in times]
+        assert len(visited) == steps and sorted(set(visited), reverse=True) == visited and visited[-1] >= 0
+        assert [t_next for _, t_next in times] == [*visited[1:], None]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 25, 50, 100, 250, 1000])
+def test_where_the_steps_divide_the_schedule_each_is_diffusers_own_to_the_bit(steps: int) -> None:
+    schedule = NoiseSchedule()
+    theirs: Any = schedule.ddim()
+    theirs.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    ours = expected = torch.randn(2, 4, 3, generator=generator)
+    for t, t_next in schedule.sampling_times(steps):
+        noise = torch.randn(2, 4, 3, generator=generator)
+        expected = theirs.step(noise, t, expected).prev_sample
+        ours = schedule.ddim_step(ours, noise, t, t_next)
+        assert torch.equal(ours, expected)
