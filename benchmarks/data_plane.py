@@ -31,7 +31,7 @@ from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.drawing import draw_clip
 from tasks.ingest.spec import SourceSpec
-from trip_model.video import video_bytes
+from trip_model.images import video_bytes
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
 

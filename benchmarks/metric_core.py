@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evaluate.consistency import PAIR_RULES, consistency_by_lag, consistency_curve
-from tasks.evaluate.frechet import (
+from tasks.metrics.consistency import PAIR_RULES, consistency_by_lag, consistency_curve
+from tasks.metrics.frechet import (
     FeatureSet,
     frechet_floor,
     frechet_to_real,
@@ -30,7 +30,7 @@ from tasks.evaluate.frechet import (
     kernel_distance_of_frames,
     paired_frechet_difference,
 )
-from tasks.evaluate.statistics import mean_over_clips, paired_difference
+from tasks.metrics.statistics import mean_over_clips, paired_difference
 
 # Judge: rows of a clip, width of a row.
 SHAPES = {

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from flows.recipes import DEMO_BASE
 from tasks.evaluate.generate import real_pixels
-from tasks.evaluate.pixel_metrics import clip_distance, motion_magnitude
-from tasks.evaluate.protocols import held_out_protocol
-from tasks.evaluate.statistics import mean_over_clips, paired_difference, ratio_of_sums
-from tasks.evaluate.tables import number
+from tasks.evaluate.protocol.protocol import held_out_protocol
+from tasks.evaluate.report.tables import number
+from tasks.metrics.pixels import clip_distance, motion_magnitude
+from tasks.metrics.statistics import mean_over_clips, paired_difference, ratio_of_sums
 from tasks.shards import ShardDataset
 from trip_model.checkpoint import load_model
 from trip_model.config import FusionConfig, TripConfig

@@ -23,10 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from tasks.evaluate.consistency import consistency_curve
-from tasks.evaluate.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
-from tasks.evaluate.pixel_metrics import flicker, motion_magnitude, smoothness_residual, ssim_curve
-from tasks.evaluate.statistics import (
+from tasks.metrics.consistency import consistency_curve
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE
+from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.loading import load_judges
+from tasks.metrics.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
+from tasks.metrics.pixels import flicker, motion_magnitude, smoothness_residual, ssim_curve
+from tasks.metrics.statistics import (
     Estimate,
     disjoint_parts,
     mean_over_clips,
@@ -34,10 +37,7 @@ from tasks.evaluate.statistics import (
     ratio_of_sums,
     unique_clips,
 )
-from tasks.judges.files import JudgeFiles
-from tasks.judges.judge import NOT_COMPARABLE
-from tasks.judges.panel import load_judges
-from trip_model.video import ClipError, read_windows
+from tasks.video.decode import ClipError, read_windows
 
 FRAMES, FPS = 8, 4
 DENSE_FRAMES = 2 * FRAMES  # a window is read at twice the rate: its even frames are the real clip

@@ -30,8 +30,8 @@ from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
 from tasks.encode.job import PrepareSpec, prepare
 from tasks.ingest.spec import SourceSpec
+from tasks.video.decode import read_clip
 from trip_model.encoders import encode_pixels, load_vae
-from trip_model.video import read_clip
 
 CHANNELS = (32, 64, 128, 128)  # Stable Diffusion's are 128, 256, 512, 512
 

@@ -17,8 +17,8 @@ from flows.train_trip import train_stage
 from infra.cluster import kept_ray_session
 from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
-from tasks.evaluate import ablation
-from tasks.judges.files import NONE, JudgeFiles
+from tasks.evaluate.report import ablation
+from tasks.metrics.extractors.files import NONE, JudgeFiles
 from tasks.records import UserError, to_json
 
 

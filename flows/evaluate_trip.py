@@ -18,7 +18,7 @@ from flows.stage import STAGE_POLICY, code_version
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
-from tasks.judges.files import NONE, JudgeFiles
+from tasks.metrics.extractors.files import NONE, JudgeFiles
 from tasks.records import Artifact, to_json
 
 
@@ -118,7 +118,7 @@ def evaluate_trip(
         judges: files of the judges; without them fixed random nets stand in under names of their own.
         options: how the source was read.
     """
-    from tasks.evaluate.methods import parse_methods
+    from tasks.evaluate.protocol.baselines import parse_methods
 
     uri = tracking_uri and tracking_address(tracking_uri, root)
     methods = parse_methods(method or [])

@@ -18,7 +18,7 @@ from infra.redaction import redact
 from infra.settings import CHECKOUT
 from tasks.encode.fingerprint import fingerprint_of
 from tasks.encode.spec import PrepareSpec
-from tasks.evaluate.presets import load_preset
+from tasks.evaluate.protocol.presets import load_preset
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import demo_table
 from tasks.ingest.sources import opened

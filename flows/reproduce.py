@@ -23,7 +23,7 @@ from flows.train_trip import train_stage
 from infra import storage
 from infra.cluster import kept_ray_session
 from infra.settings import DEFAULT_ROOT
-from tasks.evaluate.protocols import held_out_protocol, load_protocol
+from tasks.evaluate.protocol.protocol import held_out_protocol, load_protocol
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 
@@ -39,8 +39,8 @@ def animate_photo(model: Artifact, data: Artifact, held_out_fraction: float, see
     if not _is_current(mark, identity, list(files.values())):
         from PIL import Image
 
+        from trip_model.images import video_bytes
         from trip_model.pipeline import TripPipeline
-        from trip_model.video import video_bytes
 
         photo = clips.read(item.index, ("first",))["first"]
         pipeline = TripPipeline.from_folder(storage.local_folder(model.uri))

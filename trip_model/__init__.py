@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` is what Python read
     from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
     from trip_model.folders import BaseFolderError
     from trip_model.fusion import TemporalNoiseFusion
+    from trip_model.images import load_image, video_bytes, write_video
     from trip_model.model import Trip
     from trip_model.noise_prior import image_noise_prior
     from trip_model.objective import training_loss
     from trip_model.pipeline import TripPipeline, sample_latents
     from trip_model.schedule import NoiseSchedule
     from trip_model.unet import UNet3D
-    from trip_model.video import load_image, video_bytes, write_video
 
 __version__ = "0.1.0"
 
@@ -50,24 +50,24 @@ __all__ = [
 
 # The module that defines each public name.
 _HOMES = {
-    "BaseFolderError": "encoders",
-    "FusionConfig": "fusion",
+    "BaseFolderError": "folders",
+    "FusionConfig": "config",
     "NoiseSchedule": "schedule",
-    "ObjectiveConfig": "objective",
-    "ScheduleConfig": "schedule",
+    "ObjectiveConfig": "config",
+    "ScheduleConfig": "config",
     "TemporalNoiseFusion": "fusion",
     "Trip": "model",
-    "TripConfig": "model",
+    "TripConfig": "config",
     "TripPipeline": "pipeline",
     "UNet3D": "unet",
     "image_noise_prior": "noise_prior",
-    "load_image": "video",
+    "load_image": "images",
     "load_model": "checkpoint",
     "sample_latents": "pipeline",
     "save_model": "checkpoint",
     "training_loss": "objective",
-    "video_bytes": "video",
-    "write_video": "video",
+    "video_bytes": "images",
+    "write_video": "images",
 }
 
 

@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
+    from trip_model.images import load_image, write_video
     from trip_model.pipeline import TripPipeline
-    from trip_model.video import load_image, write_video
 
     try:
         out = Path(options.out)

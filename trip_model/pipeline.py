@@ -12,9 +12,9 @@ from PIL import Image
 
 from trip_model.checkpoint import load_model
 from trip_model.encoders import TextEncoder, decode_latents, encode_pixels, load_text_encoder, load_vae, vae_factor
+from trip_model.images import load_image
 from trip_model.model import Trip
 from trip_model.objective import addressed_generator
-from trip_model.video import load_image
 
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
 

@@ -31,7 +31,7 @@ from benchmarks.rig.files import make_file
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
 from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
-from trip_model.video import read_clip
+from tasks.video.decode import read_clip
 
 FAULTS_PER_SHARD = 50
 THEIR_SHARDS = 5  # of video2dataset, which starts its processes anew after as many

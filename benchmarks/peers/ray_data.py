@@ -27,7 +27,7 @@ from tasks.encode.filters import Window
 from tasks.encode.spec import PrepareSpec
 from tasks.records import ClipRef
 from tasks.shards import SUFFIXES
-from trip_model.video import Clip, read_windows
+from tasks.video.decode import Clip, read_windows
 
 BATCH = 8  # clips of one call
 Batch = dict[str, Any]  # columns, arrays of equal length

@@ -22,7 +22,7 @@ _ROLES = {
     "log_monitor": "log monitor",
     "dashboard/agent": "agent",
     "runtime_env_agent": "agent",
-    "tasks.encode.decoder": "decoder",
+    "tasks.video.decode_pool": "decoder",
     "tasks.encode.report": "report",
     "benchmarks.rig.driver": "driver",
     "benchmarks.rig.train_driver": "driver",

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.rig.crashing import MARK
 from tasks.ingest.drawing import CLIP_SECONDS, SOURCE_FPS, draw_clip
-from trip_model.video import video_bytes
+from trip_model.images import video_bytes
 
 _MILLISECOND = Fraction(1, 1000)
 _PLAIN_MATRIX = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rig.files import make_file
-from tasks.encode.spec import DecodeSpec
 from tasks.ingest.drawing import draw_scene
 from tasks.ingest.spec import DownloadSpec
 from tasks.shards import ShardDataset, clip_key_of, read_manifest, read_shard_manifest
+from tasks.video.spec import DecodeSpec
 
 ENCODED = "encoded"
 TABLE = "table.csv"

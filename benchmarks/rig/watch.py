@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-_ROLES = {"tasks.encode.decoder": "decoder", "EncodeWorker": "worker", "raylet": "ray", "gcs_server": "ray"}
+_ROLES = {"tasks.video.decode_pool": "decoder", "EncodeWorker": "worker", "raylet": "ray", "gcs_server": "ray"}
 
 
 class Watch:

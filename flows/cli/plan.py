@@ -20,8 +20,8 @@ from infra import storage
 from infra.redaction import redact
 from tasks.records import UserError
 from tasks.shards import ShardDataset
-from tasks.train.before_start import check_before_start
 from tasks.train.optimizer import choose_trained
+from tasks.train.preflight import check_before_start
 
 COLUMNS = 120  # of the table where there is no terminal to ask
 

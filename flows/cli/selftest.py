@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.evaluate import selftest as test
-from tasks.judges.files import JudgeFiles
+from tasks.metrics import selftest as test
+from tasks.metrics.extractors.files import JudgeFiles
 
 NONE = JudgeFiles()
 _VERDICTS = {True: "ok", False: "FAILED", None: "-"}

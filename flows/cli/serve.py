@@ -70,10 +70,10 @@ def serve(
     import uvicorn
 
     from tasks.serve.api import create_app
-    from tasks.serve.desk import Desk, Server
-    from tasks.serve.events import EngineSpec
+    from tasks.serve.gateway import Desk, Server
     from tasks.serve.job import serving
-    from tasks.serve.page import mount_page
+    from tasks.serve.messages import EngineSpec
+    from tasks.serve.web_ui import mount_page
 
     key = os.environ.get(KEY_VARIABLE) or None
     with tempfile.TemporaryDirectory(prefix="trip-serve-", ignore_cleanup_errors=True) as cache:

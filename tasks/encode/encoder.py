@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from infra.redaction import name_of
-from tasks.encode.decoder import READER, TRACK_READER, DecoderPool
 from tasks.encode.filters import MEASURING_READER, Screen, Window
 from tasks.encode.fingerprint import check_spec
-from tasks.encode.spec import DecodeSpec, FilterSpec, PrepareSpec
+from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
+from tasks.video.decode import Clip, ClipError
+from tasks.video.decode_pool import READER, TRACK_READER, DecoderPool
+from tasks.video.spec import DecodeSpec
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae, vae_factor
-from trip_model.video import Clip, ClipError
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 

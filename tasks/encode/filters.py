@@ -17,7 +17,7 @@ from PIL import Image
 
 from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
-from trip_model.video import Clip, ClipError, read_track, read_windows
+from tasks.video.decode import Clip, ClipError, read_track, read_windows
 
 MEASURING_READER = "tasks.encode.filters:read_measured"
 VERSION = 1  # part of the recipe; goes up when a score is measured in another way

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.encode.decoder import check_decoding
 from tasks.encode.filters import VERSION, check_filters
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.sources import source_identity
 from tasks.records import UserError
 from tasks.shards import SCHEMA_VERSION
+from tasks.video.decode_pool import check_decoding
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 

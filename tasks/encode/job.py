@@ -19,11 +19,11 @@ from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
 from tasks.encode.fingerprint import fingerprint_of
-from tasks.encode.ledger import Ledger, Progress
-from tasks.encode.repair import find_held, retry_reasons
+from tasks.encode.progress import Ledger, Progress
 from tasks.encode.report import write_report, write_report_apart
+from tasks.encode.resume import find_held, retry_reasons
 from tasks.encode.spec import PrepareReport, PrepareSpec
-from tasks.encode.unit import Unit, encode_unit, plan
+from tasks.encode.work_unit import Unit, encode_unit, plan
 from tasks.ingest.sources import count_rows, opened
 from tasks.records import UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import Artifact
+from tasks.video.spec import DecodeSpec
 from trip_model.config import Fit, TripConfig
 
 
@@ -30,16 +31,6 @@ class FilterSpec:
     def chosen(self) -> dict[str, Any]:
         """What is set, by name: the filters' part of a data set's identity, empty where all are off."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class DecodeSpec:
-    """How many processes decode, how far ahead, and what one video may cost. None of it changes a sample."""
-
-    processes: int | None = None  # None: one for each CPU of the worker
-    ahead: int = 4  # clips per process that are being decoded or wait for the encoder
-    seconds: float = 60.0  # wall clock, one video
-    memory_bytes: int = 2 << 30  # address space of one process, and the most that it may send for one video
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tasks.evaluate.statistics import Estimate
+from tasks.metrics.statistics import Estimate
 
 
 @dataclass(frozen=True)

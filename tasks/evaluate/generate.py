@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.protocols import Item
+from tasks.evaluate.protocol.protocol import Item
 from tasks.records import UserError
 from tasks.shards import ShardDataset
-from trip_model.video import load_image
+from trip_model.images import load_image
 
 if TYPE_CHECKING:  # only who generates pays for loading diffusers
     from trip_model.pipeline import TripPipeline

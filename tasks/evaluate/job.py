@@ -14,14 +14,16 @@ import ray.exceptions
 from infra import storage
 from infra.cluster import ray_session
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
-from tasks.evaluate import generate, report, rows, score
+from tasks.evaluate import generate
+from tasks.evaluate import systems as rows
 from tasks.evaluate.base import UntrainedBase, find_base, load_base
 from tasks.evaluate.gate import gate
 from tasks.evaluate.generate import Batch
-from tasks.evaluate.methods import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
 from tasks.evaluate.progress import Ticks
-from tasks.evaluate.protocols import Item, Protocol, load_protocol
-from tasks.evaluate.rows import BASE, FROZEN, REAL, TRIP, Row
+from tasks.evaluate.protocol.baselines import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
+from tasks.evaluate.protocol.protocol import Item, Protocol, load_protocol
+from tasks.evaluate.report import aggregate as score
+from tasks.evaluate.report import page as report
 from tasks.evaluate.spec import (
     REPORT,
     SCHEMA_VERSION,
@@ -31,8 +33,9 @@ from tasks.evaluate.spec import (
     model_sha256,
     provenance_of,
 )
-from tasks.judges.judge import JudgeName
-from tasks.judges.panel import identify_judges, load_judges
+from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP, Row
+from tasks.metrics.extractors.extractor import JudgeName
+from tasks.metrics.extractors.loading import identify_judges, load_judges
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 

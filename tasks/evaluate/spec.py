@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from infra import storage
 from infra.redaction import redact
 from tasks.evaluate.gate import Gate
-from tasks.evaluate.protocols import Protocol
-from tasks.judges.files import JudgeFiles
+from tasks.evaluate.protocol.protocol import Protocol
+from tasks.metrics.extractors.files import JudgeFiles
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
-    from tasks.judges.judge import JudgeName
+    from tasks.metrics.extractors.extractor import JudgeName
 
 SCHEMA_VERSION = 3
 REPORT = "report.json"

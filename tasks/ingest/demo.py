@@ -88,7 +88,7 @@ def _video(index: int, size: int) -> str:
 def _write_clip(path: Path, seed: int, size: int) -> None:
     """Draws one clip unless its file is there."""
     if not path.is_file():
-        from trip_model.video import video_bytes  # a finished corpus needs no codec
+        from trip_model.images import video_bytes  # a finished corpus needs no codec
 
         pixels, _ = draw_clip(seed, size)
         storage.write_bytes(str(path), video_bytes(pixels, SOURCE_FPS, "mp4", _CRF))

@@ -16,10 +16,10 @@ import aiohttp
 
 from infra import storage
 from infra.redaction import name_of, redact
-from tasks.ingest.addresses import AddressGuard, blocked_cause
-from tasks.ingest.answers import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
+from tasks.ingest.http_checks import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.sources import local_root, resolve_url
 from tasks.ingest.spec import DownloadSpec, SourceSpec
+from tasks.ingest.url_guard import AddressGuard, blocked_cause
 from tasks.records import RETRY_CLASSES, ClipRef, Failure
 
 # Tried again within the run; 403 and the rarer 5xx only by a later one.

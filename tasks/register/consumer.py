@@ -10,7 +10,8 @@ import mlflow
 import pandas as pd
 
 from infra.settings import client_address
-from trip_model.video import load_image, read_clip
+from tasks.video.decode import read_clip
+from trip_model.images import load_image
 
 
 def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> str:

@@ -121,7 +121,7 @@ class TripModel(PythonModel):
         Raises:
             InputError: an image, prompt or parameter that cannot be used; the sentence names it and the bounds.
         """
-        from trip_model.video import video_bytes
+        from trip_model.images import video_bytes
 
         given = checked_params(params)
         fps, container = given.pop("fps", 4.0), given.pop("format", "mp4")

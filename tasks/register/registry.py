@@ -23,7 +23,7 @@ from tasks.register.model_card import write_model_card
 from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, named, open_registry, promote, settle
 from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.folders import folder_hash
-from trip_model.video import load_image
+from trip_model.images import load_image
 
 
 @dataclass(frozen=True)

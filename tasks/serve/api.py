@@ -29,9 +29,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tasks.serve.desk import Desk
-from tasks.serve.events import Clip, Event, Progress
+from tasks.serve.gateway import Desk
 from tasks.serve.limits import MAX_BODY_BYTES, Animation, Refusal, read_animation, read_json, too_many_bytes
+from tasks.serve.messages import Clip, Event, Progress
 
 MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
 JSON, LINES, MULTIPART = "application/json", "application/x-ndjson", "multipart/form-data"

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tasks.serve.events import Clip, EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
+from tasks.serve.messages import Clip, EngineSpec, Event, Progress, Status
 from tasks.serve.versions import Aliased, AliasedModel, RegistryTrouble
+from trip_model.images import load_image, video_bytes
 from trip_model.pipeline import TripPipeline
-from trip_model.video import load_image, video_bytes
 
 _log = logging.getLogger(__name__)
 

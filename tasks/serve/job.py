@@ -17,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from infra.cluster import ray_session
 from tasks.records import UserError
-from tasks.serve.events import EngineSpec, Event, Progress, Status
 from tasks.serve.limits import Animation, Refusal
+from tasks.serve.messages import EngineSpec, Event, Progress, Status
 
 OWNER_SECONDS = 60.0  # for the actor that owns a service's name to start
 STATUS_SECONDS = 5.0

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from trip_model.video import MAX_ASPECT, MAX_IMAGE_PIXELS
+from trip_model.images import MAX_ASPECT, MAX_IMAGE_PIXELS
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_REST_BYTES = 2**16  # of a JSON body, besides its longest string

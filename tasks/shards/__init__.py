@@ -20,7 +20,6 @@ F is the recipe's `num_frames`, or for tracks (`clip` is `track` in the recipe) 
 
 from tasks.shards.dataset import ShardDataset
 from tasks.shards.fields import OPTIONAL, SUFFIXES, decode_field, encode_field
-from tasks.shards.forgotten import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
 from tasks.shards.layout import (
     MANIFEST,
     RECIPE,
@@ -40,6 +39,7 @@ from tasks.shards.layout import (
 )
 from tasks.shards.reading import read_manifest, read_shard_manifest, shards_held, stored_outcomes
 from tasks.shards.split import held_out_samples, split_keys
+from tasks.shards.takedowns import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
 from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
 
 __all__ = [

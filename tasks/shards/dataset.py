@@ -11,11 +11,11 @@ import numpy as np
 from infra import storage
 from tasks.records import UserError, to_json
 from tasks.shards.fields import BY_FRAME, NPY_HEAD_BYTES, Layout, decode_field, npy_layout
-from tasks.shards.forgotten import forgotten_sha256, read_forgotten
 from tasks.shards.layout import MANIFEST, clip_key_of
 from tasks.shards.reading import read_manifest, read_shard_manifest
 from tasks.shards.split import clip_hash
-from tasks.shards.tars import Tars
+from tasks.shards.takedowns import forgotten_sha256, read_forgotten
+from tasks.shards.tar_reader import Tars
 
 
 class ShardDataset:

@@ -15,7 +15,6 @@ from typing import Any
 from infra import storage
 from tasks.records import Failure, UserError, add_counts
 from tasks.shards.fields import SUFFIXES
-from tasks.shards.forgotten import forgotten_sha256, read_forgotten
 from tasks.shards.layout import (
     MANIFEST,
     RECIPE,
@@ -29,6 +28,7 @@ from tasks.shards.layout import (
     index_name,
     shard_number,
 )
+from tasks.shards.takedowns import forgotten_sha256, read_forgotten
 
 # What a row comes to: the samples of its clip (new, or as another shard holds them), or why there are none.
 Outcome = Sequence[Sample | PackedSample] | Failure

@@ -10,8 +10,8 @@ from pathlib import Path
 from infra import storage
 from infra.redaction import redact
 from tasks.shards import ShardDataset
-from tasks.train.adapters import add_adapters, save_and_merge
 from tasks.train.checkpoints import Tensors
+from tasks.train.lora import add_adapters, save_and_merge
 from tasks.train.spec import TrainReport, TrainSpec, spec_digest
 from trip_model.checkpoint import save_model
 from trip_model.config import TripConfig

@@ -25,9 +25,9 @@ from infra import storage
 from infra.cluster import lost_a_machine
 from infra.tracking import Tracking, default_artifact_location
 from tasks.shards import read_manifest
-from tasks.train.before_start import check_before_start
 from tasks.train.checkpoints import CheckpointStore, Saved
 from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
+from tasks.train.preflight import check_before_start
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
 
 NOWHERE = TrackingSpec()

@@ -29,10 +29,10 @@ from tasks.train.validation import LOSS, Look, Validation
 from trip_model.checkpoint import config_from_json
 from trip_model.encoders import load_text_encoder, load_vae
 from trip_model.folders import resolve_base
+from trip_model.images import video_bytes
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
 from trip_model.schedule import bridged
-from trip_model.video import video_bytes
 
 Tick = Callable[[dict[str, Any]], None]
 # Asked on every rank after every step, and must say the same on all: go on, write a checkpoint and go on, or and stop.

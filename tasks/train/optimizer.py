@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.train.adapters import add_adapters, is_projection
 from tasks.train.checkpoints import Tensors
+from tasks.train.lora import add_adapters, is_projection
 from tasks.train.sharding import like, local
 from tasks.train.spec import TrainSpec
 from trip_model.model import Trip

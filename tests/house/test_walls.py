@@ -22,9 +22,12 @@ MAY_IMPORT = {
 FILES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-# The encode stage is "prepare": it drives the ingest library on its workers, as the evaluation does the judges.
-ONE_STAGE = {("encode", "ingest"), ("evaluate", "judges")}
-SHARED = {"records", "shards"}
+# The stage "prepare" is two rooms: encode drives the ingest library on its workers.
+ONE_STAGE = {("encode", "ingest")}
+# Libraries below the stages.
+SHARED = {"records", "shards", "video", "metrics"}
+# Flows that run other flows' stages.
+PARENTS = {"reproduce", "ablate"}
 
 
 def imports(path: Path) -> set[str]:
@@ -60,6 +63,23 @@ def test_a_stage_imports_no_other_stage(path: Path) -> None:
     own = parts[1].removesuffix(".py")
     others = {name.split(".")[1] for name in imports(path) if name.startswith("tasks.")} - SHARED - {own}
     assert all((own, other) in ONE_STAGE for other in others), f"{inside(path)} imports {sorted(others)}"
+
+
+def test_flows_are_siblings() -> None:
+    stems = {path.stem for path in (REPOSITORY / "flows").glob("*_*.py") if "@flow" in path.read_text()} | PARENTS
+    for stem in sorted(stems - PARENTS):
+        imported = {
+            name.split(".")[1] for name in imports(REPOSITORY / "flows" / f"{stem}.py") if name.startswith("flows.")
+        }
+        assert not imported & stems, f"flow {stem} imports {sorted(imported & stems)}"
+
+
+def test_commands_are_imported_by_no_flow() -> None:
+    for path in (REPOSITORY / "flows").glob("*.py"):
+        if path.stem != "__main__":
+            assert not [name for name in imports(path) if name.startswith("flows.cli")], (
+                f"{inside(path)} imports a command"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=inside)

@@ -1,0 +1,83 @@
+"""One work unit of prepare: a range of the table's rows, downloaded, decoded, encoded and written as one shard."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tasks import shards
+from tasks.encode.encoder import ClipEncoder, decode_ahead
+from tasks.encode.spec import PrepareSpec
+from tasks.ingest.download import Fetched, download_clips
+from tasks.ingest.sources import read_rows
+from tasks.records import ClipRef, Failure, UserError
+from tasks.shards import Forgotten, Outcome, ShardSummary
+from tasks.video.decode_pool import DecoderPool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One work unit: rows start (inclusive) to stop of the table, which become shard `index`.
+
+    Where the shard `held` exists, it is made anew: the rows in `redo` are done again, all others taken over from it.
+    """
+
+    index: int
+    start: int
+    stop: int
+    rows: tuple[ClipRef | Failure, ...]
+    held: str | None = None
+    redo: frozenset[int] = frozenset()
+
+
+def plan(spec: PrepareSpec, total: int, forgotten: Forgotten) -> Iterator[Unit]:
+    """The work units in order, made while the table streams by: unit i is always the same rows and the same shard."""
+    rows: list[ClipRef | Failure] = []
+    start = 0
+    for row in read_rows(spec.source):
+        rows.append(forgotten.failure(row) or row)
+        if len(rows) == spec.clips_per_shard or start + len(rows) == total:
+            yield Unit(start // spec.clips_per_shard, start, start + len(rows), tuple(rows))
+            start += len(rows)
+            rows = []
+
+
+def encode_unit(
+    encoder: ClipEncoder, decoders: DecoderPool, spec: PrepareSpec, output: str, recipe_hash: str, unit: Unit
+) -> ShardSummary:
+    """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this machine."""
+    made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
+    kept: Iterator[Outcome] = iter(())
+    if unit.held is not None:
+        held = shards.read_shard_manifest(output, unit.held)
+        if held is None:
+            raise UserError(f"the index of {unit.held} in {output} is gone; is another command at work there?")
+        kept = shards.stored_outcomes(output, held)
+        made_with = {name: _both(held.made_with.get(name, now), now) for name, now in made_with.items()}
+    redone = [row for row in unit.rows if unit.held is None or row.row in unit.redo]
+    fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
+
+    def files() -> Iterator[tuple[ClipRef, Fetched] | Failure]:
+        for row in redone:
+            if isinstance(row, Failure):
+                yield row
+                continue
+            ref, result = next(fetched)
+            assert ref == row
+            yield result if isinstance(result, Failure) else (ref, result)
+
+    made = encoder.encode(decode_ahead(files(), decoders, encoder.screen))
+
+    def outcomes() -> Iterator[Outcome]:
+        for row in unit.rows:
+            before = next(kept, None)
+            yield before if before is not None and row.row not in unit.redo else next(made)
+
+    rows = (unit.start, unit.stop)
+    return shards.write_shard(output, unit.index, rows, outcomes(), recipe_hash, made_with).summary()
+
+
+def _both(before: str, now: str) -> str:
+    """The versions that the samples of one shard were made with."""
+    return before if now in before.split(", ") else f"{before}, {now}"

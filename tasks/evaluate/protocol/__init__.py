@@ -1,0 +1,1 @@
+"""Protocols: which clips an evaluation takes, and the other systems it compares."""

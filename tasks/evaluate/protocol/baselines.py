@@ -1,0 +1,203 @@
+"""Other methods' videos of a protocol's items: found by name in a folder, read frame by frame, never silently fewer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from infra import storage
+from tasks.evaluate.protocol.protocol import Item, Protocol, check_clips
+from tasks.evaluate.spec import REPORT, SCHEMA_VERSION
+from tasks.records import UserError, digest
+from tasks.video.decode import CONTAINERS, ClipError
+from tasks.video.frame import to_square
+from trip_model.images import load_image
+
+OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
+CHAMPION = "champion"
+SUFFIXES = (".npz", ".mp4", ".gif")
+READERS = 16  # at once: on an object store each read alone is a round trip
+_NAME = re.compile(r"[A-Za-z0-9^_][A-Za-z0-9^_.+-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table whose videos lie in a folder; `identity` is that of the bytes that lie there for the items.
+
+    Args:
+        files: of each item that has any, its video file, or its frames in their order.
+        given_frame: whether its user gets the given image as frame 1, as TRIP's does; else frame 1 is as it was made.
+    """
+
+    name: str
+    folder: str
+    files: dict[str, tuple[str, ...]]
+    identity: str
+    given_frame: bool = False
+
+
+def parse_methods(given: Sequence[str]) -> dict[str, str]:
+    """Folders by name from NAME=FOLDER each. Raises UserError for a name that cannot be a row's, or stands twice."""
+    folders: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise UserError(f"method {text!r}, expected NAME=FOLDER, such as VideoComposer=videos/videocomposer")
+        if not _NAME.fullmatch(name) or name in (*OWN_ROWS, CHAMPION) or name in folders:
+            raise UserError(
+                f"method name {name!r} is a row already, or no word of letters, digits and ^_.+-; choose another"
+            )
+        folders[name] = storage.absolute(folder)
+    return folders
+
+
+def find_method(name: str, folder: str, items: Sequence[Item], given_frame: bool = False) -> Method:
+    """Looks for KEY.npz, KEY.mp4, KEY.gif or KEY/ (png frames) of each item; KEY is the item's, or its clip's alone.
+
+    Every byte is read once, for the numbers of a report must change when a video does.
+
+    Raises:
+        UserError: no such folder, or nothing in it belongs to an item.
+    """
+    names = set(storage.list_dir(folder))
+    if not names:
+        raise UserError(f"no videos of method {name} at {folder}; give the folder that holds them by the items' keys")
+    windows = Counter(item.clip for item in items)
+    files: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        keys = [item.key, item.clip] if windows[item.clip] == 1 else [item.key]
+        found = next(filter(None, (_files(folder, key, names) for key in keys)), ())
+        if found:
+            files[item.key] = found
+    if not files:
+        raise UserError(
+            f"method {name}: none of the {len(items)} items has a video in {folder}; name each after its item, such as "
+            f"{items[0].key}.mp4"
+        )
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(_digest, files.values())
+    identity = [[key, of] for key, of in zip(files, digests, strict=True)]
+    return Method(name, folder, files, digest(identity), given_frame)
+
+
+def _digest(files: Sequence[str]) -> list[str]:
+    return [hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in files]
+
+
+def find_champion(address: str, protocol: Protocol) -> Method:
+    """The clips that the model of an earlier report made of the same items. Raises UserError where it made others."""
+    try:
+        found = storage.read_json(storage.join(address, REPORT))
+        folder, sha = storage.join(storage.absolute(address), found["generations"]), found["provenance"]["protocol_sha"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no report of schema {SCHEMA_VERSION} at {address}; evaluate the champion anew") from error
+    if sha != protocol.sha:
+        raise UserError(
+            f"the champion's report at {address} is of other items; evaluate it with --protocol of this evaluation"
+        )
+    return find_method(CHAMPION, folder, protocol.items, given_frame=True)
+
+
+def _files(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
+    for suffix in SUFFIXES:
+        if key + suffix in names:
+            return (storage.join(folder, key + suffix),)
+    if key not in names:
+        return ()
+    frames = storage.join(folder, key)
+    return tuple(storage.join(frames, name) for name in storage.list_dir(frames) if name.lower().endswith(".png"))
+
+
+def read_method(files: Sequence[str], frames: int, size: int) -> NDArray[np.uint8]:
+    """The first frames of one video, uint8 [frames, size, size, 3], resized and cropped as every clip here.
+
+    Frames are taken one by one, whatever rate a file states: methods write the same 16 frames at 4, 8 or 10 a second.
+
+    Raises:
+        ClipError: `too_short` or `undecodable`.
+    """
+    try:
+        if files[0].endswith(".png"):
+            found = [load_image(storage.read_bytes(file), size) for file in files[:frames]]
+        elif files[0].endswith(".npz"):
+            found = _arrays(storage.read_bytes(files[0]), frames, size)
+        else:
+            found = _video(storage.read_bytes(files[0]), frames, size)
+    except ClipError:
+        raise
+    except (ValueError, OSError, KeyError, av.FFmpegError) as error:
+        raise ClipError("undecodable", f"{files[0]}: {error}") from error
+    if len(found) < frames:
+        raise ClipError("too_short", f"{files[0]} has {len(found)} frames, {frames} are needed")
+    return np.stack(found)
+
+
+def _arrays(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        pixels = file["frames" if "frames" in file.files else file.files[0]]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise ValueError(f"frames of {pixels.dtype} {pixels.shape}, expected uint8 [F, H, W, 3]")
+    return [f if f.shape[:2] == (size, size) else load_image(f, size) for f in pixels[:frames]]
+
+
+def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
+    found: list[NDArray[np.uint8]] = []
+    reformatter = VideoReformatter()
+    with av.open(
+        io.BytesIO(data), "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore"
+    ) as container:
+        if not container.streams.video:
+            raise ClipError("undecodable", "the file holds no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        aspect = float(stream.sample_aspect_ratio or 1)
+        for frame in container.decode(stream):
+            found.append(to_square(frame, size, aspect, reformatter))
+            if len(found) == frames:
+                break
+    return found
+
+
+def without_missing(
+    protocol: Protocol, lacking: Mapping[str, Mapping[str, str]]
+) -> tuple[tuple[Item, ...], dict[str, dict[str, int]]]:
+    """The items that every method has, and how many each method lacked, by reason; an item leaves all rows at once.
+
+    Args:
+        lacking: by method and item key, the reason.
+    Raises:
+        UserError: something is lacking and the protocol says that this is an error, or too little is left.
+    """
+    counts = {name: dict(sorted(Counter(reasons.values()).items())) for name, reasons in lacking.items() if reasons}
+    gone = {key for reasons in lacking.values() for key in reasons}
+    if gone and protocol.rules.missing == "error":
+        raise UserError(
+            "; ".join(_told(name, reasons, len(protocol.items)) for name, reasons in lacking.items() if reasons)
+            + '; make them, or state missing = "exclude" in a copy of the protocol'
+        )
+    left = tuple(item for item in protocol.items if item.key not in gone)
+    if not left:
+        raise UserError(f"no item of protocol {protocol.name} is left that every method has: {counts}")
+    check_clips(replace(protocol, items=left))
+    return left, counts
+
+
+def _told(name: str, reasons: Mapping[str, str], total: int) -> str:
+    first = ", ".join(f"{key} ({reason})" for key, reason in list(reasons.items())[:5])
+    more = ", ..." if len(reasons) > 5 else ""
+    return f"method {name} lacks {len(reasons)} of {total} items: {first}{more}"
+
+
+def missing_of(method: Method, items: Iterable[Item]) -> dict[str, str]:
+    """Item key -> reason, of the items that have no file."""
+    return {item.key: "missing" for item in items if item.key not in method.files}

@@ -1,0 +1,1 @@
+"""The report of an evaluation: aggregated numbers, tables, figures and the page."""

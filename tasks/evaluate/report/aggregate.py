@@ -1,0 +1,232 @@
+"""From records and features to the table: which metrics there are, what was counted, and how to read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.evaluate.protocol.protocol import Item, Protocol
+from tasks.evaluate.report.distances import Sums, Values
+from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, TRIP, Features
+from tasks.metrics.consistency import (
+    PAIR_RULES,
+    consistency_at,
+    consistency_by_lag,
+    consistency_curve,
+    consistency_name,
+)
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName
+from tasks.metrics.statistics import Estimate, mean_over_clips
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of one evaluation; `rows` names them in the table's order.
+
+    metrics[row][metric]; differences[row][metric]: the row minus TRIP, paired by clip; floors[metric]: real clips
+    against real ones, disjoint halves at half the number; infinity[row][metric]: the distance at endless N;
+    curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
+    ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
+    and why others are not.
+    """
+
+    rows: tuple[str, ...]
+    metrics: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    floors: dict[str, Estimate]
+    infinity: dict[str, dict[str, Estimate]]
+    curves: dict[str, dict[str, list[Estimate]]]
+    per_clip: list[dict[str, Any]]
+    counts: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def clips(self) -> int:
+        """Unique clips."""
+        return self.counts["clips"]
+
+
+def lower_is_better(judges: Sequence[JudgeName]) -> tuple[str, ...]:
+    """The metrics of which the gate asks whether a champion's are lower."""
+    return ("clip_distance", *(judge.metric for judge in judges if judge.of_sets))
+
+
+def summarise(
+    protocol: Protocol,
+    items: Sequence[Item],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    features: Callable[[JudgeName, str], Sequence[Features]],
+    judges: Sequence[JudgeName],
+    bootstrap: int = 2000,
+    excluded: Mapping[str, Mapping[str, int]] | None = None,
+) -> Summary:
+    """Sums up all rows in the items' order; deterministic, whoever made records and features and when.
+
+    Intervals are 95 % bootstrap intervals that draw whole clips. Frechet distances carry none: a percentile interval of
+    a Frechet distance is biased to the point of missing its own estimate. Their differences do, and their floor stands
+    in the real row instead.
+
+    Args:
+        records: of each row, what `rows.measure` said of every item.
+        features: of a judge and a row, what it made of every item.
+        excluded: by row, how many of the protocol's items it lacked, by reason.
+    Raises:
+        ValueError: a video of fewer than 4 frames, features that are not finite.
+    """
+    rows = tuple(records)
+    sums = Sums(items, rows, bootstrap)
+    column = {
+        row: {n: np.array([r[n] for r in records[row]]) for n in records[row][0] if n not in HASHES} for row in rows
+    }
+    for judge in judges:
+        if judge.features[0] == "clip_frames":
+            _add_consistency(sums, judge, {row: features(judge, row) for row in rows})
+    sums.add("motion_ratio", {row: column[row]["magnitude"] for row in rows}, ratio=True)
+    sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
+    sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
+    sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
+    for row in (FROZEN, BASE):
+        if row in column:
+            minus = column[TRIP]["distance"] - column[row]["distance"]
+            sums.metrics[TRIP][f"clip_distance_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
+    for kind, metric in (("psnr", "first_frame_psnr_db"), ("ssim", "first_frame_ssim")):
+        made = {row: column[row][kind] for row in rows if kind in column[row]}
+        sums.add(metric, {row: values[:, 0] for row, values in made.items()})
+        sums.add_curve(kind, made)
+    for judge in judges:
+        if judge.features[0] == "flow":
+            flow = {row: np.array([f["flow"].mean() for f in features(judge, row)], np.float64) for row in rows}
+            sums.add(judge.metric, flow, ratio=True)
+        elif judge.of_sets:
+            found = {row: [f[judge.features[0]] for f in features(judge, row)] for row in rows}
+            if judge.features[0].startswith("inception") and not protocol.rules.shifted:
+                # Its first row is the given frame, which all rows share.
+                sums.add_with_given_frame(judge, found)
+                found = {row: [values[1:] for values in of] for row, of in found.items()}
+            sums.add_distances(judge, found)
+    return Summary(
+        rows=rows,
+        metrics=dict(sums.metrics),
+        differences=dict(sums.differences),
+        floors=sums.floors,
+        infinity=dict(sums.infinity),
+        curves=dict(sums.curves),
+        per_clip=_per_clip(sums, column, judges),
+        counts=_counts(protocol, items, excluded or {}),
+        notes=_notes(protocol, items, judges, excluded or {}),
+    )
+
+
+def _add_consistency(sums: Sums, judge: JudgeName, seen: Mapping[str, Sequence[Features]]) -> None:
+    """Frame consistency by every pair rule; frame 1 of every row is the given image, whatever a method made of it."""
+    given = [f["clip_frames"][:1] for f in seen[REAL]]
+    frames = {
+        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, found, strict=True)]
+        for row, found in seen.items()
+    }
+    for rule in PAIR_RULES:
+        curves = {row: np.stack([consistency_curve(e, rule) for e in found]) for row, found in frames.items()}
+        for values in curves.values():
+            consistency_at(values[0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
+        sums.add(consistency_name(judge.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
+        sums.add(consistency_name(judge.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()})
+        sums.add_curve(rule, curves)
+    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in found]) for row, found in frames.items()})
+    if "clip_text" in judge.features:
+        texts = [f["clip_text"] for f in seen[REAL]]
+        agreement = {
+            row: np.array([_cosine(e, text) for e, text in zip(found, texts, strict=True)])
+            for row, found in frames.items()
+        }
+        sums.add(f"text_alignment{judge.mark}", agreement)
+
+
+def _cosine(frames: NDArray[Any], text: NDArray[Any]) -> float:
+    """100 x mean cosine of the frames' embeddings [F, D] and the caption's [D]."""
+    a, b = frames.astype(np.float64), text.astype(np.float64)
+    return float(100.0 * (a @ b / (np.linalg.norm(a, axis=1) * np.linalg.norm(b))).mean())
+
+
+def _per_clip(
+    sums: Sums, column: Mapping[str, Mapping[str, Values]], judges: Sequence[JudgeName]
+) -> list[dict[str, Any]]:
+    consistency = next(judge.metric for judge in judges if judge.features[0] == "clip_frames")
+    lines = []
+    for i, item in enumerate(sums.items):
+        line: dict[str, Any] = {"key": item.key, "clip": item.clip, "caption": item.caption, "seed": item.seed}
+        line |= {"category": item.category, "start": item.start}
+        moved = column[REAL]["magnitude"][i]
+        line["motion_ratio"] = float(column[TRIP]["magnitude"][i] / moved) if moved > 0 else None
+        for row in sums.rows:
+            for name in ("magnitude", "distance", "flicker", "smoothness"):
+                line[f"{name}_{row}"] = float(column[row][name][i])
+            for name in ("psnr", "ssim"):
+                if name in column[row]:
+                    line[f"{name}_{row}"] = float(column[row][name][i, 0])
+            for k in ("4", "all"):
+                line[f"consistency_{k}_{row}"] = float(sums.by_item[f"{consistency}/{k}"][row][i])
+        lines.append(line)
+    return lines
+
+
+def _counts(protocol: Protocol, items: Sequence[Item], excluded: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    clips = {(item.category, item.clip) for item in items}
+    reasons = {"data set": dict(protocol.excluded)} | {name: dict(counts) for name, counts in excluded.items()}
+    return {
+        "asked": len(protocol.items) + sum(count for _, count in protocol.excluded),
+        "items": len(items),
+        "clips": len({clip for _, clip in clips}),
+        "clips_by_category": dict(sorted(Counter(category for category, _ in clips if category).items())),
+        "excluded": {name: counts for name, counts in reasons.items() if counts},
+    }
+
+
+def exclusions(counts: Mapping[str, Any]) -> list[str]:
+    """A sentence for each reason for which items are in no row, of `Summary.counts`."""
+    return [
+        f"left out of {counts['asked']} items, in all rows: {count} that {name} lacks ({reason})"
+        for name, reasons in counts["excluded"].items()
+        for reason, count in reasons.items()
+    ]
+
+
+def _notes(
+    protocol: Protocol, items: Sequence[Item], judges: Sequence[JudgeName], excluded: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+    """What a reader must know; first of all what was left out."""
+    rules, counts = protocol.rules, _counts(protocol, items, excluded)
+    notes = exclusions(counts)
+    of_each = ", ".join(f"{name} {count}" for name, count in counts["clips_by_category"].items())
+    notes += [
+        f"Protocol {protocol.name}: {rules.title}; {len(items)} {'windows' if rules.repeats == 1 else 'items'} of "
+        f"{counts['clips']} unique clips{f' ({of_each})' if of_each else ''}, {protocol.sampling}, {protocol.size} "
+        f"pixels{', squashed' if rules.fit == 'squash' else ''}; intervals are 95 %, by bootstrap over clips.",
+        *rules.caveats,
+    ]
+    if rules.repeats > 1:
+        notes.append(f"Each window is animated {rules.repeats} times, and its real clip counts as often.")
+    if rules.shifted:
+        notes.append(
+            f"Distances between sets of clips compare real frames 1 to {protocol.frames - 1}, the given one among "
+            f"them, with made frames 2 to {protocol.frames}; all else is measured over all {protocol.frames}."
+        )
+    for judge in judges:
+        notes.append(f"{judge.metric}: {judge.geometry}{'' if judge.official else f'; {NOT_COMPARABLE}'}.")
+    return [
+        *notes,
+        "Frame consistency: consecutive pairs unless a name says otherwise, frame 1 of every row is the given image. "
+        "The paper does not state its pair rule. The best is the real row's, not the highest: a still clip scores 100.",
+        "Frechet and kernel (unbiased, cubic) distances are to the real clips, paired by first frame. The real row "
+        "holds their floor: one half of the real clips against the other, at half the number. A percentile interval of "
+        "a Frechet distance is biased, so none is given; that of its difference from TRIP is.",
+        "Every row is the clip as its user gets it: of TRIP frame 1 is the given image, of a folder the method's own. "
+        "First-frame PSNR and SSIM are of the own frame 1. A folder's frames are taken one by one, whatever rate "
+        "it states.",
+        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
+        "Motion, flicker and smoothness ratios are to the real clips: 1 is best.",
+    ]

@@ -1,0 +1,178 @@
+"""Fills the table: every metric of every row by one rule each, its paired difference from TRIP, floors and limits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.evaluate.protocol.protocol import Item
+from tasks.evaluate.systems import REAL, TRIP
+from tasks.metrics.extractors.extractor import JudgeName
+from tasks.metrics.frechet import (
+    PARTS,
+    FeatureSet,
+    Moments,
+    frechet_distance,
+    frechet_to_real,
+    kernel_distance,
+    kernel_distance_of_frames,
+    paired_frechet_difference,
+)
+from tasks.metrics.statistics import Estimate, mean_over_clips, paired_difference, ratio_of_sums
+from tasks.records import UserError
+
+Values = NDArray[np.float64]
+
+
+@dataclass
+class Sums:
+    """What a summary is filled from, metric by metric; values are by item, arrays of features too."""
+
+    items: Sequence[Item]
+    rows: tuple[str, ...]
+    resamples: int
+    metrics: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
+    differences: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
+    infinity: dict[str, dict[str, Estimate]] = field(default_factory=lambda: defaultdict(dict))
+    floors: dict[str, Estimate] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[Estimate]]] = field(default_factory=lambda: defaultdict(dict))
+    by_item: dict[str, dict[str, Values]] = field(default_factory=dict)  # [metric][row], what `add` was given
+
+    @property
+    def clips(self) -> list[str]:
+        return [item.clip for item in self.items]
+
+    def add(self, metric: str, by_row: Mapping[str, Values], ratio: bool = False) -> None:
+        """Means over clips, or ratios to the real row's sum, with the paired difference of each row from TRIP."""
+        self.by_item[metric] = dict(by_row)
+        over = by_row[REAL] if ratio else np.ones(len(self.items))
+        if not over.sum() > 0:
+            return  # real clips without any motion have no motion ratio
+        for row, values in by_row.items():
+            self.metrics[row][metric] = ratio_of_sums(values, over, self.clips, self.resamples)
+            if row != TRIP:
+                minus = paired_difference(values, by_row[TRIP], self.clips, over, self.resamples)
+                self.differences[row][metric] = minus
+
+    def add_curve(self, name: str, by_row: Mapping[str, Values]) -> None:
+        """Means over clips of values [N, points]."""
+        for row, values in by_row.items():
+            self.curves[name][row] = [mean_over_clips(point, self.clips, self.resamples) for point in values.T]
+
+    def add_with_given_frame(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """The Frechet distance of all frames, the given one among them, under a name of its own."""
+        for row in self.rows:
+            if row != REAL:
+                found = []
+                for places in _categories(self.items):
+                    one, other = (Moments.of(np.concatenate([by_row[r][i] for i in places])) for r in (row, REAL))
+                    found.append(frechet_distance(one, other))
+                self.metrics[row][f"{judge.metric}/with_given_frame"] = Estimate(float(np.mean(found)))
+
+    def add_distances(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """Frechet and kernel distances to the real clips, of several categories the mean of their own.
+
+        The real row holds the floor: every second clip against the others.
+        """
+        sets = [_Category(judge, by_row, places, self.clips) for places in _categories(self.items)]
+        for row in self.rows:
+            if row == REAL:
+                continue
+            self.metrics[row][judge.metric] = together([s.frechet(row) for s in sets])
+            self.metrics[row][judge.kernel_metric] = together([s.kernel(row) for s in sets])
+            if all(s.many for s in sets):
+                self.infinity[row][judge.metric] = together([s.infinity(row) for s in sets])
+            if row != TRIP:
+                self.differences[row][judge.metric] = together([s.difference(row, self.resamples) for s in sets])
+        floors = [s.floor() for s in sets if s.halves]
+        if len(floors) == len(sets):
+            for name, values in zip((judge.metric, judge.kernel_metric), zip(*floors, strict=True), strict=True):
+                self.floors[name] = self.metrics[REAL][name] = together(values)
+
+
+class _Category:
+    """The features of one category's clips in all rows.
+
+    Raises:
+        UserError: too few of them for a covariance.
+    """
+
+    def __init__(
+        self,
+        judge: JudgeName,
+        by_row: Mapping[str, Sequence[NDArray[Any]]],
+        places: Sequence[int],
+        clips: Sequence[str],
+    ) -> None:
+        self.framewise = judge.features[0].startswith("inception")
+        self.by_clip = {row: [values[i] for i in places] for row, values in by_row.items()}
+        self.clips = [clips[i] for i in places]
+        self.clusters = [clip for clip, values in zip(self.clips, self.by_clip[REAL], strict=True) for _ in values]
+        if len(self.clusters) < 2:
+            raise UserError(f"{judge.metric} needs at least 2 clips, 1 is left; ask for more, or leave this judge out")
+        names, each = list(dict.fromkeys(self.clips)), len(self.clusters) // len(self.clips)
+        odd = set(names[1::2])
+        self.halves = [[i for i, clip in enumerate(self.clips) if (clip in odd) == side] for side in (False, True)]
+        if len(names) // 2 * each < 2:
+            self.halves = []
+        self.many = len(names) >= 2 * PARTS  # of fewer videos a feature set says nothing beyond the distance
+        rows = {row: np.concatenate(values) for row, values in self.by_clip.items()}
+        if self.many:
+            sets = {row: FeatureSet.of(values, self.clusters) for row, values in rows.items()}
+            self.found = {row: frechet_to_real(of, sets[REAL]) for row, of in sets.items() if row != REAL}
+            self.values = {row: found.value for row, found in self.found.items()}
+        else:
+            moments = {row: Moments.of(values) for row, values in rows.items()}
+            self.values = {row: frechet_distance(of, moments[REAL]) for row, of in moments.items() if row != REAL}
+
+    def frechet(self, row: str) -> Estimate:
+        return Estimate(self.values[row])
+
+    def kernel(self, row: str) -> Estimate:
+        return self._kernel(self.by_clip[row], self.by_clip[REAL])
+
+    def infinity(self, row: str) -> Estimate:
+        found = self.found[row]
+        return Estimate(found.infinity, found.infinity - 1.96 * found.sd, found.infinity + 1.96 * found.sd)
+
+    def difference(self, row: str, resamples: int) -> Estimate:
+        if not self.many:
+            return Estimate(self.values[row] - self.values[TRIP])
+        return paired_frechet_difference(self.found[row], self.found[TRIP], self.clusters, resamples)
+
+    def floor(self) -> tuple[Estimate, Estimate]:
+        """Frechet and kernel distance of one half of the real clips to the other."""
+        one, other = ([self.by_clip[REAL][i] for i in half] for half in self.halves)
+        distance = frechet_distance(Moments.of(np.concatenate(one)), Moments.of(np.concatenate(other)))
+        return Estimate(distance), self._kernel(one, other)
+
+    def _kernel(self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]]) -> Estimate:
+        if not self.framewise:
+            # In float64: the kernel distance of small features is near the rounding of float32.
+            return Estimate(kernel_distance(*(np.concatenate(of).astype(np.float64) for of in (one, other))))
+        clips = min(len(one), len(other))
+        return Estimate(kernel_distance_of_frames(np.stack(one[:clips]), np.stack(other[:clips])))
+
+
+def _categories(items: Sequence[Item]) -> list[list[int]]:
+    """The places of the items of each category; of all where there are none."""
+    names = dict.fromkeys(item.category for item in items)
+    return [[i for i, item in enumerate(items) if item.category == name] for name in names]
+
+
+def together(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of categories' estimates; their clips are drawn apart, so the half widths add in quadrature."""
+    value = float(np.mean([e.value for e in estimates]))
+    if len(estimates) == 1:
+        return estimates[0]
+    low, high = [e.ci_low for e in estimates], [e.ci_high for e in estimates]
+    if None in low or None in high:
+        return Estimate(value)
+    below = float(np.sqrt(sum((e.value - (e.ci_low or 0.0)) ** 2 for e in estimates))) / len(estimates)
+    above = float(np.sqrt(sum(((e.ci_high or 0.0) - e.value) ** 2 for e in estimates))) / len(estimates)
+    return Estimate(value, value - below, value + above)

@@ -1,0 +1,163 @@
+"""The rows of the table: where the frames of each come from, what is recorded of a clip, and features at rest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
+from tasks.evaluate.protocol.baselines import READERS, Method, read_method
+from tasks.evaluate.protocol.protocol import Item
+from tasks.metrics.extractors.extractor import Judge, JudgeName, judge_item
+from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, psnr_curve, smoothness_residual, ssim_curve
+from tasks.records import digest
+from tasks.video.decode import ClipError
+
+# The two reference rows stand in every table: a still clip scores 100 on consistency, so a score alone says nothing.
+# BASE is what the model's base does before training: without it nobody knows what training adds.
+FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
+HASHES = ("content", "shifted")  # of a record: which pixels were looked at, all of a clip and those for sets
+RECORDS_VERSION = 1  # of what `measure` says; another one is never read
+
+Pixels = NDArray[np.uint8]
+Features = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a reference that follows from the real clip, or the videos of a method (TRIP's own are such, too)."""
+
+    name: str
+    method: Method | None = None
+
+    def record_id(self, made: Mapping[str, Any]) -> str:
+        """The folder of its records; `made` is what decides the real clips, and whether sets of them are `shifted`."""
+        own = [self.method.identity, self.method.given_frame] if self.method else self.name
+        return digest({**made, "row": own, "version": RECORDS_VERSION})
+
+    def has(self, item: Item) -> bool:
+        return self.method is None or item.key in self.method.files
+
+    def frames(self, item: Item, real: Pixels) -> tuple[Pixels, Pixels | None]:
+        """The clip as its user gets it, uint8 of the real clip's shape, and a method's own frame 1 [H, W, 3].
+
+        Raises:
+            ClipError: a method's video that is damaged or too short.
+        """
+        if self.method is None:
+            return (real if self.name == REAL else np.repeat(real[:1], len(real), axis=0)), None
+        frames = read_method(self.method.files[item.key], len(real), real.shape[1])
+        return (shown(frames, real) if self.method.given_frame else frames), frames[0]
+
+    def shifted(self, pixels: Pixels) -> Pixels:
+        """The frames by which a shifted protocol compares sets: real ones from the given one on, made ones after it."""
+        return pixels[:-1] if self.name == REAL else pixels[1:]
+
+
+def content_sha256(pixels: Pixels, caption: str) -> str:
+    """Hex sha256 of what a judge is shown: equal clips are judged once, whatever row they stand in."""
+    return hashlib.sha256(f"{pixels.shape}{caption}\0".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def measure(pixels: Pixels, real: Pixels, first: Pixels | None) -> dict[str, Any]:
+    """The numbers that pixels alone give of one clip of a row, `first` being a method's own frame 1.
+
+    PSNR and SSIM are to the true frames: at frame 1 how a method keeps the given image, then how it drifts away.
+    """
+    numbers: dict[str, Any] = {
+        "magnitude": motion_magnitude(pixels),
+        "distance": clip_distance(pixels, real),
+        "flicker": flicker(pixels),
+        "smoothness": smoothness_residual(pixels),
+    }
+    if first is not None:
+        made = np.concatenate([first[None], pixels[1:]])
+        numbers |= {"psnr": psnr_curve(made, real).tolist(), "ssim": ssim_curve(made, real).tolist()}
+    return numbers
+
+
+def part_for(judge: JudgeName, parts: Mapping[str, Any]) -> str:
+    """Which part of a clip a judge is shown, of those of HASHES that there are."""
+    return "shifted" if judge.of_sets and "shifted" in parts else "content"
+
+
+def features_address(output: str, judge: JudgeName, content: str) -> str:
+    return storage.join(output, "features", judge.id, f"{content}.npz")
+
+
+def look(
+    output: str,
+    row: Row,
+    made: Mapping[str, Any],
+    batch: Batch,
+    reals: Sequence[Pixels],
+    judges: Sequence[Judge],
+) -> None:
+    """Measures and judges the clips of a batch in one row and keeps what comes of it; equal clips are judged once.
+
+    A video that cannot be used is recorded with its reason: whoever sums up decides what that means.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for item, real in zip(batch, reals, strict=True):
+        if not row.has(item):
+            continue
+        try:
+            pixels, first = row.frames(item, real)
+        except ClipError as error:
+            records[item.key] = {"failed": error.reason, "detail": error.detail}
+            continue
+        parts = {"content": pixels} | ({"shifted": row.shifted(pixels)} if "shifted" in made else {})
+        record = {name: content_sha256(part, item.caption) for name, part in parts.items()}
+        for judge in judges:
+            part = part_for(judge.name, parts)
+            address = features_address(output, judge.name, record[part])
+            if not storage.exists(address):
+                save_arrays(address, judge_item(judge, item.key, parts[part], item.caption))
+        records[item.key] = record | measure(pixels, real, first)
+    storage.write_json(_record_address(output, row, made, batch), records)  # last: the features are there
+
+
+def _record_address(output: str, row: Row, made: Mapping[str, Any], batch: Batch) -> str:
+    return storage.join(output, "records", row.record_id(made), f"{digest([item.key for item in batch])}.json")
+
+
+def read_records(output: str, row: Row, made: Mapping[str, Any], plan: Sequence[Batch]) -> dict[str, dict[str, Any]]:
+    """The records of a row that are there, by item key."""
+    addresses = [_record_address(output, row, made, batch) for batch in plan]
+    present = set(storage.list_dir(storage.join(output, "records", row.record_id(made))))
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = pool.map(storage.read_json, [a for a in addresses if a.rpartition("/")[2] in present])
+        return {key: record for part in parts for key, record in part.items()}
+
+
+def unjudged(
+    output: str, table: Sequence[Row], made: Mapping[str, Any], plan: Sequence[Batch], judges: Sequence[JudgeName]
+) -> list[tuple[tuple[str, ...], Batch]]:
+    """The batches that are not judged in all rows, each with the rows that lack a record or a judge's features."""
+    folders = [storage.join(output, "features", judge.id) for judge in judges]
+    held = [{file.removesuffix(".npz") for file in storage.list_dir(folder)} for folder in folders]
+    judged = list(zip(judges, held, strict=True))
+
+    def lacks(row: Row, item: Item) -> bool:
+        record = records[row.name].get(item.key)
+        if record is None:
+            return row.has(item)
+        return "content" in record and any(record[part_for(judge, record)] not in held for judge, held in judged)
+
+    records = {row.name: read_records(output, row, made, plan) for row in table}
+    tasks = [(tuple(row.name for row in table if any(lacks(row, i) for i in batch)), batch) for batch in plan]
+    return [(names, batch) for names, batch in tasks if names]
+
+
+def load_features(output: str, judge: JudgeName, records: Sequence[Mapping[str, Any]]) -> list[Features]:
+    """What a judge made of the clips of these records, in their order."""
+    addresses = [features_address(output, judge, record[part_for(judge, record)]) for record in records]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(load_arrays, addresses))

@@ -1,0 +1,1 @@
+"""Metrics of video: distances, consistency, motion, and the statistics of their intervals."""

@@ -1,0 +1,222 @@
+"""Decodes videos into clips, on a time grid (Section 4.1) or with a stride.
+
+*Pixels* are always uint8 [F, H, W, 3] RGB, centre-cropped to a square after resizing the shorter side, unless a clip
+is asked for with `fit="squash"`.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from tasks.video.frame import frame_box, has_full_range, to_square
+from tasks.video.selective_decode import can_spare, needed_frames
+from trip_model.config import Fit
+
+# Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.
+CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
+
+
+class ClipError(ValueError):
+    """A video that cannot become a clip: `reason` is a word to count by, `detail` a sentence for a person."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded window of a video, or the whole of it as a track."""
+
+    pixels: np.ndarray  # uint8 [F, H, W, 3]
+    times: np.ndarray  # float32 [F], seconds since the video's first shown frame, the true stamps
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def read_windows(
+    source: bytes | str | Path,
+    num_frames: int,
+    fps: float,
+    size: int,
+    windows: int = 1,
+    start_seconds: float = 0.0,
+    fit: Fit = "crop",
+    stride: int | None = None,
+) -> list[Clip]:
+    """Decodes up to `windows` non-overlapping clips from one video, each of `num_frames` frames on a time grid.
+
+    The grid lies on presentation stamps relative to the first shown frame: grid point k takes the frame on show at
+    `start + k / fps` (the last one stamped at or before it), so variable frame rates and late starts come out right.
+    Every frame is converted at most once and only when a grid point needs it; one that nothing needs may not even be
+    decoded, and what is wrong with it then goes unnoticed. A file that breaks off gives the windows before the break,
+    and `info` says what broke; `info` also counts frames that the decoder had to mend (of all those that it decoded,
+    shown or not) and stamps that run backwards.
+
+    With a stride there is no grid: frames 0, stride, 2 * stride .. of all that the decoder gives are taken, whatever
+    their stamps say.
+
+    Args:
+        source: the bytes of a video file, or its path.
+        num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
+        windows: how many clips at most; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
+            frame `w * num_frames * stride`.
+        fit: what of a frame comes into the square. stride: None takes the grid; there is no `start_seconds` with it.
+    Raises:
+        ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the first window was
+            whole) or `too_short`. MemoryError: the frames do not fit.
+    """
+    chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, size, start_seconds, fit, stride)
+    return [
+        _clip(chosen[window * num_frames : (window + 1) * num_frames], info | {"window": window}, start_seconds)
+        for window in range(len(chosen) // num_frames)
+    ]
+
+
+def read_track(
+    source: bytes | str | Path,
+    num_frames: int,
+    fps: float,
+    size: int,
+    longest: int,
+    fit: Fit = "crop",
+    stride: int | None = None,
+) -> list[Clip]:
+    """Decodes a whole video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
+
+    Args:
+        num_frames: frames that the track has at least. longest: frames after which it is cut off; `info` then says so.
+    Returns:
+        The track alone, a list as `read_windows` gives it.
+    Raises:
+        ClipError, MemoryError: as `read_windows`.
+    """
+    # One more tells whether the video goes on.
+    chosen, info = _read_grid(source, num_frames, longest + 1, fps, size, 0.0, fit, stride)
+    return [_clip(chosen[:longest], info | ({"cut_off_at": longest} if len(chosen) > longest else {}))]
+
+
+def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0) -> Clip:
+    """The first clip of a video, see `read_windows`."""
+    return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
+
+
+def _clip(part: list[tuple[float, np.ndarray]], info: dict[str, Any], start_seconds: float = 0.0) -> Clip:
+    times = np.asarray([t + start_seconds for t, _ in part], dtype=np.float32)
+    return Clip(np.stack([pixels for _, pixels in part]), times, info)
+
+
+def _read_grid(
+    source: bytes | str | Path,
+    least: int,
+    wanted: int,
+    fps: float,
+    size: int,
+    start_seconds: float = 0.0,
+    fit: Fit = "crop",
+    stride: int | None = None,
+    sparing: bool = True,
+) -> tuple[list[tuple[float, np.ndarray]], dict[str, Any]]:
+    """`least` to `wanted` frames as `read_windows` takes them, (time, pixels), and what the decoder says of them.
+
+    `sparing`: decodes only what is needed; a file for which that cannot be told, or damaged, is then read anew in full.
+    """
+    if stride is not None and (stride < 1 or start_seconds):
+        raise ValueError(f"stride {stride} from {start_seconds:g} s on, expected at least 1 and from 0 s on")
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    step, half_step = 1.0 / fps, 0.5 / fps
+    chosen: list[tuple[float, np.ndarray]] = []
+    reformatter = VideoReformatter()
+    corrupt = backward = 0
+    broken = ""
+    info: dict[str, Any] = {}
+    duration = 0.0
+    try:
+        with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise ClipError("no_video_stream", "the file holds no video stream")
+            stream = container.streams.video[0]
+            aspect = float(stream.sample_aspect_ratio or 1)
+            stream.thread_type = "SLICE"
+            stream.codec_context.thread_count = 1  # automatic threads under many workers can hang for good
+            info = {
+                "codec": stream.codec_context.name,
+                "container": container.format.name,
+                "average_fps": float(stream.average_rate or 0),
+                "width": stream.codec_context.width,
+                "height": stream.codec_context.height,
+            }
+            first: float | None = None
+            shown: av.VideoFrame | None = None
+            shown_time = 0.0
+
+            def take() -> None:
+                assert shown is not None
+                if stride is None and chosen and chosen[-1][0] == shown_time:
+                    chosen.append(chosen[-1])
+                else:
+                    chosen.append((shown_time, to_square(shown, size, aspect, reformatter, fit)))
+                if len(chosen) == 1:
+                    info.update(
+                        pixel_format=shown.format.name,
+                        range="full" if has_full_range(shown) else "limited",
+                        rotation=shown.rotation,
+                        pixel_aspect=aspect,
+                        resize_crop=list(frame_box(shown, size, aspect, fit)),
+                    )
+
+            sparing = sparing and stride is None and can_spare(stream)  # frames are counted as they come
+            some = needed_frames(container, stream, wanted, step, start_seconds)
+            for count, frame in enumerate(some if sparing else container.decode(stream)):
+                if frame.pts is None or frame.time is None:
+                    raise ClipError("no_timestamps", "a frame carries no presentation stamp")
+                corrupt += bool(frame.is_corrupt)
+                backward += shown is not None and frame.time < shown.time
+                first = frame.time if first is None else first
+                now = frame.time - first - start_seconds
+                if stride is not None:
+                    shown, shown_time = frame, now
+                    if count % stride == 0:
+                        take()
+                else:
+                    while shown is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
+                        take()
+                duration = max(duration, now)
+                if len(chosen) == wanted:
+                    break
+                if frame.time >= first:
+                    shown, shown_time = frame, now
+            # The last frame stays on show for its own length; half a grid step of grace covers a rounded-down end.
+            rate = float(stream.average_rate or fps)
+            end = duration + min(1.0 / rate if rate > 0 else half_step, step)
+            while stride is None and shown is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
+                take()
+    except (av.FFmpegError, ValueError) as error:
+        if isinstance(error, ClipError | MemoryError):
+            raise
+        if sparing:
+            return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, sparing=False)
+        broken = f"{type(error).__name__} after {len(chosen)} {'grid ' if stride is None else ''}frames"
+        if len(chosen) < least:
+            raise ClipError("damaged" if chosen else "undecodable", broken) from error
+
+    if len(chosen) < least:
+        raise ClipError(
+            "too_short",
+            f"{max(duration, 0):.2f} s give {len(chosen)} frames at "
+            f"{f'{fps:g} fps' if stride is None else f'a stride of {stride}'}, {least} are needed",
+        )
+    info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
+    if broken:
+        info["broken"] = broken
+    return chosen, info

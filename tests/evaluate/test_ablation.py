@@ -1,0 +1,122 @@
+"""The ablation's comparison: paired by seed and clip, honest about seeds, and refusing arms that do not match."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from infra import storage
+from tasks.evaluate.report.ablation import Arm, compare, tables, two_way_mean, verdicts, write
+from tasks.records import UserError
+
+CLIPS, FRECHET = 24, "rfd-motion"
+
+
+def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLIPS, base: bool = True) -> Arm:
+    """An evaluation on disk whose clips differ greatly and whose variants differ by `worse` and little noise."""
+    of_clips = np.random.default_rng(0)
+    noise = np.random.default_rng([sum(variant.encode()), seed])
+    lines = []
+    for clip in range(clips):
+        hard = of_clips.uniform(0.01, 0.2)
+        lines.append(
+            {
+                "key": f"{clip}_000",
+                "clip": str(clip),
+                "distance_trip": hard + worse + noise.normal(0, 0.003),
+                "magnitude_trip": 0.1 * (1 + worse),
+                "magnitude_real": 0.1,
+                **{f"consistency_{k}_{row}": 90.0 for k in ("4", "all") for row in ("trip", "real")},
+                **({"distance_base": hard + 0.1, "magnitude_base": 0.15} if base else {}),
+                **({f"consistency_{k}_base": 80.0 for k in ("4", "all")} if base else {}),
+            }
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    uri = storage.join(root, f"{variant}-{seed}")
+    storage.write_bytes(storage.join(uri, "per_clip.csv"), text.getvalue().encode())
+    storage.write_json(
+        storage.join(uri, "report.json"),
+        {"rows": {"trip": {FRECHET: {"value": 1.0 + worse}}}, "floors": {FRECHET: {"value": 0.1}}},
+    )
+    return Arm(variant, seed, uri, 0.5)
+
+
+def arms(root: str, seeds: int = 3) -> list[Arm]:
+    worse = {"TRIP": 0.0, "TRIP_TE": 0.0, "TRIP^-": 0.02, "TRIP^W": -0.02}
+    return [arm(root, name, seed, by) for seed in range(seeds) for name, by in worse.items()]
+
+
+def test_pairing_tells_apart_what_the_spread_of_clips_would_hide() -> None:
+    comparison = compare(arms("memory://ablation-paired"))
+    minus = comparison.differences["TRIP^-"]["clip_distance"]
+    assert minus.value == pytest.approx(0.02, abs=0.002)
+    assert minus.ci_low is not None and minus.ci_high is not None
+    assert 0.015 < minus.ci_low < minus.value < minus.ci_high < 0.025  # the clips alone spread over 0.2
+    assert comparison.differences["TRIP^-"]["motion_ratio"].value == pytest.approx(0.02)
+    assert comparison.distances["TRIP^-"] == {FRECHET: [1.02] * 3}
+    said = verdicts(comparison)
+    assert [line.split(" here")[0] for line in said] == [
+        "TRIP_TE is not told apart from TRIP",
+        "TRIP^- is worse than TRIP",
+        "TRIP^W is better than TRIP",
+    ]
+    assert "in the paper FVD 39.9 against 38.9" in said[1]
+
+
+def test_an_interval_knows_that_seeds_differ() -> None:
+    """Seeds that disagree widen the interval, however many clips agree within each."""
+    agreed = np.tile(np.linspace(-1, 1, 100), (3, 1))
+    split = agreed + np.array([[-1.0], [0.0], [1.0]])
+    clips = [str(i) for i in range(100)]
+    narrow, wide = two_way_mean(agreed, clips), two_way_mean(split, clips)
+    assert narrow.value == pytest.approx(wide.value, abs=1e-12)
+    assert narrow.ci_high is not None and wide.ci_high is not None
+    assert narrow.ci_high < 0.15 and wide.ci_high > 0.6
+    alone = two_way_mean(split[:1], clips)
+    assert alone.ci_high is not None and alone.ci_high < -0.8
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    random, covered = np.random.default_rng(1), 0
+    for trial in range(200):
+        values = random.normal(size=(1, 30)) + random.normal(size=(10, 1)) + random.normal(size=(10, 30))
+        found = two_way_mean(values, [str(i) for i in range(30)], resamples=400, seed=trial)
+        assert found.ci_low is not None and found.ci_high is not None
+        covered += found.ci_low <= 0 <= found.ci_high
+    assert 0.85 < covered / 200 <= 1.0
+
+
+def test_what_does_not_match_is_refused() -> None:
+    whole = arms("memory://ablation-refused", seeds=2)
+    with pytest.raises(UserError, match=r"missing: \['TRIP\^W with seed 1'\]"):
+        compare(whole[:-1])
+    with pytest.raises(UserError, match="needs TRIP"):
+        compare([one for one in whole if one.variant != "TRIP"])
+    other = arm("memory://ablation-refused-other", "TRIP^W", 1, clips=CLIPS - 1)
+    with pytest.raises(UserError, match=r"TRIP\^W with seed 1 was judged on other clips"):
+        compare([*whole[:-1], other])
+
+
+def test_the_report_holds_every_variant_beside_the_papers_rows() -> None:
+    comparison = compare(arms("memory://ablation-report"))
+    places = write("memory://ablation-report/out", comparison, {"recipe": "demo", "steps": 5})
+    page, text = (storage.read_bytes(places[ending]).decode() for ending in ("html", "md"))
+    for word in ("TRIP_TE", "TRIP^-", "as published, other harness", "43", "Seeds: 0, 1, 2,"):
+        assert word in page and word in text
+    values, differences, paper = tables(comparison)
+    assert values.rows[0][:5] == ["Base, not trained", values.rows[0][1], "1.500", "80.00", "80.00"]
+    distance = np.random.default_rng(0).uniform(0.01, 0.2, CLIPS).mean() + 0.1
+    assert values.rows[0][1] == f"{distance:.4f}" and "not tuned." in text
+    assert "base that was trained like one variant" in page
+    bare = compare([arm("memory://ablation-no-base", "TRIP", 0, base=False)])
+    assert not bare.base and [row[0] for row in tables(bare)[0].rows] == ["TRIP", "Real video"]
+    assert len(values.rows) == 6 and len(differences.rows) == 3 and len(paper.rows) == 4
+    assert storage.read_json(places["json"])["comparison"]["clips"] == CLIPS
+    alone = write("memory://ablation-one/out", compare(arms("memory://ablation-one", seeds=1)), {})
+    assert "say nothing of another seed" in storage.read_bytes(alone["md"]).decode()

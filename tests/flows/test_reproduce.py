@@ -1,0 +1,157 @@
+"""The whole road as a person runs it: one command, the same command again, and the same command after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.shards import ShardDataset
+from tasks.video.decode import read_clip
+from trip_model.folders import folder_hash
+from trip_model.images import load_image
+
+TINY = Path(__file__).with_name("tiny_cli.py")
+
+
+def command(base: Path, root: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(TINY), str(base), "reproduce", "--recipe", "tiny", "--root", str(root), *flags]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without a server of somebody else's, and one thread per process."""
+    left_out = ("PREFECT_", "RAY_", "MLFLOW_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(left_out)} | {
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+    }
+
+
+def run(base: Path, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(base, root, *flags), capture_output=True, text=True, timeout=900, env=environment())
+
+
+def only(folder: Path) -> Path:
+    """The one folder in a folder: content addresses leave no doubt about which run a result belongs to."""
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def state(root: Path) -> dict[str, object]:
+    """What a run comes to: the samples, the model and the scores."""
+    data = ShardDataset(str(only(root / "data")))
+    report = json.loads((only(root / "evaluate") / "report.json").read_text())
+    training = json.loads((only(root / "train") / "report.json").read_text())
+    return {
+        "samples": sorted(data.keys),
+        "manifest": data.manifest_sha256,
+        "step": training["step"],
+        "unet": folder_hash(root / "model", "unet"),
+        "fusion": folder_hash(root / "model", "fusion"),
+        "rows": report["rows"],
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A root where the tiny recipe has run, and what the command printed."""
+    root = tmp_path_factory.mktemp("road") / "run"
+    finished = run(tiny_base, root)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return root, finished.stdout
+
+
+def test_one_command_leads_from_clips_to_a_moving_photo(done: tuple[Path, str]) -> None:
+    root, said = done
+    assert len(set(ShardDataset(str(only(root / "data"))).keys)) == 12
+    photo = load_image(root / "photo.png", 32)
+    clip = read_clip((root / "animation.mp4").read_bytes(), 16, 4.0, 32)
+    assert clip.pixels.shape == (16, 32, 32, 3)
+    assert abs(clip.pixels[0].astype(int) - photo).mean() < 12  # the first frame is the photo, but for the codec
+    assert (root / "animation.gif").read_bytes().startswith(b"GIF8")
+    assert (root / "model" / "trip.json").is_file()
+    last = said[said.index("Done.") :]
+    for place in (root / "animation.mp4", root / "model", only(root / "evaluate") / "report.html"):
+        assert str(place) in last
+    assert "mlflow" in last.lower() and f"sqlite:///{root}/mlflow.db" in last
+
+
+def test_every_stage_shows_progress(done: tuple[Path, str]) -> None:
+    _, said = done
+    for stage in ("corpus", "prepare", "train", "base", "generate", "judge", "register", "animate"):
+        assert any(line.startswith(stage) for line in said.splitlines()), f"nothing was said by {stage}"
+    assert "Traceback" not in said
+
+
+def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path) -> None:
+    root, _ = done
+    before = state(root)
+    weights = {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")}
+    again = run(tiny_base, root)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert state(root) == before
+    assert {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")} == weights
+    assert "version 1" in again.stdout
+
+
+def test_a_missing_table_is_one_sentence(done: tuple[Path, str], tiny_base: Path) -> None:
+    root, _ = done
+    refused = run(tiny_base, root, "--source", str(root / "nowhere.csv"))
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ") and "nowhere.csv" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and "Traceback" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.slow
+def test_what_a_protocol_lacks_is_known_before_the_training(
+    done: tuple[Path, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    clips = str(next((done[0] / "corpus").rglob("*.csv")))
+    (tmp_path / "many.toml").write_text('title = "more clips than there are"\nnumber = 99\n')
+    asked = ["--held-out-source", clips, "--protocol", str(tmp_path / "many.toml")]
+    refused = run(tiny_base, tmp_path / "run", *asked)
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert refused.stderr.startswith("error: protocol many asks for 99 clips") and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "train").exists()
+
+
+@contextlib.contextmanager
+def started(base: Path, root: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with open(log, "ab") as out:
+        process = subprocess.Popen(command(base, root), stdout=out, stderr=out, env=environment())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["corpus", "prepare ", "train ", "generate", "register"])
+def test_a_killed_run_continues_to_the_same_result(
+    word: str, done: tuple[Path, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    whole, _ = done
+    root, log = tmp_path / "run", tmp_path / "log"
+    with started(tiny_base, root, log) as process:
+        deadline = time.monotonic() + 600
+        while f"\n{word}" not in "\n" + log.read_text(errors="replace"):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.05)
+        offspring = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+    _, left = psutil.wait_procs(offspring, timeout=90)  # Ray's agents notice after half a minute
+    assert not left, f"still there after the kill: {[p.cmdline() for p in left]}"
+    finished = run(tiny_base, root)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert state(root) == state(whole)

@@ -1,0 +1,187 @@
+"""The logged model: what lies in it, whose weights the service takes, and a fresh environment made from it alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from mlflow.models import Model
+
+from infra.tracking import connect
+from tasks.records import UserError
+from tasks.register import packaging
+from tasks.register.packaging import build_wheel, drawn_photo, mentions, requirements, without_local_paths
+from tasks.register.registry import RegisterSpec, register
+from tasks.serve.versions import AliasedModel, RegistryTrouble
+from tasks.video.decode import read_clip
+from trip_model.folders import folder_hash
+from trip_model.images import load_image
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3.12")
+DEPENDENCIES = "import mlflow; print(mlflow.pyfunc.get_model_dependencies('models:/trip@champion'))"
+CONSUMER = """
+import sys, mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/trip@champion")
+rows = pandas.DataFrame({"image": [open("photo.png", "rb").read()], "prompt": ["a red circle moving left"]})
+answer = model.predict(rows, params={"seed": 7, "steps": 2, "fps": 4.0}).iloc[0]
+open("out.mp4", "wb").write(answer["video"])
+import trip_model, importlib.metadata
+print(sys.prefix, trip_model.__file__, importlib.metadata.version("trip-i2v"), answer["num_frames"], sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model, tmp_path_factory) -> RegisterSpec:
+    """What was registered: version 1 of a registry of its own, and its champion."""
+    home = tmp_path_factory.mktemp("registry")
+    (home / "report.json").write_text(json.dumps({"rows": {}, "gate": {"passed": True}}))
+    spec = RegisterSpec(str(tiny_model), str(home), f"sqlite:///{home}/mlflow.db", check_steps=2)
+    assert register(spec).promoted
+    return spec
+
+
+@pytest.fixture(scope="module")
+def package(spec) -> Path:
+    """The folder of the logged model in the artifact store."""
+    (file,) = Path(spec.report).glob("artifacts/models/*/artifacts/MLmodel")
+    return file.parent
+
+
+def test_the_package_is_code_safetensors_and_json_without_a_path_of_this_machine(spec, package):
+    assert mentions(package, [spec.report, spec.model, str(ROOT)]) == []
+    assert not [p for p in package.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".bin", ".pyc")]
+    assert not any("+" in line for line in requirements())
+    wheels, wheel, *rest = (package / "requirements.txt").read_text().splitlines()[1:]
+    assert (wheels, rest) == ("--find-links wheels", requirements())
+    (file,) = (package / "wheels").iterdir()
+    assert file.name == f"trip_i2v-{wheel.removeprefix('trip-i2v==')}-py3-none-any.whl" and "+sha" in wheel
+    with zipfile.ZipFile(file) as archive:
+        texts = {name: archive.read(name) for name in archive.namelist()}
+    sources = [*(ROOT / "trip_model").rglob("*.py"), ROOT / "trip_model" / "py.typed"]
+    code = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in sources}
+    assert code.items() <= texts.items() and not any(str(ROOT).encode() in text for text in texts.values())
+
+
+def test_the_same_sources_give_the_same_wheel_whatever_the_umask(tmp_path):
+    built = []
+    for name, umask in (("a", 0o022), ("b", 0o077)):
+        (tmp_path / name).mkdir()
+        before = os.umask(umask)
+        try:
+            requirement = build_wheel(tmp_path / name)
+        finally:
+            os.umask(before)
+        (file,) = (tmp_path / name).iterdir()
+        built.append((requirement, file.name, file.read_bytes()))
+    assert built[0] == built[1]
+
+
+def test_a_package_without_its_checkout_cannot_be_registered(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(packaging, "PACKAGE_FOLDER", tmp_path / "trip_model")
+    with pytest.raises(UserError, match="is built from a checkout"):
+        register(spec)
+
+
+def test_the_service_takes_only_the_weights_that_were_registered(spec, package, tmp_path):
+    aliased = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
+    client = connect(spec.tracking_uri)
+    model_hash = client.get_model_version("trip", "1").tags["trip.model_sha256"]
+    assert folder_hash(aliased.fetch("1")) == model_hash
+    assert Model.load(str(package)).metadata["model_sha256"] == model_hash
+    aliased.forget_all_but()
+    weights = package / "artifacts" / "model" / "fusion" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        for _ in range(2):  # the second time without a download
+            with pytest.raises(RegistryTrouble, match=f"registered was {model_hash[:12]}"):
+                aliased.fetch("1")
+    finally:
+        weights.write_bytes(whole)
+    assert list((tmp_path / "cache").iterdir()) == []
+    again = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
+    client.delete_model_version_tag("trip", "1", "trip.model_sha256")
+    try:
+        with pytest.raises(RegistryTrouble, match="has no tag trip.model_sha256"):
+            again.fetch("1")
+    finally:
+        client.set_model_version_tag("trip", "1", "trip.model_sha256", model_hash)
+
+
+def test_paths_in_a_config_are_cut_to_their_names_and_nothing_else_changes():
+    noted = {"_name_or_path": "/home/me/base/unet", "list": ["file:///data/x", "/", "a/b"], "beta": 1e-4, "ok": None}
+    assert without_local_paths(noted) == {"_name_or_path": "unet", "list": ["x", "/", "a/b"], "beta": 1e-4, "ok": None}
+
+
+def test_the_signature_names_inputs_outputs_and_parameters_with_defaults(package):
+    model = Model.load(str(package))
+    signature = model.signature
+    assert signature is not None and signature.params is not None and model.metadata is not None
+    inputs = [(column["name"], column["type"]) for column in signature.inputs.to_dict()]
+    assert inputs == [("image", "any"), ("prompt", "string")]
+    assert signature.outputs.input_names()[:3] == ["video", "format", "num_frames"]
+    defaults = {p.name: p.default for p in signature.params}
+    assert set(defaults) == {"num_frames", "seed", "steps", "guidance", "fps", "format"}
+    assert (defaults["steps"], defaults["num_frames"], defaults["seed"], defaults["format"]) == (2, 16, 0, "mp4")
+    bounds = model.metadata["bounds"]
+    assert set(bounds) == set(defaults)
+    for name, bound in bounds.items():
+        jsonschema.validate(defaults[name], bound)
+    assert bounds["steps"] == {"minimum": 1, "maximum": 1000} and bounds["format"] == {"enum": ["mp4", "gif"]}
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("python", sorted(set(PYTHONS)))
+def test_an_environment_of_the_models_own_requirements_gives_a_video_that_begins_with_the_photo(
+    python: str, spec: RegisterSpec, tmp_path: Path
+) -> None:
+    if not shutil.which(python) or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip(f"no {python} here")
+    # MLflow leaves the addresses that this process has used in its environment.
+    ours = ("PYTHONPATH", "VIRTUAL_ENV", "MLFLOW_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    environment |= {"MLFLOW_TRACKING_URI": spec.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"PIP_NO_COMPILE": "1"}  # what is imported is compiled then; the rest need not be
+    desk, home = tmp_path / "desk", tmp_path / "environment"
+    desk.mkdir()
+
+    def run(what: str, *command: str) -> str:
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
+        print(f"{python}: {what} in {time.perf_counter() - start:.0f} s", flush=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    try:
+        run("environment made", python, "-m", "venv", str(home))
+        inside = str(home / "bin" / "python")
+        install = [inside, "-m", "pip", "install", "--quiet"]
+        run("mlflow installed", *install, f"mlflow=={importlib.metadata.version('mlflow')}")
+        listed = run("requirements asked for", inside, "-c", DEPENDENCIES).split()[-1]
+        run("requirements installed", *install, "-r", listed)
+        (desk / "photo.png").write_bytes(drawn_photo(48))
+        (desk / "consumer.py").write_text(CONSUMER)
+        said = run("loaded, predicted, written", inside, "consumer.py").splitlines()
+        prefix, module, version, frames = said[-4:]
+    finally:
+        shutil.rmtree(home, ignore_errors=True)  # about 6 GB with the CUDA build of torch
+    assert Path(prefix) == home
+    assert Path(module).is_relative_to(home / "lib") and "site-packages" in module
+    assert "+sha" in version
+    clip = read_clip(desk / "out.mp4", int(frames), 4.0, 32)
+    assert clip.pixels.shape == (int(frames), 32, 32, 3)
+    difference = np.abs(clip.pixels[0].astype(int) - load_image(drawn_photo(48), 32).astype(int)).mean()
+    print(f"{python}: trip-i2v {version}, frame 1 differs from the photo by {difference:.2f} of 255")
+    assert difference < 8

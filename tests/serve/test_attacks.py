@@ -1,0 +1,425 @@
+"""What strangers send to the service over a real connection: files by name, other sites, huge bodies, calls cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from tasks.register.packaging import drawn_photo
+from tasks.serve.api import create_app
+from tasks.serve.engine import Engine
+from tasks.serve.gateway import Desk
+from tasks.serve.limits import MAX_BODY_BYTES, MAX_IMAGE_BYTES, read_json
+from tasks.serve.messages import EngineSpec
+from tasks.serve.web_ui import mount_page
+from trip_model.images import load_image
+
+PROMPT = "a red circle moving right"
+SECRET = "nobody may read this"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    from tasks.register.registry import RegisterSpec, register
+
+    home = tmp_path_factory.mktemp("attacks")
+    (home / "report.json").write_text('{"rows": {}, "gate": {"passed": true, "reasons": []}}')
+    uri = f"sqlite:///{home}/mlflow.db"
+    register(RegisterSpec(str(tiny_model), str(home), uri, check_steps=1), lambda _: None)
+    engine = Engine(EngineSpec("trip", "champion", uri, str(home / "cache"), max_queue=4))
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gradio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        yield
+
+
+@contextmanager
+def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]:
+    desk = Desk(engine, 60)
+    app = mount_page(create_app(desk, key), desk, key)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", desk
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def service(engine: Engine) -> Iterator[tuple[str, Desk]]:
+    with served(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service[0], timeout=60) as client:
+        yield client
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    fields = {"image": base64.b64encode(drawn_photo(48)).decode(), "prompt": PROMPT, "num_frames": 2, "steps": 1}
+    return {**fields, **changes}
+
+
+def file_data(path: str, **more: Any) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def queue(client: httpx.Client, data: list[Any], fn_index: int = 0, session: str = "s") -> str:
+    """What Gradio tells of one call through its queue."""
+    body = {"data": data, "fn_index": fn_index, "session_hash": session}
+    joined = client.post("/gradio_api/queue/join", json=body)
+    if joined.status_code != 200:
+        return joined.text
+    return client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files that the process can read: a database's and a picture's among them."""
+    folder = tmp_path_factory.mktemp("private")
+    (folder / "mlflow.db").write_text(SECRET)
+    Image.new("RGB", (64, 64), "red").save(folder / "private.png")
+    return ["/etc/hostname", "/proc/self/environ", str(folder / "mlflow.db"), str(folder / "private.png")]
+
+
+def test_a_file_that_was_not_uploaded_is_not_read_by_any_function_of_the_page(client, private):
+    rest = [PROMPT, "7", 1, 1, 2, 4, None]
+    config = client.get("/config").json()
+    inputs = {fn["id"]: len(fn["inputs"]) for fn in config["dependencies"]}
+    for number, path in enumerate(private):
+        forged = file_data(path)
+        shapes = [
+            [forged, *rest],
+            [forged | {"url": "data:image/png;base64,aGk="}, *rest],
+            [file_data("/tmp/x.png", url=f"file://{path}"), *rest],
+            [{"a": forged, **forged}, *rest],
+            [None, [forged], *rest[1:]],  # in a component that takes no files
+            [None, *rest[:-1], [forged]],  # in the session's state
+        ]
+        for shape, data in enumerate(shapes):
+            for fn, count in inputs.items():
+                told = queue(client, (data + [forged] * count)[:count], fn, f"s{number}{shape}{fn}")
+                assert "trip-7.mp4" not in told and SECRET not in told, (path, shape, fn, told)
+        # Gradio gives what lies here to everybody.
+        assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob(Path(path).name)), path
+
+
+def test_no_route_of_the_page_gives_or_takes_a_file_of_the_server(client, private):
+    for path in private:
+        forged = file_data(path)
+        for route in ("file=", "file/", "stream/", "proxy=", "file=file://", "file=/../..", "file=%2e%2e"):
+            assert client.get(f"/gradio_api/{route}{path}").status_code in (403, 404), route
+        for route in ("run/animate", "api/predict", "call/animate", "call/v2/animate", "component_server", "stream/1"):
+            body = {"data": [forged, PROMPT, "7", 1, 1, 2, 4, None], "fn_index": 0, "session_hash": "r",
+                    "component_id": 3, "fn_name": "preprocess"}  # fmt: skip
+            assert client.post(f"/gradio_api/{route}", json=body).status_code == 404, route
+        assert client.post("/gradio_api/process_recording", files={"video": b"a"}).status_code == 404
+        for address in (f"/?deep_link=../../{path}", f"/config?deep_link=../../{path}", f"/static/../../{path}",
+                        f"/assets/..%2f..%2f..{path}", f"/svelte/..%2f..%2f..{path}"):  # fmt: skip
+            answer = client.get(address)
+            assert Path(path).read_bytes()[:16] not in answer.content, address
+    assert client.get("/gradio_api/file=http://127.0.0.1:9/a.png").status_code == 404
+    assert "not its address" in queue(client, [file_data("http://127.0.0.1:9/a.png"), PROMPT, "7", 1, 1, 2, 4, None])
+
+
+def test_every_route_of_gradio_that_the_page_does_not_need_is_absent(client):
+    for route in ("monitoring", "monitoring/summary", "gradio_api/deep_link?session_hash=s", "gradio_api/runs",
+                  "gradio_api/vibe-code/", "gradio_api/openapi.json", "gradio_api/profiling/traces"):  # fmt: skip
+        answer = client.get(f"/{route}")
+        assert answer.status_code == 404 and answer.json()["error"]["status"] == 404, route
+
+
+def test_an_upload_of_ones_own_becomes_a_clip(client):
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", drawn_photo(48))}).json()
+    told = queue(client, [file_data(path, orig_name="a.png"), PROMPT, "7", 1, 1, 2, 4, None], session="own")
+    assert "trip-7.mp4" in told and '"success":true' in told
+    file = next(json.loads(line[6:]) for line in told.splitlines() if "process_completed" in line)["output"]["data"][0]
+    assert client.get(f"/gradio_api/file={(file.get('video') or file)['path']}").status_code == 200
+
+
+def test_a_file_that_is_no_photo_gets_our_sentence_and_is_opened_by_no_one_else(client):
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.eps", script)}).json()
+    told = queue(client, [file_data(path, orig_name="a.eps"), PROMPT, "7", 1, 1, 2, 4, None], session="eps")
+    assert "image is not one that can be read" in told
+
+
+def test_an_upload_and_a_call_of_the_page_have_a_size(client):
+    part = b"0" * (MAX_IMAGE_BYTES // 2)
+    many = client.post("/gradio_api/upload", files=[("files", (f"{n}.png", part)) for n in range(3)])
+    assert many.status_code == 413 and "the page sends at most" in many.json()["error"]["message"]
+    call = client.post("/gradio_api/queue/join", json={"data": ["0" * 10**5], "fn_index": 0, "session_hash": "s"})
+    assert call.status_code == 413
+    endless = client.post("/gradio_api/queue/join", content=iter([b"{}"]), headers={"Content-Type": "application/json"})
+    assert endless.status_code == 411
+
+
+PAGES = ("/", "/config", "/v1/animate", "/gradio_api/queue/join", "/gradio_api/info")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "trip.example.org"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+def test_a_page_of_another_site_reads_nothing_and_starts_nothing(client, host, origin):
+    headers = {"Host": host, "Origin": origin, "Cookie": "access-token-x=y"}
+    for path in PAGES:
+        ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        for method, more in (("GET", {}), ("OPTIONS", ask), ("POST", {})):
+            answer = client.request(method, path, headers=headers | more)
+            told = {name for name in answer.headers if name.startswith("access-control-allow-")}
+            assert not told & {"access-control-allow-origin", "access-control-allow-credentials"}, (method, path)
+            if method == "POST":
+                assert answer.status_code == 403 and "another site" in answer.json()["error"]["message"]
+    form = client.post("/v1/animate", data={"prompt": PROMPT}, files={"image": drawn_photo(48)}, headers=headers)
+    assert form.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "trip.example.org", "Origin": "https://trip.example.org"}, 200),
+        ({"Host": "inside:8000", "Origin": "https://trip.example.org", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "trip.example.org", "Origin": "https://trip.example.org", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({}, 200),
+    ],
+    ids=["own page", "behind a proxy that changes Host", "the browser says cross-site", "a program"],
+)
+def test_our_page_and_programs_are_answered(client, headers, status):
+    assert client.post("/v1/animate", json=good(), headers=headers).status_code == status
+
+
+def test_no_header_makes_the_page_name_another_host(client):
+    for header in ("X-Forwarded-Host", "X-Gradio-Server"):
+        for path in ("/", "/config"):
+            assert "evil.example" not in client.get(path, headers={header: "https://evil.example"}).text, header
+
+
+def test_the_login_cookie_stays_on_our_site(engine):
+    with served(engine, "key") as (address, _):
+        answer = httpx.post(f"{address}/login", data={"username": "a", "password": "key"})
+        cookies = answer.headers.get_list("set-cookie")
+        assert answer.status_code == 200 and len(cookies) == 2
+        assert all("samesite=lax" in cookie.lower() for cookie in cookies), cookies
+        assert httpx.get(f"{address}/config").status_code == 401
+
+
+def test_wrong_methods_and_head_are_answered_by_the_api_and_not_by_the_page(client):
+    for method, path, allowed in (("GET", "/v1/animate", "POST"), ("DELETE", "/healthz", "GET")):
+        answer = client.request(method, path)
+        assert answer.status_code == 405 and allowed in answer.headers["allow"], (method, path)
+        assert answer.json()["error"]["status"] == 405
+    assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
+    assert client.get("/nothing").status_code == 404 and client.get("/nothing").json()["error"]["request_id"]
+
+
+def huge(shape: str) -> dict[str, Any]:
+    """A body of about 20 MB."""
+    size = MAX_BODY_BYTES - 2**12
+    part = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n'
+    as_json = {"Content-Type": "application/json"}
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    body, headers = {
+        "a million keys": lambda: (b"{" + b",".join(b'"%d":1' % key for key in range(1_500_000)) + b"}", as_json),
+        "many keys of one object inside": lambda: (b'{"image":{"a":1' + b',"a":1' * (size // 6) + b"}}", as_json),
+        "deep lists": lambda: (b'{"image":' + b"[" * size, as_json),
+        "deep objects": lambda: (b'{"a":' * (size // 5), as_json),
+        "a long list": lambda: (b'{"image":[' + b"1," * (size // 2) + b"1]}", as_json),
+        "a giant string": lambda: (b'{"prompt":"' + b"a " * (size // 2) + b'"}', as_json),
+        "a string of escapes": lambda: (b'{"image":"' + b"\\u0041" * (size // 6) + b'"}', as_json),
+        "a string of quotes": lambda: (b'{"image":"' + b'\\"' * (size // 2) + b'"}', as_json),
+        "a string for a number": lambda: (b'{"image":"","prompt":"a","steps":"' + b"9" * size + b'"}', as_json),
+        "a giant name": lambda: (b'{"' + b"a" * size + b'":1}', as_json),
+        "giant base64": lambda: (b'{"prompt":"a","image":"' + b"AAAA" * (size // 4) + b'"}', as_json),
+        "bytes that are no text": lambda: (b'{"image":"' + b"\xff\xc3" * (size // 2) + b'"}', as_json),
+        "a giant int": lambda: (b'{"steps":' + b"9" * size + b"}", as_json),
+        "a giant float": lambda: (b'{"steps":1.' + b"9" * size + b"}", as_json),
+        "spaces": lambda: (b'{"steps":' + b" " * size + b"1}", as_json),
+        "many fields": lambda: (b"1\r\n".join(part % b"a" for _ in range(size // 52)), form),
+        "a field of boundaries that are none": lambda: (part % b"image" + b"\r\n--" * (size // 4), form),
+        "a file of returns": lambda: (part % b'image"; filename="a' + b"\r" * size + b"\r\n--x--", form),
+        "headers of a part": lambda: (b"--x\r\n" + b"a: b\r\n" * (size // 6), form),
+    }[shape]()
+    assert size * 0.7 < len(body) < MAX_BODY_BYTES
+    return {"content": body, "headers": headers}
+
+
+SHAPES = (
+    "a million keys", "many keys of one object inside", "deep lists", "deep objects", "a long list", "a giant string",
+    "a string of escapes", "a string of quotes", "a string for a number", "a giant name", "giant base64",
+    "bytes that are no text", "a giant int", "a giant float", "spaces", "many fields",
+    "a field of boundaries that are none", "a file of returns", "headers of a part",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_huge_body_of_any_shape_is_refused_and_keeps_nobody_waiting(engine, shape):
+    request, app = huge(shape), create_app(Desk(engine, 60))
+
+    async def go() -> tuple[httpx.Response, float]:
+        """The answer, and the longest time that another task of the event loop waited meanwhile."""
+        longest, over = 0.0, False
+
+        async def watch() -> None:
+            nonlocal longest
+            while not over:
+                start = time.perf_counter()
+                await asyncio.sleep(0.005)
+                longest = max(longest, time.perf_counter() - start)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://trip") as client:
+            watching = asyncio.ensure_future(watch())
+            answer = await client.post("/v1/animate", **request)
+            over = True
+            await watching
+        return answer, longest
+
+    waits = []
+    for _ in range(4):  # a busy machine may take the processor away
+        answer, longest = asyncio.run(go())
+        assert answer.status_code in (400, 413, 422), answer.text
+        assert len(answer.json()["error"]["message"]) < 300
+        waits.append(longest)
+        if longest < 0.2:
+            break
+    assert min(waits) < 0.2, waits
+
+
+def test_the_photo_is_cut_out_of_json_and_comes_back_whole():
+    photo = base64.b64encode(np.random.default_rng(1).bytes(200_000)).decode()
+    for fields in ({"image": photo, "prompt": 'say "hi", [now]'}, {"prompt": photo, "image": "a"}, {"a": [photo]}):
+        body = json.dumps(fields).encode()
+        if "a" in fields:
+            assert read_json(body)["a"] != [photo]  # no value of a request is a list
+        else:
+            assert read_json(body) == read_json(body.replace(b"/", b"\\/")) == fields
+    with pytest.raises(ValueError, match="besides the photo"):
+        read_json(json.dumps({"image": photo, "prompt": photo}).encode())
+    assert read_json(json.dumps([photo]).encode()) != {}
+
+
+def test_padding_inside_of_base64_is_refused_also_at_the_end_of_a_part(client):
+    text = ("A" * (2**20 - 4) + "AA==") * 2
+    answer = client.post("/v1/animate", json=good(image=text))
+    assert answer.status_code == 400 and "not base64" in answer.json()["error"]["message"]
+
+
+def bad_exif() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 80), (20, 120, 220)).save(buffer, "PNG", exif=b"Exif\0\0garbage!data")
+    return buffer.getvalue()
+
+
+def test_malformed_exif_turns_nothing_and_the_photo_is_taken(client):
+    pixels = load_image(bad_exif(), 32)
+    assert pixels.shape == (32, 32, 3) and (pixels == (20, 120, 220)).all()
+    answer = client.post("/v1/animate", json=good(image=base64.b64encode(bad_exif()).decode()))
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("place", ["load_image", "generate", "_clip"])
+def test_whatever_a_request_raises_it_is_answered_and_the_engine_lives(client, engine, monkeypatch, place):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RecursionError("a decoder went wrong")
+
+    with monkeypatch.context() as patch:
+        if place == "load_image":
+            patch.setattr("tasks.serve.engine.load_image", fail)
+        elif place == "generate":
+            patch.setattr(type(engine._live.pipe), "generate", fail)
+        else:
+            patch.setattr(engine, "_clip", fail)
+        answer = client.post("/v1/animate", json=good())
+    assert answer.status_code == (400 if place == "load_image" else 500)
+    assert "RecursionError" in answer.json()["error"]["message"] and "went wrong" not in answer.text
+    assert engine.alive() and client.post("/v1/animate", json=good()).status_code == 200
+
+
+def hang_up(address: str, accept: str, **changes: Any) -> None:
+    """Sends a request and closes the connection without waiting for its answer."""
+    body = json.dumps(good(**changes)).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/animate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(0.3)
+
+
+def until(what: Any, seconds: float = 20) -> float:
+    start = time.monotonic()
+    while not what():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("accept", ["video/mp4", "application/json", "application/x-ndjson"])
+def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, accept):
+    address, desk = service
+    long = {"num_frames": 16, "steps": 250}
+    with socket.create_connection(tuple(address.removeprefix("http://").split(":"))) as first:  # type: ignore[arg-type]
+        body = json.dumps(good(**long)).encode()
+        first.sendall(
+            b"POST /v1/animate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            + f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        until(lambda: desk.under_way == 1 and not engine._waiting)
+        before = ended(client, 499)
+        threads = [threading.Thread(target=hang_up, args=(address, accept), kwargs=long) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(engine._waiting) == 4)
+        for thread in threads:
+            thread.join()
+        assert until(lambda: not engine._waiting) < 1
+        assert desk.under_way == 1  # the first is still computed
+    assert until(lambda: not desk.under_way) < 1  # and not any more
+    until(lambda: ended(client, 499) == before + 5)
+    assert client.post("/v1/animate", json=good()).status_code == 200
+
+
+def ended(client: httpx.Client, status: int) -> float:
+    """How many requests ended with a status, as /metrics says."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith(f'trip_requests_total{{status="{status}"}}'))
+
+
+def test_an_upload_that_is_broken_off_is_counted_and_no_error(service, client, caplog):
+    host, port = service[0].removeprefix("http://").split(":")
+    before = ended(client, 499)
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/animate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        time.sleep(0.2)
+    until(lambda: ended(client, 499) == before + 1)
+    assert "failed" not in caplog.text

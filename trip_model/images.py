@@ -1,0 +1,119 @@
+"""Photos in, videos out: reads a photo as a square of pixels and writes pixels as mp4, gif or png.
+
+*Pixels* are uint8 [F, H, W, 3] RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_IMAGE_PIXELS = 64_000_000  # a photo larger than this is refused before it is unpacked (decompression bombs)
+MAX_ASPECT = 20  # a photo's longer side over its shorter: the shorter is resized to the frame, the longer with it
+
+
+def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Resize the shorter side to `size` and crop the centre: (new width, new height, left, top) in pixels."""
+    scale = size / min(width, height)
+    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
+    return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
+
+
+def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """A photo as uint8 [size, size, 3]: EXIF turn applied, transparency on white, centre-cropped like a video frame.
+
+    Raises:
+        ValueError: not an image, more than `MAX_IMAGE_PIXELS` pixels, or a strip longer than `MAX_ASPECT` says.
+    """
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        name = "the given bytes" if isinstance(source, bytes) else str(source)
+        try:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_IMAGE_PIXELS} are taken")
+            image.load()
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+            raise ValueError(f"{name} is not an image that can be read; give a JPEG, PNG or WebP photo") from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+                raise ValueError(f"{name}: {error.strerror}; give the path of a photo") from error
+            raise ValueError(f"{name} is damaged ({error}); give a whole JPEG, PNG or WebP photo") from error
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"a photo of {image.width}x{image.height} pixels, at most {MAX_ASPECT} times as long as wide")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF turns nothing; Pillow lists no errors for it (SyntaxError, struct.error, ...)
+        pass
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    image = image.convert("RGB")
+    width, height, left, top = square_box(image.width, image.height, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 16) -> bytes:
+    """Encodes pixels uint8 [F, H, W, 3] as an H.264 mp4 (web-playable, yuv420p) or a looping gif.
+
+    Raises:
+        ValueError: a format other than `mp4` or `gif`, or odd sides for mp4.
+    """
+    if format == "gif":
+        frames = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in pixels]
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, optimize=False
+        )
+        return buffer.getvalue()
+    if format != "mp4":
+        raise ValueError(f"video format {format!r}, expected 'mp4' or 'gif'")
+    height, width = pixels.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
+    import av  # only to write an mp4
+
+    # `faststart` reopens the file to move its index to the front, so a browser plays it before it is whole.
+    with tempfile.TemporaryDirectory(prefix="trip-mp4-") as folder:
+        path = Path(folder) / "video.mp4"
+        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            # One thread, no B-frames, no look-ahead: x264 then repeats its bytes for the same frames, nearly always.
+            stream.options = {
+                "crf": str(crf),
+                "preset": "veryfast",
+                "bf": "0",
+                "mbtree": "0",
+                "sc_threshold": "0",
+                "rc-lookahead": "0",
+            }
+            stream.codec_context.thread_count = 1
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        return path.read_bytes()
+
+
+def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:
+    """Writes pixels uint8 [F, H, W, 3] as `.mp4` or `.gif` by suffix, else as a folder of numbered png files."""
+    path = Path(path)
+    if path.suffix.lower() in (".mp4", ".gif"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video_bytes(pixels, fps, path.suffix.lower()[1:], crf))
+    elif path.suffix:
+        raise ValueError(f"{path} ends in {path.suffix!r}; name an .mp4, a .gif, or a folder for png frames")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        for index, frame in enumerate(pixels):
+            Image.fromarray(frame).save(path / f"{index:03d}.png")
+    return path
