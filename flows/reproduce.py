@@ -95,7 +95,7 @@ def reproduce(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         held_out_source: a second source to judge by; needed where the recipe keeps no frames of the first.
-        tracking_uri: where MLflow keeps runs and models; without it a SQLite file below the root.
+        tracking_uri: where MLflow keeps runs and models; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         protocol: what to judge by, as of evaluate-trip; without it the recipe's where there is a second source.
         reading: how the source is read.
         held_out_reading: how the second source is read.

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.cluster import lost_a_machine
+from infra.settings import MlflowAccess
 from infra.tracking import Tracking
 from tasks.records import digest
 from tasks.shards import read_manifest
@@ -47,6 +48,7 @@ class TrackingSpec:
     experiment: str = "trip"
     run_name: str = "train"
     artifact_location: str | None = None
+    access: MlflowAccess = field(default_factory=MlflowAccess)
 
 
 def train(
@@ -231,6 +233,7 @@ class _Log:
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
+        tracking.access.apply()
         manifest_sha256 = read_manifest(spec.dataset)[1]
         self._tracking = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location, _spool(spec))
         key = f"train-{spec_digest(spec)}"
