@@ -45,7 +45,7 @@ def ablate(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
-        tracking_uri: where MLflow keeps runs; without it a SQLite file below the root.
+        tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         variants: rows of Tables 5 and 6, with commas; TRIP itself is always among them.
         seeds: how many trainings of each variant.
         steps: training steps of each, instead of the recipe's.

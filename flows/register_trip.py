@@ -62,7 +62,7 @@ def register_trip(
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
         report: address of an evaluation's folder, instead of the one that belongs to the model.
-        tracking_uri: MLflow's tracking address; without it a SQLite file below the root.
+        tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         name: the model's name in the registry.
         options: how the source was read.
     """

@@ -97,7 +97,7 @@ def reproduce(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         held_out_source: a second source to evaluate on; needed if the recipe keeps no frames of the first.
-        tracking_uri: MLflow's tracking address; without it a SQLite file below the root.
+        tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         protocol: the evaluation's protocol, as of evaluate-trip; without it the recipe's if there is a second source.
         options: how the source is read.
         held_out_options: how the second source is read.

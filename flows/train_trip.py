@@ -71,7 +71,7 @@ def train_trip(
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
-        tracking_uri: MLflow's tracking address; without it a SQLite file below the root.
+        tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         options: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 import traceback
-from urllib.parse import urlsplit
 
 HIDDEN = "***"
 
@@ -52,8 +51,7 @@ def name_of(url: str) -> str:
 
 def without_userinfo(address: str) -> str:
     """An address without the user and password before its host."""
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
+    return re.sub(r"(?<=://)[^/?#]*@", "", address, count=1)
 
 
 class RedactingFilter(logging.Filter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -55,7 +56,7 @@ QUIET = {
 }
 
 
-# Where MLflow's client finds its server and its credentials; the workers of a cluster get them from the driver.
+# Where MLflow's client finds its server and its credentials.
 MLFLOW_ACCESS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -71,6 +72,25 @@ def apply_environment_defaults(home: str | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
+def mlflow_access() -> dict[str, str]:
+    """What MLFLOW_ACCESS names, as it is set in this process."""
+    return {name: os.environ[name] for name in MLFLOW_ACCESS if name in os.environ}
+
+
+@dataclass(frozen=True)
+class MlflowAccess:
+    """This process's access to MLflow, for a Ray worker on a machine that has another environment.
+
+    It travels in the arguments of an actor, which Ray neither logs nor shows; it logs the variables of a `runtime_env`.
+    """
+
+    variables: dict[str, str] = field(default_factory=mlflow_access, repr=False)
+
+    def apply(self) -> None:
+        """Sets the variables in this process."""
+        os.environ.update(self.variables)
+
+
 def move_credentials(uri: str) -> str:
     """Moves the credentials of an address into this process's environment; returns the address without them.
 
@@ -80,7 +100,10 @@ def move_credentials(uri: str) -> str:
     """
     if redact(uri) == uri:
         return uri
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # not an address: MLflow's client says so
+        parts = urlsplit("")
     if parts.scheme in ("http", "https") and parts.username and parts.password:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)

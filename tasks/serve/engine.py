@@ -69,6 +69,7 @@ class Engine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        spec.access.apply()
         self._aliased = AliasedModel(spec.name, spec.alias, spec.tracking_uri, Path(spec.cache))
         self._live: _Live | None = None
         self._broken: Aliased | None = None

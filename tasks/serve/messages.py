@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from infra.settings import MlflowAccess
 from tasks.serve.limits import Refusal
 
 
@@ -19,6 +20,7 @@ class EngineSpec:
         max_batch: requests of equal shape in one pass of the model. More than 1 changes a few values of a clip by one
             level of 255, by what the request happened to share its batch with (`docs/decisions/serving.md`).
         max_queue: requests that may wait; one more is refused.
+        access: the driver's credentials for the registry.
         poll_seconds: how often the registry is asked where the alias points.
     """
 
@@ -29,6 +31,7 @@ class EngineSpec:
     max_batch: int = 1
     max_queue: int = 16
     poll_seconds: float = 3.0
+    access: MlflowAccess = field(default_factory=MlflowAccess)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ class _Log:
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
+        tracking.access.apply()
         manifest_sha256 = read_manifest(spec.dataset)[1]
         self._tracking = Tracking(
             tracking.uri,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra import storage
+from infra.settings import MlflowAccess
 from tasks.records import Artifact, UserError, digest
 from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
@@ -75,6 +76,7 @@ class TrackingSpec:
     uri: str = ""
     experiment: str = "trip"
     run_name: str = "train"
+    access: MlflowAccess = field(default_factory=MlflowAccess)
     artifact_location: str | None = None  # of a new experiment; None: next to a SQLite file, else the server's choice
 
 

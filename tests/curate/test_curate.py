@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from infra import storage
+from infra.redaction import name_of
 from tasks import shards
 from tasks.curate.forget import forget
 from tasks.curate.verify import problems
@@ -305,6 +306,24 @@ def test_forgotten_clips_are_gone_and_the_rest_is_as_it_was(uri: str) -> None:
 
     again = forget(uri, ["a", URL.format("d")], "another letter")
     assert (again.rows, again.shards, again.unknown) == (0, 0, ()) and contents(uri) == after
+
+
+def test_a_url_with_a_secret_is_known_by_its_hash(tmp_path: Path) -> None:
+    urls = [f"https://ops:hunter2@example.org/v?key={key}" for key in ("one", "two", "three", "four")]
+    first, second = (
+        replace(sample(key, row), meta={"clip": key, "row": row, "url": name_of(urls[row])})
+        for key, row in (("a", 0), ("b", 1))
+    )
+    rows: list[Outcome] = [
+        [first],
+        [second],
+        Failure("c", 2, "http_404", f"{name_of(urls[2])}: gone"),
+        Failure("d", 3, "http_404", f"{name_of(urls[3])}: gone"),
+    ]
+    uri = make_dataset(str(tmp_path / "set"), [rows])
+    assert not any(b"hunter2" in content for content in contents(uri).values())
+    report = forget(uri, [urls[0], urls[2]])
+    assert (report.rows, report.unknown) == (2, ()) and ShardDataset(uri).keys == ["b_000"]
 
 
 def test_a_key_is_known_as_the_table_spells_it(tmp_path: Path) -> None:

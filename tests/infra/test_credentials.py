@@ -6,6 +6,7 @@ import base64
 import http.server
 import json
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import ClassVar
@@ -18,8 +19,11 @@ from infra.redaction import redact
 from infra.settings import MLFLOW_ACCESS, client_address, move_credentials
 from infra.tracking import TROUBLE, Tracking, connect, run_page
 from tasks.records import UserError
+from tasks.register.consumer import addresses
 from tasks.register.promotion import open_registry
+from tasks.serve.events import EngineSpec
 from tasks.serve.versions import AliasedModel, RegistryTrouble
+from tasks.train.job import TrackingSpec
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +134,27 @@ def test_no_message_of_tracking_or_of_the_service_names_the_password(caplog, tmp
         connect(uri).search_experiments()
     assert "hunter2" not in str(refused.value) + str(trouble.value)
     assert "hunter2" not in redact(str(plain.value))
+
+
+@pytest.mark.parametrize(
+    ("make", "enter"),
+    [
+        (lambda: EngineSpec("trip", "champion", "http://host", "cache"), lambda spec: spec.access.apply()),
+        (lambda: TrackingSpec("http://host"), lambda spec: spec.access.apply()),
+    ],
+    ids=["service", "training"],
+)
+def test_a_worker_with_another_environment_gets_the_credentials(make, enter) -> None:
+    move_credentials("http://ops:hunter2@host")
+    sent = pickle.dumps(make())
+    assert "hunter2" not in repr(make())
+    for name in MLFLOW_ACCESS:
+        os.environ.pop(name, None)
+    enter(pickle.loads(sent))
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ops", "hunter2")
+
+
+def test_the_registration_leaves_no_address_of_mlflow_in_the_environment(tmp_path) -> None:
+    with addresses(f"sqlite:///{tmp_path}/mlflow.db"):
+        assert os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite:///")
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & os.environ.keys()

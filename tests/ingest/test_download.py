@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from infra.redaction import name_of
 from tasks.ingest import addresses
 from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.http_checks import is_video, looks_like, opts_out, seconds_to_wait
@@ -300,6 +301,14 @@ def test_files_are_read_beside_the_table_and_nowhere_else(tmp_path: Path) -> Non
 @pytest.mark.parametrize("url", ["http://", "http://[bad", "http://host:99999/x", "http://127.1/x", "//[bad"])
 def test_a_url_that_is_none_is_one_failed_row(url: str) -> None:
     assert reason(fetch(url, source=SourceSpec("https://host/t.csv"))) == "bad_url"
+
+
+def test_a_failure_keeps_no_secret_of_its_url(server: Server) -> None:
+    url = server.url.replace("http://", "http://ops:hunter2@") + "/clip?status=404&token=hunter2"
+    failed = fetch(url)
+    assert isinstance(failed, Failure) and failed.reason == "http_404" and "hunter2" not in failed.detail
+    assert failed.detail.startswith(f"{name_of(url)}: ")
+    assert isinstance(fetch(url.replace("status=404&", "")), Fetched)
 
 
 def test_results_come_in_order_and_never_more_at_once_than_asked(server: Server) -> None:
