@@ -63,7 +63,7 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -71,7 +71,7 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]
         yield f"http://127.0.0.1:{port}", desk
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(20)
 
 
 @pytest.fixture(scope="module")
