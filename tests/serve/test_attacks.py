@@ -63,7 +63,7 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -71,7 +71,7 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]
         yield f"http://127.0.0.1:{port}", desk
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(20)
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +168,15 @@ def test_an_upload_of_ones_own_becomes_a_clip(client):
     assert client.get(f"/gradio_api/file={(file.get('video') or file)['path']}").status_code == 200
 
 
-def test_a_file_that_is_no_photo_gets_our_sentence_and_is_opened_by_no_one_else(client):
-    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-    (path,) = client.post("/gradio_api/upload", files={"files": ("a.eps", script)}).json()
-    told = queue(client, [file_data(path, orig_name="a.eps"), PROMPT, "7", 1, 1, 2, 4, None], session="eps")
-    assert "image is not one that can be read" in told
+@pytest.mark.parametrize(
+    "data",
+    [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\0\x18ftypheic\0\0\0\0", b"hello"],
+    ids=["PostScript", "HEIC", "text"],
+)
+def test_a_file_that_is_no_photo_gets_our_sentence_and_is_opened_by_no_one_else(client, data):
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.bin", data)}).json()
+    told = queue(client, [file_data(path, orig_name="a.bin"), PROMPT, "7", 1, 1, 2, 4, None], session="no-photo")
+    assert "image is not one that can be read" in told and "Could not preprocess" not in told
 
 
 def test_an_upload_and_a_call_of_the_page_have_a_size(client):

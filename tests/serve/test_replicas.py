@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -139,6 +140,32 @@ def test_the_frames_are_those_of_mlflow_models_serve(running):
     assert ours.headers["x-model-version"] == "1"
     frames = [read_clip(source, 6, 8, 32).pixels for source in (ours.content, video)]
     np.testing.assert_array_equal(*frames)
+
+
+def test_callers_who_hang_up_leave_the_replicas_too(running):
+    long = {"image": base64.b64encode(drawn_photo(48)).decode(), "prompt": PROMPT, "num_frames": 64, "steps": 250}
+
+    def waiting() -> int:
+        """Requests that wait at any replica; each answer is of one of the two."""
+        return max(httpx.get(f"{running.url}/readyz", timeout=20).json()["waiting"] for _ in range(6))
+
+    def hang_up(_: int) -> None:
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/animate", json=long, timeout=httpx.Timeout(60, read=10))
+
+    with ThreadPoolExecutor(10) as pool:
+        calls = [pool.submit(hang_up, number) for number in range(10)]
+        until = time.monotonic() + 9
+        while time.monotonic() < until and not waiting():
+            time.sleep(0.1)
+        assert waiting() >= 2
+        for call in calls:
+            call.result()
+    until = time.monotonic() + 5  # a second on a machine at rest
+    while time.monotonic() < until and waiting():
+        time.sleep(0.1)
+    status = httpx.get(f"{running.url}/readyz").json()
+    assert waiting() == 0 and status["under_way"] == 0, status
 
 
 def test_an_alias_move_and_a_killed_replica_lose_nothing_and_sigterm_finishes_what_is_under_way(running):
