@@ -23,7 +23,7 @@ from tasks.register.consumer import addresses
 from tasks.register.promotion import open_registry
 from tasks.serve.events import EngineSpec
 from tasks.serve.versions import AliasedModel, RegistryTrouble
-from tasks.train.job import TrackingSpec
+from tasks.train.spec import TrackingSpec
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tasks.train.optimizer import make_optimizer
 from tasks.train.spec import TrainSpec
 from trip_model.config import FusionConfig, ObjectiveConfig, TripConfig
 from trip_model.model import Trip
-from trip_model.objective import Draw, addressed_generator, draw, training_loss
+from trip_model.objective import MAX_WEIGHT, Draw, addressed_generator, draw, training_loss
 
 SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
 SHAPE = (4, 16, 4, 4)
@@ -54,6 +55,22 @@ def test_unit_weighting_measures_the_residual_in_its_own_units(trip: Trip) -> No
             losses[weighting, t] = training_loss(off, z_0, text, text[:1], drawn, ObjectiveConfig(weighting))[0].item()
     assert losses["unit", 100] == pytest.approx(15 / 16, rel=1e-3) == losses["unit", 900]  # frame 1 has no residual
     assert losses["noise", 900] < 1e-3 < losses["noise", 100]
+
+
+@pytest.mark.parametrize(("std", "expected"), [(0.5, 1.0), (0.147, 1.0), (0.05, 1.0), (0.02, MAX_WEIGHT / 6.19e7)])
+def test_unit_weights_are_right_at_the_noisy_end_and_bounded(trip: Trip, std: float, expected: float) -> None:
+    z_0, text, _ = setting()
+    drawn = Draw(torch.tensor([999, 999]), torch.zeros(2, *SHAPE), torch.tensor([False, False]))
+    abar = trip.schedule.alphas_cumprod_T.double()[999]
+    unknown = abar * std**2 / (1 - abar + abar * std**2)
+
+    class Off(Trip):
+        def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):  # noqa: N803
+            return unknown.sqrt().float().expand_as(z_t_BCFHW)
+
+    off = Off(trip.unet, replace(SMALL, residual_std=(0.0, *(std,) * 15)))
+    loss = training_loss(off, z_0, text, text[:1], drawn, ObjectiveConfig("unit"))[0].item()
+    assert loss == pytest.approx(15 / 16 * expected, rel=2e-3)
 
 
 def test_dropped_captions_are_replaced_by_the_empty_one(trip: Trip) -> None:

@@ -131,6 +131,26 @@ def test_a_time_step_for_each_frame_is_the_shared_one_when_all_are_equal() -> No
     assert off(unet(x, by_frame, text), shared) > 1e-3
 
 
+class ByFrame(torch.Tensor):
+    """Time embeddings that are one for each frame already: diffusers repeats a clip's over its frames."""
+
+    def repeat_interleave(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_different_time_step_for_each_frame_is_diffusers_network_with_these_embeddings() -> None:
+    theirs = diffusers_unet(SMALL).eval()
+    ours = ours_with(theirs, SMALL).eval()
+    x, _, text = batch(frames=6)
+    t_BF = torch.tensor([[0, 3, 40, 200, 701, 999], [999, 500, 0, 1, 2, 3]])
+    with torch.no_grad():
+        found = ours(x, t_BF, text)
+        embeddings = theirs.time_embedding(theirs.time_proj(t_BF.flatten())).as_subclass(ByFrame)
+        theirs.time_embedding.register_forward_hook(lambda *_: embeddings)
+        assert off(found, theirs(x, t_BF[:, 0], text).sample) < 1e-5
+        assert off(ours(x, t_BF.flip(1), text), found) > 1e-3
+
+
 @pytest.mark.parametrize(("condition", "place"), [("head", 0), ("tail", -1)])
 def test_the_clean_frame_can_have_time_step_zero(tiny_base: Path, condition: Any, place: int) -> None:
     config = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2), condition=condition)
