@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import ray.exceptions
 from ray.cluster_utils import Cluster
 
 from infra import workers
@@ -26,7 +27,7 @@ from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.sources import SourceSpec
 from tests.conftest import REPOSITORY
 
-STORE = {"object_store_memory": OBJECT_STORE_BYTES}
+STORE: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
 
 
 class Machines(list[Any]):
@@ -164,7 +165,8 @@ def test_a_task_whose_processes_die_on_a_living_machine_ends_the_run(machines: M
     machines.add()
     with pytest.raises(WorkerDied) as caught:
         run([("say", str(tmp_path / "said")), ("die", str(tmp_path / "died"))])
-    assert caught.value.task[0] == "die" and (tmp_path / "died").read_text() == "die" * workers.MAX_DEATHS
+    assert caught.value.task is not None and caught.value.task[0] == "die"
+    assert (tmp_path / "died").read_text() == "die" * workers.MAX_DEATHS
 
 
 @pytest.mark.slow
