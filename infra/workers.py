@@ -231,7 +231,7 @@ class WorkerPool:
             self._last_worker, self._had_one = now, True
         elif now - self._last_worker > WAIT_SECONDS:
             waited = (
-                f"no machine is left for a worker of {self._each}: waited {WAIT_SECONDS:g} s, the Ray session has"
+                f"no machine takes a worker of {self._each}: waited {WAIT_SECONDS:g} s, the Ray session has"
                 f" {_present()}; start machines and repeat the command, it continues"
             )
             raise ray.exceptions.NodeDiedError(waited) if self._had_one else NoRoom(f"{waited}; or ask for less")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import node
 
 from infra.cluster import SessionNotStarted, kept_ray_session, lost_a_machine, machines_left, ray_session
 from tests.conftest import REPOSITORY
@@ -19,7 +20,7 @@ from tests.conftest import REPOSITORY
 
 def test_ray_that_is_twice_too_slow_to_start_is_worth_another_try_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "The current node timed out during startup. This "
-    assert sentence in inspect.getsource(ray._private.node), "Ray says it in other words now"
+    assert sentence in inspect.getsource(node), "Ray says it in other words now"
     tries: list[str] = []
 
     def too_slow(**how: object) -> None:
