@@ -114,10 +114,7 @@ def read_json(body: bytes) -> Any:
     if not isinstance(fields, dict):
         return fields
     # Base64 has one character that some writers of JSON escape.
-    return {
-        name: text.replace(b"\\/", b"/").decode(errors="replace") if value == stand_in else value
-        for name, value in fields.items()
-    }
+    return {name: text.replace(b"\\/", b"/").decode() if value == stand_in else value for name, value in fields.items()}
 
 
 def read_animation(fields: Mapping[str, Any]) -> Animation:
