@@ -21,8 +21,8 @@ from tasks.encode.ledger import TICK_SECONDS, Ledger, Progress
 from tasks.encode.repair import find_held, retry_reasons
 from tasks.encode.report import write_report, write_report_apart
 from tasks.encode.spec import PrepareReport, PrepareSpec, recipe
-from tasks.encode.unit import Unit, encode_unit, plan
-from tasks.ingest.sources import count_rows, settled
+from tasks.encode.unit import Unit, addressed_rows, encode_unit, plan
+from tasks.ingest.sources import SourceSpec, count_rows, settled
 from tasks.records import UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary
 from trip_model.encoders import BaseFolderError, folder_hash, resolve_base
@@ -34,7 +34,8 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     """Makes the data set, or finishes it: shards whose index is there and agrees are kept as they are.
 
     Rows that failed under a class in `retry` are done again, and their shards made anew with the bytes of all other
-    samples. Clips in the data set's list of forgotten ones are left out, and taken out where they still are.
+    samples. Clips in the data set's list of forgotten ones, and in the takedowns of the root that the output lies
+    below, are left out, and taken out where they still are.
 
     Args:
         progress: called after each shard, and about every 10 s between, with `stage`, `done`, `total` (rows),
@@ -59,7 +60,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     with _explained(f"output {output}"):
         shards.open_dataset(output, made_of)
         published = storage.exists(storage.join(output, shards.MANIFEST))
-        forgotten = shards.read_forgotten(output)
+        forgotten, takedowns = _removed_clips(spec.source, output)
 
     ledger = Ledger(total, progress)
     done: dict[int, ShardSummary] = {}
@@ -78,7 +79,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = held.summary
                 ledger.add(held.summary, reused=True)
 
-    with _Workers(spec, output, made_of) as workers:
+    with _Workers(spec, output, made_of, takedowns) as workers:
         with _explained(f"output {output}"):
             for unit, summary in workers.run(missing_units(), ledger.tick):
                 done[unit.index] = summary
@@ -116,6 +117,21 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     return report
 
 
+def _removed_clips(source: SourceSpec, output: str) -> tuple[shards.Forgotten, shards.Forgotten]:
+    """The data set's list of forgotten clips, and all that is removed below the root.
+
+    What the root's takedowns say of this source is added to the list first. Only that part is, so that the takedown of
+    a clip that the source does not have leaves the data set as it is.
+    """
+    forgotten = shards.read_forgotten(output)
+    takedowns = shards.gather_takedowns(output)
+    new = takedowns.about(addressed_rows(source)).marks if takedowns.marks.keys() - forgotten.marks.keys() else {}
+    if new.keys() - forgotten.marks.keys():
+        forgotten = shards.Forgotten(new | shards.read_forgotten(output).marks)  # read again: others may have added
+        shards.write_forgotten(output, forgotten)
+    return forgotten, shards.Forgotten(takedowns.marks | forgotten.marks)
+
+
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
     """Turns what a full or read-only store says into one sentence for a person."""
@@ -131,8 +147,8 @@ def _explained(place: str) -> Iterator[None]:
 class EncodeWorker:
     """Loads the encoders and starts the decoders once, then turns units into shards."""
 
-    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
-        self._spec, self._output, self._made_of = spec, output, made_of
+    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any], takedowns: shards.Forgotten) -> None:
+        self._spec, self._output, self._made_of, self._takedowns = spec, output, made_of, takedowns
         self._encoder: ClipEncoder | None = None
         self._decoders = open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker)
 
@@ -142,7 +158,7 @@ class EncodeWorker:
             torch.set_num_threads(self._spec.cpus_per_worker)
             self._encoder = _load_encoder(self._spec, self._made_of)
         recipe_hash = digest(self._made_of)
-        return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, unit)
+        return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, self._takedowns, unit)
 
     def write_report(self, numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
         write_report(numbers, base, size_bytes, rows_made)
@@ -165,8 +181,8 @@ def _load_encoder(spec: PrepareSpec, made_of: dict[str, Any]) -> ClipEncoder:
 class _Workers:
     """Whoever does the units of one run; Ray's workers start when there is work and stay warm until the block ends."""
 
-    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any]) -> None:
-        self._spec, self._output, self._made_of = spec, output, made_of
+    def __init__(self, spec: PrepareSpec, output: str, made_of: dict[str, Any], takedowns: shards.Forgotten) -> None:
+        self._spec, self._output, self._made_of, self._takedowns = spec, output, made_of, takedowns
         self._actors: list[Any] = []  # handles; Ray types them by a plugin
         self._session = ExitStack()
 
@@ -183,7 +199,7 @@ class _Workers:
 
         `tick` is called about every `TICK_SECONDS` while nothing finishes.
         """
-        spec, output, made_of = self._spec, self._output, self._made_of
+        spec, output, made_of, takedowns = self._spec, self._output, self._made_of, self._takedowns
         first = next(units, None)
         if first is None:
             return
@@ -191,7 +207,7 @@ class _Workers:
             encoder = _load_encoder(spec, made_of)
             with open_decoders(spec.encode_spec(), spec.decode, spec.cpus_per_worker) as decoders:
                 for unit in itertools.chain([first], units):
-                    yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), unit)
+                    yield unit, encode_unit(encoder, decoders, spec, output, digest(made_of), takedowns, unit)
             return
         self._session.enter_context(_joined_ray(spec))
         workers = _workers_that_fit(spec)
@@ -202,7 +218,7 @@ class _Workers:
             if unit is not None and len(running) < workers:
                 idle = [actor for actor in self._actors if all(actor is not busy for busy, _ in running.values())]
                 if not idle:
-                    idle = [worker.remote(spec, output, made_of)]
+                    idle = [worker.remote(spec, output, made_of, takedowns)]
                     self._actors += idle
                 running[idle[0].encode.remote(unit)] = (idle[0], unit)
                 unit = next(units, None)
