@@ -27,11 +27,15 @@ def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
     """A photo as uint8 [size, size, 3]: EXIF turn applied, transparency on white, centre-cropped like a video frame.
 
+    Pixels of more than 8 bits are scaled: 16-bit ones (of Pillow's modes `I;16` and `I` too) from 0..65535, floats from
+    0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels (gray, gray and alpha, RGB, RGBA).
+
     Raises:
-        ValueError: not an image, more than `MAX_IMAGE_PIXELS` pixels, or a strip longer than `MAX_ASPECT` says.
+        ValueError: not an image, more than `MAX_IMAGE_PIXELS` pixels, a strip longer than `MAX_ASPECT` says, an
+            array of another shape or type, or values outside their range.
     """
     if isinstance(source, np.ndarray):
-        image = Image.fromarray(source)
+        image = _from_array(source)
     elif isinstance(source, Image.Image):
         image = source
     else:
@@ -53,6 +57,8 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
         image = ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF turns nothing; Pillow lists no errors for it (SyntaxError, struct.error, ...)
         pass
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
+        image = _from_array(np.asarray(image), image.info.get("transparency"))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -60,6 +66,27 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     width, height, left, top = square_box(image.width, image.height, size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def _from_array(values: np.ndarray, transparent: int | None = None) -> Image.Image:
+    """An array as an image of 8 bits; `transparent` is the value of a gray one whose pixels are. Raises ValueError."""
+    channels = values.shape[2] if values.ndim == 3 else 1
+    if values.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or not values.size:
+        raise ValueError(f"an array of shape {list(values.shape)}, expected [H, W] or [H, W, C] with 1 to 4 channels")
+    values = values.reshape(*values.shape[:2], channels)
+    kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
+    if kind != "f" and (kind, bits) not in (("u", 8), ("u", 16), ("i", 32)):  # int32 is Pillow's mode `I`
+        raise ValueError(f"an array of {values.dtype}, expected uint8, uint16 (0..65535) or floats (0..1)")
+    pixels = values
+    if values.dtype != np.uint8:
+        most = 1.0 if kind == "f" else 65535
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= most):  # NaN too
+            raise ValueError(f"pixels of {values.dtype} from {low:g} to {high:g}, expected 0 to {most:g}; scale them")
+        pixels = np.rint(values.astype(np.float64) * (255 / most)).astype(np.uint8)
+    if transparent is not None and channels == 1:
+        pixels = np.concatenate([pixels, np.where(values == transparent, 0, 255).astype(np.uint8)], axis=2)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 16) -> bytes:

@@ -23,8 +23,9 @@ from tasks.encode.progress import Ledger, Progress
 from tasks.encode.report import write_report, write_report_apart
 from tasks.encode.resume import find_held, retry_reasons
 from tasks.encode.spec import PrepareReport, PrepareSpec
-from tasks.encode.work_unit import Unit, encode_unit, plan
+from tasks.encode.work_unit import Unit, addressed_rows, encode_unit, plan
 from tasks.ingest.sources import count_rows, opened
+from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
@@ -34,7 +35,8 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     """Makes the data set, or finishes it: shards whose index is there and agrees are kept as they are.
 
     Rows that failed under a class in `retry` are done again, and their shards made anew with the bytes of all other
-    samples. Clips in the data set's list of forgotten ones are left out, and taken out where they still are.
+    samples. Clips in the data set's list of forgotten ones, and in the takedowns of the root that the output lies
+    below, are left out, and taken out where they still are.
 
     Args:
         progress: called after each shard, and about every 10 s between, with `stage`, `done`, `total` (rows),
@@ -59,7 +61,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     with _explained(f"output {output}"):
         shards.open_dataset(output, fingerprint)
         published = storage.exists(storage.join(output, shards.MANIFEST))
-        forgotten = shards.read_forgotten(output)
+        forgotten, takedowns = _removed_clips(spec.source, output)
 
     ledger = Ledger(total, progress)
     done: dict[int, ShardSummary] = {}
@@ -78,7 +80,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = held.summary
                 ledger.add(held.summary, reused=True)
 
-    with _Workers(spec, output, fingerprint) as workers:
+    with _Workers(spec, output, fingerprint, takedowns) as workers:
         with _explained(f"output {output}"):
             for unit, summary in workers.run(missing_units(), ledger.tick):
                 done[unit.index] = summary
@@ -116,6 +118,21 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     return report
 
 
+def _removed_clips(source: SourceSpec, output: str) -> tuple[shards.Forgotten, shards.Forgotten]:
+    """The data set's list of forgotten clips, and all that is removed below the root.
+
+    What the root's takedowns say of this source is added to the list first. Only that part is, so that the takedown of
+    a clip that the source does not have leaves the data set as it is.
+    """
+    forgotten = shards.read_forgotten(output)
+    takedowns = shards.gather_takedowns(output)
+    new = takedowns.about(addressed_rows(source)).marks if takedowns.marks.keys() - forgotten.marks.keys() else {}
+    if new.keys() - forgotten.marks.keys():
+        forgotten = shards.Forgotten(new | shards.read_forgotten(output).marks)  # read again: others may have added
+        shards.write_forgotten(output, forgotten)
+    return forgotten, shards.Forgotten(takedowns.marks | forgotten.marks)
+
+
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
     """Turns what a full or read-only store says into one sentence for a person."""
@@ -129,8 +146,10 @@ def _explained(place: str) -> Iterator[None]:
 class EncodeWorker:
     """Loads the encoders and starts the decoders once, then turns units into shards."""
 
-    def __init__(self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any]) -> None:
-        self._spec, self._output, self._fingerprint = spec, output, fingerprint
+    def __init__(
+        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Forgotten
+    ) -> None:
+        self._spec, self._output, self._fingerprint, self._takedowns = spec, output, fingerprint, takedowns
         self._encoder: ClipEncoder | None = None
         self._decoders = open_decoders(spec, spec.decode, spec.cpus_per_worker)
 
@@ -140,7 +159,7 @@ class EncodeWorker:
             torch.set_num_threads(self._spec.cpus_per_worker)
             self._encoder = _load_encoder(self._spec, self._fingerprint)
         recipe_hash = digest(self._fingerprint)
-        return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, unit)
+        return encode_unit(self._encoder, self._decoders, self._spec, self._output, recipe_hash, self._takedowns, unit)
 
     def write_report(self, numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
         write_report(numbers, base, size_bytes, rows_made)
@@ -163,8 +182,10 @@ def _load_encoder(spec: PrepareSpec, fingerprint: dict[str, Any]) -> ClipEncoder
 class _Workers:
     """Whoever does the units of one run; Ray's workers start when there is work and stay warm until the block ends."""
 
-    def __init__(self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any]) -> None:
-        self._spec, self._output, self._fingerprint = spec, output, fingerprint
+    def __init__(
+        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Forgotten
+    ) -> None:
+        self._spec, self._output, self._fingerprint, self._takedowns = spec, output, fingerprint, takedowns
         self._pool: WorkerPool | None = None
         self._session = ExitStack()
 
@@ -183,7 +204,7 @@ class _Workers:
             UserError: what a worker raised for a person; a unit's workers kept dying; no worker fits.
             ray.exceptions.NodeDiedError: machines are lost and no unit is to blame; the same command continues.
         """
-        spec, output, fingerprint = self._spec, self._output, self._fingerprint
+        spec, output, fingerprint, takedowns = self._spec, self._output, self._fingerprint, self._takedowns
         first = next(units, None)
         if first is None:
             return
@@ -191,10 +212,10 @@ class _Workers:
             encoder = _load_encoder(spec, fingerprint)
             with open_decoders(spec, spec.decode, spec.cpus_per_worker) as decoders:
                 for unit in itertools.chain([first], units):
-                    yield unit, encode_unit(encoder, decoders, spec, output, digest(fingerprint), unit)
+                    yield unit, encode_unit(encoder, decoders, spec, output, digest(fingerprint), takedowns, unit)
             return
         self._session.enter_context(_joined_ray(spec))
-        arguments = (spec, output, fingerprint)
+        arguments = (spec, output, fingerprint, takedowns)
         try:
             self._pool = self._session.enter_context(
                 WorkerPool(EncodeWorker, arguments, spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)

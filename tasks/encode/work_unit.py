@@ -10,7 +10,8 @@ from tasks import shards
 from tasks.encode.encoder import ClipEncoder, decode_ahead
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.download import Fetched, download_clips
-from tasks.ingest.sources import read_rows
+from tasks.ingest.sources import read_rows, resolve_url
+from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Forgotten, Outcome, ShardSummary
 from tasks.video.decode_pool import DecoderPool
@@ -35,18 +36,36 @@ def plan(spec: PrepareSpec, total: int, forgotten: Forgotten) -> Iterator[Unit]:
     """The work units in order, made while the table streams by: unit i is always the same rows and the same shard."""
     rows: list[ClipRef | Failure] = []
     start = 0
-    for row in read_rows(spec.source):
-        rows.append(forgotten.failure(row) or row)
+    for row, address in addressed_rows(spec.source):
+        rows.append(forgotten.failure(row, address) or row)
         if len(rows) == spec.clips_per_shard or start + len(rows) == total:
             yield Unit(start // spec.clips_per_shard, start, start + len(rows), tuple(rows))
             start += len(rows)
             rows = []
 
 
+def addressed_rows(source: SourceSpec) -> Iterator[tuple[ClipRef | Failure, str | None]]:
+    """The rows of a source, each with the address that its link leads to, where it has one."""
+    for row in read_rows(source):
+        try:
+            yield row, resolve_url(source, row.url) if isinstance(row, ClipRef) else None
+        except ValueError:  # no URL; the download says so
+            yield row, None
+
+
 def encode_unit(
-    encoder: ClipEncoder, decoders: DecoderPool, spec: PrepareSpec, output: str, recipe_hash: str, unit: Unit
+    encoder: ClipEncoder,
+    decoders: DecoderPool,
+    spec: PrepareSpec,
+    output: str,
+    recipe_hash: str,
+    forgotten: Forgotten,
+    unit: Unit,
 ) -> ShardSummary:
-    """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this machine."""
+    """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this machine.
+
+    A file that `forgotten` names is not decoded, whatever row led to it.
+    """
     made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
     kept: Iterator[Outcome] = iter(())
     if unit.held is not None:
@@ -65,7 +84,10 @@ def encode_unit(
                 continue
             ref, result = next(fetched)
             assert ref == row
-            yield result if isinstance(result, Failure) else (ref, result)
+            if isinstance(result, Failure):
+                yield result
+            else:
+                yield forgotten.failure(ref, file_sha256=result.sha256) or (ref, result)
 
     made = encoder.encode(decode_ahead(files(), decoders, encoder.screen))
 

@@ -10,9 +10,10 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import aiohttp
+from yarl import URL
 
 from infra import storage
 from infra.redaction import name_of, redact
@@ -20,7 +21,7 @@ from tasks.ingest.http_checks import AGENT, Refused, is_video, looks_like, opts_
 from tasks.ingest.sources import local_root, resolve_url
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.url_guard import AddressGuard, blocked_cause
-from tasks.records import RETRY_CLASSES, ClipRef, Failure
+from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 
 # Tried again within the run; 403 and the rarer 5xx only by a later one.
 _RETRYABLE = RETRY_CLASSES["network"] | RETRY_CLASSES["timeout"]
@@ -47,8 +48,12 @@ def download_clips(
     Failure reasons: `http_<status>`, `timeout`, `too_slow`, `network`, `truncated`, `too_large`, `not_a_video`,
     `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`. The detail
     says how many attempts there were, if several. Files are read only below the table's folder.
+
+    Raises:
+        UserError: the source's base URL is not a URL.
     """
     spec = spec or DownloadSpec()
+    declared = _declared_url(source)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="download", daemon=True)
     thread.start()
@@ -56,7 +61,7 @@ def download_clips(
     def submit(ref: ClipRef) -> tuple[ClipRef, Future[Fetched | Failure]]:
         return ref, asyncio.run_coroutine_threadsafe(downloader.fetch(ref), loop)
 
-    downloader = asyncio.run_coroutine_threadsafe(_open_downloader(source, spec), loop).result()
+    downloader = asyncio.run_coroutine_threadsafe(_open_downloader(source, spec, declared), loop).result()
     waiting: deque[tuple[ClipRef, Future[Fetched | Failure]]] = deque()
     try:
         for ref in refs:
@@ -76,21 +81,34 @@ def download_clips(
         loop.close()
 
 
-async def _open_downloader(source: SourceSpec, spec: DownloadSpec) -> _Downloader:
-    return _Downloader(source, spec)
+def _declared_url(source: SourceSpec) -> URL | None:
+    """The base URL that the caller named. Raises UserError where it is not a URL."""
+    if source.base_url is None or local_root(source) is not None:
+        return None
+    try:
+        return URL(source.base_url)
+    except ValueError as error:
+        raise UserError(
+            f"base URL {source.base_url!r} is not a URL ({error}); give one as http://host:port/"
+        ) from error
+
+
+async def _open_downloader(source: SourceSpec, spec: DownloadSpec, declared: URL | None) -> _Downloader:
+    return _Downloader(source, spec, declared)
 
 
 class _Downloader:
     """One session and the queues before its hosts. Made and used inside the event loop."""
 
-    def __init__(self, source: SourceSpec, spec: DownloadSpec) -> None:
+    def __init__(self, source: SourceSpec, spec: DownloadSpec, declared: URL | None) -> None:
         self._source, self._spec = source, spec
-        declared = source.base_url if local_root(source) is None else None
         self._guard = AddressGuard(declared, spec.allow_private)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max(1, spec.per_host)))
         agent = f"{AGENT}/0.1" + (f" (+{spec.contact})" if spec.contact else "")
         self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=spec.concurrency, resolver=self._guard),
+            connector=aiohttp.TCPConnector(
+                limit=spec.concurrency, resolver=self._guard, socket_factory=self._guard.open_socket
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=spec.connect_seconds, sock_read=spec.read_seconds),
             headers={"User-Agent": agent, "Accept-Encoding": "identity"},  # no decompression: a bomb stays small
             auto_decompress=False,
@@ -135,18 +153,22 @@ class _Downloader:
         except ValueError as error:  # of urllib and the codec of host names; a bad certificate is one too, caught above
             raise Refused("bad_url", "not a URL that can be asked for") from error
 
-    async def _get(self, url: str) -> bytes:
-        """One attempt over HTTP. Redirects are followed by hand, so that every hop passes the guard."""
+    async def _get(self, address: str) -> bytes:
+        """One attempt over HTTP. Redirects are followed by hand, so that every hop passes the guard.
+
+        A URL is parsed once: what the guard checks is the object that aiohttp connects by.
+        """
         clock, left = asyncio.get_running_loop(), self._spec.total_seconds
         for _ in range(_MAX_HOPS + 1):
+            url = URL(address)
             self._guard.check(url)
-            host = urlsplit(url).netloc.rpartition("@")[2].lower()
-            async with self._turns[host]:  # waiting for a turn does not count as the server's slowness
+            turn = self._turns[url.host_port_subcomponent or ""]
+            async with turn:  # waiting for a turn does not count as the server's slowness
                 began = clock.time()
                 async with asyncio.timeout(left), self.session.get(url, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS or "Location" not in response.headers:
                         return await self._read_body(response)
-                    url = urljoin(url, response.headers["Location"])
+                    address = urljoin(address, response.headers["Location"])
                 left -= clock.time() - began
         raise Refused("too_many_redirects", f"more than {_MAX_HOPS}")
 

@@ -4,63 +4,66 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from urllib.parse import urlsplit
+from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from tasks.ingest.http_checks import Refused
 
-# Ranges of IPv6 that carry an IPv4 address the check must see; ::ffff:0:0/96 and 2002::/16 are taken apart below.
-_TRANSLATED = [ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")]
+# The one block of IPv6 from which global unicast addresses are assigned (RFC 4291, IANA). Outside it lie mapped,
+# compatible and translated IPv4 addresses (::ffff:0:0/96, ::/96, 64:ff9b::/96), which name a host of IPv4.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one that a stranger's table may name: global, unicast, and not a disguise of another."""
+    """Whether an IP address is one that a stranger's table may name: global, unicast, and no other address inside."""
     try:
         ip = ipaddress.ip_address(address.split("%")[0])
     except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        if any(ip in network for network in _TRANSLATED):
-            return False
         inner = ip.ipv4_mapped or ip.sixtofour
         if inner is not None:
             return is_public(str(inner))
+        if ip not in _GLOBAL_UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast
 
 
 class AddressGuard(AbstractResolver):
-    """Checks every URL, and resolves names to public addresses alone; aiohttp connects to what `resolve` returns, so
-    that rebinding a name cannot help.
+    """Checks what a table or a redirect makes us connect to, at three places.
+
+    `check` reads the parsed URL that aiohttp is given, `resolve` drops private addresses of a name, and `open_socket`
+    checks the address of every connection before it is opened: whatever spelling of an address a parser accepts, no
+    private one is connected to.
 
     Args:
-        declared: a URL that the caller, not the table, has named; its host and port may be private.
+        declared: a URL that the caller, not the table, names; its scheme, host and port may be private together.
         allow_private: let everything be private.
     """
 
-    def __init__(self, declared: str | None, allow_private: bool) -> None:
+    def __init__(self, declared: URL | None, allow_private: bool) -> None:
         self._resolver = aiohttp.ThreadedResolver()
         self._allow_private = allow_private
-        parts = urlsplit(declared) if declared is not None else None
-        self._declared = (parts.hostname, parts.port) if parts is not None else None
+        self._declared = (declared.scheme, declared.raw_host or "", declared.port) if declared is not None else None
+        # The addresses, with the port, that the declared host is or resolves to.
+        self._declared_addresses = {self._declared[1:]} if self._declared is not None else set()
 
-    def check(self, url: str) -> None:
-        """Refuses other schemes and literal private addresses; names are checked where they are resolved."""
-        try:
-            parts = urlsplit(url)
-            host, scheme = parts.hostname, parts.scheme
-            place = (host, parts.port)
-        except ValueError as error:
-            raise Refused("bad_url", "not a URL that can be asked for") from error
-        if scheme not in ("http", "https"):
-            raise Refused("blocked_address", f"scheme {scheme!r}, only http and https are fetched")
-        if not host:
+    def check(self, url: URL) -> None:
+        """Rejects other schemes and literal private addresses; names are checked where they are resolved."""
+        if url.scheme not in ("http", "https"):
+            raise Refused("blocked_address", f"scheme {url.scheme!r}, only http and https are fetched")
+        host = url.raw_host
+        if not host or url.port is None:
             raise Refused("bad_url", "no host")
-        if self._allow_private or place == self._declared:
+        if self._allow_private or (url.scheme, host, url.port) == self._declared:
             return
+        if self._is_declared(host, url.port):
+            raise Refused("blocked_address", f"scheme {url.scheme!r}, the declared URL has another")
         try:
-            ipaddress.ip_address(host)
+            ipaddress.ip_address(host.split("%")[0])
         except ValueError:
             return
         if not is_public(host):
@@ -69,25 +72,37 @@ class AddressGuard(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._resolver.resolve(host, port, family)
-        declared = self._declared is not None and self._declared[0] == host and self._declared[1] in (port, None)
-        if self._allow_private or declared:
-            return found
-        public = [result for result in found if is_public(result["host"])]
+        results = await self._resolver.resolve(host, port, family)
+        if self._allow_private:
+            return results
+        if self._is_declared(host, port):
+            self._declared_addresses |= {(result["host"], port) for result in results}
+            return results
+        public = [result for result in results if is_public(result["host"])]
         if not public:
             raise _BlockedAddress(f"{host} is not a public address")
         return public
 
+    def open_socket(self, addr_info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
+        """The socket of one connection (aiohttp's `socket_factory`), given the address that it will connect to."""
+        family, kind, protocol, _, (host, port, *_) = addr_info
+        if not (self._allow_private or (host, port) in self._declared_addresses or is_public(host)):
+            raise _BlockedAddress(f"{host} is not a public address")
+        return socket.socket(family, kind, protocol)
+
     async def close(self) -> None:
         await self._resolver.close()
 
+    def _is_declared(self, host: str, port: int) -> bool:
+        return self._declared is not None and (host, port) == self._declared[1:]
+
 
 class _BlockedAddress(OSError):
-    """Raised by the resolver, inside aiohttp's connector."""
+    """Raised inside aiohttp's connector."""
 
 
 def blocked_cause(error: BaseException) -> Refused | None:
-    """The refusal of `AddressGuard.resolve` where aiohttp's error stems from one."""
+    """The refusal of an `AddressGuard` inside aiohttp's connector, where its error stems from one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, _BlockedAddress):

@@ -8,6 +8,8 @@ A data set is a folder at any address:
     forgotten.json              hashes of clips that were removed on request and must not come back, where there are any
     manifest.json               counts and the list of shards; written last, a reader trusts nothing without it
 
+Below the root of a run, `<root>/data/<digest>`, such clips are also in `<root>/takedowns/`, which all data sets obey.
+
 A shard is named after its content and never written over. So a shard that is made anew (rows retried, clips forgotten)
 lies beside the old one until the manifest names it, a reader that is at work sees the old data set or an error but no
 mixture, and a data set whose rows succeeded at the second try has the bytes of one where they did at the first.
@@ -39,7 +41,19 @@ from tasks.shards.layout import (
 )
 from tasks.shards.reading import read_manifest, read_shard_manifest, shards_held, stored_outcomes
 from tasks.shards.split import held_out_samples, split_keys
-from tasks.shards.takedowns import FORGOTTEN, Forgotten, forgotten_sha256, mark, read_forgotten, write_forgotten
+from tasks.shards.takedowns import (
+    FORGOTTEN,
+    TAKEDOWNS,
+    Forgotten,
+    add_takedowns,
+    forgotten_sha256,
+    gather_takedowns,
+    link_marks,
+    mark,
+    read_forgotten,
+    read_takedowns,
+    write_forgotten,
+)
 from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
 
 __all__ = [
@@ -49,6 +63,7 @@ __all__ = [
     "RECIPE",
     "SCHEMA_VERSION",
     "SUFFIXES",
+    "TAKEDOWNS",
     "DatasetManifest",
     "Entry",
     "Forgotten",
@@ -58,12 +73,15 @@ __all__ = [
     "ShardDataset",
     "ShardManifest",
     "ShardSummary",
+    "add_takedowns",
     "clip_key_of",
     "decode_field",
     "encode_field",
     "forgotten_sha256",
+    "gather_takedowns",
     "held_out_samples",
     "index_name",
+    "link_marks",
     "mark",
     "open_dataset",
     "parse_record",
@@ -71,6 +89,7 @@ __all__ = [
     "read_forgotten",
     "read_manifest",
     "read_shard_manifest",
+    "read_takedowns",
     "report_addresses",
     "sample_key",
     "shard_name",

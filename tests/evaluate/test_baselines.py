@@ -12,15 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flows.cli.app import parse
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate.job import evaluate
-from tasks.evaluate.protocol.baselines import find_method, missing_of, parse_methods, read_method, without_missing
+from tasks.evaluate.protocol.baselines import (
+    Method,
+    find_method,
+    missing_of,
+    parse_methods,
+    read_method,
+    without_missing,
+)
 from tasks.evaluate.protocol.presets import load_preset
 from tasks.evaluate.protocol.protocol import Item, Protocol, held_out_protocol
 from tasks.evaluate.spec import EvaluateSpec
@@ -63,6 +72,69 @@ def test_a_video_is_found_in_every_form_and_read_frame_by_frame(tmp_path: Path) 
     # Of a clip with two windows the clip's name says too little.
     two = [*ITEMS, Item("clip3_001", "clip3", 7, "a shape", 7)]
     assert set(missing_of(find_method("Other", str(tmp_path), two), two)) == {"clip3_000", "clip3_001", "clip6_000"}
+
+
+def gray_frames(folder: Path, names: dict[str, int]) -> Method:
+    """A method whose clip0 has frames of these names, each of one gray value; and what else lies in such folders."""
+    (folder / "clip0").mkdir(parents=True)
+    for name, value in names.items():
+        Image.new("L", (SIZE, SIZE), value).save(folder / "clip0" / name)
+    for hidden in ("._0.png", ".DS_Store", "Thumbs.db"):
+        (folder / "clip0" / hidden).write_bytes(b"no picture")
+    return find_method("Other", str(folder), ITEMS)
+
+
+NAMES = {
+    "plain numbers": [f"{i}.png" for i in range(25)],
+    "from one, and a word": [f"frame_{i}.png" for i in range(1, 26)],
+    "padded, too little": [f"{i:02d}.png" for i in range(95, 120)],
+    "capitals and other kinds": [f"{i}.{('PNG', 'jpg', 'webp', 'bmp', 'TIFF')[i % 5]}" for i in range(25)],
+    "a number that stays": [f"seed7-{i}-of-25.png" for i in range(25)],
+    "a number that grows beside": [f"{i}_at_{i * 40}ms.png" for i in range(25)],
+    "every fourth": [f"{4 * i}.png" for i in range(25)],
+    "second and frame": [f"{i // 10:02d}_{i % 10:02d}.png" for i in range(25)],
+    "a dot within": [f"clip.v2.{i}.png" for i in range(25)],
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_frames_are_read_in_the_order_of_their_numbers(tmp_path: Path, case: str) -> None:
+    values = {name: 10 * place for place, name in enumerate(NAMES[case])}
+    method = gray_frames(tmp_path, values)
+    assert len(method.files["clip0_000"]) == 25
+    pixels = read_method(method.files["clip0_000"], FRAMES, SIZE)
+    assert np.abs(pixels.mean(axis=(1, 2, 3)) - [10 * place for place in range(FRAMES)]).max() < 3
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["0.png", "1.png", "3.png", "4.png"], "no number 2, which follows 1; add it"),
+        (["1.png", "01.png", "2.png"], "share their numbers .*name them 000.png, 001.png"),
+        (["1.png", "1.jpg", "2.png"], "share their numbers"),
+        (["-1.png", "0.png", "1.png"], r"differ in more than a number \('-1.png', '0.png'\)"),
+        (["a_0.png", "b_0.png"], "differ in more than a number"),
+        (["first.png", "second.png"], "differ in more than a number"),
+        (["0.5.png", "0.25.png", "1.5.png", "1.0.png"], "share their numbers"),  # a number, or a point in time?
+    ],
+)
+def test_frames_whose_order_is_not_known_are_one_sentence(tmp_path: Path, names: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"the frames in {tmp_path}/clip0 .*{sentence}") as caught:
+        gray_frames(tmp_path, dict.fromkeys(names, 0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["clip0.webm", "clip0.mov", "clip0.avi", "clip0.mkv", "clip0.MP4"])
+def test_videos_of_other_containers_are_found(tmp_path: Path, name: str) -> None:
+    codec = "libvpx" if name.endswith("webm") else "libx264"
+    with av.open(str(tmp_path / name), "w", format="matroska" if name.endswith("mkv") else None) as container:
+        stream = container.add_stream(codec, rate=4)
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        for frame in clip(0):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    found = find_method("Other", str(tmp_path), ITEMS)
+    assert np.abs(read_method(found.files["clip0_000"], FRAMES, SIZE).astype(int) - clip(0)).mean() < 25
 
 
 def test_a_video_that_cannot_be_used_says_why(tmp_path: Path) -> None:

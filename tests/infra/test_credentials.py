@@ -21,7 +21,7 @@ from infra.tracking import TROUBLE, Tracking, connect, run_page
 from tasks.records import UserError
 from tasks.register.consumer import addresses
 from tasks.register.promotion import open_registry
-from tasks.serve.events import EngineSpec
+from tasks.serve.messages import EngineSpec
 from tasks.serve.versions import AliasedModel, RegistryTrouble
 from tasks.train.spec import TrackingSpec
 

@@ -20,7 +20,7 @@ from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.http_checks import is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.url_guard import is_public
-from tasks.records import RETRY_CLASSES, ClipRef, Failure
+from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 
 VIDEO = b"\x00\x00\x00\x18ftypmp42" + bytes(range(256)) * 40
 FAST = DownloadSpec(read_seconds=0.4, total_seconds=2.0, backoff_seconds=0.01, allow_private=True)
@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
+        self.location: str | None = None  # where every request is sent on to, as UTF-8
         self.agents: set[str] = set()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -74,6 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             body = b"<html>not found, but we say 200</html>"
         if self.path == "/round":
             how, status = {"to": "/round"}, 302
+        if self.server.location is not None:
+            self.wfile.write(f"HTTP/1.0 302 Found\r\nLocation: {self.server.location}\r\n\r\n".encode())
+            return
         self.send_response(status)
         if "to" in how:
             self.send_header("Location", how["to"])
@@ -271,10 +275,89 @@ def test_a_redirect_and_a_name_cannot_lead_inside_either(server: Server, monkeyp
     assert reason(fetch("http://clips.example/a.mp4", guarded)) == "blocked_address"
 
 
+# Hosts that some parser, resolver or kernel takes for this machine; `{port}` is that of a real server on loopback.
+INSIDE = {
+    "full-width digits": "１２７.0.0.1:{port}",
+    "circled digits": "①②⑦.0.0.1:{port}",
+    "superscripts": "¹²⁷.⁰.⁰.¹:{port}",
+    "mathematical digits": "𝟏𝟐𝟕.𝟎.𝟎.𝟏:{port}",
+    "Arabic-Indic digits": "١٢٧.٠.٠.١:{port}",
+    "Devanagari digits": "१२७.०.०.१:{port}",
+    "ideographic full stops": "127。0．0｡1:{port}",
+    "a full-width name": "ｌｏｃａｌｈｏｓｔ:{port}",
+    "circled letters": "ⓛⓞⓒⓐⓛⓗⓞⓢⓣ:{port}",
+    "one decimal number": "2130706433:{port}",
+    "hexadecimal": "0x7f.1:{port}",
+    "octal": "0177.0.0.1:{port}",
+    "two parts": "127.1:{port}",
+    "IPv4-compatible": "[::127.0.0.1]:{port}",
+    "IPv4-mapped": "[::ffff:127.0.0.1]:{port}",
+    "IPv4-translated": "[::ffff:0:127.0.0.1]:{port}",
+    "NAT64": "[64:ff9b::127.0.0.1]:{port}",
+    "6to4": "[2002:7f00:1::]:{port}",
+    "a zone": "[::1%25lo]:{port}",
+    "a zone of IPv4-mapped": "[::ffff:127.0.0.1%25lo]:{port}",
+    "a trailing dot": "127.0.0.1.:{port}",
+    "two trailing dots": "127.0.0.1..:{port}",
+    "a name with a dot": "localhost.:{port}",
+    "user information": "public.example@127.0.0.1:{port}",
+    "user information of full-width digits": "public.example:80@１２７.0.0.1:{port}",
+    "a backslash before": "public.example\\@127.0.0.1:{port}",
+    "a backslash behind": "127.0.0.1:{port}\\@public.example",
+    "a fragment": "127.0.0.1:{port}#@public.example",
+    "an escaped dot": "127%2e0.0.1:{port}",
+    "an escaped digit": "%31%32%37.0.0.1:{port}",
+}
+
+
+@pytest.mark.parametrize("host", INSIDE)
+def test_no_spelling_of_an_address_inside_is_connected_to(server: Server, host: str) -> None:
+    guarded = replace(FAST, allow_private=False, attempts=1)
+    inside = f"http://{INSIDE[host].format(port=server.server_address[1])}/inside"
+    refused = {"blocked_address", "bad_url", "network"}  # what no resolver takes for an address is a host not found
+    assert reason(fetch(inside, guarded)) in refused and server.asked == []
+
+    first = Server()  # the declared one, which sends its callers on
+    first.location = inside
+    threading.Thread(target=first.serve_forever, daemon=True).start()
+    try:
+        result = fetch("hop", guarded, SourceSpec("/nowhere/t.csv", base_url=first.url))
+    finally:
+        first.shutdown()
+        first.server_close()
+    assert first.asked == ["/hop"] and reason(result) in refused and server.asked == []
+
+
+@pytest.mark.parametrize(
+    "host", ["１２７.0.0.1:{port}", "127。0．0｡1:{port}", "[::127.0.0.1]:{port}", "①②⑦.0.0.1:{port}"]
+)
+def test_an_address_inside_is_blocked_where_it_is_connected_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """What reads the URL may be mistaken: the address of the connection is checked too."""
+    monkeypatch.setattr(addresses.AddressGuard, "check", lambda self, url: None)
+    result = fetch(f"http://{host.format(port=server.server_address[1])}/x", replace(FAST, allow_private=False))
+    assert reason(result) == "blocked_address" and server.asked == []
+
+
+def test_a_declared_url_opens_its_own_scheme_and_port_and_no_other(server: Server) -> None:
+    guarded, port = replace(FAST, allow_private=False, attempts=1), server.server_address[1]
+    for declared in ("http://localhost/", "http://127.0.0.1/", f"https://127.0.0.1:{port}/", "http://127.0.0.1:9/"):
+        for host in ("localhost", "127.0.0.1"):
+            source = SourceSpec("/nowhere/t.csv", base_url=declared)
+            assert reason(fetch(f"http://{host}:{port}/x", guarded, source)) == "blocked_address", (declared, host)
+    assert server.asked == []
+    for declared in (f"http://localhost:{port}/", f"http://LOCALHOST:{port}/", server.url):
+        assert reason(fetch("clip", guarded, SourceSpec("/nowhere/t.csv", base_url=declared))) == "ok"
+    with pytest.raises(UserError, match="is not a URL .*give one as http://host:port/"):
+        fetch("clip", guarded, SourceSpec("/nowhere/t.csv", base_url="http://[bad"))
+
+
 def test_public_means_global_and_undisguised() -> None:
     assert is_public("93.184.216.34") and is_public("2606:2800:220:1::1")
     inside = ["127.0.0.1", "10.1.1.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
     disguised = ["224.0.0.1", "::1", "fe80::1%eth0", "fc00::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1"]
+    disguised += ["::127.0.0.1", "::ffff:0:10.0.0.1", "fec0::1", "ff0e::1", "2001:0:7f00:1::", "64:ff9b:1::7f00:1"]
     assert not any(is_public(address) for address in inside + disguised)
 
 

@@ -335,6 +335,70 @@ def test_photos_of_every_kind_become_rgb_squares() -> None:
     assert upright[2, 20, 2] > 200 and upright[38, 20, 2] < 50
 
 
+def ramp(top: float, dtype: str) -> np.ndarray:
+    """From 0 at the left to `top` at the right: [80, 80]."""
+    return np.tile(np.linspace(0, top, 80), (80, 1)).astype(dtype)
+
+
+def deep(mode: str, values: np.ndarray) -> Image.Image:
+    return Image.frombytes(mode, (80, 80), values.tobytes())
+
+
+DEEP: dict[str, Any] = {
+    "I;16": deep("I;16", ramp(65535, "<u2")),
+    "I;16L": deep("I;16L", ramp(65535, "<u2")),
+    "I;16B": deep("I;16B", ramp(65535, ">u2")),
+    "I": deep("I", ramp(65535, "<i4")),
+    "F": deep("F", ramp(1, "<f4")),
+    "PNG of 16 bits": as_bytes(deep("I;16", ramp(65535, "<u2"))),
+    "TIFF of 16 bits": as_bytes(deep("I;16B", ramp(65535, ">u2")), "TIFF"),
+    "TIFF of floats": as_bytes(deep("F", ramp(1, "<f4")), "TIFF"),
+    "PGM of 16 bits": as_bytes(deep("I", ramp(65535, "<i4")), "PPM"),
+    "uint16": ramp(65535, "uint16"),
+    "uint16 RGB": np.stack([ramp(65535, "uint16")] * 3, axis=2),
+    "big-endian uint16": ramp(65535, ">u2"),
+    "float32": ramp(1, "float32"),
+    "float64 of one channel": ramp(1, "float64")[..., None],
+    "float16 RGBA": np.stack([ramp(1, "float16")] * 3 + [np.ones((80, 80), "float16")], axis=2),
+    "uint8": ramp(255, "uint8"),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_pixels_of_more_than_8_bits_are_scaled(kind: str) -> None:
+    picture = load_image(DEEP[kind], 80)
+    assert np.abs(picture.astype(int) - ramp(255, "float64")[..., None]).max() <= 1.5
+
+
+def test_16_bits_are_scaled_by_257_and_keep_their_turn_and_their_transparent_value() -> None:
+    assert (load_image(as_bytes(Image.new("I;16", (80, 80), 200 * 257)), 32) == 200).all()
+    assert (load_image(as_bytes(Image.new("I;16", (80, 80), 30000)), 32) == 117).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = load_image(as_bytes(deep("I;16", ramp(65535, "<u2")), exif=exif), 80)
+    assert turned[0, 0, 0] > 250 and turned[0, -1, 0] < 5
+    assert (load_image(as_bytes(Image.new("I;16", (80, 80), 30000), transparency=30000), 32) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("photo", "message"),
+    [
+        (Image.new("I", (80, 80), 70000), "pixels of int32 from 70000 to 70000, expected 0 to 65535"),
+        (Image.new("I", (80, 80), -1), "from -1 to -1"),
+        (Image.new("F", (80, 80), 200.0), "pixels of float32 from 200 to 200, expected 0 to 1; scale them"),
+        (np.full((80, 80, 3), np.nan, np.float32), "from nan to nan"),
+        (np.zeros((80, 80), np.int64), "an array of int64, expected uint8, uint16 .* or floats"),
+        (np.zeros((80, 80), np.uint32), "an array of uint32"),
+        (np.zeros((2, 80, 80, 3), np.uint8), r"shape \[2, 80, 80, 3\], expected \[H, W\] or"),
+        (np.zeros((3, 80, 80), np.uint8), r"shape \[3, 80, 80\]"),
+        (np.zeros((0, 80, 3), np.uint8), r"shape \[0, 80, 3\]"),
+    ],
+)
+def test_an_array_that_is_no_photo_is_one_clear_sentence(photo: Image.Image | np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_image(photo, 32)
+
+
 def test_a_photo_equals_the_video_frame_of_the_same_picture() -> None:
     rng = np.random.default_rng(1)
     picture = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize((96, 64), 2))

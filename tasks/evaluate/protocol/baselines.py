@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,8 @@ from trip_model.images import load_image
 
 OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
 CHAMPION = "champion"
-SUFFIXES = (".npz", ".mp4", ".gif")
+SUFFIXES = (".npz", ".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v")
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 READERS = 16  # at once: on an object store each read alone is a round trip
 _NAME = re.compile(r"[A-Za-z0-9^_][A-Za-z0-9^_.+-]{0,39}")
 
@@ -62,12 +64,13 @@ def parse_methods(given: Sequence[str]) -> dict[str, str]:
 
 
 def find_method(name: str, folder: str, items: Sequence[Item], given_frame: bool = False) -> Method:
-    """Looks for KEY.npz, KEY.mp4, KEY.gif or KEY/ (png frames) of each item; KEY is the item's, or its clip's alone.
+    """Looks for KEY.npz, a video KEY.mp4, .gif, .webm .. or KEY/ (numbered frames) of each item; KEY is the item's, or
+    its clip's.
 
     Every byte is read once, for the numbers of a report must change when a video does.
 
     Raises:
-        UserError: no such folder, or nothing in it belongs to an item.
+        UserError: no such folder, nothing in it belongs to an item, or frames whose order cannot be told.
     """
     names = set(storage.list_dir(folder))
     if not names:
@@ -110,12 +113,53 @@ def find_champion(address: str, protocol: Protocol) -> Method:
 
 def _files(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
     for suffix in SUFFIXES:
-        if key + suffix in names:
-            return (storage.join(folder, key + suffix),)
+        for name in (key + suffix, key + suffix.upper()):
+            if name in names:
+                return (storage.join(folder, name),)
     if key not in names:
         return ()
     frames = storage.join(folder, key)
-    return tuple(storage.join(frames, name) for name in storage.list_dir(frames) if name.lower().endswith(".png"))
+    found = [n for n in storage.list_dir(frames) if n.lower().endswith(FRAME_SUFFIXES) and not n.startswith(".")]
+    return tuple(storage.join(frames, name) for name in _numbered(frames, found))
+
+
+def _numbered(folder: str, names: Sequence[str]) -> list[str]:
+    """The files of one video's frames by their number, however many digits it has.
+
+    Names may hold several numbers; the frame's is the first that no two files share. Where there is none, as in
+    SECOND_FRAME, all of them count, from left to right, if each has the same number of digits in every name.
+
+    Raises:
+        UserError: names that differ in more than numbers, two files of one number, or a number that is left out.
+    """
+    if len(names) < 2:
+        return list(names)
+    parts = {name: re.split(r"([0-9]+)", name.rpartition(".")[0]) for name in names}
+    texts = {tuple(split[::2]) for split in parts.values()}
+    if len(texts) > 1:
+        first, second = sorted(next(n for n in names if tuple(parts[n][::2]) == text) for text in sorted(texts)[:2])
+        raise UserError(
+            f"the frames in {folder} differ in more than a number ({first!r}, {second!r}), so their order is not known;"
+            " name them 000.png, 001.png, .."
+        )
+    groups = list(zip(*(split[1::2] for split in parts.values()), strict=True))
+    for group in groups:
+        numbers = sorted(map(int, group))
+        if len({*numbers}) < len(numbers):
+            continue
+        steps = {after - before for before, after in itertools.pairwise(numbers)}
+        if len(steps) > 1:
+            gap = next(b for b, a in itertools.pairwise(numbers) if a - b > min(steps))
+            raise UserError(f"the frames in {folder} have no number {gap + min(steps)}, which follows {gap}; add it")
+        place = groups.index(group)
+        return sorted(names, key=lambda name: int(parts[name][1::2][place]))
+    order = {name: tuple(map(int, split[1::2])) for name, split in parts.items()}
+    if len({*order.values()}) < len(names) or any(len({*map(len, group)}) > 1 for group in groups):
+        raise UserError(
+            f"the frames in {folder} share their numbers ({', '.join(map(repr, sorted(names)[:3]))}, ..), so their"
+            " order is not known; name them 000.png, 001.png, .."
+        )
+    return sorted(names, key=lambda name: order[name])
 
 
 def read_method(files: Sequence[str], frames: int, size: int) -> NDArray[np.uint8]:
@@ -127,9 +171,9 @@ def read_method(files: Sequence[str], frames: int, size: int) -> NDArray[np.uint
         ClipError: `too_short` or `undecodable`.
     """
     try:
-        if files[0].endswith(".png"):
+        if files[0].lower().endswith(FRAME_SUFFIXES):
             found = [load_image(storage.read_bytes(file), size) for file in files[:frames]]
-        elif files[0].endswith(".npz"):
+        elif files[0].lower().endswith(".npz"):
             found = _arrays(storage.read_bytes(files[0]), frames, size)
         else:
             found = _video(storage.read_bytes(files[0]), frames, size)
