@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from infra.redaction import name_of
-from tasks.ingest import addresses
+from tasks.ingest import url_guard as addresses
 from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.http_checks import is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.spec import DownloadSpec, SourceSpec

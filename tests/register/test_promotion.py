@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import promotion as commands
+from flows.cli import promote as commands
 from infra.tracking import connect
 from tasks.records import UserError, digest
 from tasks.register.promotion import Refused, log_name, promote, rollback, settle
