@@ -25,7 +25,6 @@ from tasks.shards import Sample, sample_key
 from tasks.video.decode import Clip, ClipError
 from tasks.video.decode_pool import READER, TRACK_READER, DecoderPool
 from tasks.video.spec import DecodeSpec
-from trip_model.encoders import encode_posterior, load_text_encoder, load_vae, vae_factor
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -86,6 +85,8 @@ class ClipEncoder:
     def __init__(self, base: str | Path, spec: PrepareSpec, device: str = "cpu") -> None:
         check_spec(spec)
         self.spec = spec
+        from trip_model.encoders import load_text_encoder, load_vae, vae_factor  # torch, which a driver does not need
+
         self._vae = load_vae(base, device)
         factor = vae_factor(self._vae)
         if spec.size % factor:
@@ -119,6 +120,8 @@ class ClipEncoder:
         where that divides `num_frames`, a window has the bits of the same frames of its track.
         """
         frames = np.concatenate([window.clip.pixels for window in row.windows])
+        from trip_model.encoders import encode_posterior
+
         posterior = encode_posterior(self._vae, frames, self.spec.frames_per_batch)
         return np.stack(posterior[: 2 if self.spec.keep_logvar else 1])
 

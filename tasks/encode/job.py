@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.exceptions
-import torch
 
 from infra import storage
 from infra.cluster import ray_session
@@ -156,6 +155,8 @@ class EncodeWorker:
     def encode(self, unit: Unit) -> ShardSummary:
         # Loaded by the first unit rather than in __init__, where an error would reach the driver as a dead actor.
         if self._encoder is None:
+            import torch  # only in the worker: a driver that finds its work done needs no torch
+
             torch.set_num_threads(self._spec.cpus_per_worker)
             self._encoder = _load_encoder(self._spec, self._fingerprint)
         recipe_hash = digest(self._fingerprint)

@@ -12,13 +12,11 @@ import sys
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from infra import storage
 from infra.redaction import redact
 from tasks.shards import ShardDataset, report_addresses
-from trip_model.encoders import decode_latents, load_vae
 from trip_model.folders import resolve_base
 
 SHEET_CLIPS, SHEET_FRAMES = 6, 4
@@ -81,6 +79,10 @@ def _contact_sheet_png(dataset: ShardDataset, base: str) -> bytes:
     counts = [shard.samples for shard in dataset.published.shards]
     firsts = [sum(counts[:place]) for place, count in enumerate(counts) if count]
     picked = firsts[:: -(-len(firsts) // SHEET_CLIPS)]
+    import torch  # only where the page is not written yet
+
+    from trip_model.encoders import decode_latents, load_vae
+
     vae: Any = load_vae(resolve_base(base))
     label, gap = 24, 4
     lines = []
