@@ -81,7 +81,7 @@ def mlflow_access() -> dict[str, str]:
 class MlflowAccess:
     """This process's access to MLflow, for a Ray worker on a machine that has another environment.
 
-    It travels in the arguments of an actor, which Ray neither logs nor shows; it logs the variables of a `runtime_env`.
+    It travels in the arguments of an actor: Ray writes the variables of a `runtime_env` to its log.
     """
 
     variables: dict[str, str] = field(default_factory=mlflow_access, repr=False)
