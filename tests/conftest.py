@@ -101,9 +101,8 @@ def tiny_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
     from trip_model.model import Trip
 
-    config = TripConfig(
-        size=32, fusion=FusionConfig(width=16, heads=2), schedule=ScheduleConfig(sampling_steps=2), guidance=1.0
-    )
+    fusion = FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit")  # as the demo's
+    config = TripConfig(size=32, fusion=fusion, schedule=ScheduleConfig(sampling_steps=2), guidance=1.0)
     return save_model(tmp_path_factory.mktemp("tiny") / "model", Trip.from_base(tiny_base, config), tiny_base)
 
 

@@ -26,7 +26,7 @@ def tiny(base: str) -> recipes.Recipe:
             model=replace(
                 model,
                 size=32,
-                fusion=FusionConfig(width=16, heads=2),
+                fusion=FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit"),
                 schedule=replace(model.schedule, sampling_steps=2),
             ),
             steps=6,

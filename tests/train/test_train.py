@@ -66,7 +66,7 @@ def spec(dataset: str, tiny_base: Path, tmp_path: Path) -> TrainSpec:
         size=32,
         num_frames=FRAMES,
         residual_std=(0.0, 0.5, 0.5, 0.5),
-        fusion=FusionConfig(width=16, heads=2),
+        fusion=FusionConfig(width=16, heads=2, prediction="shrinkage"),  # which knows frame 1 exactly
         schedule=ScheduleConfig(sampling_steps=2),
         unet_dropout=0.1,
     )
@@ -149,6 +149,15 @@ def test_frame_one_has_no_error_and_deviation_is_measured(spec: TrainSpec) -> No
     assert max(tick["frame_1"] for tick in ticks) < 1e-8
     deviation = load_model(report.model).config.residual_std
     assert deviation[0] == 0 and all(0.5 < s < 1.0 for s in deviation[1:])  # sqrt(2) times the scaling of 0.5
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_papers_fusion_trains_and_is_exported_as_such(spec: TrainSpec, skip: bool) -> None:
+    fusion = replace(spec.model.fusion, prediction="direct", residual_skip=skip)
+    report = run_training(replace(spec, model=replace(spec.model, fusion=fusion)))
+    assert report.loss_last < report.loss_first
+    model = load_model(report.model)
+    assert model.config.fusion == fusion
 
 
 def test_two_workers_read_the_batches_of_one(dataset: str) -> None:
