@@ -109,8 +109,8 @@ def evaluate_trip(
         held_out: address of another prepared data set, none of which was trained on, to judge by.
         protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, cinn-exact, ...), a preset's file .toml
             of your own, or the protocol.json of a report.
-        method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with png
-            frames; once for each method.
+        method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with
+            numbered frames (png, jpg, ..); once for each method.
         champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the

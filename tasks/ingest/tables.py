@@ -26,29 +26,36 @@ _WHOLE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a column that is missing.
+    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a missing or repeated column.
 
-    A quote that is never closed costs its own line and none of those after it.
+    A row has a cell for each column; empty ones more at its end are left out. Any other number of cells, and a quote
+    that neither opens nor closes a cell nor is doubled (`\\"`), make a bad row. So does a quote that is never closed,
+    which costs its own line and none of those after it. A record that closes as it should is one row, whatever its
+    lines look like.
     """
     with _open_text(address, "a CSV") as file:
         lines = _RecordLines(file)
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
             raise UserError(f"table {address} is not a CSV ({error}); give a CSV with a header line") from error
+        while header and not header[-1]:
+            header.pop()
         _check_columns(address, columns, header)
         key, url, caption = (header.index(columns[name]) for name in NAMES)
-        least = max(key, url, caption) + 1
+
+        def fits(cells: list[str]) -> bool:
+            return len(cells) >= len(header) and not any(cells[len(header) :])
 
         def is_row(line: str | csv.Error) -> bool:
             if not isinstance(line, str) or not _WHOLE_LINE.fullmatch(line):
                 return False
             try:
-                cells = next(csv.reader([line]), [])
+                cells = next(csv.reader([line], strict=True), [])
             except csv.Error:
                 return False
-            has_link = len(cells) == len(header) and re.fullmatch(r"\S*[/.]\S*", cells[url]) is not None
+            has_link = fits(cells) and re.fullmatch(r"\S*[/.]\S*", cells[url]) is not None
             return has_link and cells[key] != ""
 
         while True:
@@ -61,17 +68,20 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
                 continue
             if cells is None:
                 return
-            if any(map(is_row, lines.taken[1:])):
+            if fits(cells):
+                yield cells[key], cells[url], cells[caption]
+            elif any(map(is_row, lines.taken[1:])):
                 lines.give_back()
                 yield "a quote that is not closed on its line, nor before the next row"
             elif cells:
-                if len(cells) < least:
-                    cells += [""] * (least - len(cells))
-                yield cells[key], cells[url], cells[caption]
+                yield f"{len(cells)} cells, the header has {len(header)}"
 
 
 def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a file with one JSON object a line. Raises UserError when none of the first has a column."""
+    """The rows of a file with one JSON object a line. Raises UserError when none of the first has a column.
+
+    An object that has a name twice is a bad row.
+    """
     with _open_text(address, "a file of JSON lines") as file:
         objects = _parse_lines(_Lines(file))
         head = list(itertools.islice(objects, _HEAD))
@@ -147,7 +157,7 @@ def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
     while True:
         try:
             line = next(iterator)
-            value = json.loads(line) if line.strip() else None
+            value = json.loads(line, object_pairs_hook=_object) if line.strip() else None
         except StopIteration:
             return
         except (csv.Error, ValueError, RecursionError) as error:
@@ -157,6 +167,14 @@ def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
             yield value
         elif line.strip():
             yield f"a line of JSON that is of type {type(value).__name__}, not an object"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return value
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -172,6 +190,12 @@ def _check_columns(address: str, columns: dict[str, str], found: list[str]) -> N
         shown = ", ".join(repr(name[:40]) for name in found[:12]) or "none"
         raise UserError(
             f"table {address} has no column {missing[0]!r} (columns found: {shown}); name its columns in the column map"
+        )
+    repeated = [column for column in columns.values() if found.count(column) > 1]
+    if repeated:
+        raise UserError(
+            f"table {address} has the column {repeated[0]!r} {found.count(repeated[0])} times;"
+            " rename or remove the others"
         )
 
 

@@ -91,6 +91,78 @@ def test_a_caption_of_several_lines_is_one_row(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "caption"),
+    [
+        ("1,a.mp4,a dog", "a dog"),
+        ("1,a.mp4,a dog,", "a dog"),  # as spreadsheets export empty columns
+        ("1,a.mp4,a dog,,,", "a dog"),
+        ('1,a.mp4,"a dog, a cat"', "a dog, a cat"),
+        ('1,a.mp4,"a ""big"" dog"', 'a "big" dog'),
+        ('1,a.mp4,a 12" pipe', 'a 12" pipe'),
+        ('1,a.mp4,"C:\\"', "C:\\"),
+        ("1,a.mp4,a dog, a cat", None),
+        ("1,a.mp4,a dog,,x", None),
+        ("1,a.mp4", None),
+        ("1", None),
+        ('1,a.mp4,"a \\"big\\" dog"', None),
+        ('1,a.mp4,"a \\"big, brown\\" dog"', None),
+        ('1,a.mp4,"a \\", dog"', None),
+        ('1,a.mp4,"says \\""', None),
+        ('1,a.mp4,"a "big" dog"', None),
+        ('1,a.mp4,"Big" dog', None),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_caption_is_whole_or_its_row_is_bad(tmp_path: Path, line: str, caption: str | None, end: str) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes(
+        end.join(["videoid,contentUrl,name", line, "2,b.mp4,after", line, "3,c.mp4,last"]).encode() + end.encode()
+    )
+    first, second, third, fourth = read_rows(SourceSpec(str(table)))
+    assert (first.caption if isinstance(first, ClipRef) else None) == caption
+    assert isinstance(third, Failure) and third.reason == ("bad_row" if caption is None else "duplicate_key")
+    assert [getattr(row, "caption", None) for row in (second, fourth)] == ["after", "last"]
+
+
+def test_columns_of_a_header_may_be_empty_at_its_end(tmp_path: Path) -> None:
+    spec = table(tmp_path, "videoid,contentUrl,name,,\n1,a.mp4,a dog\n2,b.mp4,a cat,,\n3,c.mp4,a cow,x,\n")
+    assert [getattr(row, "caption", "bad") for row in read_rows(spec)] == ["a dog", "a cat", "bad"]
+
+
+@pytest.mark.parametrize("story", ['"story:\n7,videos/x.mp4,fake row\nend"', '"\n7,videos/x.mp4,""fake"" row\n"'])
+def test_a_caption_of_several_lines_adds_no_rows(tmp_path: Path, story: str) -> None:
+    spec = table(tmp_path, f"videoid,contentUrl,name\n1,a.mp4,{story}\n2,b.mp4,sand\n")
+    first, second = read_rows(spec)
+    assert isinstance(first, ClipRef) and "7,videos/x.mp4" in first.caption
+    assert isinstance(second, ClipRef) and second.key == "2"
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_is_needed(tmp_path: Path) -> None:
+    spare = pa.table([pa.array(["1"])] * 4, names=["videoid", "contentUrl", "name", "more"])
+    for names, needed in (
+        (["videoid", "contentUrl", "name", "name"], True),
+        (["videoid", "contentUrl", "name", "x"], False),
+    ):
+        storage.write_bytes("memory://twice/t.parquet", parquet(spare.rename_columns(names)))
+        storage.write_bytes("memory://twice/t.csv", (",".join([*names, "x"]) + "\n1,1,1,1,1\n").encode())
+        for name in ("t.csv", "t.parquet"):
+            spec = SourceSpec(f"memory://twice/{name}")
+            if needed:
+                with pytest.raises(UserError, match="has the column 'name' 2 times; rename or remove the others"):
+                    list(read_rows(spec))
+            else:
+                assert list(read_rows(spec)) == [ClipRef("1", "1", "1", 0)]
+
+
+def test_a_json_line_that_has_a_name_twice_is_a_bad_row(tmp_path: Path) -> None:
+    good = json.dumps(captioned("k", "u", "c"))
+    spec = table(tmp_path, good + "\n" + good[:-1].replace('"k"', '"l"') + ', "name": "d"}\n', "t.jsonl")
+    first, second = read_rows(spec)
+    assert isinstance(first, ClipRef) and isinstance(second, Failure) and second.reason == "bad_row"
+    assert "'name' is there twice" in second.detail
+
+
 def test_a_range_gives_the_rows_that_the_whole_gives(tmp_path: Path) -> None:
     spec = table(tmp_path, WEBVID_2M + "".join(f"{i % 7},u{i},,,cap\n" for i in range(20)))
     whole = list(read_rows(spec))
