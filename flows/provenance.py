@@ -127,7 +127,7 @@ MEANS = {
     *("prepare.frames_per_batch", "prepare.clips_per_shard", "prepare.workers", "prepare.cpus_per_worker"),
     *("prepare.gpus_per_worker", "prepare.ray_address", "train.dataset", "train.validation", "evaluate.model"),
     *("evaluate.dataset", "evaluate.output", "evaluate.batch", "evaluate.workers", "evaluate.cpus_per_worker"),
-    *("evaluate.gpus_per_worker", "evaluate.ray_address"),
+    *("evaluate.gpus_per_worker", "evaluate.ray_address", "evaluate.base", "evaluate.base_clips"),
 }
 
 HEAD = """# What is the paper's and what is ours
