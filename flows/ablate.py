@@ -31,7 +31,7 @@ def ablate(
     dataset: str | None = None,
     tracking_uri: str | None = None,
     variants: str = "TRIP,TRIP_C,TRIP_TE,TRIP^-,TRIP^W",
-    seeds: int = 3,
+    seeds: int = 5,
     steps: int | None = None,
     *,
     judges: JudgeFiles = NONE,

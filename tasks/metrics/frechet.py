@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -143,9 +144,9 @@ class FeatureSet:
 
 
 def frechet_floor(real: FeatureSet) -> float:
-    """Frechet distance between two disjoint halves of the real videos.
+    """Frechet distance between two disjoint halves of the real videos, not paired, at half the number.
 
-    What no system can be told from, at half the number: the distance of equal distributions falls as 1/N, not to 0.
+    No bound for a system: its clips are paired with the real ones, and paired sets may lie far below this value.
     """
     first, second = _groups(real.parts, 2)
     return frechet_distance(first, second)
@@ -264,21 +265,56 @@ def _kernel_sum(p: NDArray[Any], q: NDArray[Any]) -> float:
     return total
 
 
-def kernel_distance(x: Any, y: Any) -> float:
-    """Unbiased MMD^2 with the kernel (x.y/d + 1)^3, as in KID; may be just below 0 for equal distributions."""
+def _kernel_within(p: NDArray[Any], q: NDArray[Any], names: Sequence[str], others: Sequence[str]) -> tuple[float, int]:
+    """Sum of the kernel over the pairs of rows of p and q with the same name, and their number."""
+    places: tuple[dict[str, list[int]], dict[str, list[int]]] = (defaultdict(list), defaultdict(list))
+    for of, found in zip((names, others), places, strict=True):
+        for i, name in enumerate(of):
+            found[name].append(i)
+    pairs = [(i, j) for name, rows in places[0].items() for i in rows for j in places[1].get(name, ())]
+    total = 0.0
+    for start in range(0, len(pairs), BLOCK):
+        left, right = np.array(pairs[start : start + BLOCK]).T
+        dots = np.einsum("nd,nd->n", p[left], q[right], dtype=np.float64)
+        total += float(((dots / p.shape[1] + 1.0) ** 3).sum())
+    return total, len(pairs)
+
+
+def kernel_distance(
+    x: Any, y: Any, x_clips: Sequence[str] | None = None, y_clips: Sequence[str] | None = None
+) -> float:
+    """Unbiased MMD^2 with the kernel (x.y/d + 1)^3, as in KID; may be just below 0 for equal distributions.
+
+    Args:
+        x_clips, y_clips: the source clip of each row. Two rows of one clip are dependent, within a set and across
+            paired ones, so such pairs are left out; with them the estimate is biased. None: all rows are independent.
+    Raises:
+        ValueError: rows that are not finite, of other widths or other numbers than names, or all of one clip.
+    """
     first, second = (checked_features(z, least=2) for z in (x, y))
     _same_width(first, second)
     # float16 would overflow; float32, in which judges give their features, is twice as fast as double.
     first, second = (z.astype(np.promote_types(z.dtype, np.float32)) for z in (first, second))
+    if x_clips is None or y_clips is None:
+        x_clips, y_clips = [f"x{i}" for i in range(len(first))], [f"y{i}" for i in range(len(second))]
+    if len(first) != len(x_clips) or len(second) != len(y_clips):
+        raise ValueError(
+            f"{len(first)} and {len(second)} rows of features, but {len(x_clips)} and {len(y_clips)} names of clips"
+        )
 
-    def own(p: NDArray[Any]) -> float:
-        diagonal = ((np.einsum("nd,nd->n", p, p, dtype=np.float64) / p.shape[1] + 1.0) ** 3).sum()
-        return (_kernel_sum(p, p) - float(diagonal)) / (len(p) * (len(p) - 1))
+    def mean(p: NDArray[Any], q: NDArray[Any], names: Sequence[str], others: Sequence[str]) -> float:
+        left_out, pairs = _kernel_within(p, q, names, others)
+        if pairs == len(p) * len(q):
+            raise ValueError(f"a kernel distance needs at least 2 source clips, all rows are of {names[0]}")
+        return (_kernel_sum(p, q) - left_out) / (len(p) * len(q) - pairs)
 
-    return own(first) + own(second) - 2.0 * _kernel_sum(first, second) / (len(first) * len(second))
+    own = mean(first, first, x_clips, x_clips) + mean(second, second, y_clips, y_clips)
+    return own - 2.0 * mean(first, second, x_clips, y_clips)
 
 
-def kernel_distance_of_frames(x: Any, y: Any) -> float:
+def kernel_distance_of_frames(
+    x: Any, y: Any, x_clips: Sequence[str] | None = None, y_clips: Sequence[str] | None = None
+) -> float:
     """KID of clips: the mean `kernel_distance` of F subsets, each with one frame of every clip, every frame used once.
 
     Frames of one clip are near-duplicates; as pairs within a set they would bias the "unbiased" estimate upwards. It is
@@ -286,6 +322,7 @@ def kernel_distance_of_frames(x: Any, y: Any) -> float:
 
     Args:
         x, y: features [N >= 2, F, d] of N clips of F frames.
+        x_clips, y_clips: the source clip of each of the N; see `kernel_distance`.
     """
     first, second = np.asarray(x), np.asarray(y)
     if first.ndim != 3 or first.shape != second.shape:
@@ -294,4 +331,4 @@ def kernel_distance_of_frames(x: Any, y: Any) -> float:
     every = np.arange(clips)
     # Clip i gives frame i + shift, so that each subset mixes early and late frames.
     turns = [(every + shift) % frames for shift in range(frames)]
-    return float(np.mean([kernel_distance(first[every, turn], second[every, turn]) for turn in turns]))
+    return float(np.mean([kernel_distance(first[every, t], second[every, t], x_clips, y_clips) for t in turns]))

@@ -21,6 +21,7 @@ from tasks.evaluate.progress import Ticks, duration
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, load_preset
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.aggregate import Summary, summarise
+from tasks.evaluate.report.distances import Sums
 from tasks.evaluate.report.figures import Example, side_by_side, strip_png
 from tasks.evaluate.report.page import build
 from tasks.evaluate.report.tables import Table, all_tables, own_table, paper_tables
@@ -30,6 +31,7 @@ from tasks.ingest.drawing import draw_clip
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName, judge_item
 from tasks.metrics.extractors.files import JudgeFiles
 from tasks.metrics.extractors.loading import load_judges
+from tasks.metrics.frechet import kernel_distance
 from tasks.metrics.statistics import Estimate
 from tasks.video.decode import read_clip
 
@@ -158,6 +160,21 @@ def test_distances_of_categories_are_the_mean_of_their_own():
     assert found.ci_high == pytest.approx(found.value + width)
 
 
+def test_a_value_at_infinity_needs_a_quarter_of_twice_as_many_clips_as_features():
+    for clips, there in ((16, True), (15, False)):
+        rng, protocol = np.random.default_rng(6), protocol_of(clips)
+        by_row = {row: [rng.normal(size=(1, 2)) for _ in range(clips)] for row in ("trip", "real")}
+        sums = Sums(protocol.items, ("trip", "real"), 100)
+        sums.add_distances(NAMES[1], by_row)
+        assert (NAMES[1].metric in sums.infinity["trip"]) is there
+        x, y = (np.concatenate(by_row[row]) for row in ("trip", "real"))
+        names = [item.clip for item in protocol.items]
+        assert len(set(names)) == clips
+        assert sums.metrics["trip"][NAMES[1].kernel_metric].value == pytest.approx(kernel_distance(x, y, names, names))
+        halves = kernel_distance(y[::2], y[1::2])  # of other clips: nothing is left out between them
+        assert sums.floors[NAMES[1].kernel_metric].value == pytest.approx(halves)
+
+
 def test_gate_passes_and_lists_every_reason_against():
     assert gate(0.9, NEARER, 32) == Gate(True, ())
     few = gate(0.9, NEARER, 31)
@@ -233,7 +250,8 @@ def test_the_protocol_decides_which_of_the_papers_tables_are_filled():
 def test_floors_limits_differences_and_exclusions_are_told():
     tables = all_tables(written("FVD", "clip_distance"), OFFICIAL, protocol_of(8))
     assert tables["limits"].rows == [["FVD (lower)", "3", "-", "-", "5"]]
-    assert "floor" in tables["this_run"].rows[0][-1] and "floor" not in tables["this_run"].rows[1][-1]
+    halves = "two halves of the real clips, not paired"
+    assert halves in tables["this_run"].rows[0][-1] and halves not in tables["this_run"].rows[1][-1]
     assert tables["differences"].header[1:] == [
         f"{n} minus TRIP" for n in ("Frozen first frame", "My_Method", "Real video")
     ]

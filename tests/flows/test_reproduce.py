@@ -137,7 +137,7 @@ def started(base: Path, root: Path, log: Path) -> Iterator[subprocess.Popen[byte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["corpus", "prepare ", "train ", "generate", "register"])
+@pytest.mark.parametrize("word", ["corpus", "prepare ", "train ", "base ", "generate", "register"])
 def test_a_killed_run_continues_to_the_same_result(
     word: str, done: tuple[Path, str], tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -159,6 +159,36 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0
 
 
+@pytest.mark.parametrize("correlation", [0.5, 0.8, 0.95])
+def test_kernel_distance_of_paired_sets_is_unbiased(correlation: float):
+    rng, clips = np.random.default_rng(30), [str(i) for i in range(40)]
+    values = []
+    for _ in range(1000):
+        x = rng.normal(size=(40, 32))
+        y = correlation * x + np.sqrt(1 - correlation**2) * rng.normal(size=(40, 32))
+        values.append(kernel_distance(x, y, clips, clips))
+    assert (
+        abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(1000) < 0.003
+    )  # with the pairs of one clip -0.12 and less
+
+
+def test_kernel_distance_leaves_out_every_pair_of_rows_of_one_clip():
+    rng = np.random.default_rng(31)
+    x, y, clips = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)) + 0.4, ["a", "a", "b", "c", "c", "c"]
+
+    def mean(p: np.ndarray, q: np.ndarray, names: list[str], others: list[str]) -> float:
+        pairs = [(a, b) for a, i in zip(p, names, strict=True) for b, j in zip(q, others, strict=True) if i != j]
+        return float(np.mean([(a @ b / 3 + 1) ** 3 for a, b in pairs]))
+
+    for others in (clips, ["d", "e", "e", "f", "f", "a"]):  # paired sets; sets with one clip in common
+        expected = mean(x, x, clips, clips) + mean(y, y, others, others) - 2 * mean(x, y, clips, others)
+        assert kernel_distance(x, y, clips, others) == pytest.approx(expected, rel=1e-10)
+    with pytest.raises(ValueError, match="at least 2 source clips"):
+        kernel_distance(x, y, ["a"] * 6, clips)
+    with pytest.raises(ValueError, match="6 and 6 rows of features, but 5 and 6 names"):
+        kernel_distance(x, y, clips[1:], clips)
+
+
 def systems(rng: np.random.Generator, clips: int, frames: int, width: int) -> tuple[list[FeatureSet], list[str]]:
     """Real features, two systems that share a part of each clip with them, and the clip of each row."""
     scale = 1 / np.sqrt(np.arange(1, width + 1))

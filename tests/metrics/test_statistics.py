@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.metrics.statistics import disjoint_parts, mean_over_clips, paired_difference, ratio_of_sums, unique_clips
+from tasks.metrics.statistics import (
+    disjoint_parts,
+    mean_over_clips,
+    paired_difference,
+    ratio_of_sums,
+    student_quantile,
+    unique_clips,
+)
 
 
 def test_interval_draws_whole_clips():
@@ -21,13 +28,27 @@ def test_interval_draws_whole_clips():
     assert naive.ci_high is not None and naive.ci_high - naive.value < 0.6 * (once.ci_high - once.value)
 
 
-def test_interval_covers_the_true_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(14)
-    hits = 0
-    for trial in range(200):
-        e = mean_over_clips(rng.normal(size=40), [str(i) for i in range(40)], resamples=400, seed=trial)
-        hits += e.ci_low is not None and e.ci_high is not None and e.ci_low <= 0 <= e.ci_high
-    assert 175 <= hits <= 200
+@pytest.mark.parametrize(("clips", "skewed", "least"), [(20, False, 0.935), (40, False, 0.935), (20, True, 0.88)])
+def test_interval_covers_the_true_mean_about_as_often_as_it_says(clips: int, skewed: bool, least: float):
+    rng, hits, trials = np.random.default_rng(14), 0, 1500
+    names, truth = [str(i) for i in range(clips)], np.exp(0.5) if skewed else 0.0
+    for _ in range(trials):
+        values = rng.normal(size=clips)
+        e = mean_over_clips(np.exp(values) if skewed else values, names, resamples=1000)
+        hits += e.ci_low is not None and e.ci_high is not None and e.ci_low <= truth <= e.ci_high
+    assert least < hits / trials < 0.97  # percentile intervals of 20 clips: 0.925, of skewed values 0.86
+
+
+def test_students_quantile_is_that_of_the_tables():
+    found = [student_quantile(degrees) for degrees in (1, 2, 3, 4, 30, 39, 2000)]
+    assert found == pytest.approx([12.7062, 4.3027, 3.1824, 2.7764, 2.0423, 2.0227, 1.9612], abs=1e-4)
+    with pytest.raises(ValueError, match="0 degrees"):
+        student_quantile(0)
+
+
+def test_an_interval_of_equal_values_is_their_value():
+    assert mean_over_clips([0.3] * 7, list("abcdefg")) == mean_over_clips([0.3] * 7, list("abcdefg"), seed=5)
+    assert mean_over_clips([0.5, 0.5], ["a", "b"]).ci_low == 0.5
 
 
 def test_motion_ratio_is_a_ratio_of_sums_with_a_reproducible_interval():

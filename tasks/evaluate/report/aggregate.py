@@ -29,7 +29,8 @@ class Summary:
     """The numbers of one evaluation; `rows` names them in the table's order.
 
     metrics[row][metric]; differences[row][metric]: the row minus TRIP, paired by clip; floors[metric]: real clips
-    against real ones, disjoint halves at half the number; infinity[row][metric]: the distance at endless N;
+    against real ones, disjoint halves at half the number, not paired; infinity[row][metric]: the distance at endless N,
+    where there are clips enough for it;
     curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
     ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
     and why others are not.
@@ -68,8 +69,8 @@ def summarise(
     """Sums up all rows in the items' order; deterministic, whoever made records and features and when.
 
     Intervals are 95 % bootstrap intervals that draw whole clips. Frechet distances carry none: a percentile interval of
-    a Frechet distance is biased to the point of missing its own estimate. Their differences do, and their floor stands
-    in the real row instead.
+    a Frechet distance is biased to the point of missing its own estimate. Their differences do; the real row holds the
+    distance of two real halves.
 
     Args:
         records: of each row, what `rows.measure` said of every item.
@@ -221,9 +222,10 @@ def _notes(
         *notes,
         "Frame consistency: consecutive pairs unless a name says otherwise, frame 1 of every row is the given image. "
         "The paper does not state its pair rule. The best is the real row's, not the highest: a still clip scores 100.",
-        "Frechet and kernel (unbiased, cubic) distances are to the real clips, paired by first frame. The real row "
-        "holds their floor: one half of the real clips against the other, at half the number. A percentile interval of "
-        "a Frechet distance is biased, so none is given; that of its difference from TRIP is.",
+        "Frechet and kernel (cubic) distances are to the real clips, paired by first frame. The kernel distance leaves "
+        "out all pairs of one source clip, which makes it unbiased for paired sets. The real row holds the distance of "
+        "two halves of the real clips, not paired, at half the number. A percentile interval of a Frechet distance is "
+        "biased, so none is given; that of its difference from TRIP is.",
         "Every row is the clip as its user gets it: of TRIP frame 1 is the given image, of a folder the method's own. "
         "First-frame PSNR and SSIM are of the own frame 1. A folder's frames are taken one by one, whatever rate "
         "it states.",

@@ -77,7 +77,7 @@ class Sums:
     def add_distances(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
         """Frechet and kernel distances to the real clips, of several categories the mean of their own.
 
-        The real row holds the floor: every second clip against the others.
+        The real row holds the floor: every second clip against the others, which are not paired as the rows are.
         """
         sets = [_Category(judge, by_row, places, self.clips) for places in _categories(self.items)]
         for row in self.rows:
@@ -85,7 +85,7 @@ class Sums:
                 continue
             self.metrics[row][judge.metric] = together([s.frechet(row) for s in sets])
             self.metrics[row][judge.kernel_metric] = together([s.kernel(row) for s in sets])
-            if all(s.many for s in sets):
+            if all(s.straight for s in sets):
                 self.infinity[row][judge.metric] = together([s.infinity(row) for s in sets])
             if row != TRIP:
                 self.differences[row][judge.metric] = together([s.difference(row, self.resamples) for s in sets])
@@ -113,14 +113,16 @@ class _Category:
         self.by_clip = {row: [values[i] for i in places] for row, values in by_row.items()}
         self.clips = [clips[i] for i in places]
         self.clusters = [clip for clip, values in zip(self.clips, self.by_clip[REAL], strict=True) for _ in values]
-        if len(self.clusters) < 2:
+        names = list(dict.fromkeys(self.clips))
+        if len(names) < 2:
             raise UserError(f"{judge.metric} needs at least 2 clips, 1 is left; ask for more, or leave this judge out")
-        names, each = list(dict.fromkeys(self.clips)), len(self.clusters) // len(self.clips)
         odd = set(names[1::2])
         self.halves = [[i for i, clip in enumerate(self.clips) if (clip in odd) == side] for side in (False, True)]
-        if len(names) // 2 * each < 2:
+        if len(names) < 4:  # half of them has no two clips
             self.halves = []
         self.many = len(names) >= 2 * PARTS  # of fewer videos a feature set says nothing beyond the distance
+        # A quarter of the videos must be twice the features: with fewer the distance is not linear in 1/N.
+        self.straight = len(names) >= 2 * PARTS * self.by_clip[REAL][0].shape[1]
         rows = {row: np.concatenate(values) for row, values in self.by_clip.items()}
         if self.many:
             sets = {row: FeatureSet.of(values, self.clusters) for row, values in rows.items()}
@@ -134,7 +136,8 @@ class _Category:
         return Estimate(self.values[row])
 
     def kernel(self, row: str) -> Estimate:
-        return self._kernel(self.by_clip[row], self.by_clip[REAL])
+        places = range(len(self.clips))
+        return self._kernel(self.by_clip[row], self.by_clip[REAL], places, places)
 
     def infinity(self, row: str) -> Estimate:
         found = self.found[row]
@@ -147,16 +150,25 @@ class _Category:
 
     def floor(self) -> tuple[Estimate, Estimate]:
         """Frechet and kernel distance of one half of the real clips to the other."""
-        one, other = ([self.by_clip[REAL][i] for i in half] for half in self.halves)
+        real = self.by_clip[REAL]
+        one, other = ([real[i] for i in half] for half in self.halves)
         distance = frechet_distance(Moments.of(np.concatenate(one)), Moments.of(np.concatenate(other)))
-        return Estimate(distance), self._kernel(one, other)
+        return Estimate(distance), self._kernel(real, real, *self.halves)
 
-    def _kernel(self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]]) -> Estimate:
-        if not self.framewise:
-            # In float64: the kernel distance of small features is near the rounding of float32.
-            return Estimate(kernel_distance(*(np.concatenate(of).astype(np.float64) for of in (one, other))))
-        clips = min(len(one), len(other))
-        return Estimate(kernel_distance_of_frames(np.stack(one[:clips]), np.stack(other[:clips])))
+    def _kernel(
+        self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]], places: Sequence[int], others: Sequence[int]
+    ) -> Estimate:
+        """The kernel distance of the clips at some places to those at others."""
+        if self.framewise:
+            count = min(len(places), len(others))
+            x, y = np.stack([one[i] for i in places[:count]]), np.stack([other[i] for i in others[:count]])
+            x_clips, y_clips = ([self.clips[i] for i in of[:count]] for of in (places, others))
+            return Estimate(kernel_distance_of_frames(x, y, x_clips, y_clips))
+        # In float64: the kernel distance of small features is near the rounding of float32.
+        x = np.concatenate([one[i] for i in places]).astype(np.float64)
+        y = np.concatenate([other[i] for i in others]).astype(np.float64)
+        x_clips, y_clips = ([self.clips[i] for i in of for _ in one[i]] for of in (places, others))
+        return Estimate(kernel_distance(x, y, x_clips, y_clips))
 
 
 def _categories(items: Sequence[Item]) -> list[list[int]]:

@@ -40,8 +40,8 @@ REPORT_STYLE = (
 GUIDE = (
     "Every row starts from the same photo and sentence. The real video is the aim; the frozen first frame is what a "
     "method must beat by moving.",
-    "Distances to the real clips: lower is nearer. The real row holds the floor, the distance of real clips to other "
-    "real clips, below which no method can be expected.",
+    "Distances to the real clips: lower is nearer. The real row holds the distance of two halves of the real clips, "
+    "not paired, at half the number. The other rows are paired with the real clips and may lie below it.",
     "Frame consistency is best where it is nearest to the real row, not where it is highest: a still clip scores 100.",
     "x (a to b) is a value with its 95 % interval; whether a method differs from TRIP say the paired differences.",
     "A cell that says it is not comparable holds another judge than the publications used: compare it within this page "

@@ -22,7 +22,7 @@ LABELS = {
     REAL: "Real video",
     "champion": "Champion",
 }
-FLOOR = "floor: one real half against the other"
+FLOOR = "two halves of the real clips, not paired"
 NOTHING = "-"
 
 # What the published tables show; Table 4, a study with people, is not ours to fill.
@@ -257,19 +257,25 @@ def difference_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
 
 
 def limit_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
-    """Of every distance its floor, and where it would end with endless clips."""
+    """Of every distance that of two real halves, and where it would end with endless clips."""
     others = [row for row in summary.rows if row != REAL]
     rows = []
     for metric in dict.fromkeys([*summary.floors, *_all_metrics(summary.infinity)]):
         found = [summary.floors.get(metric), *(summary.infinity.get(row, {}).get(metric) for row in others)]
         cells = [_with(number(value, _digits(metric, judges)), _remarks(metric, judges)) for value in found]
         rows.append([_title(metric, judges), *cells])
-    header = ["Distance", "Floor, real to real", *(f"{label(row)}, endless clips" for row in others)]
+    header = [
+        "Distance",
+        "Two halves of the real clips, not paired",
+        *(f"{label(row)}, endless clips" for row in others),
+    ]
     notes = (
-        "The floor is one half of the real clips against the other, at half the number: a distance near it is no "
-        "distance. Endless clips: the line through the distances at several N, at 1/N = 0; it may lie below 0.",
+        "Two halves of the real clips differ by the draw of clips, at half the number. The other rows are paired with "
+        "the real clips by first frame: a value below that of the halves is not good by itself, one near it not bad; "
+        "the paired differences compare. Endless clips: the line through the distances at several N, at 1/N = 0; it "
+        "may lie below 0. A dash: a quarter of the clips is fewer than twice the features; the line is not straight.",
     )
-    return Table("Floors and limits of the distances", header, rows, notes)
+    return Table("Scale and limits of the distances", header, rows, notes)
 
 
 def count_table(summary: Summary) -> Table:
