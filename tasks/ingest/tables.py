@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -26,9 +26,13 @@ _WHOLE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a column that is missing.
+    """Yields the rows of a CSV with a header line; blank lines are skipped.
 
-    A quote that is never closed costs its own line and none of those after it.
+    A row whose number of cells differs from the header's is a bad row. An unclosed quote invalidates its own line and
+    none of the lines after it. A well-formed quoted cell may contain any lines, including lines that look like rows.
+
+    Raises:
+        UserError: a column is missing, or two columns have the same name.
     """
     with _open_text(address, "a CSV") as file:
         lines = _RecordLines(file)
@@ -39,7 +43,6 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
             raise UserError(f"table {address} is not a CSV ({error}); give a CSV with a header line") from error
         _check_columns(address, columns, header)
         key, url, caption = (header.index(columns[name]) for name in NAMES)
-        least = max(key, url, caption) + 1
 
         def is_row(line: str | csv.Error) -> bool:
             if not isinstance(line, str) or not _WHOLE_LINE.fullmatch(line):
@@ -51,6 +54,13 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
             has_link = len(cells) == len(header) and re.fullmatch(r"\S*[/.]\S*", cells[url]) is not None
             return has_link and cells[key] != ""
 
+        def is_well_formed(taken: list[str | csv.Error]) -> bool:
+            try:
+                rows = list(csv.reader([line for line in taken if isinstance(line, str)], strict=True))
+            except csv.Error:
+                return False
+            return [len(cells) for cells in rows] == [len(header)]
+
         while True:
             lines.taken.clear()
             try:
@@ -61,12 +71,12 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
                 continue
             if cells is None:
                 return
-            if any(map(is_row, lines.taken[1:])):
+            if any(map(is_row, lines.taken[1:])) and not is_well_formed(lines.taken):
                 lines.give_back()
                 yield "a quote that is not closed on its line, nor before the next row"
+            elif cells and len(cells) != len(header):
+                yield f"{len(cells)} cells, the header has {len(header)}"
             elif cells:
-                if len(cells) < least:
-                    cells += [""] * (least - len(cells))
                 yield cells[key], cells[url], cells[caption]
 
 
@@ -166,13 +176,18 @@ def _values(column: pa.Array) -> list[Any]:
         return column.cast(pa.binary()).to_pylist()
 
 
-def _check_columns(address: str, columns: dict[str, str], found: list[str]) -> None:
-    missing = [column for column in columns.values() if column not in found]
+def _check_columns(address: str, columns: dict[str, str], names: list[str]) -> None:
+    """Raises UserError for a missing column and for a name that several columns have; a column may have no name."""
+    missing = [column for column in columns.values() if column not in names]
     if missing:
-        shown = ", ".join(repr(name[:40]) for name in found[:12]) or "none"
+        shown = ", ".join(repr(name[:40]) for name in names[:12]) or "none"
         raise UserError(
             f"table {address} has no column {missing[0]!r} (columns found: {shown}); name its columns in the column map"
         )
+    repeated = [(name, count) for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        name, count = repeated[0]
+        raise UserError(f"table {address} has {count} columns named {name[:40]!r}; give each column its own name")
 
 
 @contextmanager

@@ -91,6 +91,50 @@ def test_a_caption_of_several_lines_is_one_row(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_with_another_number_of_cells_than_the_header_is_a_bad_row(tmp_path: Path) -> None:
+    rows = ["1,u,,,a cat", "2,v,,,a cat, a dog", "3,w,,", '4,x,,,"a cat, a dog"', "5,y,,,a bird,", "6"]
+    spec = table(tmp_path, WEBVID_2M + "\n".join(rows))
+    records = list(read_rows(spec))
+    details = [record.detail if isinstance(record, Failure) else record.caption for record in records]
+    assert details == [
+        "a cat",
+        "6 cells, the header has 5",
+        "4 cells, the header has 5",
+        "a cat, a dog",
+        "6 cells, the header has 5",
+        "1 cells, the header has 5",
+    ]
+    assert {record.reason for record in records if isinstance(record, Failure)} == {"bad_row"}
+    assert count_rows(spec) == 6
+    last = table(tmp_path, "videoid,contentUrl,name,license\n1,u,a cat\n", "last.csv")  # no needed cell is missing
+    assert [record.reason for record in read_rows(last) if isinstance(record, Failure)] == ["bad_row"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_table_with_two_columns_of_one_name_is_rejected(tmp_path: Path, name: str) -> None:
+    columns = ["videoid", "contentUrl", "name", "name"]
+    if name == "t.csv":
+        (tmp_path / name).write_text(", ".join(columns) + "\n1,u,a cat,a dog\n")
+    else:
+        arrays = [pa.array([text]) for text in ("1", "u", "a cat", "a dog")]
+        pq.write_table(pa.Table.from_arrays(arrays, names=columns), tmp_path / name)
+    with pytest.raises(UserError, match="2 columns named 'name'; give each column its own name"):
+        list(read_rows(SourceSpec(str(tmp_path / name))))
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    spec = table(tmp_path, "videoid,contentUrl,name,,\n1,u,a cat,,\n")
+    assert list(read_rows(spec)) == [ClipRef("1", "u", "a cat", 0)]
+
+
+def test_a_quoted_caption_that_contains_lines_like_rows_adds_no_rows(tmp_path: Path) -> None:
+    caption = "waves\n7,https://host/7.mp4,,,a row inside a caption\n"
+    spec = table(tmp_path, WEBVID_2M + f'1,https://host/1.mp4,,,"{caption}"\n2,https://host/2.mp4,,,sand\n')
+    rows = list(read_rows(spec))
+    assert [row.key for row in rows] == ["1", "2"] and count_rows(spec) == 2
+    assert isinstance(rows[0], ClipRef) and rows[0].caption == caption.strip()
+
+
 def test_a_range_gives_the_rows_that_the_whole_gives(tmp_path: Path) -> None:
     spec = table(tmp_path, WEBVID_2M + "".join(f"{i % 7},u{i},,,cap\n" for i in range(20)))
     whole = list(read_rows(spec))
