@@ -1,4 +1,4 @@
-"""Reads tables row by row through a column map: CSV and JSON lines (also compressed), Parquet by its needed columns."""
+"""Reads tables row by row through a column map: CSV and JSON lines (also compressed), and Parquet."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from tasks.ingest.rows import NAMES, Row, reading, text_cells
 from tasks.records import UserError
 
-_MAX_LINE = 1 << 20  # characters: a table without line ends does not fill the memory
-_HEAD = 100  # rows of JSON lines that show which columns there are
+_MAX_LINE = 1 << 20  # characters; a table without line ends must not fill the memory
+_HEAD = 100  # rows of JSON lines that define the columns
 _BATCH = 1024  # rows of Parquet in memory at once
-# A line whose quotes each begin or end a cell; the rest of a row that began on an earlier line is rarely one.
-_WHOLE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*[\r\n]*')
+# A line in which every quote begins or ends a cell; the rest of a row from an earlier line rarely matches.
+_COMPLETE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*[\r\n]*')
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
@@ -45,7 +45,7 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
         key, url, caption = (header.index(columns[name]) for name in NAMES)
 
         def is_row(line: str | csv.Error) -> bool:
-            if not isinstance(line, str) or not _WHOLE_LINE.fullmatch(line):
+            if not isinstance(line, str) or not _COMPLETE_LINE.fullmatch(line):
                 return False
             try:
                 cells = next(csv.reader([line]), [])
@@ -73,7 +73,7 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
                 return
             if any(map(is_row, lines.taken[1:])) and not is_well_formed(lines.taken):
                 lines.give_back()
-                yield "a quote that is not closed on its line, nor before the next row"
+                yield "a quote that is not closed before the next row"
             elif cells and len(cells) != len(header):
                 yield f"{len(cells)} cells, the header has {len(header)}"
             elif cells:
@@ -81,7 +81,7 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a file with one JSON object a line. Raises UserError when none of the first has a column."""
+    """Yields the rows of a file with one JSON object per line. Raises UserError if no early row has a needed column."""
     with _open_text(address, "a file of JSON lines") as file:
         objects = _parse_lines(_Lines(file))
         head = list(itertools.islice(objects, _HEAD))
@@ -94,7 +94,7 @@ def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def read_parquet(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a Parquet file; a row group's other columns are never read. Raises UserError for a missing column."""
+    """Yields the rows of a Parquet file; reads only the needed columns. Raises UserError as `read_csv` does."""
     names = [columns[name] for name in NAMES]
     with _open_parquet(address) as table:
         _check_columns(address, columns, table.schema_arrow.names)
@@ -103,13 +103,13 @@ def read_parquet(address: str, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def count_parquet(address: str) -> int:
-    """How many rows a Parquet file has, from its footer alone."""
+    """Returns the number of rows of a Parquet file, from its footer."""
     with _open_parquet(address) as table:
         return table.metadata.num_rows
 
 
 class _Lines:
-    """The lines of a text file. One beyond all measure is skipped and raised as `csv.Error`; the next call goes on."""
+    """Iterates over the lines of a text file. A line that is too long raises `csv.Error`; the next call continues."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -129,7 +129,7 @@ class _Lines:
 
 
 class _RecordLines(_Lines):
-    """The same for rows that may span lines: those of one row can be given back, to be read one by one."""
+    """Iterates over lines and can return to the second line of the current row, to read its lines separately."""
 
     def __init__(self, file: TextIO) -> None:
         super().__init__(file)
@@ -147,12 +147,12 @@ class _RecordLines(_Lines):
         return line
 
     def give_back(self) -> None:
-        """Makes all lines that were taken, but for the first, the next ones again."""
+        """Puts back all taken lines except the first."""
         self._again.extendleft(reversed(self.taken[1:]))
 
 
 def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
-    """One object or one reason for each line that is not blank."""
+    """Yields an object, or the reason for a failure, for each line that is not blank."""
     iterator = iter(lines)
     while True:
         try:
@@ -172,7 +172,7 @@ def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
 def _values(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # one string that is none does not cost the table
+    except UnicodeDecodeError:  # invalid UTF-8 in one value must not fail the table
         return column.cast(pa.binary()).to_pylist()
 
 
