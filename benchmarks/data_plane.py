@@ -1,7 +1,7 @@
-"""Measures the data plane: books that close over injected faults, and a driver whose memory stays flat.
+"""Measures the prepare stage: the accounting under injected faults, and the driver's memory over many rows.
 
-    python -m benchmarks.data_plane faults [--rows 500] [--each 5]      issue 3, first bar
-    python -m benchmarks.data_plane flat [--rows 100000]                issue 3, fifth bar
+    python -m benchmarks.data_plane faults [--rows 500] [--each 5]      every fault has its expected reason
+    python -m benchmarks.data_plane flat [--rows 100000]                the driver's memory does not grow
 
 Each prints one JSON. Both run prepare on Ray, with the VAE of the demo's base.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 
+from benchmarks.rig.crashing import install
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DECODE, DOWNLOAD, TABLE, audit, write_rig
 from benchmarks.rig.watch import Timeline, watching
@@ -37,7 +38,7 @@ BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
 
 
 def faults(rows: int, each: int, size: int, workers: int, seed: int) -> dict[str, Any]:
-    """Every kind of fault `each` times among usable clips, through Ray; expected and found counts side by side."""
+    """Runs every kind of fault `each` times among usable clips, on Ray; returns expected and actual counts."""
     with tempfile.TemporaryDirectory(prefix="trip-rig-") as name:
         folder, output = Path(name) / "corpus", Path(name) / "data"
         table = write_rig(folder, size, each, rows, seed)
@@ -56,19 +57,19 @@ def faults(rows: int, each: int, size: int, workers: int, seed: int) -> dict[str
             with watching() as watch:
                 report = prepare(spec)
         result = audit(str(output), table)
-        found = list(problems(str(output)))
+        verify_problems = list(problems(str(output)))
     return {
         "rows": report.rows,
         "books_close": report.rows == report.encoded + sum(report.failed.values()) == len(table),
         "clean": result.clean,
         **asdict(result),
-        "verify_problems": found,
+        "verify_problems": verify_problems,
         **_costs(report.rows, report.seconds, watch.cpu_seconds(), watch.peak_mb),
     }
 
 
 def flat(rows: int, workers: int) -> dict[str, Any]:
-    """Tiny clips (32 pixels, 2 frames) from files, as many rows as asked; the driver's memory along the way."""
+    """Runs tiny clips (32 pixels, 2 frames) from files; returns the driver's memory over the rows."""
     with tempfile.TemporaryDirectory(prefix="trip-flat-") as name:
         folder, output = Path(name) / "corpus", Path(name) / "data"
         folder.mkdir()
@@ -81,31 +82,31 @@ def flat(rows: int, workers: int) -> dict[str, Any]:
         with ray_session(None, workers), watching() as watch:
             timeline = Timeline(watch)
             report = prepare(spec, timeline)
-        found = list(problems(str(output)))
+        verify_problems = list(problems(str(output)))
     return {
         "rows": report.rows,
         "encoded": report.encoded,
         "failed": report.failed,
-        "verify_problems": found,
+        "verify_problems": verify_problems,
         "timeline": timeline.points,
         **_costs(report.rows, report.seconds, watch.cpu_seconds(), watch.peak_mb),
     }
 
 
 def _costs(rows: int, seconds: float, cpu_seconds: dict[str, float], peak_mb: dict[str, float]) -> dict[str, Any]:
-    spent = sum(seconds for role, seconds in cpu_seconds.items() if role != "ray")
+    cpu_total = sum(seconds for role, seconds in cpu_seconds.items() if role != "ray")
     return {
         "seconds": seconds,
         "rows_per_second": round(rows / seconds, 2),
         "cpu_seconds": cpu_seconds,
-        "cpu_seconds_per_row": round(spent / rows, 4),
+        "cpu_seconds_per_row": round(cpu_total / rows, 4),
         "peak_mb": dict(sorted(peak_mb.items())),
     }
 
 
 @contextmanager
 def _crashing_ray(workers: int) -> Iterator[None]:
-    """A local session whose workers open decoders that the rig's marked files can crash."""
+    """Starts a local session whose workers use decoders that the rig's marked files crash."""
     apply_environment_defaults()
     os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
     ray.init(
@@ -114,7 +115,7 @@ def _crashing_ray(workers: int) -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": "benchmarks.rig.crashing.install"},
+        runtime_env={"worker_process_setup_hook": f"{install.__module__}.{install.__qualname__}"},
     )
     try:
         yield

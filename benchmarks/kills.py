@@ -1,12 +1,11 @@
-"""Kills a run of prepare at random moments and repeats the command: issue 3, second bar.
+"""Measures recovery of prepare: kills a run at random moments, repeats the command and compares every byte.
 
     python -m benchmarks.kills [--moments 20] [--seed 0] [--first 0] [--count N]
 
-Each moment kills (SIGKILL) the driver, one of Ray's workers or the raylet, in turn. The moments are drawn from the time
-in which that process lives in an undisturbed run, which comes first: one from each of as many equal parts as there are
-moments for it, so that start, encoding, writing, publishing and report all have their turn. Then the same command is
-repeated until it succeeds, beside whatever the killed one left running, and every byte of the data set is compared.
-Prints one JSON. `--first` and `--count` do a part of the moments.
+Each moment kills (SIGKILL) the driver, one of Ray's workers or the raylet, in turn. An undisturbed run comes first. The
+moments are stratified over the lifetime of the process in that run, so that they cover start, encoding, writing,
+publishing and the report. Then the same command is repeated until it succeeds, while processes of the killed run may
+still be running, and every byte of the data set is compared. Prints one JSON. `--first` and `--count` select moments.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from tasks.ingest.spec import SourceSpec
 from tasks.records import to_json
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 _MOST_RERUNS = 3
-_GRACE_SECONDS = 90.0  # what outlives the killed command by more is an orphan
+_GRACE_SECONDS = 90.0  # a process that outlives the killed command by more is an orphan
 
 
 @dataclass(frozen=True)
 class Calm:
-    """An undisturbed run: how long it took, when each victim lived (seconds from the start), what it left."""
+    """An undisturbed run: its duration, the lifetime of each victim (seconds from the start), and its files."""
 
     seconds: float
     spans: dict[str, tuple[float, float]]
@@ -55,15 +54,15 @@ class Calm:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended; `status` None: it hung and was killed for it."""
+    """The end of a command; `status` is None if it hung and was killed."""
 
     status: int | None
-    said: str
+    last_line: str  # of stderr
     report: dict[str, Any] | None
 
 
 def write_corpus(folder: Path, rows: int, size: int) -> str:
-    """Drawn clips as files beside their table; every eighth row names no file, a broken one or a short one."""
+    """Writes drawn clips next to their table; every eighth row names a missing, broken or short file."""
     folder.mkdir(parents=True)
     lines = ["videoid,contentUrl,name"]
     for row in range(rows):
@@ -76,7 +75,7 @@ def write_corpus(folder: Path, rows: int, size: int) -> str:
 
 
 class Run:
-    """One start of a command that a file describes, in a process group of its own."""
+    """A run of a command with a spec file, in its own process group."""
 
     def __init__(self, spec: Any, folder: Path, command: str = "benchmarks.rig.driver") -> None:
         words = folder / "spec.json"
@@ -86,7 +85,7 @@ class Run:
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", command, str(words)],
-                # Ray and the shards being written use this folder too, so that nothing is shared with other sessions.
+                # Ray and unfinished shards use this folder too, so that nothing is shared with other sessions.
                 env=os.environ | {"TMPDIR": str(folder)},
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
@@ -103,31 +102,31 @@ class Run:
     def over(self) -> bool:
         return self.process.poll() is not None
 
-    def wait(self, limit: float, look: Callable[[], Any] = lambda: None) -> Ended:
-        """Waits for the end, looking meanwhile; after `limit` seconds the run counts as hung."""
+    def wait(self, limit: float, poll: Callable[[], Any] = lambda: None) -> Ended:
+        """Waits for the end and calls `poll` meanwhile; after `limit` seconds the run counts as hung."""
         while not self.over() and self.seconds < limit:
-            look()
-            time.sleep(_LOOK_SECONDS)
+            poll()
+            time.sleep(_POLL_SECONDS)
         hung = not self.over()
         if hung:
             self.process.kill()
             self.process.wait()
-        said = self._err.read_text().strip().splitlines()
-        done = self._out.read_text().strip().splitlines()
-        report = json.loads(done[-1]) if self.process.returncode == 0 else None
-        return Ended(None if hung else self.process.returncode, said[-1] if said else "", report)
+        errors = self._err.read_text().strip().splitlines()
+        output = self._out.read_text().strip().splitlines()
+        report = json.loads(output[-1]) if self.process.returncode == 0 else None
+        return Ended(None if hung else self.process.returncode, errors[-1] if errors else "", report)
 
 
 def run_calmly(spec: PrepareSpec, folder: Path) -> Calm:
     seen: dict[str, list[float]] = {victim: [] for victim in VICTIMS}
     run = Run(spec, folder)
 
-    def look() -> None:
+    def poll() -> None:
         for victim in victims(run.process.pid):
             seen[victim].append(run.seconds)
 
-    ended = run.wait(600, look)
-    assert ended.report is not None, f"the undisturbed run failed: {ended.said}"
+    ended = run.wait(600, poll)
+    assert ended.report is not None, f"the undisturbed run failed: {ended.last_line}"
     spans = {victim: (times[0], times[-1]) for victim, times in seen.items()}
     return Calm(run.seconds, spans, contents(Path(spec.output)), ended.report["manifest_sha"])
 
@@ -138,7 +137,7 @@ def contents(dataset: Path) -> dict[str, bytes]:
 
 
 def stage_of(spec: PrepareSpec) -> str:
-    """How far a data set has come, for people."""
+    """Describes how far a data set is."""
     output = Path(spec.output)
     names = os.listdir(output) if output.is_dir() else []
     shards = sum(name.startswith("shard-") and name.endswith(".json") for name in names)
@@ -151,7 +150,7 @@ def stage_of(spec: PrepareSpec) -> str:
 
 
 def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, folder: Path) -> dict[str, Any] | None:
-    """One moment: `share` (0 to 1) of the victim's life. None where the run was over before the victim was found."""
+    """Kills at `share` (0 to 1) of the victim's lifetime; returns None if the run ended before."""
     run = Run(spec, folder)
     first, last = calm.spans[victim]
     wanted = first + share * (last - first)
@@ -161,7 +160,7 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
         if early <= 0:
             target = victims(run.process.pid).get(victim)
         if target is None:
-            time.sleep(min(early, _LOOK_SECONDS) if early > 0 else _LOOK_SECONDS)
+            time.sleep(min(early, _POLL_SECONDS) if early > 0 else _POLL_SECONDS)
     if target is None:
         run.wait(0)
         return None
@@ -170,15 +169,19 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
     killed = time.monotonic()
     limit = 3 * calm.seconds + 60
     ended = run.wait(run.seconds + limit)
-    left = Leftovers()
-    told = {"status": ended.status, "seconds_after_kill": round(time.monotonic() - killed, 1), "said": ended.said}
+    leftovers = Leftovers()
+    first_end = {
+        "status": ended.status,
+        "seconds_after_kill": round(time.monotonic() - killed, 1),
+        "said": ended.last_line,
+    }
     reruns = 0
     while ended.status != 0 and reruns < _MOST_RERUNS:
         reruns += 1
-        ended = Run(spec, folder).wait(limit, left.look)
+        ended = Run(spec, folder).wait(limit, leftovers.poll)
     recovered = time.monotonic() - killed
-    while left.look() and left.seconds < _GRACE_SECONDS:
-        time.sleep(_LOOK_SECONDS)
+    while leftovers.poll() and leftovers.seconds < _GRACE_SECONDS:
+        time.sleep(_POLL_SECONDS)
     orphans = sorted(role(process) for process in end_family())
     output = Path(spec.output)
     spools = list(folder.glob("trip-*"))
@@ -189,15 +192,15 @@ def kill_and_repeat(spec: PrepareSpec, calm: Calm, victim: str, share: float, fo
         "victim": victim,
         "second": round(second, 2),
         "stage": stage,
-        "first": told,
+        "first": first_end,
         "reruns": reruns,
-        "last": {"status": ended.status, "said": ended.said},
+        "last": {"status": ended.status, "said": ended.last_line},
         "recovery_seconds": round(recovered, 1),
         "shards_reused": ended.report and ended.report["shards_reused"],
         "identical": contents(output) == calm.files,
         "problems": list(problems(str(output))),
         "report_is_of_it": _report_sha(spec) == calm.manifest_sha,
-        "left_running_seconds": left.stayed,
+        "left_running_seconds": leftovers.stayed,
         "orphans": orphans,
         "temporary_folders_left": [len(spools), spool_bytes],
     }
@@ -211,18 +214,18 @@ def _report_sha(spec: PrepareSpec) -> str | None:
 
 
 def share_of(moment: int, moments: int, seed: int, attempt: int, kinds: tuple[str, ...] = VICTIMS) -> tuple[str, float]:
-    """The victim of a moment, and which part of its life is over by then."""
-    victim, place = kinds[moment % len(kinds)], moment // len(kinds)
+    """Returns the victim of a moment, and the share of its lifetime at the kill."""
+    victim, number = kinds[moment % len(kinds)], moment // len(kinds)
     parts = len(range(moment % len(kinds), moments, len(kinds)))
-    return victim, (place + float(np.random.default_rng([seed, moment, attempt]).random())) / parts
+    return victim, (number + float(np.random.default_rng([seed, moment, attempt]).random())) / parts
 
 
 def measure(moments: int, seed: int, first: int, count: int, rows: int, size: int, base: str) -> dict[str, Any]:
-    """The moments from `first` on, `count` of the `moments` at most, over a table of `rows` rows."""
+    """Measures up to `count` of the `moments`, from `first` on, over a table of `rows` rows."""
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left running, not even then
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends all processes then too
     done = []
-    # A short name: the address of a socket of Ray's has 107 characters at most.
+    # A short name: a socket address of Ray has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="kills-") as name, ExitStack() as stack:
         stack.callback(end_family)
         folder = Path(name)
@@ -231,15 +234,15 @@ def measure(moments: int, seed: int, first: int, count: int, rows: int, size: in
         calm = run_calmly(replace(spec, output=str(folder / "calm")), folder)
         print(f"calm: {calm.seconds:.1f} s, {calm.spans}", file=sys.stderr)
         for moment in range(first, min(first + count, moments)):
-            told = None
+            result = None
             for attempt in range(3):
                 victim, share = share_of(moment, moments, seed, attempt)
                 output = folder / f"{moment}-{attempt}"
-                if told := kill_and_repeat(replace(spec, output=str(output)), calm, victim, share, folder):
+                if result := kill_and_repeat(replace(spec, output=str(output)), calm, victim, share, folder):
                     break
-                # The machine has become quicker than it was, so that the run was over by then.
+                # The run ended before, as the machine became faster: measure the undisturbed run again.
                 calm = run_calmly(replace(spec, output=f"{output}-calm"), folder)
-            done.append({"moment": moment} | (told or {"victim": victim, "identical": False, "missed": True}))
+            done.append({"moment": moment} | (result or {"victim": victim, "identical": False, "missed": True}))
             print(json.dumps(done[-1]), file=sys.stderr, flush=True)
     return {
         "calm_seconds": round(calm.seconds, 1),
@@ -254,8 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the first of the moments that this call does")
-    parser.add_argument("--count", type=int, default=1000, help="how many of them")
+    parser.add_argument("--first", type=int, default=0, help="the first moment of this call")
+    parser.add_argument("--count", type=int, default=1000, help="the number of moments of this call")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--base", default=BASE)

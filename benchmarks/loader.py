@@ -1,11 +1,11 @@
-"""The training loader beside webdataset, litdata and mosaicml-streaming, and its index at scale: issue 4, fifth bar.
+"""Measures the training loader against webdataset, litdata and mosaicml-streaming, and its index at scale.
 
     python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
-    python -m benchmarks.loader resume [--peers PYTHON]           what a stop in mid-epoch repeats and loses
+    python -m benchmarks.loader resume [--peers PYTHON]           samples repeated and lost by a stop in mid-epoch
     python -m benchmarks.loader index [--samples 300000]          memory and time of opening a data set
 
-Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512. How to make the
-peers' environment: docs/decisions/loader.md; without it webdataset alone stands beside ours.
+Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
+docs/decisions/loader.md describes the peers' environment; without it the only peer is webdataset.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLIPS = 10_700_000  # the paper's data set
 
 
 def make_tars(folder: Path, samples: int) -> None:
-    """A published data set; the first token of a sample is its number."""
+    """Writes a published data set; the first token of a sample is its number."""
     rng = np.random.default_rng(0)
     caption = encode_field("caption", "a man walks along a beach at sunset, waves, drone view, slow motion")
 
@@ -60,7 +60,7 @@ def make_tars(folder: Path, samples: int) -> None:
 
 
 class Ours:
-    """An epoch of `TrainingData` in batches, shuffled as always: one clip of the data set is held out."""
+    """An epoch of `TrainingData` in shuffled batches; one clip of the data set is held out."""
 
     def __init__(self, tars: str, first: int = 0, world: int = 1) -> None:
         self._data = TrainingData(ShardDataset(tars), 0.0, seed=0, num_frames=SHAPE[0])
@@ -75,7 +75,7 @@ class Ours:
 
 
 def speed(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """Samples a second of each contender on one core, the contenders in turns; the median of all epochs."""
+    """Returns samples per second of each contender on one core, in turns, and the median of all epochs."""
     contenders: dict[str, list[str]] = {
         "ours": [sys.executable, "-m", "benchmarks.loader", "ours", "--data", str(tars)]
     }
@@ -88,9 +88,9 @@ def speed(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> di
     distinct = {}
     for _ in range(given.rounds):
         for name, command in contenders.items():
-            said = _run([*command, "--epochs", str(given.epochs)], {given.core})
-            rates[name] += said["samples_per_second"]
-            distinct[name] = said["distinct_samples"]
+            result = _run([*command, "--epochs", str(given.epochs)], {given.core})
+            rates[name] += result["samples_per_second"]
+            distinct[name] = result["distinct_samples"]
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "samples": given.samples,
@@ -103,14 +103,14 @@ def speed(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> di
 
 
 def resume(given: argparse.Namespace, tars: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """Repeated and lost samples of an epoch that is stopped and continued, by how many workers there are then."""
+    """Returns repeated and lost samples of an epoch that is stopped and resumed with other numbers of workers."""
     changes, stop = ((1, 1), (1, 2), (2, 1)), given.samples // BATCH // 3
-    found: dict[str, Any] = {"ours": [_resumed(str(tars), stop, *workers) for workers in changes]}
-    everyone = {"webdataset": (sys.executable, tars)} | {peer: (given.peers, at) for peer, at in folders.items()}
-    for peer, (python, folder) in everyone.items():
+    results: dict[str, Any] = {"ours": [_resumed(str(tars), stop, *workers) for workers in changes]}
+    contenders = {"webdataset": (sys.executable, tars)} | {peer: (given.peers, at) for peer, at in folders.items()}
+    for peer, (python, folder) in contenders.items():
         command = [*_peer(python, "resume", tars, folder, peer), "--stop", str(stop)]
-        found[peer] = [_run([*command, "--workers", str(a), "--then", str(b)], None) for a, b in changes]
-    return {"samples": given.samples, "stopped_after": stop * BATCH} | found
+        results[peer] = [_run([*command, "--workers", str(a), "--then", str(b)], None) for a, b in changes]
+    return {"samples": given.samples, "stopped_after": stop * BATCH} | results
 
 
 def _resumed(tars: str, stop: int, world: int, then: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _resumed(tars: str, stop: int, world: int, then: int) -> dict[str, Any]:
 
 
 def index(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What a training's view of a data set costs a process: the indexes are true, the tars are not there."""
+    """Measures memory and time of opening a data set for training; its indexes are real, its tars do not exist."""
     shards = []
     sizes = {"caption": 60, "first": 90_000, "latents": 131_200, "meta": 900, "tokens": 436}
     for shard, start in enumerate(range(0, given.samples, 1000)):
@@ -136,24 +136,24 @@ def index(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         storage.write_json(str(folder / name_of_index(manifest.shard)), dataclasses.asdict(manifest))
         shards.append(manifest.summary())
     publish_dataset(str(folder), {}, "hash", {}, shards)
-    said = _run([sys.executable, "-m", "benchmarks.loader", "opened", "--data", str(folder)], {given.core})
+    costs = _run([sys.executable, "-m", "benchmarks.loader", "opened", "--data", str(folder)], {given.core})
     scale = CLIPS / given.samples
     return {
         "samples": given.samples,
         "index_bytes_a_sample": sum(file.stat().st_size for file in folder.glob("shard-*.json")) / given.samples,
-        **said,
-        "bytes_a_sample": round(said["grown_bytes"] / given.samples, 1),
+        **costs,
+        "bytes_a_sample": round(costs["grown_bytes"] / given.samples, 1),
         "at_10.7_million": {
-            "gb": round(said["grown_bytes"] * scale / 1e9, 2),
-            "gb_at_the_peak": round(said["peak_bytes"] * scale / 1e9, 2),
-            "seconds": round(said["seconds"] * scale, 1),
-            "seconds_of_an_epochs_order": round(said["order_seconds"] * scale, 2),
+            "gb": round(costs["grown_bytes"] * scale / 1e9, 2),
+            "gb_at_the_peak": round(costs["peak_bytes"] * scale / 1e9, 2),
+            "seconds": round(costs["seconds"] * scale, 1),
+            "seconds_of_an_epochs_order": round(costs["order_seconds"] * scale, 2),
         },
     }
 
 
 def opened(folder: str) -> dict[str, Any]:
-    """This process's memory before and after, and the seconds between."""
+    """Returns the memory growth of this process and the seconds of opening a data set."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -178,12 +178,12 @@ def _peer(python: str, what: str, tars: Path, folder: Path, peer: str) -> list[s
 
 
 def _run(command: list[str], cores: set[int] | None) -> dict[str, Any]:
-    """The JSON on the last line that a command prints, run on these cores."""
+    """Runs a command on these cores and returns the JSON of its last line."""
     pinned = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pinned)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, preexec_fn=pinned)
+    if completed.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{completed.stderr[-2000:]}")
+    return json.loads(completed.stdout.strip().splitlines()[-1])
 
 
 def main(given: argparse.Namespace) -> dict[str, Any]:

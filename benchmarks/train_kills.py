@@ -180,7 +180,7 @@ def strike(kind: str, run: Run, job: TrainJob, rng: np.random.Generator) -> str:
 
 def cut_newest(job: TrainJob, left: Leftovers) -> str:
     """Takes the last bytes from the newest complete checkpoint's weights, once nobody writes there; its name."""
-    while left.look() and any(role(process) == "worker" for process in family()):
+    while left.poll() and any(role(process) == "worker" for process in family()):
         time.sleep(0.05)
     store = checkpoints(job)
     folder = Path(store.address(store.steps()[0]))
@@ -207,10 +207,10 @@ def kill_and_repeat(job: TrainJob, calm: Calm, kind: str, share: float, folder: 
     cut = cut_newest(job, left) if kind == "truncated" else None
     while ended.status != 0 and reruns < _MOST_RERUNS:
         reruns += 1
-        ended = start(job, folder).wait(limit, left.look)
+        ended = start(job, folder).wait(limit, left.poll)
         warned += (folder / "stderr").read_text()
     recovered = time.monotonic() - killed
-    while left.look() and left.seconds < _GRACE_SECONDS:
+    while left.poll() and left.seconds < _GRACE_SECONDS:
         time.sleep(0.2)
     orphans = sorted(role(process) for process in family())
     end_family()

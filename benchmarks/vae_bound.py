@@ -1,11 +1,11 @@
-"""Whether the VAE is kept busy: the whole prepare stage beside the VAE alone, issue 3's fourth bar.
+"""Measures how busy prepare keeps the VAE: the rate of the stage relative to the rate of the VAE without it.
 
     python -m benchmarks.vae_bound --videos FOLDER [--vae cpu | gpu] [--rows 96] [--seconds-per-clip 0.5]
 
-The VAE alone gets pre-decoded frames, through the same call of one clip, in one process on the same core. The stage
-runs with one Ray worker; its rate is that between its first finished shard and its last, so that starts count for
-neither. `cpu`: a random VAE in the shape of Stable Diffusion's, a quarter as wide, on one core with everything else of
-the stage. `gpu`: the stand-in that sleeps instead, for a GPU leaves the core to the decoders. Prints one JSON.
+Without the stage, the VAE encodes pre-decoded frames clip by clip in one process on the same core. The stage runs with
+one Ray worker; its rate is measured between its first and its last finished shard, so that starts do not count.
+`cpu`: a random VAE with the layout of Stable Diffusion's, a quarter as wide, on one core with the rest of the stage.
+`gpu`: a stand-in that sleeps, since a GPU leaves the core to the decoders. Prints one JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, required=True, help="a folder of videos, cut into clips of 4 s")
     parser.add_argument("--vae", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--seconds-per-clip", type=float, default=0.5, help="what the sleeping VAE takes")
+    parser.add_argument("--seconds-per-clip", type=float, default=0.5, help="seconds of the sleeping VAE")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--clips-per-shard", type=int, default=24)
     parser.add_argument("--core", type=int, default=0, help="number of the core of the VAE and of the stage")
@@ -48,7 +48,7 @@ def main() -> None:
     everything = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="trip-vae-") as name:
         folder = Path(name)
-        os.sched_setaffinity(0, set(everything) - {given.core} or everything)  # the server's
+        os.sched_setaffinity(0, set(everything) - {given.core} or everything)  # of the server
         rows = write_clips(given.videos, folder / "files", given.rows)
         with serving(folder / "files") as url:
             os.sched_setaffinity(0, {given.core})
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]:
-    """The VAE alone before the stage and after it, since machines change their pace; and the stage."""
+    """Measures the VAE before and after the stage, since machines change their speed, and the stage."""
     torch.set_num_threads(1)
     sleep = given.seconds_per_clip / FRAMES
     base = wide_base(folder / "base") if given.vae == "cpu" else Path(BASE)
@@ -66,7 +66,7 @@ def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]
         read_clip(folder / "files" / f"clip-{row}.mp4", FRAMES, FPS, SIZE).pixels
         for row in range(given.clips_per_shard)
     ]
-    before = alone(vae, clips)
+    before = vae_seconds(vae, clips)
     spec = PrepareSpec(
         SourceSpec(str(folder / "table.csv"), base_url=url),
         str(folder / "data"),
@@ -84,7 +84,7 @@ def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]
 
     with local_ray(1, None if given.vae == "cpu" else sleep):
         report = prepare(spec, progress)
-    after = alone(vae, clips)
+    after = vae_seconds(vae, clips)
     marks = [mark for mark in marks if mark[0]]
     (first, began, busy_then), (last, ended, busy) = marks[0], marks[-1]
     per_clip, vae_per_clip = (ended - began) / (last - first), (before + after) / 2
@@ -102,8 +102,8 @@ def measure(given: argparse.Namespace, folder: Path, url: str) -> dict[str, Any]
     }
 
 
-def alone(vae: Any, clips: list[np.ndarray]) -> float:
-    """Seconds of the VAE for one clip of pre-decoded frames."""
+def vae_seconds(vae: Any, clips: list[np.ndarray]) -> float:
+    """Returns the VAE's seconds for one clip of pre-decoded frames."""
     encode_pixels(vae, clips[0], FRAMES)
     began = time.monotonic()
     for pixels in clips:
@@ -112,7 +112,7 @@ def alone(vae: Any, clips: list[np.ndarray]) -> float:
 
 
 def wide_base(folder: Path) -> Path:
-    """The demo's base with a random VAE that is large enough to be what the stage waits for."""
+    """Writes the demo's base with a random VAE that is large enough to be the bottleneck of the stage."""
     from diffusers import AutoencoderKL
 
     shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("vae"))

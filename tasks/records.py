@@ -1,4 +1,4 @@
-"""The records that cross the doors between stages: small, frozen, JSON-able."""
+"""Records that pass between stages: small frozen dataclasses that convert to JSON."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from infra.redaction import redact
 
 Record = TypeVar("Record")
 
-# What a later run may hope to do better, by class; a reason that is in none of them will not change by itself.
+# Failure reasons that a later run may resolve, by class; all other reasons are permanent.
 RETRY_CLASSES = {
     "network": frozenset({"network", "truncated"}),
     "timeout": frozenset({"timeout", "too_slow", "http_408"}),
     "server": frozenset({"http_425", *(f"http_{status}" for status in range(500, 600))}),
-    # A CDN answers 403 also to those who ask too much; asking again within the run would not help.
+    # A CDN also answers 403 to too many requests; a retry within the run would not help.
     "throttled": frozenset({"http_403", "http_429"}),
-    # Another machine may have the memory or the time.
+    # Another machine may have more memory or time.
     "decoder": frozenset({"decoder_crash", "decoder_timeout", "out_of_memory"}),
 }
 
 
 class UserError(ValueError):
-    """One sentence for a person: the value that is wrong, what was expected, the remedy. Shown without a traceback.
+    """An error the user can fix, shown without a traceback: the value, what was expected, and what to do.
 
-    Addresses in it lose their passwords and tokens: the sentence is logged, stored with the run, and sent to callers.
+    Passwords and tokens are removed from addresses, since the sentence is logged, stored and sent to callers.
     """
 
     def __init__(self, sentence: str = "") -> None:
@@ -39,7 +39,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class ClipRef:
-    """One usable row of a source table; `url` is what the table says (not yet resolved), `row` counts from 0."""
+    """One usable row of a source; `url` is as written in the source, not resolved; `row` counts from 0."""
 
     key: str
     url: str
@@ -49,7 +49,7 @@ class ClipRef:
 
 @dataclass(frozen=True)
 class Failure:
-    """One row that could not be used; `reason` is a lower_snake word to count by, `detail` a phrase for a person."""
+    """One row that could not be used; `reason` is a lower_snake word to count by, `detail` describes it in words."""
 
     key: str
     row: int
@@ -59,19 +59,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A result at rest: the address of a folder and the sha256 of its content, resolved once and passed on."""
+    """A stored result: the address of a folder and the sha256 of its content."""
 
     uri: str
     sha256: str
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A dataclass as a JSON-able dict."""
+    """Converts a dataclass to a dict for JSON."""
     return dataclasses.asdict(record)
 
 
 def from_json(kind: type[Record], value: dict[str, Any]) -> Record:
-    """The dataclass `to_json` made the dict from, nested dataclasses included. Raises UserError on unknown fields."""
+    """Restores a dataclass, nested ones included, from the dict of `to_json`. Raises UserError for an unknown field."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(value) - set(hints))
     if unknown:
@@ -88,7 +88,7 @@ def from_json(kind: type[Record], value: dict[str, Any]) -> Record:
 
 
 def digest(value: Any) -> str:
-    """The identity of a dataclass or a JSON-able value: the first 16 hex digits of sha256 over its canonical JSON."""
+    """Returns the identity of a dataclass or JSON value: 16 hex digits of the sha256 of its canonical JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -96,12 +96,12 @@ def digest(value: Any) -> str:
 
 
 def count_by_reason(failures: Iterable[Failure]) -> dict[str, int]:
-    """How many failures there are of each reason, sorted by reason."""
+    """Counts failures by reason, sorted by reason."""
     return dict(sorted(Counter(failure.reason for failure in failures).items()))
 
 
 def add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """The sum of several counts by reason, sorted by reason."""
+    """Adds counts by reason, sorted by reason."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)

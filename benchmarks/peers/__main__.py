@@ -1,4 +1,4 @@
-"""Prepare beside video2dataset and Ray Data: issue 3, third bar.
+"""Measures prepare against video2dataset and Ray Data.
 
     python -m benchmarks.peers video2dataset --videos FOLDER --video2dataset PYTHON --ffmpeg FFMPEG [--rows 320]
     python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]

@@ -1,6 +1,6 @@
-"""The reader of the rig's decoders: the real one, but a file that bears the mark takes its process down with it.
+"""A reader for the rig's decoders that crashes its process for files with a mark.
 
-No file is known that crashes the FFmpeg of today; the day that one turns up, it takes the place of this.
+No file is known that crashes the current FFmpeg.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ MARK = b"the rig asks this decoder to crash"
 
 
 def read_or_crash(source: bytes, **arguments: Any) -> list[Clip]:
-    """`read_windows`, unless the file ends in the mark."""
+    """Calls `read_windows`, unless the file ends with the mark."""
     if source.endswith(MARK):
         ctypes.string_at(0)
     return read_windows(source, **arguments)
 
 
 def install() -> None:
-    """Makes the encoders of this process open decoders with this reader; Ray runs it as a worker process starts."""
+    """Makes the encoders of this process use this reader; Ray calls it when a worker process starts."""
     from tasks.encode import encoder
 
-    encoder.READER = f"{__name__}:read_or_crash"
+    encoder.read_windows = read_or_crash

@@ -1,4 +1,4 @@
-"""One prepare run as a command of its own, for who wants to kill it: `python -m benchmarks.rig.driver SPEC.json`."""
+"""Runs prepare as a separate command that can be killed: `python -m benchmarks.rig.driver SPEC.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tasks.records import UserError, from_json, to_json
 
 
 def main(spec: str) -> int:
-    """Prints the report as JSON and returns 0; like the command line, one sentence and 2 for what can be cured."""
+    """Prints the report as JSON and returns 0; for an error the user can fix, prints one sentence and returns 2."""
     try:
         report = prepare(from_json(PrepareSpec, json.loads(Path(spec).read_text())))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The processes of one run, known by descent, never by name alone: other sessions of Ray may run on the machine."""
+"""The processes of one run, by descent and not only by name: other Ray sessions may run on the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 VICTIMS = ("driver", "worker", "raylet")
-# By a part of the command line; what has none of them goes by its own name.
+# By a part of the command line; other processes keep their own name.
 _ROLES = {
     "ray::EncodeWorker": "worker",
     "ray::RayTrainWorker": "worker",
@@ -30,13 +30,13 @@ _ROLES = {
 
 
 def adopt_orphans() -> None:
-    """From now on a process whose parent died becomes a child of this one, and stays in `family`."""
+    """Makes this process the parent of orphaned descendants, so that they stay in `family`."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "this system adopts no orphans")
+        raise OSError(ctypes.get_errno(), "this system has no child subreaper")
 
 
 def family() -> list[psutil.Process]:
-    """All living processes below this one."""
+    """Returns all living descendants of this process."""
     return [process for process in psutil.Process().children(recursive=True) if alive(process)]
 
 
@@ -48,29 +48,29 @@ def alive(process: psutil.Process) -> bool:
 
 
 def role(process: psutil.Process) -> str:
-    """What a process is for, in a word."""
+    """Returns the role of a process in one word."""
     try:
         words, name = process.cmdline(), process.name()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return "gone"
-    if name in ("raylet", "gcs_server"):  # whose command lines name those that they start
+    if name in ("raylet", "gcs_server"):  # their command lines contain those of the processes that they start
         return name
     line = " ".join(words)
     return next((what for mark, what in _ROLES.items() if mark in line), name)
 
 
 def victims(driver: int) -> dict[str, psutil.Process]:
-    """The driver, one of its workers and its raylet, as far as they live; `driver` is its process id."""
-    found: dict[str, psutil.Process] = {}
+    """Returns the driver, one of its workers and its raylet, those that are alive; `driver` is a process id."""
+    processes: dict[str, psutil.Process] = {}
     with suppress(psutil.NoSuchProcess):
         me = psutil.Process(driver)
-        found = {role(process): process for process in me.children(recursive=True) if alive(process)}
-        found["driver"] = me
-    return {what: process for what, process in found.items() if what in VICTIMS}
+        processes = {role(process): process for process in me.children(recursive=True) if alive(process)}
+        processes["driver"] = me
+    return {what: process for what, process in processes.items() if what in VICTIMS}
 
 
-def bury(processes: list[psutil.Process]) -> None:
-    """Does what an init does for adopted ones that have died: processes of Ray take an unburied raylet for alive."""
+def reap(processes: list[psutil.Process]) -> None:
+    """Reaps dead adopted processes as init would: processes of Ray take a zombie raylet for alive."""
     for process in processes:
         with suppress(psutil.NoSuchProcess, ChildProcessError):
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -78,7 +78,7 @@ def bury(processes: list[psutil.Process]) -> None:
 
 
 class Leftovers:
-    """What a command left running when it ended, and how long each kind of process stayed, in seconds."""
+    """Processes that were still running when a command ended, and how many seconds each role stayed."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -90,19 +90,19 @@ class Leftovers:
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def look(self) -> bool:
-        """Whether any of them is still there."""
-        bury(self._known)
+    def poll(self) -> bool:
+        """Updates `stayed` and returns whether any of them is still running."""
+        reap(self._known)
         self._alive = {process: what for process, what in self._alive.items() if alive(process)}
         self.stayed |= {what: round(self.seconds, 1) for what in self._alive.values()}
         return bool(self._alive)
 
 
 def end_family() -> list[psutil.Process]:
-    """Ends all that still runs below this process, and returns it."""
-    left = family()
-    for process in left:
+    """Kills all living descendants of this process and returns them."""
+    remaining = family()
+    for process in remaining:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # adopted ones are ours to bury
-    return left
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # reaps adopted ones
+    return remaining

@@ -1,4 +1,4 @@
-"""Watches the memory and the processor time of this process and of those that it started, by what they are for."""
+"""Samples memory and CPU time of this process and its descendants, by role."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = {"tasks.video.decode_pool": "decoder", "EncodeWorker": "worker", "rayle
 
 
 class Watch:
-    """Samples once a second: peak memory by role (of one process, in MB), processor seconds by role (of all)."""
+    """Samples once a second: peak memory in MB by role (of one process) and CPU seconds by role (of all)."""
 
     def __init__(self, every_seconds: float = 1.0) -> None:
         self._every, self._over = every_seconds, threading.Event()
@@ -28,13 +28,13 @@ class Watch:
         return round(self._me.memory_info().rss / 1e6, 1)
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Of the driver, its workers and their decoders, each as far as it was last seen alive."""
+        """Returns CPU seconds of the driver, its workers and their decoders, as of their last sample."""
         sums: defaultdict[str, float] = defaultdict(float)
         for (role, _), seconds in self._seconds.items():
             sums[role] += seconds
         return {role: round(sums[role], 2) for role in sorted(sums)}
 
-    def look(self) -> None:
+    def sample(self) -> None:
         for process in [self._me, *self._me.children(recursive=True)]:
             try:
                 role = "driver" if process is self._me else _role(process)
@@ -47,16 +47,16 @@ class Watch:
 
     def run(self) -> None:
         while not self._over.wait(self._every):
-            self.look()
+            self.sample()
 
     def stop(self) -> None:
         self._over.set()
-        self.look()
+        self.sample()
 
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """A watch for the length of a block."""
+    """Runs a `Watch` during a block."""
     watch = Watch()
     thread = threading.Thread(target=watch.run, name="watch", daemon=True)
     thread.start()
@@ -68,7 +68,7 @@ def watching() -> Iterator[Watch]:
 
 
 class Timeline:
-    """A progress callback that notes the driver's memory at every part of the way, for flatness to be seen."""
+    """A progress callback that records the driver's memory at equal shares of the rows."""
 
     def __init__(self, watch: Watch, points: int = 20) -> None:
         self._watch, self._points, self._began = watch, points, time.monotonic()

@@ -1,6 +1,4 @@
-"""The commands around a data set: `sample` draws rows, `verify` names every problem, `forget` and
-`deduplicate` remove clips.
-"""
+"""The commands of a data set: `sample` draws rows, `verify` lists problems, `forget` and `deduplicate` remove clips."""
 
 from __future__ import annotations
 
@@ -29,61 +27,61 @@ def sample(
     *,
     options: SourceOptions = DEFAULT,
 ) -> None:
-    """Draw a seeded sample of a source into a file with a hash, which is a source itself.
+    """Draw a seeded sample of a source into a hashed JSON file, which can itself be used as a source.
 
     Args:
         source: a table, an annotation or a folder of captioned videos.
         output: the JSON file to write.
-        count: how many clips.
-        seed: which clips.
-        options: how the source is read.
+        count: number of clips.
+        seed: seed of the draw.
+        options: reading options of the source.
     """
     report = write_sample(options.spec(source), count, seed, output)
     log(f"sample      {report.rows} of {report.usable} usable rows in {report.sample}, sha256 {report.sha256}")
 
 
 def verify(data: str, workers: int | None = None) -> int:
-    """Check every byte of a data set and name each problem in a line of its own; exit code 1 where there is one.
+    """Check every byte of a data set and print one line per problem; the exit code is 1 if there are any.
 
     Args:
-        data: address of the data set's folder, as the prepare stage names it.
-        workers: how many shards are read at once; without it one a core, at most 8.
+        data: address of the data set's folder, as the prepare stage prints it.
+        workers: shards read at the same time; by default one per core, at most 8.
     """
     count = 0
     for problem in problems(data, log, min(8, os.cpu_count() or 1) if workers is None else workers):
         print(redact(problem), flush=True)
         count += 1
-    log(f"verify      {data}: {f'{count} problems' if count else 'whole'}")
+    log(f"verify      {data}: {f'{count} problems' if count else 'no problems'}")
     return int(count > 0)
 
 
 def forget(data: str, ids: Path, reason: str = "asked for") -> int:
-    """Remove clips from a finished data set for good, because a rights holder asks; killed, the same command continues.
+    """Take down clips of a finished data set at a rights holder's request; after a kill, repeat the command.
 
     Args:
-        data: address of the data set's folder, as the prepare stage names it.
-        ids: a file with a clip key (`videoid`) or a URL, as the table has it, in each line.
-        reason: kept in the data set's books instead of the clip.
+        data: address of the data set's folder, as the prepare stage prints it.
+        ids: a file with one clip key (`videoid`) or URL per line, as in the table.
+        reason: stored in the data set in place of the clip.
     """
     try:
         words = [line.strip() for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--ids {ids} cannot be read ({error}); give a text file with an id in each line") from error
+        raise UserError(f"--ids {ids} cannot be read ({error}); give a text file with one id per line") from error
     if not words:
-        raise UserError(f"--ids {ids} names no clip; give a text file with an id in each line")
+        raise UserError(f"--ids {ids} is empty; give a text file with one id per line")
     report = forget_clips(data, words, reason, clean_key, log)
     for word in report.unknown:
         print(f"not in the data set: {word}")
-    log(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards made anew")
+    log(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards rebuilt")
     return int(bool(report.unknown))
 
 
 def deduplicate(data: str, distance: int = 4) -> None:
-    """Remove clips that show what an earlier row shows, by their perceptual hashes; the same again changes nothing.
+    """Remove near-duplicates of earlier clips, by their perceptual hashes; repeating the command changes nothing.
 
     Args:
-        data: address of the data set's folder; it was prepared with filters.
-        distance: how many of a hash's 64 bits may differ, 0 to 8.
+        data: address of the folder of a data set that was prepared with filters.
+        distance: number of a hash's 64 bits that may differ, 0 to 8.
     """
     removal = remove_duplicates(data, distance, log)
-    log(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards made anew")
+    log(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards rebuilt")

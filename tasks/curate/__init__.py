@@ -1,1 +1,1 @@
-"""The care of a finished data set: finding every fault in it, and removing clips that somebody asks to be removed."""
+"""Maintains a finished data set: verifies it, removes clips on request, and removes duplicates."""

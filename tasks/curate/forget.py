@@ -1,4 +1,4 @@
-"""Removes clips from a finished data set because a rights holder asks, and leaves a data set that verifies."""
+"""Takes down clips of a finished data set at a rights holder's request; the data set stays valid."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tasks.curate.removal import Progress, indexes, remove_rows
 from tasks.records import Failure
 from tasks.shards import (
     Entry,
-    Forgotten,
     ShardManifest,
-    add_takedowns,
+    Takedowns,
+    add_root_takedowns,
     clip_key_of,
     decode_field,
-    forgotten_sha256,
     link_marks,
     mark,
-    read_forgotten,
     read_manifest,
+    read_takedowns,
     report_addresses,
-    write_forgotten,
+    takedowns_sha256,
+    write_takedowns,
 )
 
-_READS = 16  # range reads under way at once
+_READS = 16  # concurrent range reads
 
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What was removed: rows of the table, their samples, and the shards that were made anew without them."""
+    """Counts of a removal: rows of the source, their samples, and the shards rebuilt without them."""
 
     dataset: str
     rows: int
@@ -48,56 +48,56 @@ def forget(
     as_key: Callable[[str], str] = str,
     progress: Progress | None = None,
 ) -> ForgetReport:
-    """Removes clips by key or by URL; their rows become failures under `forgotten`, with a hash in place of the key.
+    """Removes clips by key or URL; their rows become failures with reason `forgotten` and a hash in place of the key.
 
-    Rows that have the link or the bytes of a removed clip go with it. Hashes of keys, links and files are recorded in
-    the data set and in the takedowns of the root it lies below (`tasks.shards.takedowns`), so that no prepare below
-    that root brings them back. Every clip's `meta` is read two or three times.
+    Rows with the link or the file of a removed clip are removed too. Hashes of keys, links and files are added to the
+    takedowns of the data set and of its root (`tasks.shards.takedowns`), so that no prepare below that root adds the
+    clips again. Every clip's `meta` is read two or three times.
 
-    The order makes it safe to be killed at any moment, and the same command completes it: first the takedowns; then the
-    data set's own list, from where on readers refuse the data set; then the shards without it; then the manifest that
-    names them. An id that the data set does not hold is returned as unknown; it goes on the lists all the same.
+    The call can be killed at any moment and completed by repeating it. It writes the root's takedowns, then the data
+    set's own list, after which readers reject the data set, then the shards without the clips, then the manifest. An id
+    that the data set does not contain is returned as unknown, but added to the takedowns as well.
 
     Args:
-        ids: as the person wrote them. as_key: how the data set spells such an id as a clip key.
+        ids: clip keys or URLs as the user wrote them. as_key: converts an id to a clip key.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
-        UserError: no finished data set, or a damaged shard.
+        UserError: the data set is not finished, or a shard is damaged.
     """
     dataset = storage.absolute(dataset)
     manifest, _ = read_manifest(dataset)
-    before = read_forgotten(dataset)
-    complete = manifest.forgotten_sha256 == forgotten_sha256(before)
+    before = read_takedowns(dataset)
+    complete = manifest.forgotten_sha256 == takedowns_sha256(before)
     known = {word for word in ids if complete and before.marks.keys() & {*link_marks(word), mark(as_key(word))}}
 
     keys, links = {as_key(word) for word in ids}, set(ids)
-    found = _Clips(keys, links)
-    while found.add(row for index in indexes(dataset, manifest) for row in _rows(dataset, index, found.links)):
+    clips = _Clips(keys, links)
+    while clips.add(row for index in indexes(dataset, manifest) for row in _rows(dataset, index, clips.links)):
         pass
-    known |= {word for word in ids if as_key(word) in found.seen_keys or found.seen_links & {*link_marks(word)}}
-    asked = {*map(mark, found.keys), *(mark for link in found.links for mark in link_marks(link)), *found.files}
-    forgotten = Forgotten(dict.fromkeys(sorted(asked), reason) | before.marks)
-    add_takedowns(dataset, forgotten)
-    if forgotten != before:
-        write_forgotten(dataset, forgotten)
+    known |= {word for word in ids if as_key(word) in clips.seen_keys or clips.seen_links & {*link_marks(word)}}
+    marks = {*map(mark, clips.keys), *(mark for link in clips.links for mark in link_marks(link)), *clips.files}
+    takedowns = Takedowns(dict.fromkeys(sorted(marks), reason) | before.marks)
+    add_root_takedowns(dataset, takedowns)
+    if takedowns != before:
+        write_takedowns(dataset, takedowns)
 
-    for address in report_addresses(dataset).values():  # its pictures and captions may be of what is removed
+    for address in report_addresses(dataset).values():  # it may show frames and captions of removed clips
         storage.delete(address)
-    removal = remove_rows(dataset, manifest, lambda index: _removed(index, forgotten), "forget", progress)
+    removal = remove_rows(dataset, manifest, lambda index: _removed(index, takedowns), "forget", progress)
     unknown = tuple(word for word in ids if word not in known)
     return ForgetReport(dataset, removal.rows, removal.samples, removal.shards, unknown, removal.manifest_sha)
 
 
 class _Clips:
-    """Keys, links and file hashes that belong to clips to be removed, which grow with each row that has one of them."""
+    """Keys, links and file hashes of the clips to remove; a row that shares one adds its others."""
 
     def __init__(self, keys: Collection[str], links: Collection[str]) -> None:
         self.keys, self.links, self.files = set(keys), set(links), set[str]()
-        self.seen_keys, self.seen_links = set[str](), set[str]()  # those that rows of the data set have, links as marks
+        self.seen_keys, self.seen_links = set[str](), set[str]()  # those of rows in the data set; links as marks
         self._marks = {mark for link in links for mark in link_marks(link)}
 
     def add(self, rows: Iterable[tuple[str, str | None, str | None]]) -> bool:
-        """Takes in the rows (key, link, sha256 of the file) that share one; returns whether anything is new."""
+        """Adds the rows (key, link, sha256 of the file) that share one; returns whether anything is new."""
         before = len(self.keys) + len(self.links) + len(self.files) + len(self.seen_keys)
         for key, link, file_sha256 in rows:
             marks = {*link_marks(link)} if link is not None else set[str]()
@@ -112,9 +112,9 @@ class _Clips:
 
 
 def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterator[tuple[str, str | None, str | None]]:
-    """(clip key, link, sha256 of the file) of each row, as far as they are known; one range read a clip.
+    """Yields (clip key, link, sha256 of the file) of each row, None where unknown; one range read per clip.
 
-    Of a row that failed the link is known where it is one of `links` and the detail begins with it.
+    The link of a failed row is known if it is one of `links` and the failure's detail begins with it.
     """
     tar = storage.join(dataset, index.shard)
 
@@ -125,14 +125,14 @@ def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterato
 
     with ThreadPoolExecutor(_READS) as threads:
         yield from threads.map(read, [entries[0] for entries in index.clips().values()])
-    names = {name: link for link in links for name in (link, name_of(link))}  # data sets keep no secret of a URL
+    names = {name: link for link in links for name in (link, name_of(link))}  # records omit the secrets of a URL
     for failure in index.failures:
         link = next((link for name, link in names.items() if failure.detail.startswith(f"{name}: ")), None)
         yield failure.key, link, None
 
 
-def _removed(index: ShardManifest, forgotten: Forgotten) -> dict[int, Failure]:
-    """The rows of a shard that change, as they stand in the books from now on."""
+def _removed(index: ShardManifest, takedowns: Takedowns) -> dict[int, Failure]:
+    """Returns the rows of a shard to remove, as the failures that replace them."""
     rows = [Failure(clip_key_of(entries[0].key), row, "") for row, entries in index.clips().items()]
-    changed = [forgotten.failure(row) for row in (*rows, *index.failures)]
+    changed = [takedowns.failure(row) for row in (*rows, *index.failures)]
     return {failure.row: failure for failure in changed if failure is not None}

@@ -1,4 +1,4 @@
-"""Takes rows out of a finished data set: the shards that hold them are made anew, then the manifest names those."""
+"""Removes rows from a finished data set: rebuilds the shards that contain them, then writes the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Removal:
-    """What was removed: rows of the table, their samples, and the shards that were made anew without them."""
+    """Counts of a removal: rows of the source, their samples, and the shards rebuilt without them."""
 
     rows: int
     samples: int
@@ -31,7 +31,7 @@ class Removal:
 
 
 def indexes(dataset: str, manifest: DatasetManifest) -> Iterator[ShardManifest]:
-    """The index of every shard, one at a time. Raises UserError for one that is not the manifest's."""
+    """Yields the index of every shard. Raises UserError if one does not match the manifest."""
     for shard in manifest.shards:
         index = read_shard_manifest(dataset, shard.shard)
         if index is None or index.sha256 != shard.sha256:
@@ -46,13 +46,13 @@ def remove_rows(
     stage: str,
     progress: Progress | None,
 ) -> Removal:
-    """Makes every shard anew that has rows to remove, and publishes; a kill at any moment leaves the old or the new.
+    """Rebuilds every shard with rows to remove, and publishes; a kill at any moment leaves the old or the new state.
 
     Args:
-        removed: the rows of a shard that change, as they stand in the books from now on.
+        removed: returns the rows of a shard to remove, as the failures that replace them.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
-        UserError: a damaged shard.
+        UserError: a shard is damaged.
     """
     parts, rows, samples, shards = [], 0, 0, 0
     for number, index in enumerate(indexes(dataset, manifest)):

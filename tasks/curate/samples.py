@@ -1,4 +1,4 @@
-"""Checks one stored sample: its fields are there, decode, have their shapes and types, and agree with each other."""
+"""Checks a stored sample: its fields exist, decode, have the right shapes and types, and agree with each other."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _ARRAYS = {
 }
 
 
-Looks = dict[str, tuple[int, ...]]  # what all samples share of a field's shape, by field
+Shapes = dict[str, tuple[int, ...]]  # the part of a field's shape that all samples share, by field
 
 
 class SampleChecker:
-    """Remembers what the first sample looked like, for all others of a data set look the same."""
+    """Checks samples one by one; keeps the shapes of the first, which all samples of a data set share."""
 
-    def __init__(self, looks: Looks) -> None:
-        self.looks = dict(looks)
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = dict(shapes)
 
     def problems(self, packed: PackedSample, rows: tuple[int, int]) -> Iterator[str]:
-        """What is wrong with a sample of a shard that stands for rows start (inclusive) to stop."""
+        """Yields the problems of a sample in a shard with rows start (inclusive) to stop (exclusive)."""
         fields: dict[str, Any] = {}
         yield from (f"{packed.key} has no {name}" for name in _REQUIRED if name not in packed.members)
         for name, data in packed.members.items():
             if name not in SUFFIXES:
-                yield f"{packed.key} has {name!r}, which is no field"
+                yield f"{packed.key} has {name!r}, which is not a field"
                 continue
             try:
                 fields[name] = decode_field(name, data)
@@ -53,11 +53,11 @@ class SampleChecker:
             yield f"{array.dtype} of {array.ndim} dimensions, expected {dtype} of {dimensions}"
             return
         if not np.isfinite(array).all():
-            yield "holds values that are not finite"
+            yield "contains values that are not finite"
         # The number of frames may differ from clip to clip; height, width and channels do not.
-        look = array.shape[1:] if dimensions == 4 else array.shape
-        if look != self.looks.setdefault(name, look):
-            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.looks[name]))})"
+        shape = array.shape[1:] if dimensions == 4 else array.shape
+        if shape != self.shapes.setdefault(name, shape):
+            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.shapes[name]))})"
 
 
 def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> Iterator[str]:
@@ -66,13 +66,13 @@ def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> I
     if meta is not None and not isinstance(meta, dict):
         yield "meta is not an object"
         meta = None
-    said = meta or {}
-    if said.get("clip", clip_key_of(key)) != clip_key_of(key):
-        yield f"meta names the clip {said['clip']!r}"
-    row = said.get("row", rows[0])
+    values = meta or {}
+    if values.get("clip", clip_key_of(key)) != clip_key_of(key):
+        yield f"meta names the clip {values['clip']!r}"
+    row = values.get("row", rows[0])
     if not (isinstance(row, int) and rows[0] <= row < rows[1]):
         yield f"meta names row {row!r}, the shard has {rows[0]} to {rows[1] - 1}"
-    times = said.get("times")
+    times = values.get("times")
     if latents is not None and isinstance(times, list) and len(times) != len(latents):
         yield f"{len(latents)} frames of latents, {len(times)} times"
     if pixels is not None and latents is not None and len(pixels) != len(latents):
@@ -86,5 +86,5 @@ def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> I
     if first is not None and not (len(pixels) and np.array_equal(pixels[0], first)):
         yield "the first frame is not that of the pixels"
     sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
-    if said.get("pixels_sha256", sha256) != sha256:
+    if values.get("pixels_sha256", sha256) != sha256:
         yield "the pixels are not those that were encoded (pixels_sha256)"

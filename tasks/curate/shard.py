@@ -1,4 +1,4 @@
-"""Checks shards side by side, every byte of them, and says what is wrong with each one alone."""
+"""Checks shards concurrently, every byte of them, and lists the problems of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from infra import storage
-from tasks.curate.samples import Looks, SampleChecker
+from tasks.curate.samples import SampleChecker, Shapes
 from tasks.shards import (
     SCHEMA_VERSION,
     SUFFIXES,
@@ -23,27 +23,27 @@ from tasks.shards import (
     shard_number,
 )
 
-_PIECE_BYTES = 1 << 16  # hashed at once; tarfile copies the rest of a piece with every read from it
+_PIECE_BYTES = 1 << 16  # per read; tarfile copies the rest of a piece with every read from it
 
 
 @dataclass
 class CheckedShard:
-    """What one shard says when it is read alone; its index is None where none can be read."""
+    """The problems of one shard; `index` is None if it cannot be read."""
 
     index: ShardManifest | None
     index_problems: list[str]
     tar_problems: list[str] = field(default_factory=list)
-    looks: Looks = field(default_factory=dict)  # of its samples
+    shapes: Shapes = field(default_factory=dict)  # of its samples
 
 
 def check_shards(dataset: str, shards: list[str], workers: int) -> Iterator[CheckedShard]:
-    """The shards in order, each read by one of `workers` threads, which are at most twice their number ahead.
+    """Yields the checked shards in order; `workers` threads read at most twice their number of shards ahead.
 
-    All samples must look like the data set's first. A shard whose own first looks otherwise is read once more against
-    that, so what is said does not depend on who was faster.
+    All samples must have the shapes of the data set's first sample. A shard whose first sample differs is checked again
+    against those shapes, so that the problems do not depend on the timing of the threads.
     """
     names = iter(shards)
-    looks: Looks = {}
+    shapes: Shapes = {}
     pool = ThreadPoolExecutor(workers, "verify")
     try:
         ahead = deque(
@@ -51,17 +51,17 @@ def check_shards(dataset: str, shards: list[str], workers: int) -> Iterator[Chec
         )
         while ahead:
             shard, future = ahead.popleft()
-            found = future.result()
-            if any(looks.get(name, look) != look for name, look in found.looks.items()):
-                found = _check_shard(dataset, shard, looks)
-            looks = found.looks | looks
-            yield found
+            checked = future.result()
+            if any(shapes.get(name, shape) != shape for name, shape in checked.shapes.items()):
+                checked = _check_shard(dataset, shard, shapes)
+            shapes = checked.shapes | shapes
+            yield checked
             ahead.extend((name, pool.submit(_check_shard, dataset, name, {})) for name in itertools.islice(names, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_shard(dataset: str, shard: str, looks: Looks) -> CheckedShard:
+def _check_shard(dataset: str, shard: str, shapes: Shapes) -> CheckedShard:
     name = index_name(shard)
     try:
         index = parse_record(ShardManifest, storage.read_bytes(storage.join(dataset, name)))
@@ -69,9 +69,9 @@ def _check_shard(dataset: str, shard: str, looks: Looks) -> CheckedShard:
         return CheckedShard(None, [f"{name}: is missing"])
     except ValueError as error:
         return CheckedShard(None, [f"{name}: cannot be read ({error})"])
-    samples = SampleChecker(looks)
+    samples = SampleChecker(shapes)
     tar_problems = list(_tar_problems(dataset, index, samples))
-    return CheckedShard(index, list(_name_problems(index, shard)), tar_problems, samples.looks)
+    return CheckedShard(index, list(_name_problems(index, shard)), tar_problems, samples.shapes)
 
 
 def _name_problems(index: ShardManifest, shard: str) -> Iterator[str]:
@@ -80,11 +80,11 @@ def _name_problems(index: ShardManifest, shard: str) -> Iterator[str]:
     if index.schema_version != SCHEMA_VERSION:
         yield f"{name}: has schema {index.schema_version}, expected {SCHEMA_VERSION}"
     elif number is None or index.named(number).shard != shard:
-        yield f"{name}: was changed after it was written, for its name is that of another content"
+        yield f"{name}: was changed after it was written; its name does not match its content"
 
 
 def _tar_problems(dataset: str, index: ShardManifest, samples: SampleChecker) -> Iterator[str]:
-    """Streams a tar past its index, its checksum and the checks of its samples."""
+    """Streams a tar and compares it with its index and checksum, and checks its samples."""
     try:
         with storage.open_stream(storage.join(dataset, index.shard)) as file:
             stream = _Hashed(file)
@@ -100,12 +100,12 @@ def _tar_problems(dataset: str, index: ShardManifest, samples: SampleChecker) ->
         return
     if stream.size_bytes != index.size_bytes:
         yield f"{index.shard}: {stream.size_bytes} bytes, expected {index.size_bytes}"
-    if (found := stream.hasher.hexdigest()) != index.sha256:
-        yield f"{index.shard}: damaged, sha256 {found}, expected {index.sha256}"
+    if (sha256 := stream.hasher.hexdigest()) != index.sha256:
+        yield f"{index.shard}: damaged, sha256 {sha256}, expected {index.sha256}"
 
 
 def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: SampleChecker) -> Iterator[str]:
-    """Member by member in the index's order; after the first that is elsewhere, all others would be."""
+    """Checks the members in the order of the index; stops at the first misplaced one, as all later ones would be."""
     end = 0
     for entry in index.samples:
         members = {}
@@ -116,8 +116,8 @@ def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: Sample
                 yield f"{index.shard}: ends before {wanted}"
                 return
             if (member.name, member.offset_data, member.size) != (wanted, offset, size) or not member.isreg():
-                found = f"{member.name} of {member.size} bytes at {member.offset_data}"
-                yield f"{index.shard}: holds {found}, its index {wanted} of {size} bytes at {offset}"
+                actual = f"{member.name} of {member.size} bytes at {member.offset_data}"
+                yield f"{index.shard}: contains {actual}, its index {wanted} of {size} bytes at {offset}"
                 return
             if offset != end + tarfile.BLOCKSIZE:
                 yield f"{index.shard}: {offset - end} bytes before {wanted}, expected a header of {tarfile.BLOCKSIZE}"
@@ -125,14 +125,14 @@ def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: Sample
             assert file is not None
             members[name] = file.read()
             end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        found = samples.problems(PackedSample(entry.key, members), (index.start, index.stop))
-        yield from (f"{index.shard}: {problem}" for problem in found)
+        sample_problems = samples.problems(PackedSample(entry.key, members), (index.start, index.stop))
+        yield from (f"{index.shard}: {problem}" for problem in sample_problems)
     if (member := tar.next()) is not None:
-        yield f"{index.shard}: holds {member.name}, which its index does not name"
+        yield f"{index.shard}: contains {member.name}, which its index does not list"
 
 
 class _Hashed:
-    """A stream that is hashed and counted as it is read."""
+    """Hashes and counts the bytes of a stream as they are read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,1 +1,1 @@
-"""The prepare stage: every row of a table becomes latents in a shard, or a failure with a reason."""
+"""The prepare stage: turns every row of a source into latents in a shard, or into a failure with a reason."""

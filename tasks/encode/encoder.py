@@ -1,6 +1,6 @@
-"""Turns clips' files into samples: decoded ahead, VAE-encoded clip by clip, captions tokenized.
+"""Turns the files of clips into samples: decodes ahead, encodes clip by clip with the VAE, tokenizes captions.
 
-The files of a unit pass `decode_ahead`, then `ClipEncoder.encode`; every row keeps its place and comes out once.
+The files of a work unit pass through `decode_ahead`, then `ClipEncoder.encode`. Both keep the order and number of rows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from infra.redaction import name_of
-from tasks.encode.filters import MEASURING_READER, Screen, Window
+from tasks.encode.filters import Screen, Window, read_measured
 from tasks.encode.fingerprint import check_spec
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
-from tasks.video.decode import Clip, ClipError
-from tasks.video.decode_pool import READER, TRACK_READER, DecoderPool
+from tasks.video.decode import Clip, ClipError, read_track, read_windows
+from tasks.video.decode_pool import DecoderPool
 from tasks.video.spec import DecodeSpec
 
 _FP16_MAX = float(np.finfo(np.float16).max)
@@ -31,7 +31,7 @@ _FP16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Decoded:
-    """One clip on its way from its file to its samples."""
+    """A decoded clip."""
 
     ref: ClipRef
     sha256: str
@@ -40,20 +40,20 @@ class Decoded:
 
 
 def open_decoders(spec: PrepareSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
-    """The processes that decode for one encoder."""
+    """Starts the decoder processes of one encoder."""
     names = ("num_frames", "fps", "size", "fit", "stride")
     grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
-    reader = READER if spec.clip == "windows" else TRACK_READER
     grid |= {"windows": spec.windows_per_clip} if spec.clip == "windows" else {"longest": spec.longest_track}
-    return DecoderPool(decode.processes or cpus, decode, grid, MEASURING_READER if spec.filters.chosen() else reader)
+    reader = read_windows if spec.clip == "windows" else read_track
+    return DecoderPool(decode.processes or cpus, decode, grid, read_measured if spec.filters.chosen() else reader)
 
 
 def decode_ahead(
     rows: Iterable[tuple[ClipRef, Fetched] | Failure], decoders: DecoderPool, screen: Screen | None = None
 ) -> Iterator[Decoded | Failure]:
-    """Decodes the rows ahead of the caller, `decoders.ahead` at most, and yields them in their order.
+    """Decodes up to `decoders.ahead` rows ahead of the caller and yields them in order.
 
-    What `screen` leaves out is not encoded; a clip that it leaves no window of becomes a Failure.
+    Windows that `screen` rejects are dropped; a clip without a remaining window becomes a Failure.
     """
     screen = screen or Screen(FilterSpec())
 
@@ -76,10 +76,10 @@ def decode_ahead(
 
 
 class ClipEncoder:
-    """Loads the VAE and the text encoder of a base folder once; then a sample is a pure function of its clip's frames.
+    """Loads the VAE and the text encoder of a base folder once; a sample is a pure function of its clip's frames.
 
     Raises:
-        UserError: a spec that the VAE cannot serve. trip_model.encoders.BaseFolderError: a part cannot be loaded.
+        UserError: the spec does not fit the VAE. trip_model.encoders.BaseFolderError: a part cannot be loaded.
     """
 
     def __init__(self, base: str | Path, spec: PrepareSpec, device: str = "cpu") -> None:
@@ -90,15 +90,16 @@ class ClipEncoder:
         self._vae = load_vae(base, device)
         factor = vae_factor(self._vae)
         if spec.size % factor:
-            raise UserError(f"size {spec.size} is no multiple of {factor}, the step of the VAE in {base}")
+            raise UserError(f"size {spec.size}, expected a multiple of {factor}, the factor of the VAE in {base}")
         self._text = load_text_encoder(base, device if spec.keep_text else "cpu")
         self.screen = Screen(spec.filters)
         self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
     def encode(self, rows: Iterable[Decoded | Failure]) -> Iterator[list[Sample] | Failure]:
-        """The samples of each clip, one per window, or its Failure (`non_finite_latents` comes in here), in order.
+        """Yields the samples of each clip, one per window, or its Failure, in order.
 
-        Two clips are with the VAE, or wait for it, while another is with the caller.
+        Adds the failures `non_finite_latents` and `non_finite_text`. Up to two clips are in the VAE's queue while the
+        caller handles another.
         """
 
         def finish(row: tuple[Decoded, Future[np.ndarray]] | Failure) -> list[Sample] | Failure:
@@ -113,11 +114,11 @@ class ClipEncoder:
             yield finish(waiting.popleft())
 
     def _latents(self, row: Decoded) -> np.ndarray:
-        """Raw latents of all windows of one clip, then their log variance where kept: float32 [1 or 2, F, 4, h, w].
+        """Returns raw latents of all windows of a clip, and their log variance if kept: float32 [1 or 2, F, 4, h, w].
 
-        A call of the VAE holds frames of one clip alone: with several threads the place of a frame in its call decides
-        its last bits, and a clip must not depend on its neighbours. Calls begin at every `frames_per_batch`-th frame;
-        where that divides `num_frames`, a window has the bits of the same frames of its track.
+        A VAE call contains frames of one clip only: with several threads the position of a frame in its call changes
+        its last bits, and a clip must not depend on others. Calls begin at every `frames_per_batch`-th frame; if that
+        divides `num_frames`, a window has the same bits as those frames of its track.
         """
         frames = np.concatenate([window.clip.pixels for window in row.windows])
         from trip_model.encoders import encode_posterior
@@ -136,10 +137,10 @@ class ClipEncoder:
             clip = window.clip
             part, latents = np.split(latents, [len(clip.pixels)], axis=1)
             if not np.isfinite(part).all() or np.abs(part).max() > _FP16_MAX:
-                return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.place} does not fit float16")
+                return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.position} does not fit float16")
             samples.append(
                 Sample(
-                    key=sample_key(ref.key, window.place),
+                    key=sample_key(ref.key, window.position),
                     caption=ref.caption,
                     latents=part[0].astype(np.float16),
                     first=clip.pixels[0],
@@ -150,14 +151,14 @@ class ClipEncoder:
                         "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
-                        "window": window.place,
+                        "window": window.position,
                         "times": [round(float(t), 6) for t in clip.times],
                         "fps": spec.fps,
                         "size": spec.size,
                         "decoder": clip.info,
                         "pixels_sha256": hashlib.sha256(clip.pixels.data).hexdigest(),
                     }
-                    | window.said,
+                    | window.meta,
                     pixels=clip.pixels if spec.keep_pixels else None,
                     logvar=part[1].astype(np.float16) if spec.keep_logvar else None,
                     text=text,

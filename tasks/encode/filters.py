@@ -1,7 +1,7 @@
-"""Filters: what the frames of a window measure, and which windows are left out of the data set for it.
+"""Filters: scores of a window's frames, and which windows they exclude from the data set.
 
-A track is judged as one long window: what is wrong anywhere in it leaves all of it out (docs/decisions/tracks.md).
-The processes that decode measure (`read_measured`), the process that encodes judges (`Screen`).
+A track is one long window: a fault anywhere excludes all of it (docs/decisions/tracks.md).
+The decoder processes compute the scores (`read_measured`), the encoder process applies the bounds (`Screen`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
 from tasks.video.decode import Clip, ClipError, read_track, read_windows
 
-MEASURING_READER = "tasks.encode.filters:read_measured"
-VERSION = 1  # part of the recipe; goes up when a score is measured in another way
-GRID = 32  # a frame is measured as this many cells a side, so that noise and compression are averaged away
-# By reason, in the order in which they are asked: the bound in FilterSpec, whose second half is the score's name.
+VERSION = 1  # part of the fingerprint; increases when the definition of a score changes
+GRID = 32  # cells per side of a frame; averaging over them removes noise and compression
+# By reason, in the order of the checks: the bound in FilterSpec, whose second half is the name of the score.
 REASONS = {
     "low_resolution": "least_side",
     "dark_start": "least_brightness",
@@ -33,21 +32,21 @@ REASONS = {
     "watermark": "most_watermark",
 }
 SCORES = ("side", "brightness", "contrast", "bars", "cut", "motion")
-_BLACK = 32  # of 255: the brightest that a pixel of a bar gets by compression
+_BLACK = 32  # of 255: the brightest pixel of a bar after compression
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window that is kept: its place in the video, and what the filters say in its sample's meta."""
+    """A window that passes the filters: its position among the windows of the clip, and what they add to its meta."""
 
-    place: int
+    position: int
     clip: Clip
-    said: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def check_filters(spec: FilterSpec) -> None:
-    """Raises UserError for a bound that no score can have, and for a watermark filter that lacks its scorer."""
+    """Raises UserError for a bound outside the range of its score, and for a watermark bound without a scorer."""
     for bound in REASONS.values():
         value, most = getattr(spec, bound), 100_000 if bound == "least_side" else 1
         if value is not None and not 0 <= value <= most:
@@ -59,18 +58,18 @@ def check_filters(spec: FilterSpec) -> None:
 
 
 def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
-    """The scores of one window, to 4 digits; all but `side` lie between 0 and 1.
+    """Returns the scores of one window, rounded to 4 digits; all but `side` lie between 0 and 1.
 
-    side: shorter side of the video as it is shown, in pixels, before anything was resized.
-    brightness: of the first frame, that of its brightest twentieth. 0 is black.
-    contrast: of the first frame, beside that of the window's middle one by rank. Near 0 the window fades in from a
-        plain colour; 1 also where later frames have less.
-    bars: share of the frame's height, or width, under black bars on both sides that stay all through the window.
-    cut: how much more the picture changes between two neighbouring frames than just before and after them.
-    motion: mean change from frame to frame of the liveliest hundredth of the picture.
+    side: shorter side of the displayed video in pixels, before resizing.
+    brightness: 95th percentile of the luma of the first frame. 0 is black.
+    contrast: standard deviation of the first frame's luma, relative to the median over the window, at most 1. Near 0
+        the window fades in from a plain colour.
+    bars: share of the frame's height, or width, under black bars on both sides that last for the entire window.
+    cut: how much more the frame changes between two neighbouring frames than just before and after them.
+    motion: mean over frames of the 99th percentile of the change from frame to frame.
 
     Args:
-        pixels: uint8 [F, H, W, 3]. info: what the decoder says: `width`, `height`, `pixel_aspect`.
+        pixels: uint8 [F, H, W, 3]. info: `width`, `height` and `pixel_aspect` from the decoder.
     """
     cells = _cells(pixels)
     luma = cells @ _LUMA
@@ -89,10 +88,11 @@ def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
 
 
 def picture_hash(pixels: np.ndarray) -> str | None:
-    """A 64-bit perceptual hash of a window, 16 hex digits; None for a picture that is plain, which all others are like.
+    """Returns a 64-bit perceptual hash of a window as 16 hex digits; None if the mean frame is a plain colour.
 
-    The signs of 32 low frequencies (DCT) of the frames' mean, and of as many of what the second half of the frames has
-    over the first: two takes before the same camera differ in what moves. Brightness, size and encoding change little.
+    The bits are the signs of 32 low DCT frequencies of the mean frame, and of 32 of the difference between the means of
+    the second and the first half of the frames, which tells takes of one camera apart. Brightness, size and encoding
+    change few bits.
     """
     luma = _cells(pixels) @ _LUMA
     mean, half = luma.mean(axis=0), len(luma) // 2
@@ -104,7 +104,7 @@ def picture_hash(pixels: np.ndarray) -> str | None:
 
 
 def read_measured(source: bytes, **grid: Any) -> list[Clip]:
-    """`read_windows`, or `read_track`, with what is measured in the info; the reader of the processes that decode."""
+    """Returns the clips of `read_windows` or `read_track` with their scores and hash in the info; runs in a decoder."""
     return [
         replace(clip, info=clip.info | {"measured": [scores(clip.pixels, clip.info), picture_hash(clip.pixels)]})
         for clip in (read_track if "longest" in grid else read_windows)(source, **grid)
@@ -112,55 +112,55 @@ def read_measured(source: bytes, **grid: Any) -> list[Clip]:
 
 
 class Screen:
-    """Tells the windows of a clip that are kept from those that a filter leaves out.
+    """Selects the windows of a clip that pass the filters.
 
     Raises:
         UserError: the watermark scorer cannot be imported.
     """
 
     def __init__(self, spec: FilterSpec) -> None:
-        self._spec, self._on = spec, bool(spec.chosen())
+        self._spec, self._enabled = spec, bool(spec.chosen())
         self._watermark = _load(spec.watermark_scorer) if spec.watermark_scorer else None
 
     def __call__(self, clips: list[Clip]) -> list[Window]:
-        """The windows that are kept, each with its place among all; `dropped` in their meta says what befell the rest.
+        """Returns the windows that pass, with their positions; `meta["dropped"]` gives the reasons of the others.
 
         Raises:
-            ClipError: none is left; the reason is that of the first window. UserError: the watermark scorer failed.
+            ClipError: no window passes; the reason is that of the first. UserError: the watermark scorer failed.
         """
-        if not self._on:
-            return [Window(place, clip) for place, clip in enumerate(clips)]
+        if not self._enabled:
+            return [Window(position, clip) for position, clip in enumerate(clips)]
         kept: list[Window] = []
         dropped: dict[str, str] = {}
-        for place, measured in enumerate(clips):
-            clip, found, picture = _parted(measured)
-            reason = self._failing(found)
+        for position, measured in enumerate(clips):
+            clip, values, picture = _split_info(measured)
+            reason = self._failure_reason(values)
             if reason is None and self._watermark is not None:
-                found["watermark"] = self._watermark(clip.pixels)
-                reason = self._failing(found)
+                values["watermark"] = self._watermark(clip.pixels)
+                reason = self._failure_reason(values)
             if reason is None:
-                kept.append(Window(place, clip, {"scores": found, "picture_hash": picture, "dropped": dropped}))
+                kept.append(Window(position, clip, {"scores": values, "picture_hash": picture, "dropped": dropped}))
             else:
                 bound, score = REASONS[reason].split("_")
                 limit = getattr(self._spec, REASONS[reason])
-                dropped[str(place)] = f"{reason}: {score} {found[score]:g}, expected at {bound} {limit:g}"
+                dropped[str(position)] = f"{reason}: {score} {values[score]:g}, expected at {bound} {limit:g}"
         if not kept:
             first, detail = dropped["0"].split(": ", 1)
             raise ClipError(first, detail if len(clips) == 1 else f"{detail}; none of {len(clips)} windows passes")
         return kept
 
-    def _failing(self, found: dict[str, float]) -> str | None:
-        """The first reason to leave a window out. A score that is not there yet fails nobody."""
+    def _failure_reason(self, values: dict[str, float]) -> str | None:
+        """Returns the first bound that a window violates, as a reason. Missing scores pass."""
         for reason, name in REASONS.items():
             limit, (bound, score) = getattr(self._spec, name), name.split("_")
-            if limit is not None and score in found:
-                if found[score] < limit if bound == "least" else found[score] > limit:
+            if limit is not None and score in values:
+                if values[score] < limit if bound == "least" else values[score] > limit:
                     return reason
         return None
 
 
 def _cells(pixels: np.ndarray) -> np.ndarray:
-    """Frames as float64 [F, GRID, GRID, 3] between 0 and 1, each cell the mean of the pixels in it."""
+    """Returns frames as float64 [F, GRID, GRID, 3] from 0 to 1; each cell is the mean of its pixels."""
     size = (GRID, GRID)
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BOX)) for f in pixels]) / 255
 
@@ -169,11 +169,11 @@ def _bars(pixels: np.ndarray) -> float:
     black = pixels.max(axis=0).max(axis=-1) <= _BLACK
     shares = []
     for lines in (black, black.T):
-        reach = len(lines) // 32 + 2  # how soon behind its edge a picture must show: edges are blurred
+        reach = len(lines) // 32 + 2  # lines behind a bar's edge within which the picture must begin: edges are blurred
         sizes = []
         for side in (lines, lines[::-1]):
             size = int(np.argmin(np.append(side.mean(axis=1) > 0.99, False)))
-            # Behind a bar's edge is picture nearly all along it; an object before a black wall has no such edge.
+            # Along most of a bar's edge the picture begins; an object before a black wall has no such edge.
             behind = side[size : size + reach].all(axis=0)
             sizes.append(size if len(behind) and not behind.all() and behind.mean() < 0.5 else 0)
         shares.append(2 * min(sizes) / len(lines))
@@ -187,38 +187,38 @@ def _cut(cells: np.ndarray) -> float:
     return float(((change - busy) / (change + busy + 0.04)).max())
 
 
-def _parted(clip: Clip) -> tuple[Clip, dict[str, float], str | None]:
-    """A clip as its decoder would have left it, its scores and its hash; a decoder process may say anything."""
+def _split_info(clip: Clip) -> tuple[Clip, dict[str, float], str | None]:
+    """Returns the clip without the measured info, its scores and its hash. The reply of a decoder is not trusted."""
     info = dict(clip.info)
     try:
-        found, picture = info.pop("measured")
+        values, picture = info.pop("measured")
         picture = None if picture is None else f"{int(picture, 16):016x}"
-        return replace(clip, info=info), {name: float(found[name]) for name in SCORES}, picture
+        return replace(clip, info=info), {name: float(values[name]) for name in SCORES}, picture
     except (KeyError, TypeError, ValueError) as error:
-        raise ClipError("decoder_crash", f"the decoder sent nonsense ({type(error).__name__})") from None
+        raise ClipError("decoder_crash", f"malformed reply from the decoder process ({type(error).__name__})") from None
 
 
 def _load(name: str) -> Callable[[np.ndarray], float]:
-    """The scorer of that name, every fault of it turned into a sentence that says whose it is."""
+    """Returns the scorer of a name; every exception of it becomes a UserError that names it."""
     module, function = name.split(":")
     try:
         scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever a module of somebody else's raises as it is imported
+    except Exception as error:  # the import of a user's module may raise anything
         raise UserError(
-            f"watermark scorer {name} cannot be imported ({_said(error)}); see that every worker has it"
+            f"watermark scorer {name} cannot be imported ({_summary(error)}); install it on every worker"
         ) from error
 
     def score(pixels: np.ndarray) -> float:
         try:
-            value = float(scorer(pixels.copy()))  # its own: what it writes there must not be encoded
+            value = float(scorer(pixels.copy()))  # a copy: changes of the scorer must not be encoded
         except Exception as error:  # as above
-            raise UserError(f"watermark scorer {name} failed ({_said(error)}); mend it, or leave it out") from error
+            raise UserError(f"watermark scorer {name} failed ({_summary(error)}); fix it or disable it") from error
         if not 0 <= value <= 1:
-            raise UserError(f"watermark scorer {name} returned {value}, expected a number from 0 to 1; mend it")
+            raise UserError(f"watermark scorer {name} returned {value}, expected a number from 0 to 1; fix it")
         return round(value, 4)
 
     return score
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

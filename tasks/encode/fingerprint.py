@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: everything that changes its samples, contents by their hash."""
+"""The fingerprint of a data set: everything that changes its samples, with contents as hashes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 
 def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
-    """What the samples are made from and how. Equal fingerprints mean equal samples, on any machine with any workers.
+    """Returns the fingerprint. Equal fingerprints give equal samples on any machine with any number of workers.
 
     Raises:
-        UserError: the table or the base cannot be read, or a number makes no sense.
+        UserError: the source or the base cannot be read, or a value is invalid.
     """
     check_spec(spec)
     try:
@@ -31,7 +31,7 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "size": spec.size,
-        # What is off is not named, so that data sets from before it existed are still of their recipe.
+        # Options that are off are omitted, so that older data sets keep their fingerprint.
         **({"fit": spec.fit} if spec.fit != "crop" else {}),
         **({"stride": spec.stride} if spec.stride is not None else {}),
         **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
@@ -47,7 +47,7 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
 
 
 def check_spec(spec: PrepareSpec) -> None:
-    """Raises UserError for a number that no clip, decoder or worker can satisfy."""
+    """Raises UserError for a value that no clip, decoder or worker can satisfy."""
     for name in ("num_frames", "fps", "size", "windows_per_clip", "frames_per_batch"):
         if not getattr(spec, name) > 0:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")

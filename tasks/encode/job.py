@@ -1,4 +1,4 @@
-"""Drives the prepare stage: the units that are missing go to workers, each comes back as one finished shard."""
+"""Runs the prepare stage: workers turn the missing work units into finished shards."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
 from tasks.encode.fingerprint import fingerprint_of
-from tasks.encode.progress import Ledger, Progress
+from tasks.encode.progress import Progress, ProgressAccounting
 from tasks.encode.report import write_report, write_report_apart
-from tasks.encode.resume import find_held, retry_reasons
+from tasks.encode.resume import find_existing, retry_reasons
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.encode.work_unit import Unit, addressed_rows, encode_unit, plan
 from tasks.ingest.sources import count_rows, opened
@@ -31,18 +31,18 @@ from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 
 def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareReport:
-    """Makes the data set, or finishes it: shards whose index is there and agrees are kept as they are.
+    """Creates the data set or continues it: existing shards with the same rows and recipe are reused.
 
-    Rows that failed under a class in `retry` are done again, and their shards made anew with the bytes of all other
-    samples. Clips in the data set's list of forgotten ones, and in the takedowns of the root that the output lies
-    below, are left out, and taken out where they still are.
+    Rows that failed for a reason in the classes of `retry` are processed again; their shards are rebuilt and keep the
+    bytes of all other samples. Clips in the takedowns of the data set or of its root are excluded, and removed if they
+    are present.
 
     Args:
-        progress: called after each shard, and about every 10 s between, with `stage`, `done`, `total` (rows),
+        progress: called after each shard, and about every 10 s in between, with `stage`, `done`, `total` (rows),
             `encoded`, `failed`, `clips_per_second`, `eta_seconds` (None until known).
     Raises:
-        UserError: bad input; an output that holds another recipe or cannot be written; fewer than two usable clips
-            (the message counts the reasons); a row range that loses its worker again and again.
+        UserError: the input is invalid; the output contains another recipe or cannot be written; fewer than two clips
+            are usable (the message counts the reasons); a range of rows repeatedly loses its worker.
     """
     began = time.monotonic()
     output = storage.absolute(spec.output)
@@ -57,33 +57,34 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     total = count_rows(spec.source)
     if total == 0:
         raise UserError(f"table {spec.source.table} has no rows; give a table with at least two clips")
-    with _explained(f"output {output}"):
+    with _write_errors(f"output {output}"):
         shards.open_dataset(output, fingerprint)
         published = storage.exists(storage.join(output, shards.MANIFEST))
-        forgotten, takedowns = _removed_clips(spec.source, output)
+        dataset_takedowns, all_takedowns = _takedowns_of(spec.source, output)
 
-    ledger = Ledger(total, progress)
+    accounting = ProgressAccounting(total, progress)
     done: dict[int, ShardSummary] = {}
-    names = shards.shards_held(output)
+    shards_by_number = shards.existing_shards(output)
     rows_retried = 0
 
     def missing_units() -> Iterator[Unit]:
-        for unit in plan(spec, total, forgotten):
-            held = find_held(output, names.get(unit.index, ()), unit.rows, recipe_hash, retried)
-            # A unit that gave nothing is tried again as long as the data set is unfinished: the network may be back.
-            if held is None or not (held.summary.encoded or published):
+        for unit in plan(spec, total, dataset_takedowns):
+            names = shards_by_number.get(unit.index, ())
+            existing = find_existing(output, names, unit.rows, recipe_hash, retried)
+            # A unit without an encoded row is tried again until the data set is finished: the network may work again.
+            if existing is None or not (existing.summary.encoded or published):
                 yield unit
-            elif held.redo:
-                yield replace(unit, held=held.summary.shard, redo=held.redo)
+            elif existing.redo:
+                yield replace(unit, existing=existing.summary.shard, redo=existing.redo)
             else:
-                done[unit.index] = held.summary
-                ledger.add(held.summary, reused=True)
+                done[unit.index] = existing.summary
+                accounting.add(existing.summary, reused=True)
 
-    with _Workers(spec, output, fingerprint, takedowns) as workers:
-        with _explained(f"output {output}"):
-            for unit, summary in workers.run(missing_units(), ledger.tick):
+    with _Workers(spec, output, fingerprint, all_takedowns) as workers:
+        with _write_errors(f"output {output}"):
+            for unit, summary in workers.run(missing_units(), accounting.tick):
                 done[unit.index] = summary
-                ledger.add(summary)
+                accounting.add(summary)
                 rows_retried += len(unit.redo)
 
         parts = [done[index] for index in sorted(done)]
@@ -96,7 +97,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 f" at least 2 are needed, see the failures in {storage.join(output, 'shard-*.json')}"
             )
         source = {name: fingerprint[name] for name in ("columns", "table_sha256")} | {"limit": spec.source.limit}
-        with _explained(f"output {output}"):
+        with _write_errors(f"output {output}"):
             manifest_sha = shards.publish_dataset(output, fingerprint, recipe_hash, source, parts)
         report = PrepareReport(
             dataset=output,
@@ -107,46 +108,46 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
             recipe_hash=recipe_hash,
             manifest_sha=manifest_sha,
             shards=len(parts),
-            shards_reused=ledger.shards_reused,
+            shards_reused=accounting.shards_reused,
             rows_retried=rows_retried,
             seconds=round(time.monotonic() - began, 3),
             page=shards.report_addresses(output)["html"],
         )
-        with _explained(f"report {report.page}"):
-            workers.write_report(to_json(report), sum(part.size_bytes for part in parts), ledger.rows_made)
+        with _write_errors(f"report {report.page}"):
+            workers.write_report(to_json(report), sum(part.size_bytes for part in parts), accounting.rows_made)
     return report
 
 
-def _removed_clips(source: SourceSpec, output: str) -> tuple[shards.Forgotten, shards.Forgotten]:
-    """The data set's list of forgotten clips, and all that is removed below the root.
+def _takedowns_of(source: SourceSpec, output: str) -> tuple[shards.Takedowns, shards.Takedowns]:
+    """Returns the data set's takedowns, and those together with all of its root.
 
-    What the root's takedowns say of this source is added to the list first. Only that part is, so that the takedown of
-    a clip that the source does not have leaves the data set as it is.
+    First the data set's list gets the entries of the root that match this source. Other entries are not added, so that
+    the takedown of a clip that the source does not contain leaves the data set unchanged.
     """
-    forgotten = shards.read_forgotten(output)
-    takedowns = shards.gather_takedowns(output)
-    new = takedowns.about(addressed_rows(source)).marks if takedowns.marks.keys() - forgotten.marks.keys() else {}
-    if new.keys() - forgotten.marks.keys():
-        forgotten = shards.Forgotten(new | shards.read_forgotten(output).marks)  # read again: others may have added
-        shards.write_forgotten(output, forgotten)
-    return forgotten, shards.Forgotten(takedowns.marks | forgotten.marks)
+    own = shards.read_takedowns(output)
+    root = shards.gather_root_takedowns(output)
+    new = root.matching(addressed_rows(source)).marks if root.marks.keys() - own.marks.keys() else {}
+    if new.keys() - own.marks.keys():
+        own = shards.Takedowns(new | shards.read_takedowns(output).marks)  # read again: others may have added entries
+        shards.write_takedowns(output, own)
+    return own, shards.Takedowns(root.marks | own.marks)
 
 
 @contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Turns what a full or read-only store says into one sentence for a person."""
+def _write_errors(target: str) -> Iterator[None]:
+    """Converts the OSError of a full or read-only store to a UserError that names the target."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise UserError(f"{place} cannot be written ({reason}); free some space or give another output") from error
+        raise UserError(f"{target} cannot be written ({reason}); free some space or give another output") from error
 
 
 class EncodeWorker:
-    """Loads the encoders and starts the decoders once, then turns units into shards."""
+    """Loads the encoders and starts the decoders once, then turns work units into shards."""
 
     def __init__(
-        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Forgotten
+        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Takedowns
     ) -> None:
         self._spec, self._output, self._fingerprint, self._takedowns = spec, output, fingerprint, takedowns
         self._encoder: ClipEncoder | None = None
@@ -167,13 +168,13 @@ class EncodeWorker:
 
 
 def _load_encoder(spec: PrepareSpec, fingerprint: dict[str, Any]) -> ClipEncoder:
-    """The encoders on this machine, which must be those that the recipe names."""
+    """Loads the encoders on this machine. Raises UserError if their hashes are not those of the fingerprint."""
     try:
         base = resolve_base(spec.base)
         for part in ("vae", "tokenizer", "text_encoder"):
             if f"{part}_sha256" in fingerprint and folder_hash(base, part) != fingerprint[f"{part}_sha256"]:
                 raise UserError(
-                    f"{part} of base {base} on a worker is not the driver's; give a folder that all machines share"
+                    f"{part} of base {base} on a worker differs from the driver's; give a folder that all share"
                 )
         return ClipEncoder(base, spec, "cuda" if spec.gpus_per_worker > 0 else "cpu")
     except BaseFolderError as error:
@@ -181,10 +182,10 @@ def _load_encoder(spec: PrepareSpec, fingerprint: dict[str, Any]) -> ClipEncoder
 
 
 class _Workers:
-    """Whoever does the units of one run; Ray's workers start when there is work and stay warm until the block ends."""
+    """The workers of one run, in this process or on Ray; Ray's start with the first unit and end with the block."""
 
     def __init__(
-        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Forgotten
+        self, spec: PrepareSpec, output: str, fingerprint: dict[str, Any], takedowns: shards.Takedowns
     ) -> None:
         self._spec, self._output, self._fingerprint, self._takedowns = spec, output, fingerprint, takedowns
         self._pool: WorkerPool | None = None
@@ -197,13 +198,13 @@ class _Workers:
         self._session.close()
 
     def run(self, units: Iterator[Unit], tick: Callable[[], None]) -> Iterator[tuple[Unit, ShardSummary]]:
-        """Hands units to workers, one each, and yields them as they finish. Starts Ray only when there is work.
+        """Assigns units to workers, one each, and yields them as they finish. Starts Ray only if there is a unit.
 
-        `tick` is called about every 10 s while nothing finishes.
+        `tick` is called about every 10 s while no unit finishes.
 
         Raises:
-            UserError: what a worker raised for a person; a unit's workers kept dying; no worker fits.
-            ray.exceptions.NodeDiedError: machines are lost and no unit is to blame; the same command continues.
+            UserError: raised by a worker; the workers of a unit died repeatedly; no worker fits on the cluster.
+            ray.exceptions.NodeDiedError: machines were lost and no unit is the cause; the same command continues.
         """
         spec, output, fingerprint, takedowns = self._spec, self._output, self._fingerprint, self._takedowns
         first = next(units, None)
@@ -231,7 +232,7 @@ class _Workers:
                 raise UserError(str(error)) from error
             raise UserError(
                 f"rows {error.task.start} to {error.task.stop - 1} lost their worker {MAX_DEATHS} times;"
-                " give the machine more memory, or ask for fewer workers or fewer processes that decode"
+                " give the machine more memory, or use fewer workers or fewer decoder processes"
             ) from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
@@ -241,9 +242,10 @@ class _Workers:
             raise
 
     def write_report(self, numbers: dict[str, Any], size_bytes: int, rows_made: int) -> None:
-        """Has the report written by who has the VAE's libraries loaded, for they are ten seconds and half a gigabyte.
+        """Writes the report in a worker, which has the VAE loaded; importing it here costs 10 s and 0.5 GB.
 
-        Without workers that is this process, whose memory may be the store; where no worker was needed, one apart.
+        Without workers this process writes it, since the output may be in its memory; if no worker was started, a
+        separate process does.
         """
         arguments = (numbers, self._spec.base, size_bytes, rows_made)
         if self._spec.workers == 0:
@@ -252,7 +254,7 @@ class _Workers:
         if self._pool is not None and (actor := self._pool.idle_actor()) is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(actor.write_report.remote(*arguments))
-        write_report_apart(*arguments)  # nothing is left to do where a worker did it
+        write_report_apart(*arguments)  # returns at once if a worker wrote it
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Counts rows as shards finish and tells whoever waits."""
+"""Counts rows as shards finish and reports progress."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ Progress = Callable[[dict[str, Any]], None]
 TICK_SECONDS = 10.0
 
 
-class Ledger:
-    """The books of a run while it is under way: rows done, encoded, failed, and made by this run."""
+class ProgressAccounting:
+    """Accounts for the rows of a run in progress: done, encoded, failed, and processed by this run."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress = total, progress
-        self._began = self._told = time.monotonic()
+        self._began = self._reported = time.monotonic()
         self._done = self._encoded = self._failed = self._made = 0
         self.shards_reused = 0
 
     def add(self, part: ShardSummary, reused: bool = False) -> None:
+        """Adds a finished shard and reports."""
         rows = part.stop - part.start
         self._done += rows
         self._encoded += part.encoded
@@ -30,22 +31,23 @@ class Ledger:
             self.shards_reused += 1
         else:
             self._made += rows
-        self._tell()
+        self._report()
 
     @property
     def rows_made(self) -> int:
+        """Rows that this run processed; reused shards do not count."""
         return self._made
 
     def tick(self) -> None:
-        """A line while a long shard is under way, at most every `TICK_SECONDS`."""
-        if time.monotonic() - self._told >= TICK_SECONDS:
-            self._tell()
+        """Reports while a long shard is in progress, at most every `TICK_SECONDS`."""
+        if time.monotonic() - self._reported >= TICK_SECONDS:
+            self._report()
 
-    def _tell(self) -> None:
-        self._told = time.monotonic()
+    def _report(self) -> None:
+        self._reported = time.monotonic()
         if self._progress is None:
             return
-        seconds = max(self._told - self._began, 1e-9)
+        seconds = max(self._reported - self._began, 1e-9)
         rate = self._made / seconds
         self._progress(
             {

@@ -1,4 +1,4 @@
-"""What a person reads of one prepare run: counts by reason as a chart, rates, and stored latents decoded back."""
+"""Writes the report of a prepare run: counts by reason as a chart, rates, and decoded latents."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _STYLE = (
 
 
 def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
-    """Writes `<data set>.report.json` and `.report.html`, unless they are there and of this very data set.
+    """Writes `<data set>.report.json` and `.report.html`, unless they exist and match this data set.
 
     Args:
-        numbers: the stage's report. base: the folder or hub name whose VAE made the latents.
-        size_bytes: of all shards. rows_made: the rows that this run did itself.
+        numbers: the stage's report. base: the folder or hub name of the base with the VAE.
+        size_bytes: of all shards. rows_made: the rows that this run processed.
     """
     if _is_written(numbers):
         return
@@ -46,14 +46,14 @@ def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made:
     shown = numbers | {name: redact(numbers[name]) for name in ("dataset", "page")}
     sheet = _contact_sheet_png(ShardDataset(numbers["dataset"]), base)
     storage.write_bytes(addresses["html"], _page(shown, rates, sheet).encode())
-    storage.write_json(addresses["json"], shown | rates)  # last: its presence says that the page is there as well
+    storage.write_json(addresses["json"], shown | rates)  # last: it marks the report as complete
 
 
 def write_report_apart(numbers: dict[str, Any], base: str, size_bytes: int, rows_made: int) -> None:
-    """`write_report` in a process of its own: the VAE and its libraries would cost a driver a third of a gigabyte.
+    """Calls `write_report` in its own process: the VAE and its libraries would take 0.3 GB of the driver's memory.
 
     Raises:
-        OSError: that process failed; the text is the last line that it wrote.
+        OSError: the process failed; the text is its last line on stderr.
     """
     if _is_written(numbers):
         return
@@ -68,16 +68,16 @@ def write_report_apart(numbers: dict[str, Any], base: str, size_bytes: int, rows
 
 def _is_written(numbers: dict[str, Any]) -> bool:
     try:
-        held = storage.read_json(report_addresses(numbers["dataset"])["json"])
-        return held["manifest_sha"] == numbers["manifest_sha"]
+        existing = storage.read_json(report_addresses(numbers["dataset"])["json"])
+        return existing["manifest_sha"] == numbers["manifest_sha"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
 def _contact_sheet_png(dataset: ShardDataset, base: str) -> bytes:
-    """The first clip of every Nth shard that has one: the stored frame 1, then frames decoded from stored latents."""
+    """Shows the first clip of every Nth shard: the stored frame 1, then frames decoded from the stored latents."""
     counts = [shard.samples for shard in dataset.published.shards]
-    firsts = [sum(counts[:place]) for place, count in enumerate(counts) if count]
+    firsts = [sum(counts[:shard]) for shard, count in enumerate(counts) if count]
     picked = firsts[:: -(-len(firsts) // SHEET_CLIPS)]
     import torch  # only where the page is not written yet
 
@@ -107,7 +107,7 @@ def _contact_sheet_png(dataset: ShardDataset, base: str) -> bytes:
 
 
 def _chart_png(counts: dict[str, int]) -> bytes:
-    """Rows by what became of them, most first; the axis is logarithmic, for one reason in a million is still one."""
+    """Charts rows by outcome, most frequent first; the axis is logarithmic so that rare reasons are visible."""
     from matplotlib.figure import Figure
 
     names = sorted(counts, key=lambda name: counts[name])
@@ -127,15 +127,15 @@ def _chart_png(counts: dict[str, int]) -> bytes:
 
 
 def _page(numbers: dict[str, Any], rates: dict[str, Any], sheet: bytes) -> str:
-    """One file that opens anywhere: both pictures lie inside it, nothing is fetched."""
+    """Returns a self-contained page: it embeds both figures and loads nothing."""
     failed = {f"failed: {reason}": count for reason, count in numbers["failed"].items()}
     cells = {name: value for name, value in (numbers | failed | rates).items() if name not in ("failed", "page")}
     rows = "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in cells.items())
     chart = _chart_png({"encoded": numbers["encoded"], **numbers["failed"]})
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data set</title><style>{_STYLE}</style>'
-        f"<h1>Data set</h1><table>{rows}</table><h2>What became of each row</h2>{_image(chart, 'rows by reason')}"
-        f"<h2>Stored latents, decoded back</h2><p>Left the stored frame 1, then frames from the latents.</p>"
+        f"<h1>Data set</h1><table>{rows}</table><h2>Rows by outcome</h2>{_image(chart, 'rows by reason')}"
+        f"<h2>Stored latents, decoded</h2><p>Left: the stored frame 1; then frames decoded from the latents.</p>"
         f"{_image(sheet, 'contact sheet')}</html>\n"
     )
 

@@ -13,10 +13,11 @@ from trip_model.config import Fit, TripConfig
 
 @dataclass(frozen=True)
 class FilterSpec:
-    """Which windows are left out; None is off. A bound that is met is kept, and `scores` says what is measured.
+    """Bounds on the scores of a window (`tasks.encode.filters.scores`); None is off. A window at a bound is kept.
 
-    With any bound set, every sample says all its scores and a hash of its picture. A scorer gets the frames of a window
-    as uint8 [F, H, W, 3] and returns a float from 0, clean, to 1; the module is importable on every worker.
+    With any bound set, the meta of every sample contains all its scores and a perceptual hash. A watermark scorer takes
+    the frames of a window as uint8 [F, H, W, 3] and returns a float from 0 (clean) to 1; every worker must be able to
+    import its module.
     """
 
     least_side: int | None = None  # pixels
@@ -29,13 +30,13 @@ class FilterSpec:
     watermark_scorer: str | None = None  # module:function
 
     def chosen(self) -> dict[str, Any]:
-        """What is set, by name: the filters' part of a data set's identity, empty where all are off."""
+        """Returns the fields that are set, by name: the filters' part of the fingerprint, empty if all are off."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """From a source to a data set of latents. What changes the samples is in `fingerprint`; the rest is means.
+    """Configures how a source becomes a data set of latents. `fingerprint` covers what changes the samples.
 
     The defaults of a sample are the paper's: 16 frames at 4 fps, 256 pixels (Section 4.1).
     """
@@ -47,29 +48,29 @@ class PrepareSpec:
     fps: float = TripConfig.fps
     size: int = TripConfig.size
     fit: Fit = "crop"  # of a frame into the square
-    stride: int | None = None  # takes every n-th native frame, whatever `fps`; None: `fps` chooses
+    stride: int | None = None  # takes every n-th native frame and ignores `fps`; None: frames at `fps`
     clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
     windows_per_clip: int = 1  # at most
-    longest_track: int = 240  # frames; a longer track is cut off there
+    longest_track: int = 240  # frames; a longer track is truncated
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
     keep_logvar: bool = False  # also store the posterior's log variance, so that training can draw latents
     keep_text: bool = False  # also store the caption's text features
-    frames_per_batch: int = 16  # of one VAE call, at most; another number rounds another way in the last bits
+    frames_per_batch: int = 16  # of one VAE call, at most; changes the last bits of the latents
     filters: FilterSpec = FilterSpec()
-    clips_per_shard: int = 256  # rows of one work unit: what a lost worker costs
+    clips_per_shard: int = 256  # rows of one work unit, which is lost with its worker
     workers: int = 2  # Ray workers; 0 runs in this process, without Ray
-    cpus_per_worker: int = 1  # also its torch threads
+    cpus_per_worker: int = 1  # and torch threads
     gpus_per_worker: float = 0.0
     ray_address: str | None = None
     download: DownloadSpec = DownloadSpec()
     decode: DecodeSpec = DecodeSpec()
-    fingerprint: dict[str, Any] | None = None  # of `tasks.encode.fingerprint`, if it was taken already
-    retry: tuple[str, ...] = ()  # classes of failures that are tried again, see tasks.records.RETRY_CLASSES
+    fingerprint: dict[str, Any] | None = None  # from `tasks.encode.fingerprint`, if computed already
+    retry: tuple[str, ...] = ()  # classes of failures to try again, see tasks.records.RETRY_CLASSES
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The closed accounting: `rows == encoded + sum(failed.values())`, in clips; a clip gives one or more samples."""
+    """Accounts for every row: `rows == encoded + sum(failed.values())`. An encoded row gives one or more samples."""
 
     dataset: str
     rows: int
@@ -82,7 +83,7 @@ class PrepareReport:
     shards_reused: int
     rows_retried: int
     seconds: float
-    page: str  # the report for people, next to the data set
+    page: str  # address of the HTML report, next to the data set
 
     @property
     def data(self) -> Artifact:

@@ -13,7 +13,7 @@ from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.sources import read_rows, resolve_url
 from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError
-from tasks.shards import Forgotten, Outcome, ShardSummary
+from tasks.shards import Outcome, ShardSummary, Takedowns
 from tasks.video.decode_pool import DecoderPool
 
 
@@ -21,23 +21,23 @@ from tasks.video.decode_pool import DecoderPool
 class Unit:
     """One work unit: rows start (inclusive) to stop of the table, which become shard `index`.
 
-    Where the shard `held` exists, it is made anew: the rows in `redo` are done again, all others taken over from it.
+    If there is a shard `existing`, it is rebuilt: the rows in `redo` are processed again, all others are copied.
     """
 
     index: int
     start: int
     stop: int
     rows: tuple[ClipRef | Failure, ...]
-    held: str | None = None
+    existing: str | None = None  # name of its tar
     redo: frozenset[int] = frozenset()
 
 
-def plan(spec: PrepareSpec, total: int, forgotten: Forgotten) -> Iterator[Unit]:
-    """The work units in order, made while the table streams by: unit i is always the same rows and the same shard."""
+def plan(spec: PrepareSpec, total: int, takedowns: Takedowns) -> Iterator[Unit]:
+    """Yields the work units in order while it reads the table; unit i always has the same rows and the same shard."""
     rows: list[ClipRef | Failure] = []
     start = 0
     for row, address in addressed_rows(spec.source):
-        rows.append(forgotten.failure(row, address) or row)
+        rows.append(takedowns.failure(row, address) or row)
         if len(rows) == spec.clips_per_shard or start + len(rows) == total:
             yield Unit(start // spec.clips_per_shard, start, start + len(rows), tuple(rows))
             start += len(rows)
@@ -45,11 +45,11 @@ def plan(spec: PrepareSpec, total: int, forgotten: Forgotten) -> Iterator[Unit]:
 
 
 def addressed_rows(source: SourceSpec) -> Iterator[tuple[ClipRef | Failure, str | None]]:
-    """The rows of a source, each with the address that its link leads to, where it has one."""
+    """Yields the rows of a source, each with the resolved address of its link, or None without a valid one."""
     for row in read_rows(source):
         try:
             yield row, resolve_url(source, row.url) if isinstance(row, ClipRef) else None
-        except ValueError:  # no URL; the download says so
+        except ValueError:  # not a URL; the download reports it
             yield row, None
 
 
@@ -59,22 +59,22 @@ def encode_unit(
     spec: PrepareSpec,
     output: str,
     recipe_hash: str,
-    forgotten: Forgotten,
+    takedowns: Takedowns,
     unit: Unit,
 ) -> ShardSummary:
     """Downloads, decodes, encodes and writes the rows of one unit; frames never leave this machine.
 
-    A file that `forgotten` names is not decoded, whatever row led to it.
+    A file in `takedowns` is not decoded, whichever row links to it.
     """
     made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
     kept: Iterator[Outcome] = iter(())
-    if unit.held is not None:
-        held = shards.read_shard_manifest(output, unit.held)
-        if held is None:
-            raise UserError(f"the index of {unit.held} in {output} is gone; is another command at work there?")
-        kept = shards.stored_outcomes(output, held)
-        made_with = {name: _both(held.made_with.get(name, now), now) for name, now in made_with.items()}
-    redone = [row for row in unit.rows if unit.held is None or row.row in unit.redo]
+    if unit.existing is not None:
+        existing = shards.read_shard_manifest(output, unit.existing)
+        if existing is None:
+            raise UserError(f"the index of {unit.existing} in {output} was deleted; is another command writing there?")
+        kept = shards.stored_outcomes(output, existing)
+        made_with = {name: _both(existing.made_with.get(name, now), now) for name, now in made_with.items()}
+    redone = [row for row in unit.rows if unit.existing is None or row.row in unit.redo]
     fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
 
     def files() -> Iterator[tuple[ClipRef, Fetched] | Failure]:
@@ -87,7 +87,7 @@ def encode_unit(
             if isinstance(result, Failure):
                 yield result
             else:
-                yield forgotten.failure(ref, file_sha256=result.sha256) or (ref, result)
+                yield takedowns.failure(ref, file_sha256=result.sha256) or (ref, result)
 
     made = encoder.encode(decode_ahead(files(), decoders, encoder.screen))
 
@@ -101,5 +101,5 @@ def encode_unit(
 
 
 def _both(before: str, now: str) -> str:
-    """The versions that the samples of one shard were made with."""
+    """Returns the library versions that the samples of one shard were made with."""
     return before if now in before.split(", ") else f"{before}, {now}"

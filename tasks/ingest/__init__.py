@@ -1,1 +1,1 @@
-"""Where clips come from: tables of links, the demo corpus, and the download itself."""
+"""Reads sources of clips, draws the demo corpus, and downloads videos."""

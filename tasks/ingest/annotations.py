@@ -1,4 +1,4 @@
-"""Reads the sources that are one JSON document: MSR-VTT's annotation, and the samples that this project writes."""
+"""Reads sources that are one JSON document: MSR-VTT's annotation and samples written by this project."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tasks.ingest.rows import Row, reading, text_cells
 from tasks.records import UserError
 
 SAMPLE_SCHEMA = "trip-sample/1"
-MAX_DOCUMENT_BYTES = 1 << 28  # a document is read whole; MSR-VTT's has 40 MB
+MAX_DOCUMENT_BYTES = 1 << 28  # a document is read at once; MSR-VTT's has 40 MB
 
 
 def is_sample(address: str) -> bool:
-    """Whether a JSON file begins as our samples do."""
+    """Returns whether a JSON file begins like a sample of this project."""
     with reading(address, "a JSON file"), fsspec.open(address, "rb", compression="infer") as file:
         return SAMPLE_SCHEMA.encode() in file.read(64)  # type: ignore[attr-defined]
 
 
 def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterator[Row]:
-    """Rows of MSR-VTT's annotation: `videos` (video_id, split) with the captions in `sentences` (video_id, caption).
+    """Yields the rows of MSR-VTT's annotation: `videos` (video_id, split) and `sentences` (video_id, caption).
 
-    A clip is the file `<video_id>.mp4`, for the annotation's own URLs are pages of YouTube. Rows keep the order of the
-    document. Splits are the document's own (officially 6,513 train, 497 validate, 2,990 test).
+    A clip is the file `<video_id>.mp4`, since the URLs in the annotation are YouTube pages. Rows keep the order of the
+    document, and splits are its own (officially 6,513 train, 497 validate, 2,990 test).
 
     Args:
-        captions: "first" or "all" of a clip's captions (20, each a row `<video_id>-<number>`), or the seed of a draw.
+        captions: "first" or "all" of a clip's 20 captions (a row `<video_id>-<number>` each), or a seed that draws one.
     Raises:
-        UserError: not such a document, or a split that it does not have.
+        UserError: the document is not MSR-VTT's annotation, or has no such split.
     """
     document = _load(address, "MSR-VTT's annotation")
     videos, sentences = document.get("videos"), document.get("sentences")
@@ -41,10 +41,10 @@ def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterato
         raise UserError(
             f"{address} has no videos with sentences; give MSR-VTT's annotation or a sample of this project"
         )
-    said: dict[Any, list[Any]] = defaultdict(list)
+    captions_of: dict[Any, list[Any]] = defaultdict(list)
     for sentence in sentences:
         if isinstance(sentence, dict):
-            said[str(sentence.get("video_id"))].append(sentence.get("caption"))
+            captions_of[str(sentence.get("video_id"))].append(sentence.get("caption"))
     splits = sorted({str(video.get("split")) for video in videos if isinstance(video, dict)})
     if split is not None and split not in splits:
         raise UserError(f"{address} has no split {split!r}; it has {', '.join(map(repr, splits))}")
@@ -53,12 +53,12 @@ def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterato
         if not isinstance(name, str):
             yield "a video without a video_id"
         elif split is None or video.get("split") == split:
-            for key, caption in _chosen(name, said[name], captions):
+            for key, caption in _choose(name, captions_of[name], captions):
                 yield text_cells([key, f"{name}.mp4", caption])
 
 
 def read_sample(address: str) -> Iterator[Row]:
-    """The rows of a sample. Raises UserError for another document, and for one that was changed afterwards."""
+    """Yields the rows of a sample. Raises UserError if the document is not a sample or was changed."""
     document = _load(address, "a sample")
     rows = document.get("rows")
     if document.get("schema") != SAMPLE_SCHEMA or not isinstance(rows, list):
@@ -66,7 +66,7 @@ def read_sample(address: str) -> Iterator[Row]:
     with reading(address, "a sample"):
         sha256 = sample_sha256(document)
     if document.get("sha256") != sha256:
-        raise UserError(f"sample {address} does not match its sha256, so it was changed; write it again")
+        raise UserError(f"sample {address} does not match its sha256; it was changed, write it again")
     for row in rows:
         if isinstance(row, dict):
             yield text_cells([row.get("key"), row.get("url"), row.get("caption")])
@@ -75,11 +75,11 @@ def read_sample(address: str) -> Iterator[Row]:
 
 
 def sample_sha256(document: dict[str, Any]) -> str:
-    """The hash of all of a sample but the hash itself, over its canonical JSON."""
+    """Returns the hash of a sample without its own hash, over the canonical JSON."""
     return hashlib.sha256(storage.json_bytes({k: v for k, v in document.items() if k != "sha256"})).hexdigest()
 
 
-def _chosen(name: str, captions: list[Any], choice: str | int) -> Iterator[tuple[str, Any]]:
+def _choose(name: str, captions: list[Any], choice: str | int) -> Iterator[tuple[str, Any]]:
     if choice == "all" and captions:
         yield from ((f"{name}-{number:02d}", caption) for number, caption in enumerate(captions))
         return

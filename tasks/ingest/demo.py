@@ -1,4 +1,4 @@
-"""The demo corpus as it meets the pipeline: drawn clips in mp4, a WebVid-style table, a loopback HTTP server."""
+"""The demo corpus: drawn clips as mp4, a WebVid-style table, and a loopback HTTP server."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from infra import storage
 from tasks.ingest.drawing import SOURCE_FPS, draw_clip, draw_scene
 from tasks.records import UserError
 
-FIRST_SEED = 1_000_000  # the demo base is trained on other seeds, so no demo clip was seen in its training
+FIRST_SEED = 1_000_000  # the demo base is trained on other seeds, so its training contains no demo clip
 TABLE = "results_demo.csv"
-_CRF = 12  # H.264 quality: finer than what the judge can see
+_CRF = 12  # H.264 quality: finer than the feature extractors can measure
 
 
 def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Callable[[int], None] | None = None) -> str:
     """Draws `clips` clips of `size` pixels into `folder` and returns the path of their table.
 
-    A repeated call reuses the files that are there: every mp4 appears whole, and the table is written last.
+    A repeated call reuses existing files: every mp4 is written atomically, and the table is written last.
 
     Args:
-        progress: called with the number of clips that are ready, after each.
+        progress: called after each clip with the number of clips that are ready.
     Raises:
-        UserError: a count or size that cannot be drawn, or a folder that cannot be written.
+        UserError: the count or size is invalid, or the folder cannot be written.
     """
     if clips < 1:
-        raise UserError(f"{clips} demo clips; give at least 1")
+        raise UserError(f"{clips} demo clips, expected at least 1")
     if size < 16 or size % 2:
-        raise UserError(f"demo clips of {size} pixels; give an even size of at least 16")
+        raise UserError(f"demo clips of {size} pixels, expected an even size of at least 16")
     root = Path(storage.absolute(str(folder)))
     table = root / TABLE
     try:
@@ -52,13 +52,13 @@ def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Calla
 
 
 def demo_table(folder: str, clips: int, size: int) -> tuple[str, str]:
-    """Address and sha256 of the table that `write_demo_corpus` writes into `folder`; nothing is drawn or written."""
+    """Returns address and sha256 of the table that `write_demo_corpus` writes into `folder`, without writing it."""
     return storage.join(storage.absolute(folder), TABLE), hashlib.sha256(_table_bytes(clips, size)).hexdigest()
 
 
 @contextmanager
 def serve_folder(folder: str | Path) -> Iterator[str]:
-    """Serves a folder over HTTP on 127.0.0.1 and yields its URL, which ends in a slash; the port differs each time."""
+    """Serves a folder over HTTP on 127.0.0.1, on a free port, and yields its URL, which ends in a slash."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(folder)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="demo-http", daemon=True)
@@ -86,16 +86,16 @@ def _video(index: int, size: int) -> str:
 
 
 def _write_clip(path: Path, seed: int, size: int) -> None:
-    """Draws one clip unless its file is there."""
+    """Draws one clip unless its file exists."""
     if not path.is_file():
-        from trip_model.images import video_bytes  # a finished corpus needs no codec
+        from trip_model.images import video_bytes  # not needed if the corpus exists
 
         pixels, _ = draw_clip(seed, size)
         storage.write_bytes(str(path), video_bytes(pixels, SOURCE_FPS, "mp4", _CRF))
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):
-    """Plain GET of whole files; a line per request would drown the demo's own."""
+    """Serves complete files without a log line per request, which would hide the output of the demo."""
 
     protocol_version = "HTTP/1.1"  # keeps connections open between clips
 

@@ -1,4 +1,4 @@
-"""Downloads clips with care: capped, checked, retried where that helps, never from inside the private network."""
+"""Downloads clips: with size and time limits, checks, retries, and never from the private network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.url_guard import AddressGuard, blocked_cause
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 
-# Tried again within the run; 403 and the rarer 5xx only by a later one.
+# Retried within the run; 403 and the rarer 5xx only by a later run with `retry`.
 _RETRYABLE = RETRY_CLASSES["network"] | RETRY_CLASSES["timeout"]
 _RETRYABLE |= {f"http_{status}" for status in (425, 429, 500, 502, 503, 504)}
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -33,7 +33,7 @@ _PIECE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Fetched:
-    """The bytes of one clip's file, whole and of a video's kind."""
+    """The complete file of one clip, which begins like a video container."""
 
     data: bytes
     sha256: str
@@ -43,11 +43,11 @@ class Fetched:
 def download_clips(
     refs: Iterable[ClipRef], source: SourceSpec, spec: DownloadSpec | None = None
 ) -> Iterator[tuple[ClipRef, Fetched | Failure]]:
-    """Fetches clips ahead of the caller, at most `concurrency` at a time, and yields them in the order of `refs`.
+    """Downloads clips ahead of the caller, at most `concurrency` at a time, and yields them in the order of `refs`.
 
     Failure reasons: `http_<status>`, `timeout`, `too_slow`, `network`, `truncated`, `too_large`, `not_a_video`,
     `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`. The detail
-    says how many attempts there were, if several. Files are read only below the table's folder.
+    contains the number of attempts if there were several. Files are read only below the table's folder.
 
     Raises:
         UserError: the source's base URL is not a URL.
@@ -82,7 +82,7 @@ def download_clips(
 
 
 def _declared_url(source: SourceSpec) -> URL | None:
-    """The base URL that the caller named. Raises UserError where it is not a URL."""
+    """Returns the base URL of the caller. Raises UserError if it is not a URL."""
     if source.base_url is None or local_root(source) is not None:
         return None
     try:
@@ -98,7 +98,7 @@ async def _open_downloader(source: SourceSpec, spec: DownloadSpec, declared: URL
 
 
 class _Downloader:
-    """One session and the queues before its hosts. Made and used inside the event loop."""
+    """One session and a queue per host. Created and used inside the event loop."""
 
     def __init__(self, source: SourceSpec, spec: DownloadSpec, declared: URL | None) -> None:
         self._source, self._spec = source, spec
@@ -110,14 +110,14 @@ class _Downloader:
                 limit=spec.concurrency, resolver=self._guard, socket_factory=self._guard.open_socket
             ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=spec.connect_seconds, sock_read=spec.read_seconds),
-            headers={"User-Agent": agent, "Accept-Encoding": "identity"},  # no decompression: a bomb stays small
+            headers={"User-Agent": agent, "Accept-Encoding": "identity"},  # no decompression, so no decompression bombs
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,  # a proxy would resolve names behind the guard's back
+            trust_env=False,  # a proxy would bypass the guard's name resolution
         )
 
     async def fetch(self, ref: ClipRef) -> Fetched | Failure:
-        """One clip with its retries."""
+        """Downloads one clip, with retries."""
         spec = self._spec
         for attempt in range(1, max(1, spec.attempts) + 1):
             try:
@@ -136,40 +136,40 @@ class _Downloader:
         raise AssertionError("the last attempt returns")
 
     async def _read(self, url: str) -> bytes:
-        """One attempt, at a URL or a file."""
+        """Reads a URL or a file once."""
         try:
             address = resolve_url(self._source, url)
             if address.startswith(("http://", "https://")):
                 return await self._get(address)
             return await asyncio.to_thread(_read_file, address, local_root(self._source), self._spec.max_bytes)
         except TimeoutError as error:
-            raise Refused("timeout", "no answer in time") from error
+            raise Refused("timeout", "no response in time") from error
         except aiohttp.ClientPayloadError as error:
-            raise Refused("truncated", "the connection ended before the file did") from error
+            raise Refused("truncated", "the connection ended before the file was complete") from error
         except aiohttp.InvalidURL as error:
-            raise Refused("bad_url", "not a URL that can be asked for") from error
+            raise Refused("bad_url", "not a valid URL") from error
         except (aiohttp.ClientError, OSError) as error:
             raise blocked_cause(error) or Refused("network", type(error).__name__) from error
-        except ValueError as error:  # of urllib and the codec of host names; a bad certificate is one too, caught above
-            raise Refused("bad_url", "not a URL that can be asked for") from error
+        except ValueError as error:  # from urllib or the host name codec; invalid certificates are caught above
+            raise Refused("bad_url", "not a valid URL") from error
 
     async def _get(self, address: str) -> bytes:
-        """One attempt over HTTP. Redirects are followed by hand, so that every hop passes the guard.
+        """Reads a URL once over HTTP. It follows redirects itself, so that the guard checks every hop.
 
-        A URL is parsed once: what the guard checks is the object that aiohttp connects by.
+        A URL is parsed once: the guard checks the same object that aiohttp uses to connect.
         """
-        clock, left = asyncio.get_running_loop(), self._spec.total_seconds
+        clock, remaining_seconds = asyncio.get_running_loop(), self._spec.total_seconds
         for _ in range(_MAX_HOPS + 1):
             url = URL(address)
             self._guard.check(url)
             turn = self._turns[url.host_port_subcomponent or ""]
-            async with turn:  # waiting for a turn does not count as the server's slowness
+            async with turn:  # waiting in the queue does not count as server time
                 began = clock.time()
-                async with asyncio.timeout(left), self.session.get(url, allow_redirects=False) as response:
+                async with asyncio.timeout(remaining_seconds), self.session.get(url, allow_redirects=False) as response:
                     if response.status not in _REDIRECTS or "Location" not in response.headers:
                         return await self._read_body(response)
                     address = urljoin(address, response.headers["Location"])
-                left -= clock.time() - began
+                remaining_seconds -= clock.time() - began
         raise Refused("too_many_redirects", f"more than {_MAX_HOPS}")
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
@@ -178,30 +178,30 @@ class _Downloader:
             pause = seconds_to_wait(response.headers.get("Retry-After", ""))
             raise Refused(f"http_{response.status}", response.reason or "", pause)
         tags = response.headers.getall("X-Robots-Tag", [])
-        if spec.heed_robots and opts_out(tags):
+        if spec.respect_robots and opts_out(tags):
             raise Refused("robots_opt_out", f"X-Robots-Tag: {', '.join(tags)[:200]}")
         length = response.content_length
         if length is not None and length > spec.max_bytes:
             raise Refused("too_large", f"{length} bytes, at most {spec.max_bytes}")
         body = bytearray()
-        since, had = clock.time(), 0
+        interval_start, interval_bytes = clock.time(), 0
         async for piece in response.content.iter_chunked(_PIECE_BYTES):
             body += piece
             if len(body) > spec.max_bytes:
                 raise Refused("too_large", f"more than {spec.max_bytes} bytes")
-            seconds = clock.time() - since
+            seconds = clock.time() - interval_start
             if seconds >= spec.rate_seconds:
-                rate = (len(body) - had) / seconds
+                rate = (len(body) - interval_bytes) / seconds
                 if rate < spec.min_bytes_per_second:
                     raise Refused("too_slow", f"{rate:.0f} bytes a second, at least {spec.min_bytes_per_second:g}")
-                since, had = clock.time(), len(body)
+                interval_start, interval_bytes = clock.time(), len(body)
         if length is not None and len(body) != length:
             raise Refused("truncated", f"{len(body)} of {length} bytes")
         return bytes(body)
 
 
 def _read_file(address: str, root: str | None, max_bytes: int) -> bytes:
-    """A file that lies beside the table. The URL column is data from strangers, so nothing else is opened."""
+    """Reads a file below the table's folder. The URL column is untrusted, so no other file is opened."""
     inside = root is not None and address.startswith(root.rstrip("/") + "/") and ".." not in address.split("/")
     if not inside:
         raise Refused("blocked_address", "only http(s) URLs and files below the table's own folder are read")

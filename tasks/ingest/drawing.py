@@ -1,4 +1,4 @@
-"""Draws the demo corpus: moving shapes whose motion obeys the caption, each clip a pure function of its seed."""
+"""Draws the demo corpus: moving shapes whose captions describe their motion; a clip is a pure function of its seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The vocabulary of the corpus. One word of each row makes a caption, so the caption says everything but where.
+# The vocabulary of the corpus. A caption has one word of each group, and describes everything except the position.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (226, 54, 48),
     "green": (58, 184, 78),
@@ -25,7 +25,7 @@ SOURCE_FPS = 12.0
 
 @dataclass(frozen=True)
 class Scene:
-    """What one demo clip shows; positions, radius and speed are fractions of the frame's width."""
+    """The content of one demo clip; positions and radius are fractions of the frame's width."""
 
     colour: str
     shape: str
@@ -42,7 +42,7 @@ class Scene:
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of one seed. The shape's whole path over `CLIP_SECONDS` lies inside the frame."""
+    """Returns the scene of a seed. The shape stays inside the frame for `CLIP_SECONDS`."""
     rng = np.random.default_rng([0x7121, seed])
     direction = str(rng.choice(list(DIRECTIONS)))
     speed = str(rng.choice(list(SPEEDS)))
@@ -70,7 +70,7 @@ def draw_scene(seed: int) -> Scene:
 
 
 def draw_frame(scene: Scene, seconds: float, size: int) -> np.ndarray:
-    """One frame of a scene at a time in seconds: uint8 [size, size, 3], edges anti-aliased over one pixel."""
+    """Returns one frame of a scene at a time in seconds: uint8 [size, size, 3], edges anti-aliased over one pixel."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.meshgrid(grid, grid)
     slope = (x - 0.5) * np.cos(scene.background_angle) + (y - 0.5) * np.sin(scene.background_angle)
@@ -94,7 +94,7 @@ def draw_frame(scene: Scene, seconds: float, size: int) -> np.ndarray:
 
 
 def draw_clip(seed: int, size: int, fps: float = SOURCE_FPS, seconds: float = CLIP_SECONDS) -> tuple[np.ndarray, str]:
-    """One captioned clip: (uint8 [F, size, size, 3], caption)."""
+    """Returns one captioned clip: (uint8 [F, size, size, 3], caption)."""
     scene = draw_scene(seed)
     times = np.arange(round(seconds * fps)) / fps
     return np.stack([draw_frame(scene, float(t), size) for t in times]), scene.caption

@@ -1,4 +1,4 @@
-"""Reads a folder of videos: a caption beside each (`clip.mp4`, `clip.txt`), or its class folder's name as prompt."""
+"""Reads a folder of videos: captions next to them (`clip.mp4`, `clip.txt`), or class folders as captions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ogv", ".flv"),
     *(".mpg", ".mpeg", ".ts", ".wmv", ".asf", ".gif"),
 )
-_MAX_CAPTION_BYTES = 1 << 16  # of a file; what is longer is no caption
-_BATCH = 256  # caption files read at once: on an object store each alone is a round trip
+_MAX_CAPTION_BYTES = 1 << 16  # of a caption file; a longer one is ignored
+_BATCH = 256  # caption files per request; on an object store one read each would be a round trip each
 
 
 def is_folder(address: str) -> bool:
-    """Whether a folder lies at an address. Over HTTP there are none."""
+    """Returns whether an address is a folder; over HTTP it never is."""
     if address.startswith(("http://", "https://")):
         return False
     with reading(address):
@@ -32,26 +32,26 @@ def is_folder(address: str) -> bool:
 
 
 def kind_of_folder(address: str) -> str:
-    """ "classes" where every video lies in a subfolder and none has a caption beside it, else "folder"."""
+    """Returns "classes" if every video lies in a subfolder and none has a caption file, else "folder"."""
     sizes = _list_files(address)[2]
     videos = _videos(sizes)
     return "classes" if all("/" in name and _caption_file(name) not in sizes for name in videos) else "folder"
 
 
 def read_folder(address: str, kind: str) -> Iterator[Row]:
-    """Rows in the order of their sorted names, which are held in memory; a key is the path without its suffix.
+    """Returns the rows in the order of the sorted names, which are kept in memory; a key is the path without suffix.
 
     Args:
         kind: "folder", where `a/clip.mp4` has its caption in `a/clip.txt`; or "classes", where the caption of
             `fire/a.mp4` is "fire" (underscores read as spaces).
     Raises:
-        UserError: no folder, or no videos in it.
+        UserError: there is no folder, or it contains no videos.
     """
     return (row for _, _, row in _entries(address, kind))
 
 
 def folder_digest(address: str, kind: str) -> str:
-    """sha256 over the sorted names, the sizes and the captions of the videos; their bytes are not read."""
+    """Returns the sha256 over the sorted names, the sizes and the captions of the videos; their bytes are not read."""
     hasher = hashlib.sha256()
     for entry in _entries(address, kind):
         hasher.update(json.dumps(entry).encode() + b"\n")
@@ -68,16 +68,16 @@ def _entries(address: str, kind: str) -> Iterator[tuple[str, int, Row]]:
             caption = captions.get(name, "")
             if kind == "classes":
                 caption = name.partition("/")[0].replace("_", " ") if "/" in name else ""
-            url = f"./{name}" if ":" in name else name  # else a colon would end a scheme
+            url = f"./{name}" if ":" in name else name  # otherwise a colon would look like the end of a scheme
             yield name, sizes[name], text_cells([posixpath.splitext(name)[0], url, caption])
 
 
 def _read_captions(
     filesystem: AbstractFileSystem, folder: str, sizes: dict[str, int], names: list[str]
 ) -> dict[str, str]:
-    """The captions of some videos by name; a video without a caption, or with far too long a one, is left out.
+    """Returns the captions of some videos by name; videos without a caption, or with too long a one, are omitted.
 
-    A store that fails stops the source: a caption that comes and goes would make another data set each time.
+    A failing store raises: captions that are missing at times would change the data set from run to run.
     """
     wanted = [name for name in names if 0 < sizes.get(_caption_file(name), 0) <= _MAX_CAPTION_BYTES]
     paths = [f"{folder}/{_caption_file(name)}" for name in wanted]
@@ -87,19 +87,19 @@ def _read_captions(
 
 
 def _list_files(address: str) -> tuple[AbstractFileSystem, str, dict[str, int]]:
-    """The file system, the folder in it, and the size in bytes of each file below, hidden ones left out."""
+    """Returns the file system, the folder in it, and the sizes in bytes of all files below except hidden ones."""
     if not is_folder(address):
         raise UserError(f"no folder at {address}; give a folder of videos that can be listed (not over HTTP)")
     with reading(address, "a folder of videos"):
         filesystem, folder = fsspec.core.url_to_fs(storage.absolute(address))
         folder = folder.rstrip("/")
-        filesystem.invalidate_cache()  # another process may have written since this one listed the folder
+        filesystem.invalidate_cache()  # another process may have written since the last listing
         files = filesystem.find(folder, detail=True)
     sizes = {name.removeprefix(folder).lstrip("/"): int(info["size"] or 0) for name, info in files.items()}
     sizes = {name: size for name, size in sizes.items() if not any(part.startswith(".") for part in name.split("/"))}
     if not _videos(sizes):
         raise UserError(
-            f"folder {address} holds no videos ({', '.join(_SUFFIXES[:5])}, ...); give one that does, or a table"
+            f"folder {address} contains no videos ({', '.join(_SUFFIXES[:5])}, ...); give another folder, or a table"
         )
     return filesystem, folder, sizes
 

@@ -1,4 +1,4 @@
-"""What a server's answer says: a video or something else, an opt-out, a pause; and the refusal that comes of it."""
+"""Classifies HTTP responses: video or something else, opt-out, Retry-After; and defines the failure of an attempt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 
 AGENT = "trip-i2v"
-# Directives of X-Robots-Tag by which a site keeps its files out of collections and of training.
+# Directives of X-Robots-Tag that exclude a file from collections or from training.
 _OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _VALUED_DIRECTIVES = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof")
@@ -25,7 +25,7 @@ _LOOKS = {
 
 
 class Refused(Exception):
-    """One attempt that failed, under its reason; `retry_after` in seconds where the server has asked for a pause."""
+    """Raised when one attempt fails, with its reason; `retry_after` in seconds if the server sent one."""
 
     def __init__(self, reason: str, detail: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class Refused(Exception):
 
 
 def is_video(data: bytes) -> bool:
-    """Whether the first bytes are those of a video container: mp4/mov, Matroska/WebM, AVI, Ogg, FLV, MPEG, ASF, GIF."""
+    """Returns whether data begins like a video container: mp4/mov, Matroska/WebM, AVI, Ogg, FLV, MPEG, ASF or GIF."""
     if data[4:8] in _MP4_BOXES or data.startswith(_MAGIC):
         return True
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
@@ -42,16 +42,16 @@ def is_video(data: bytes) -> bool:
 
 
 def looks_like(data: bytes) -> str:
-    """What came instead of a video, for a person."""
+    """Describes data that is not a video, for a message."""
     head = data[:1000]
     guess = next((f"{name}, " for name, pattern in _LOOKS.items() if re.match(pattern, head, re.DOTALL)), "")
     return f"{guess}{len(data)} bytes that begin {data[:12]!r}"
 
 
 def opts_out(tags: Iterable[str], agent: str = AGENT) -> bool:
-    """Whether the values of X-Robots-Tag keep a file out, for everybody or for our agent by its name."""
+    """Returns whether values of X-Robots-Tag exclude a file, for all agents or for this one by name."""
     for tag in tags:
-        addressee = "*"  # `name: directive, directive` speaks to one agent, up to the next name
+        addressee = "*"  # `name: directive, directive` applies to one agent, up to the next name
         for part in tag.lower().split(","):
             name, colon, directive = part.rpartition(":")
             name = name.strip()
@@ -63,10 +63,10 @@ def opts_out(tags: Iterable[str], agent: str = AGENT) -> bool:
 
 
 def seconds_to_wait(retry_after: str) -> float | None:
-    """The pause that a Retry-After header asks for, in seconds or as a date; None where it says neither."""
+    """Returns the seconds of a Retry-After header, given in seconds or as a date; None if it is neither."""
     try:
         if retry_after.isdecimal():
             return float(retry_after)
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
-    except (ValueError, OverflowError):  # the date is the server's to write
+    except (ValueError, OverflowError):  # an invalid date
         return None

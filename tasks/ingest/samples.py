@@ -1,4 +1,4 @@
-"""Draws a seeded sample of a source and writes it as a manifest, which is a source itself (format "sample")."""
+"""Draws a seeded sample of a source and writes it as a JSON file, which is a source of format "sample"."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 
 from infra import storage
 from tasks.ingest.annotations import MAX_DOCUMENT_BYTES, SAMPLE_SCHEMA, sample_sha256
-from tasks.ingest.rows import SPLIT_RULE
 from tasks.ingest.sources import has_scheme, local_root, read_rows, resolve_url, source_identity
 from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, UserError
+from tasks.shards.split import SPLIT_RULE
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """A written sample: `rows` of the `usable` rows that the source's split has."""
+    """A written sample: `rows` of the `usable` rows in the source's split."""
 
-    sample: str  # address of the manifest
+    sample: str  # address of the file
     rows: int
     usable: int
     sha256: str
 
 
 def sample_rows(spec: SourceSpec, count: int, seed: int) -> tuple[list[ClipRef], int]:
-    """The `count` usable rows whose keys hash lowest with the seed, lowest first, and how many rows are usable.
+    """Returns the `count` usable rows with the lowest hashes of seed and key, in order, and the number of usable rows.
 
-    A row's hash is its own, so the order of the rows does not matter, and a sample begins with every smaller one. Only
-    `count` rows are held at once.
+    The hash depends on the key only, so the order of the rows does not matter, and a sample begins with every smaller
+    sample of its seed. Only `count` rows are in memory at once.
 
     Raises:
         UserError: the source cannot be read, or has fewer usable rows.
@@ -48,18 +48,18 @@ def sample_rows(spec: SourceSpec, count: int, seed: int) -> tuple[list[ClipRef],
 
     chosen = heapq.nsmallest(count, refs(), key=lambda ref: hashlib.sha256(f"{seed}\0{ref.key}".encode()).digest())
     if usable < count:
-        of = f"split {spec.split!r} of {spec.table}" if spec.split is not None else spec.table
-        raise UserError(f"{of} has {usable} usable rows, which is no sample of {count}; ask for fewer")
+        part = f"split {spec.split!r} of {spec.table}" if spec.split is not None else spec.table
+        raise UserError(f"{part} has {usable} usable rows, expected at least {count}; give a smaller count")
     return chosen, usable
 
 
 def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> SampleReport:
-    """Writes a sample with all that decides it and a sha256 over both; the same call writes the same bytes.
+    """Writes a sample, the options that determine it, and a sha256 over both; equal calls write equal bytes.
 
-    Rows that name files beside the source are readable from its folder alone, so such a sample must lie there.
+    A sample of rows with paths relative to the source must lie in the source's folder, where they resolve.
 
     Raises:
-        UserError: as `sample_rows`; a sample of such rows elsewhere; an output that cannot be written.
+        UserError: as `sample_rows`; such a sample lies elsewhere; the output cannot be written.
     """
     output = storage.absolute(output)
     root = local_root(spec)
@@ -68,9 +68,11 @@ def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> Sample
         urls = [resolve_url(spec, row.url) for row in rows]
     else:
         urls = [row.url for row in rows]
-        beside = any(not has_scheme(url) for url in urls)
-        if beside and spec.base_url is None and storage.parent(output) != root:
-            raise UserError(f"rows of {spec.table} name files beside it, not beside {output}; write into {root}")
+        relative = any(not has_scheme(url) for url in urls)
+        if relative and spec.base_url is None and storage.parent(output) != root:
+            raise UserError(
+                f"rows of {spec.table} name files in its folder, not in that of {output}; write into {root}"
+            )
     identity = source_identity(spec)
     document = {
         "schema": SAMPLE_SCHEMA,  # first in the file, where a reader looks for it
@@ -85,7 +87,7 @@ def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> Sample
     data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
     if len(data) > MAX_DOCUMENT_BYTES:
         raise UserError(
-            f"a sample of {count} rows takes {len(data)} bytes, at most {MAX_DOCUMENT_BYTES}; ask for fewer"
+            f"a sample of {count} rows takes {len(data)} bytes, at most {MAX_DOCUMENT_BYTES}; give a smaller count"
         )
     try:
         storage.write_bytes(output, data)

@@ -1,4 +1,4 @@
-"""Reads a source of captioned videos, whatever its format, one streamed row at a time."""
+"""Reads the rows of a source of captioned videos, in any supported format, as a stream."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import fsspec
 
 from infra import storage
 from tasks.ingest import annotations, folders, tables
-from tasks.ingest.rows import SPLITS, KeysSeen, Row, clean_key, reading, split_of
+from tasks.ingest.rows import KeysSeen, Row, clean_key, reading
 from tasks.ingest.spec import WEBVID_COLUMNS, SourceSpec
 from tasks.records import ClipRef, Failure, UserError
+from tasks.shards.split import SPLITS, split_of
 
 MAX_CAPTION = 4000
 FORMATS = ("csv", "parquet", "jsonl", "msrvtt", "sample", "folder", "classes")
@@ -26,14 +27,14 @@ _ENDINGS = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "j
 
 
 def read_rows(spec: SourceSpec, start: int = 0, stop: int | None = None) -> Iterator[ClipRef | Failure]:
-    """Rows start (inclusive) to stop (exclusive) of the source: one record each, either usable or with its reason.
+    """Yields one record for each of the rows start (inclusive) to stop (exclusive): a clip or a failure.
 
-    Reasons: `bad_row` (no key, URL or caption, or unreadable) and `duplicate_key` (the key was seen in an earlier row).
-    The source is read from its head, so that rows and duplicates are the same whatever the range. Rows of other splits
-    are not rows of this source.
+    Failure reasons: `bad_row` (no key, URL or caption, or unreadable) and `duplicate_key` (an earlier row has the key).
+    The source is always read from its first row, so that rows and duplicates do not depend on the range. Rows of other
+    splits are not counted.
 
     Raises:
-        UserError: the source is missing or unreadable, or lacks a column or a split.
+        UserError: the source is missing or unreadable, or a column or the split is missing.
     """
     if spec.limit is not None:
         stop = spec.limit if stop is None else min(stop, spec.limit)
@@ -45,7 +46,7 @@ def read_rows(spec: SourceSpec, start: int = 0, stop: int | None = None) -> Iter
 
 
 def count_rows(spec: SourceSpec) -> int:
-    """How many rows `read_rows` gives, bad ones included."""
+    """Returns how many rows `read_rows` yields, failures included."""
     if spec.split is None and find_format(spec) == "parquet":
         count = tables.count_parquet(spec.table)
         return count if spec.limit is None else min(count, spec.limit)
@@ -53,10 +54,10 @@ def count_rows(spec: SourceSpec) -> int:
 
 
 def source_digest(spec: SourceSpec) -> str:
-    """sha256 of what the rows are, wherever the source lies.
+    """Returns the sha256 of a source's content, which does not depend on its address.
 
-    Of a file that is its bytes. Of a folder it is the sorted names, the sizes and the captions of its videos, so the
-    digest changes with the folder, but not when a video is replaced by one of the same size.
+    For a file it covers the bytes. For a folder it covers the sorted names, the sizes and the captions of its videos,
+    so it does not change if a video is replaced by one of the same size.
     """
     kind = find_format(spec)
     if kind in _FOLDERS:
@@ -69,7 +70,7 @@ def source_digest(spec: SourceSpec) -> str:
 
 
 def source_identity(spec: SourceSpec) -> dict[str, Any]:
-    """What decides the rows, but for `limit`: the digest and every setting that this format heeds."""
+    """Returns what determines the rows, except for `limit`: the digest and every option that this format uses."""
     kind = find_format(spec)
     identity: dict[str, Any] = {"table_sha256": opened(spec).sha256, "columns": dict(spec.columns)}
     if kind != "csv":
@@ -84,7 +85,7 @@ def source_identity(spec: SourceSpec) -> dict[str, Any]:
 
 
 def opened(spec: SourceSpec) -> SourceSpec:
-    """The same source with its format and the digest of its content filled in; a source that has both is unchanged.
+    """Returns the source with its format and the digest of its content filled in, if they are not set.
 
     Raises:
         UserError: the source is missing or unreadable.
@@ -95,7 +96,7 @@ def opened(spec: SourceSpec) -> SourceSpec:
 
 
 def find_format(spec: SourceSpec) -> str:
-    """The format of a source: as the spec says, or by name and folder. Raises UserError for an unknown one."""
+    """Returns the format of a source, from the spec or from its name and folder. Raises UserError if it is unknown."""
     if spec.format != "auto":
         if spec.format not in FORMATS:
             raise UserError(f"format {spec.format!r} is not known; give auto, {', '.join(FORMATS)}")
@@ -109,7 +110,7 @@ def find_format(spec: SourceSpec) -> str:
 
 
 def resolve_url(spec: SourceSpec, url: str) -> str:
-    """The address of a row's video: a URL with its scheme as it is, a relative one against `base_url` or the table."""
+    """Returns the address of a row's video: a relative URL is resolved against `base_url` or the table."""
     if has_scheme(url):
         return url
     if spec.base_url is not None and _over_http(spec.base_url):
@@ -118,12 +119,12 @@ def resolve_url(spec: SourceSpec, url: str) -> str:
     if root is None:
         return urljoin(spec.table, url)
     if url.startswith("/"):
-        return url  # an absolute path; the download refuses what lies outside the root
+        return url  # an absolute path; the download rejects paths outside the root
     return storage.join(root, posixpath.normpath(url))
 
 
 def local_root(spec: SourceSpec) -> str | None:
-    """The folder whose files rows may name: `base_url`, else the table's own; None where the files come over HTTP."""
+    """Returns the folder whose files rows may name: `base_url`, else the table's folder; None over HTTP."""
     if spec.base_url is not None:
         return None if _over_http(spec.base_url) else storage.absolute(spec.base_url)
     if _over_http(spec.table):
@@ -150,7 +151,7 @@ def _ending(table: str) -> str:
 
 
 def _rows_of(spec: SourceSpec) -> Iterator[Row]:
-    """The rows of the source's split as they are written."""
+    """Returns the rows of the source's split as written."""
     kind = find_format(spec)
     if kind == "msrvtt":
         if spec.captions not in ("first", "all") and not isinstance(spec.captions, int):
@@ -175,7 +176,7 @@ def _rows_of(spec: SourceSpec) -> Iterator[Row]:
         return rows
     if spec.split not in SPLITS or not 0 < spec.held_out < 0.5:
         raise UserError(f"split {spec.split!r} at held_out {spec.held_out}, expected {', '.join(SPLITS)} at 0 to 0.5")
-    # A row without a key has its place in the table for one, so it is counted in one split and in one alone.
+    # A row without a key is split by its number in the table, so that exactly one split counts it.
     return (
         row for number, row in enumerate(rows) if split_of(_key_of(_texts(row)[0], number), spec.held_out) == spec.split
     )
@@ -198,7 +199,7 @@ def _parse_row(written: Row, row: int, seen: KeysSeen) -> ClipRef | Failure:
 
 
 def _texts(written: Row) -> tuple[str, ...]:
-    """Key, URL and caption without the space around them."""
+    """Returns key, URL and caption without surrounding white space."""
     if isinstance(written, str):
         return "", "", ""
     return tuple(text.strip() for text in written)

@@ -1,10 +1,10 @@
-"""How a source is named and read, and how its videos are downloaded: the specs, without the code that runs them."""
+"""The specs of a source and of the download, without the code that uses them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# The 2M and the 10M tables of WebVid order their columns differently, so columns go by name.
+# The 2M and the 10M tables of WebVid order their columns differently, so columns are found by name.
 WEBVID_COLUMNS = {"key": "videoid", "url": "contentUrl", "caption": "name"}
 
 
@@ -12,36 +12,36 @@ WEBVID_COLUMNS = {"key": "videoid", "url": "contentUrl", "caption": "name"}
 class SourceSpec:
     """A table, an annotation or a folder of captioned videos.
 
-    Relative URLs resolve against `base_url` where given, else against the table's own folder. `base_url` says where the
-    same files are found today (a mirror, a loopback port, a folder); it is no part of what the data set is.
+    Relative URLs resolve against `base_url` if given, else against the table's folder. `base_url` is where the files
+    are now (a mirror, a loopback port, a folder); it is not part of the identity of a data set.
     """
 
     table: str  # address of a file, or of a folder of videos
     columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))  # of a CSV, Parquet or JSON lines
-    limit: int | None = None  # the first rows only
+    limit: int | None = None  # only the first rows
     base_url: str | None = None
-    format: str = "auto"  # one of FORMATS; "auto" goes by the name, and by what a folder holds
-    split: str | None = None  # MSR-VTT's own; of any other format "train", "validation" or "test", by hash of the key
+    format: str = "auto"  # one of FORMATS; "auto" decides by the name, and by the content of a folder
+    split: str | None = None  # MSR-VTT's own; for other formats "train", "validation" or "test", by a hash of the key
     held_out: float = 0.01  # share of the keys in "validation", and again in "test"
-    captions: str | int = "first"  # of MSR-VTT's 20 a clip: "first", "all" (a row each), or one drawn by this seed
-    sha256: str | None = None  # of its content, once `opened` has read it
+    captions: str | int = "first"  # of MSR-VTT's 20 per clip: "first", "all" (a row each), or a seed that draws one
+    sha256: str | None = None  # of its content, set by `opened`
 
 
 @dataclass(frozen=True)
 class DownloadSpec:
-    """How politely and how long to try. Bytes and seconds are per clip; the defaults suit one CDN and 2 MB clips."""
+    """Limits of the download. Bytes and seconds are per clip; the defaults suit one CDN and clips of 2 MB."""
 
-    concurrency: int = 16  # requests at once, of one worker
-    per_host: int = 8  # of these, to one host and port
+    concurrency: int = 16  # concurrent requests of one worker
+    per_host: int = 8  # concurrent requests to one host and port
     max_bytes: int = 200_000_000
     connect_seconds: float = 10.0
-    read_seconds: float = 30.0  # longest silence while reading
+    read_seconds: float = 30.0  # longest wait for data
     total_seconds: float = 300.0  # one attempt
     min_bytes_per_second: float = 2_000.0
-    rate_seconds: float = 15.0  # what the least rate is an average of
+    rate_seconds: float = 15.0  # interval over which the rate is averaged
     attempts: int = 3
-    backoff_seconds: float = 0.5  # doubled each time, with full jitter
-    max_backoff_seconds: float = 10.0  # also caps what Retry-After may ask for
-    heed_robots: bool = True  # leave what X-Robots-Tag keeps out: noai, noimageai, noindex, noimageindex, none
-    allow_private: bool = False  # let the table name private, loopback and link-local addresses
-    contact: str = ""  # a page or an address for the operators of the servers, told in the user agent
+    backoff_seconds: float = 0.5  # doubled after each attempt, with full jitter
+    max_backoff_seconds: float = 10.0  # also the upper bound for Retry-After
+    respect_robots: bool = True  # skip files with X-Robots-Tag noai, noimageai, noindex, noimageindex or none
+    allow_private: bool = False  # allow private, loopback and link-local addresses in the table
+    contact: str = ""  # a page or mail address for server operators, part of the user agent

@@ -1,4 +1,4 @@
-"""Reads tables row by row through a column map: CSV and JSON lines (also compressed), Parquet by its needed columns."""
+"""Reads tables row by row through a column map: CSV and JSON lines (also compressed), and Parquet."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ import pyarrow.parquet as pq
 from tasks.ingest.rows import NAMES, Row, reading, text_cells
 from tasks.records import UserError
 
-_MAX_LINE = 1 << 20  # characters: a table without line ends does not fill the memory
-_HEAD = 100  # rows of JSON lines that show which columns there are
+_MAX_LINE = 1 << 20  # characters; a table without line ends must not fill the memory
+_HEAD = 100  # rows of JSON lines that define the columns
 _BATCH = 1024  # rows of Parquet in memory at once
-# A line whose quotes each begin or end a cell; the rest of a row that began on an earlier line is rarely one.
-_WHOLE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*[\r\n]*')
+# A line in which every quote begins or ends a cell; the rest of a row from an earlier line rarely matches.
+_COMPLETE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*[\r\n]*')
 
 
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a CSV with a header line, blank ones left out. Raises UserError for a missing or repeated column.
+    """Yields the rows of a CSV with a header line; blank lines are skipped.
 
-    A row has a cell for each column; empty ones more at its end are left out. Any other number of cells, and a quote
-    that neither opens nor closes a cell nor is doubled (`\\"`), make a bad row. So does a quote that is never closed,
-    which costs its own line and none of those after it. A record that closes as it should is one row, whatever its
-    lines look like.
+    A row has one cell per column of the header; further empty cells at its end are ignored. Any other number of cells is
+    a bad row, and so is a quote that neither opens nor closes a cell nor is doubled (`\\"`). An unclosed quote
+    invalidates its own line and none of the lines after it. A well-formed quoted cell may contain any lines, including
+    lines that look like rows.
+
+    Raises:
+        UserError: a column is missing, or a needed column is there twice.
     """
     with _open_text(address, "a CSV") as file:
         lines = _RecordLines(file)
@@ -49,7 +52,7 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
             return len(cells) >= len(header) and not any(cells[len(header) :])
 
         def is_row(line: str | csv.Error) -> bool:
-            if not isinstance(line, str) or not _WHOLE_LINE.fullmatch(line):
+            if not isinstance(line, str) or not _COMPLETE_LINE.fullmatch(line):
                 return False
             try:
                 cells = next(csv.reader([line], strict=True), [])
@@ -72,15 +75,16 @@ def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
                 yield cells[key], cells[url], cells[caption]
             elif any(map(is_row, lines.taken[1:])):
                 lines.give_back()
-                yield "a quote that is not closed on its line, nor before the next row"
+                yield "a quote that is not closed before the next row"
             elif cells:
                 yield f"{len(cells)} cells, the header has {len(header)}"
 
 
 def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a file with one JSON object a line. Raises UserError when none of the first has a column.
+    """Yields the rows of a file with one JSON object per line. An object that has a name twice is a bad row.
 
-    An object that has a name twice is a bad row.
+    Raises:
+        UserError: no early row has a needed column.
     """
     with _open_text(address, "a file of JSON lines") as file:
         objects = _parse_lines(_Lines(file))
@@ -94,7 +98,7 @@ def read_jsonl(address: str, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def read_parquet(address: str, columns: dict[str, str]) -> Iterator[Row]:
-    """The rows of a Parquet file; a row group's other columns are never read. Raises UserError for a missing column."""
+    """Yields the rows of a Parquet file; reads only the needed columns. Raises UserError as `read_csv` does."""
     names = [columns[name] for name in NAMES]
     with _open_parquet(address) as table:
         _check_columns(address, columns, table.schema_arrow.names)
@@ -103,13 +107,13 @@ def read_parquet(address: str, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def count_parquet(address: str) -> int:
-    """How many rows a Parquet file has, from its footer alone."""
+    """Returns the number of rows of a Parquet file, from its footer."""
     with _open_parquet(address) as table:
         return table.metadata.num_rows
 
 
 class _Lines:
-    """The lines of a text file. One beyond all measure is skipped and raised as `csv.Error`; the next call goes on."""
+    """Iterates over the lines of a text file. A line that is too long raises `csv.Error`; the next call continues."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -129,7 +133,7 @@ class _Lines:
 
 
 class _RecordLines(_Lines):
-    """The same for rows that may span lines: those of one row can be given back, to be read one by one."""
+    """Iterates over lines and can return to the second line of the current row, to read its lines separately."""
 
     def __init__(self, file: TextIO) -> None:
         super().__init__(file)
@@ -147,12 +151,12 @@ class _RecordLines(_Lines):
         return line
 
     def give_back(self) -> None:
-        """Makes all lines that were taken, but for the first, the next ones again."""
+        """Puts back all taken lines except the first."""
         self._again.extendleft(reversed(self.taken[1:]))
 
 
 def _parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
-    """One object or one reason for each line that is not blank."""
+    """Yields an object, or the reason for a failure, for each line that is not blank."""
     iterator = iter(lines)
     while True:
         try:
@@ -180,21 +184,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _values(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # one string that is none does not cost the table
+    except UnicodeDecodeError:  # invalid UTF-8 in one value must not fail the table
         return column.cast(pa.binary()).to_pylist()
 
 
-def _check_columns(address: str, columns: dict[str, str], found: list[str]) -> None:
-    missing = [column for column in columns.values() if column not in found]
+def _check_columns(address: str, columns: dict[str, str], names: list[str]) -> None:
+    """Raises UserError for a missing column and for a name that several columns have; a column may have no name."""
+    missing = [column for column in columns.values() if column not in names]
     if missing:
-        shown = ", ".join(repr(name[:40]) for name in found[:12]) or "none"
+        shown = ", ".join(repr(name[:40]) for name in names[:12]) or "none"
         raise UserError(
             f"table {address} has no column {missing[0]!r} (columns found: {shown}); name its columns in the column map"
         )
-    repeated = [column for column in columns.values() if found.count(column) > 1]
+    repeated = [column for column in columns.values() if names.count(column) > 1]
     if repeated:
         raise UserError(
-            f"table {address} has the column {repeated[0]!r} {found.count(repeated[0])} times;"
+            f"table {address} has the column {repeated[0]!r} {names.count(repeated[0])} times;"
             " rename or remove the others"
         )
 

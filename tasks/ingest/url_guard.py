@@ -1,4 +1,4 @@
-"""Which addresses a table of strangers may make us ask: http and https, and never one inside the private network."""
+"""Guards against SSRF: URLs of an untrusted table may be http or https, and never lead into the private network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from yarl import URL
 
 from tasks.ingest.http_checks import Refused
 
-# The one block of IPv6 from which global unicast addresses are assigned (RFC 4291, IANA). Outside it lie mapped,
-# compatible and translated IPv4 addresses (::ffff:0:0/96, ::/96, 64:ff9b::/96), which name a host of IPv4.
+# The only block of IPv6 with global unicast addresses (RFC 4291, IANA). It excludes mapped, compatible and translated
+# IPv4 addresses (::ffff:0:0/96, ::/96, 64:ff9b::/96), which stand for a host of IPv4.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one that a stranger's table may name: global, unicast, and no other address inside."""
+    """Returns whether an IP address is global and unicast; an embedded IPv4 address must be too."""
     try:
         ip = ipaddress.ip_address(address.split("%")[0])
     except ValueError:
@@ -33,28 +33,28 @@ def is_public(address: str) -> bool:
 
 
 class AddressGuard(AbstractResolver):
-    """Checks what a table or a redirect makes us connect to, at three places.
+    """Checks the URLs of a table and of redirects in three places.
 
-    `check` reads the parsed URL that aiohttp is given, `resolve` drops private addresses of a name, and `open_socket`
-    checks the address of every connection before it is opened: whatever spelling of an address a parser accepts, no
-    private one is connected to.
+    `check` reads the parsed URL that aiohttp gets, `resolve` drops private addresses of a host name, and `open_socket`
+    checks the address of every connection before it is opened. So no private address is connected to, in whatever form
+    a parser accepts it.
 
     Args:
-        declared: a URL that the caller, not the table, names; its scheme, host and port may be private together.
-        allow_private: let everything be private.
+        declared: a URL from the caller, not the table; the combination of its scheme, host and port may be private.
+        allow_private: allows every address.
     """
 
     def __init__(self, declared: URL | None, allow_private: bool) -> None:
         self._resolver = aiohttp.ThreadedResolver()
         self._allow_private = allow_private
         self._declared = (declared.scheme, declared.raw_host or "", declared.port) if declared is not None else None
-        # The addresses, with the port, that the declared host is or resolves to.
+        # (address, port) of the declared host, and of what it resolves to.
         self._declared_addresses = {self._declared[1:]} if self._declared is not None else set()
 
     def check(self, url: URL) -> None:
-        """Rejects other schemes and literal private addresses; names are checked where they are resolved."""
+        """Rejects other schemes and literal private addresses; `resolve` checks host names."""
         if url.scheme not in ("http", "https"):
-            raise Refused("blocked_address", f"scheme {url.scheme!r}, only http and https are fetched")
+            raise Refused("blocked_address", f"scheme {url.scheme!r}, expected http or https")
         host = url.raw_host
         if not host or url.port is None:
             raise Refused("bad_url", "no host")
@@ -84,7 +84,7 @@ class AddressGuard(AbstractResolver):
         return public
 
     def open_socket(self, addr_info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
-        """The socket of one connection (aiohttp's `socket_factory`), given the address that it will connect to."""
+        """Returns the socket of one connection (aiohttp's `socket_factory`) after checking its address."""
         family, kind, protocol, _, (host, port, *_) = addr_info
         if not (self._allow_private or (host, port) in self._declared_addresses or is_public(host)):
             raise _BlockedAddress(f"{host} is not a public address")
@@ -98,11 +98,11 @@ class AddressGuard(AbstractResolver):
 
 
 class _BlockedAddress(OSError):
-    """Raised inside aiohttp's connector."""
+    """Raised by an `AddressGuard` inside aiohttp's connector."""
 
 
 def blocked_cause(error: BaseException) -> Refused | None:
-    """The refusal of an `AddressGuard` inside aiohttp's connector, where its error stems from one."""
+    """Returns the rejection by an `AddressGuard` that caused an error of aiohttp's connector, or None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, _BlockedAddress):

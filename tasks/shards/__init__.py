@@ -1,23 +1,23 @@
-"""The data set at rest: webdataset tar shards with a byte index beside each, and a manifest that is written last.
+"""The data set at rest: webdataset tar shards, a byte index next to each, and a manifest that is written last.
 
 A data set is a folder at any address:
 
-    recipe.json                 what the samples are made with, written first; another recipe is refused here
+    recipe.json                 the fingerprint of the samples, written first; a run with another recipe is rejected
     shard-00000-<digest>.tar    plain webdataset tar: members `<sample key>.<field>`; equal samples give equal bytes
-    shard-00000-<digest>.json   its index: rows, failures, sha256, and where each member lies; written after the tar
-    forgotten.json              hashes of clips that were removed on request and must not come back, where there are any
-    manifest.json               counts and the list of shards; written last, a reader trusts nothing without it
+    shard-00000-<digest>.json   its index: rows, failures, sha256, offset and size of each member; written after the tar
+    forgotten.json              takedowns: hashes of clips that were removed on request; missing if there are none
+    manifest.json               counts and the list of shards; written last, readers require it
 
-Below the root of a run, `<root>/data/<digest>`, such clips are also in `<root>/takedowns/`, which all data sets obey.
+For a data set below a run's root, `<root>/data/<digest>`, `<root>/takedowns/` lists them for all data sets of the root.
 
-A shard is named after its content and never written over. So a shard that is made anew (rows retried, clips forgotten)
-lies beside the old one until the manifest names it, a reader that is at work sees the old data set or an error but no
-mixture, and a data set whose rows succeeded at the second try has the bytes of one where they did at the first.
+A shard is named after its content and never overwritten. A rebuilt shard (rows retried, clips removed) lies next to the
+old one until the manifest names it, so a reader sees the old data set or an error, never a mixture. A data set whose
+rows succeeded at the second attempt has the same bytes as one whose rows succeeded at the first.
 
 Fields of a sample: `latents.npy` fp16 [F, 4, h, w] raw latents, `first.png` uint8 [H, W, 3] frame 1, `caption.txt`,
-`tokens.npy` int32 [L], `meta.json` provenance; where they were kept also `pixels.npy` uint8 [F, H, W, 3], `logvar.npy`
+`tokens.npy` int32 [L], `meta.json` provenance; on request also `pixels.npy` uint8 [F, H, W, 3], `logvar.npy`
 fp16 like the latents, the log variance of the VAE's posterior, and `text.npy` fp16 [L, D], the caption's text features.
-F is the recipe's `num_frames`, or for tracks (`clip` is `track` in the recipe) that or more, from sample to sample.
+F is the recipe's `num_frames`; for tracks (`clip` is `track` in the recipe) it varies by sample and is at least that.
 """
 
 from tasks.shards.dataset import ShardDataset
@@ -39,46 +39,48 @@ from tasks.shards.layout import (
     shard_name,
     shard_number,
 )
-from tasks.shards.reading import read_manifest, read_shard_manifest, shards_held, stored_outcomes
-from tasks.shards.split import held_out_samples, split_keys
+from tasks.shards.reading import existing_shards, read_manifest, read_shard_manifest, stored_outcomes
+from tasks.shards.split import SPLIT_RULE, SPLITS, held_out_samples, split_keys, split_of
 from tasks.shards.takedowns import (
-    FORGOTTEN,
-    TAKEDOWNS,
-    Forgotten,
-    add_takedowns,
-    forgotten_sha256,
-    gather_takedowns,
+    TAKEDOWNS_FILE,
+    TAKEDOWNS_FOLDER,
+    Takedowns,
+    add_root_takedowns,
+    gather_root_takedowns,
     link_marks,
     mark,
-    read_forgotten,
+    read_root_takedowns,
     read_takedowns,
-    write_forgotten,
+    takedowns_sha256,
+    write_takedowns,
 )
 from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
 
 __all__ = [
-    "FORGOTTEN",
+    "TAKEDOWNS_FILE",
     "MANIFEST",
     "OPTIONAL",
     "RECIPE",
     "SCHEMA_VERSION",
+    "SPLITS",
+    "SPLIT_RULE",
     "SUFFIXES",
-    "TAKEDOWNS",
+    "TAKEDOWNS_FOLDER",
     "DatasetManifest",
     "Entry",
-    "Forgotten",
+    "Takedowns",
     "Outcome",
     "PackedSample",
     "Sample",
     "ShardDataset",
     "ShardManifest",
     "ShardSummary",
-    "add_takedowns",
+    "add_root_takedowns",
     "clip_key_of",
     "decode_field",
     "encode_field",
-    "forgotten_sha256",
-    "gather_takedowns",
+    "takedowns_sha256",
+    "gather_root_takedowns",
     "held_out_samples",
     "index_name",
     "link_marks",
@@ -86,17 +88,18 @@ __all__ = [
     "open_dataset",
     "parse_record",
     "publish_dataset",
-    "read_forgotten",
+    "read_takedowns",
     "read_manifest",
     "read_shard_manifest",
-    "read_takedowns",
+    "read_root_takedowns",
     "report_addresses",
     "sample_key",
     "shard_name",
     "shard_number",
-    "shards_held",
+    "existing_shards",
     "split_keys",
+    "split_of",
     "stored_outcomes",
-    "write_forgotten",
+    "write_takedowns",
     "write_shard",
 ]

@@ -1,4 +1,4 @@
-"""How each field of a sample becomes the bytes of a tar's member and back."""
+"""Converts each field of a sample to the bytes of a tar member and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from infra import storage
 
-# Where each field lies in the tar. The order is part of the format: equal samples give equal bytes.
+# The file name of each field in the tar. The order is part of the format: equal samples give equal bytes.
 SUFFIXES = {
     "caption": "caption.txt",
     "first": "first.png",
@@ -27,11 +27,11 @@ SUFFIXES = {
 }
 OPTIONAL = ("logvar", "pixels", "text")
 BY_FRAME = ("latents", "logvar", "pixels")  # arrays whose first axis is the frames
-NPY_HEAD_BYTES = 128  # what `np.save` puts before the values of an array of few axes
+NPY_HEAD_BYTES = 128  # size of the header that `np.save` writes for an array of few axes
 
 
 def encode_field(name: str, value: Any) -> bytes:
-    """The bytes of a field; equal values give equal bytes."""
+    """Returns the bytes of a field; equal values give equal bytes."""
     suffix = SUFFIXES[name].rsplit(".", 1)[1]
     if suffix == "txt":
         return value.encode()
@@ -47,10 +47,10 @@ def encode_field(name: str, value: Any) -> bytes:
 
 
 def decode_field(name: str, data: bytes) -> Any:
-    """A field from its bytes; nothing is unpickled, and no header makes it take more memory than the bytes hold.
+    """Returns a field from its bytes. Nothing is unpickled, and a header cannot make it allocate more than the bytes.
 
     Raises:
-        ValueError: bytes that are not the field's.
+        ValueError: the bytes are not a valid field.
     """
     suffix = SUFFIXES[name].rsplit(".", 1)[1]
     if suffix == "txt":
@@ -70,7 +70,7 @@ def decode_field(name: str, data: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array lies in its member: from byte `begin` on, `shape` values of `dtype`, the first axis slowest."""
+    """The layout of an array in its member: from byte `begin` on, `shape` values of `dtype` in C order."""
 
     begin: int
     shape: tuple[int, ...]
@@ -78,18 +78,18 @@ class Layout:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one frame of an array whose first axis is the frames."""
+        """Bytes of one frame of an array whose first axis is the frames."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def npy_layout(head: bytes) -> Layout:
-    """The layout that the first bytes of a member tell. Raises ValueError for what is no array of plain numbers."""
+    """Returns the layout from the first bytes of a member. Raises ValueError if it is not an array of plain numbers."""
     buffer = io.BytesIO(head)
     if (version := np.lib.format.read_magic(buffer)) != (1, 0):
         raise ValueError(f"npy version {version}, expected (1, 0)")
     try:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
-    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # what its parser lets through
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # errors that its parser does not convert
         raise ValueError(f"a damaged npy header ({error})") from error
     if dtype.hasobject or fortran_order:
         raise ValueError("an array of Python objects or in Fortran order")
@@ -97,7 +97,7 @@ def npy_layout(head: bytes) -> Layout:
 
 
 def _decode_npy(data: bytes) -> np.ndarray:
-    """`np.load` believes a header's shape before it has seen the values; this does not."""
+    """`np.load` allocates the shape in a header before it reads the values; this function checks the size first."""
     layout = npy_layout(data)
     size_bytes = len(data) - layout.begin
     if math.prod(layout.shape) * layout.dtype.itemsize != size_bytes:

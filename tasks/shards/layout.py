@@ -1,4 +1,4 @@
-"""The format of a data set: the names in it, and the records that its JSON files hold."""
+"""The format of a data set: its file names, and the records in its JSON files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Sample:
-    """One window or the track of one clip, as it is stored; see the head of `tasks.shards` for the shapes."""
+    """One window or the track of one clip, as stored; the docstring of `tasks.shards` gives the shapes."""
 
     key: str
     caption: str
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A sample as the bytes of its members, by field: what a shard that is made anew takes over from the old one."""
+    """A sample as the bytes of its members, by field: what a rebuilt shard copies from the old one."""
 
     key: str
     members: dict[str, bytes]
@@ -51,7 +51,7 @@ class PackedSample:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one sample lies in its tar: {field: [offset, size]} in bytes."""
+    """The place of one sample in its tar: {field: [offset, size]} in bytes."""
 
     key: str
     members: dict[str, tuple[int, int]]
@@ -59,7 +59,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """What one shard holds; its books close: `stop - start == encoded + len(failures)`."""
+    """The index of one shard. Every row is accounted for: `stop - start == encoded + len(failures)`."""
 
     shard: str  # name of the tar
     start: int  # first row of the source table, inclusive
@@ -87,12 +87,12 @@ class ShardManifest:
         )
 
     def named(self, index: int) -> ShardManifest:
-        """The same under the name that follows from what it says."""
+        """Returns a copy with the name that its content determines."""
         content = dataclasses.asdict(self) | {"shard": ""}
         return dataclasses.replace(self, shard=f"{shard_name(index)}-{digest(content)}.tar")
 
     def clips(self) -> dict[int, list[Entry]]:
-        """The samples of each encoded row, by row. Raises ValueError when the books do not close."""
+        """Returns the samples of each encoded row, by row. Raises ValueError if the counts do not add up."""
         failed = {failure.row for failure in self.failures}
         rows = [row for row in range(self.start, self.stop) if row not in failed]
         groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: clip_key_of(entry.key))]
@@ -107,7 +107,7 @@ class ShardManifest:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What the driver keeps of one shard: small, so that millions of clips pass it as counts."""
+    """What the driver keeps of one shard: only counts, so that its memory does not grow with the clips."""
 
     shard: str
     start: int
@@ -122,7 +122,7 @@ class ShardSummary:
 
 @dataclass(frozen=True)
 class PublishedShard:
-    """What the data set's manifest says of one shard."""
+    """The entry of one shard in the data set's manifest."""
 
     shard: str
     rows: tuple[int, int]
@@ -133,7 +133,7 @@ class PublishedShard:
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """The mark of completion; its books close over all shards: `rows == encoded + sum(failed.values())`."""
+    """The mark of completion. Every row of all shards is accounted for: `rows == encoded + sum(failed.values())`."""
 
     recipe: dict[str, Any]
     recipe_hash: str
@@ -144,17 +144,17 @@ class DatasetManifest:
     failed: dict[str, int]
     shards: list[PublishedShard]
     schema_version: int = SCHEMA_VERSION
-    forgotten_sha256: str | None = None  # of the list of removed clips that these shards obey
+    forgotten_sha256: str | None = None  # of the takedowns that these shards follow
 
 
 def parse_record(kind: type[Record], content: bytes) -> Record:
-    """A record from the JSON it was written as, every type checked. Raises ValueError that names the place."""
+    """Parses a record from its JSON and checks every type. Raises ValueError that names the field."""
     try:
         return _adapter(kind).validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place + ': ' if place else ''}{first['msg']}") from None
+        field_path = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{field_path + ': ' if field_path else ''}{first['msg']}") from None
 
 
 @functools.cache
@@ -167,24 +167,24 @@ def shard_name(index: int) -> str:
 
 
 def shard_number(name: str) -> int | None:
-    """The number of the shard whose tar has this name; None for a name that is not a tar's."""
+    """Returns the number of a shard from the name of its tar; None for any other name."""
     match = re.fullmatch(r"shard-(\d{5,})(-[0-9a-f]{16})?\.tar", name)
     return int(match[1]) if match else None
 
 
 def index_name(shard: str) -> str:
-    """Name of the index of a shard's tar."""
+    """Returns the name of the index of a shard's tar."""
     return f"{shard.removesuffix('.tar')}.json"
 
 
 def sample_key(clip_key: str, window: int) -> str:
-    """Key of a clip's window, its track being window 0.
+    """Returns the key of a clip's window; a track is window 0.
 
-    The clip key must be clean (`[A-Za-z0-9_-]`, at most 80), for a dot would split it.
+    The clip key must consist of 1 to 80 characters of `[A-Za-z0-9_-]`: webdataset ends a key at a dot.
     """
     return f"{clip_key}_{window:03d}"
 
 
 def clip_key_of(key: str) -> str:
-    """The clip a sample was cut from."""
+    """Returns the key of the clip that a sample was cut from."""
     return key.rsplit("_", 1)[0]

@@ -1,4 +1,4 @@
-"""Reads what a data set says of itself, and whole shards row by row. Nothing is ever unpickled."""
+"""Reads the manifest and the indexes of a data set, and complete shards row by row. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from tasks.shards.layout import (
 
 
 def read_manifest(dataset: str) -> tuple[DatasetManifest, str]:
-    """The manifest of a finished data set and its sha256.
+    """Returns the manifest of a finished data set and its sha256.
 
     Raises:
-        UserError: no manifest at the address, one that is damaged, or one of another schema.
+        UserError: the manifest is missing, damaged, or of another schema.
     """
     address = storage.join(dataset, MANIFEST)
     try:
         content = storage.read_bytes(address)
-        found = json.loads(content).get("schema_version")
+        schema_version = json.loads(content).get("schema_version")
     except FileNotFoundError as error:
         raise UserError(f"no finished data set at {dataset}: {MANIFEST} is missing; run the prepare stage") from error
     except (ValueError, AttributeError) as error:
         raise UserError(f"{address} is not JSON; delete the file and run the prepare stage again") from error
-    if found != SCHEMA_VERSION:
-        raise UserError(f"{address} has schema {found!r}, expected {SCHEMA_VERSION}; prepare the data set anew")
+    if schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"{address} has schema {schema_version!r}, expected {SCHEMA_VERSION}; prepare the data set again"
+        )
     try:
         return parse_record(DatasetManifest, content), hashlib.sha256(content).hexdigest()
     except ValueError as error:
@@ -43,7 +45,7 @@ def read_manifest(dataset: str) -> tuple[DatasetManifest, str]:
 
 
 def read_shard_manifest(dataset: str, shard: str) -> ShardManifest | None:
-    """The index of a shard (by the name of its tar), or None when there is none that can be trusted."""
+    """Returns the index of a shard (by the name of its tar), or None if it is missing or invalid."""
     try:
         manifest = parse_record(ShardManifest, storage.read_bytes(storage.join(dataset, index_name(shard))))
         manifest.clips()
@@ -52,27 +54,27 @@ def read_shard_manifest(dataset: str, shard: str) -> ShardManifest | None:
     return manifest if manifest.schema_version == SCHEMA_VERSION and manifest.shard == shard else None
 
 
-def shards_held(dataset: str) -> dict[int, list[str]]:
-    """Names of the tars that lie in a folder with their index, by number of the shard."""
+def existing_shards(dataset: str) -> dict[int, list[str]]:
+    """Returns the names of the tars in a folder that have an index, by shard number."""
     names = set(storage.list_dir(dataset))
-    held: dict[int, list[str]] = {}
+    existing: dict[int, list[str]] = {}
     for name in sorted(names):
         number = shard_number(name)
         if number is not None and index_name(name) in names:
-            held.setdefault(number, []).append(name)
-    return held
+            existing.setdefault(number, []).append(name)
+    return existing
 
 
 def stored_outcomes(dataset: str, manifest: ShardManifest) -> Iterator[list[PackedSample] | Failure]:
-    """What each row of a shard came to, in order, samples as the bytes of their members.
+    """Yields the outcome of each row of a shard, in order, with samples as the bytes of their members.
 
     Raises:
-        UserError: the tar is not the one that the index is of.
+        UserError: the tar does not match its index.
     """
     failures = {failure.row: failure for failure in manifest.failures}
     clips = manifest.clips()
     with storage.local_copy(storage.join(dataset, manifest.shard)) as path:
-        # Bytes that are taken over get a new checksum, so the old one is looked at for the last time.
+        # Copied bytes get a new checksum, so this is the last check against the old one.
         if storage.sha256_file(path) != manifest.sha256:
             raise UserError(f"{manifest.shard} of {dataset} is damaged; delete it and prepare the data again")
         with path.open("rb") as file:

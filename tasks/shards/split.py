@@ -1,25 +1,45 @@
-"""Which clips are trained on and which are held out: a function of each clip's key alone."""
+"""Splits clips by a hash of their key, so that a clip stays on its side when other clips come or go."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tasks.records import UserError
 
+SPLITS = ("train", "validation", "test")
+SPLIT_RULE = "h = the first 8 bytes of sha256(key) / 2^64; h < held_out: validation; h < 2 held_out: test; else train"
+
+Hashes = TypeVar("Hashes", int, np.ndarray)
+
 
 def clip_hash(clip_key: str) -> int:
-    """The first 64 bits of a clip key's sha256."""
+    """Returns the first 64 bits of a clip key's sha256."""
     return int.from_bytes(hashlib.sha256(clip_key.encode()).digest()[:8], "big")
 
 
-def held_out_samples(clip_hashes: np.ndarray, held_out_fraction: float) -> np.ndarray:
-    """Which samples are of held-out clips, bool [N], by their clips' hashes; a clip keeps its side when others come.
+def split_position(clip_hashes: Hashes) -> Any:
+    """Returns where in [0, 1] a hash lies, or float64 [N] for hashes of uint64 [N]; both round in the same way."""
+    return clip_hashes / 2.0**64
 
-    At least one clip lies on each side: where the threshold leaves a side empty, the clip with the smallest hash is
-    held out, or the one with the largest is trained on.
+
+def split_of(key: str, held_out: float) -> str:
+    """Returns the split of a key (`SPLIT_RULE`); it does not depend on other keys.
+
+    A training that holds out the same share of a data set holds out the clips of this "validation".
+    """
+    position = split_position(clip_hash(key))
+    return "validation" if position < held_out else "test" if position < 2 * held_out else "train"
+
+
+def held_out_samples(clip_hashes: np.ndarray, held_out_fraction: float) -> np.ndarray:
+    """Returns which samples belong to held-out clips, bool [N], from their clips' hashes, uint64 [N].
+
+    Each side has at least one clip: if the threshold leaves a side empty, the clip with the smallest hash is held out,
+    or the clip with the largest hash is trained on.
 
     Raises:
         UserError: fewer than two clips, or a fraction outside 0 to 1.
@@ -29,17 +49,17 @@ def held_out_samples(clip_hashes: np.ndarray, held_out_fraction: float) -> np.nd
     if (clip_hashes == clip_hashes[:1]).all():
         count = min(1, len(clip_hashes))
         raise UserError(f"{count} clips cannot be split into training and held-out ones; at least 2 are needed")
-    place_N = clip_hashes.astype(np.float64) / 2**64
-    held_out_N = place_N < held_out_fraction
+    position_N = split_position(clip_hashes)
+    held_out_N = position_N < held_out_fraction
     if not held_out_N.any():
-        held_out_N = clip_hashes == clip_hashes[place_N.argmin()]
+        held_out_N = clip_hashes == clip_hashes[position_N.argmin()]
     if held_out_N.all():
-        held_out_N = clip_hashes != clip_hashes[place_N.argmax()]
+        held_out_N = clip_hashes != clip_hashes[position_N.argmax()]
     return held_out_N
 
 
 def split_keys(clip_keys: Iterable[str], held_out_fraction: float) -> tuple[list[str], list[str]]:
-    """Splits clips into (train, held out), each clip once, as `held_out_samples` does. Raises as it does."""
+    """Returns (training keys, held-out keys) without repeats, by `held_out_samples`, which also defines the errors."""
     keys = list(dict.fromkeys(clip_keys))
     held_out_N = held_out_samples(np.array([clip_hash(key) for key in keys], np.uint64), held_out_fraction).tolist()
     sides = list(zip(keys, held_out_N, strict=True))

@@ -1,11 +1,11 @@
-"""Which clips were removed because a rights holder asked, by hash, so that no later run brings them back.
+"""Takedowns: hashes of clips that were removed at a rights holder's request, so that no later run adds them again.
 
-A data set below a run's root, `<root>/data/<digest>`, obeys two lists: its own `forgotten.json`, and the root's
-takedowns, which outlive the data set and hold for every other one below the root, of whatever table, limit or recipe:
+A data set below a run's root, `<root>/data/<digest>`, follows two lists: its own `forgotten.json`, and the takedowns of
+the root. Those outlive the data set and apply to every data set below the root, whatever its table, limit or recipe:
 
-    <root>/takedowns/<sha256 of the file>.json      one for each removal, never changed and never deleted
+    <root>/takedowns/<sha256 of the file>.json      one per removal, never changed or deleted
 
-Two writers add two files, so neither loses the other's.
+Concurrent writers add separate files, so no entry is lost.
 """
 
 from __future__ import annotations
@@ -22,58 +22,58 @@ from infra.redaction import name_of
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards.layout import parse_record
 
-FORGOTTEN = "forgotten.json"
-TAKEDOWNS = "takedowns"
-REASON = "forgotten"
+TAKEDOWNS_FILE = "forgotten.json"
+TAKEDOWNS_FOLDER = "takedowns"
+TAKEDOWN_REASON = "forgotten"  # of the failures that stand for removed clips
 _DIGEST = "[0-9a-f]{16}"
 _PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
-class Forgotten:
-    """`marks` maps the sha256 of a clip key, of a link or of a video file to why the clip was removed.
+class Takedowns:
+    """`marks` maps the sha256 of a clip key, a link or a video file to the reason for the removal.
 
-    The words themselves are not kept. Who knows a key or a URL can find its hash here, nobody can read it from here.
-    Short numbers can be guessed.
+    Keys and URLs are not stored. A known key or URL can be looked up by its hash but not read back from it; short
+    numeric keys can be guessed.
     """
 
     marks: dict[str, str] = field(default_factory=dict)
 
     def failure(self, row: ClipRef | Failure, address: str | None = None, file_sha256: str = "") -> Failure | None:
-        """The row as it stands in the manifest when its clip is to be forgotten, else None.
+        """Returns the failure that replaces a row whose clip is taken down, else None.
 
         Args:
-            address: where the row's link leads. file_sha256: of what came from there.
+            address: the resolved address of the row's link. file_sha256: hash of the file at that address.
         """
-        asked = self._asked(row, address, file_sha256)
-        return Failure(mark(row.key)[:16], row.row, REASON, self.marks[asked[0]]) if asked else None
+        matches = self._matches(row, address, file_sha256)
+        return Failure(mark(row.key)[:16], row.row, TAKEDOWN_REASON, self.marks[matches[0]]) if matches else None
 
-    def about(self, rows: Iterable[tuple[ClipRef | Failure, str | None]]) -> Forgotten:
-        """The part of the list that names a key, link or address of these rows."""
-        return Forgotten({mark: self.marks[mark] for row, address in rows for mark in self._asked(row, address)})
+    def matching(self, rows: Iterable[tuple[ClipRef | Failure, str | None]]) -> Takedowns:
+        """Returns the entries that match a key, link or address of these rows."""
+        return Takedowns({mark: self.marks[mark] for row, address in rows for mark in self._matches(row, address)})
 
-    def names(self, clip_keys: Iterable[str]) -> bool:
-        """Whether any of these clips is to be forgotten."""
+    def contains_any(self, clip_keys: Iterable[str]) -> bool:
+        """Returns whether any of these clips is taken down."""
         return bool(self.marks) and any(mark(key) in self.marks for key in clip_keys)
 
-    def _asked(self, row: ClipRef | Failure, address: str | None, file_sha256: str = "") -> list[str]:
+    def _matches(self, row: ClipRef | Failure, address: str | None, file_sha256: str = "") -> list[str]:
         if not self.marks:
             return []
         links = [row.url] if isinstance(row, ClipRef) else []
         links += [address] if address is not None else []
-        found = [mark(row.key), *(mark for link in links for mark in link_marks(link)), file_sha256]
-        return [mark for mark in found if mark in self.marks]
+        candidates = [mark(row.key), *(mark for link in links for mark in link_marks(link)), file_sha256]
+        return [mark for mark in candidates if mark in self.marks]
 
 
 def mark(word: str) -> str:
-    """Hex sha256 of a clip key or a URL."""
+    """Returns the hex sha256 of a clip key or a URL."""
     return hashlib.sha256(word.encode()).hexdigest()
 
 
 def link_marks(url: str) -> list[str]:
-    """The hashes by which a link is known: as it is written, as records keep it, and in one spelling.
+    """Returns the hashes of a link: as written, as stored in records, and in a normalized form.
 
-    That spelling has no scheme, user, default port, fragment, capitals of the host or escapes.
+    The normalized form has no scheme, user, default port, fragment or escapes, and the host in lower case.
     """
     written = list(dict.fromkeys((mark(url), mark(name_of(url)))))
     try:
@@ -83,32 +83,33 @@ def link_marks(url: str) -> list[str]:
         return written
     if scheme not in _PORTS or not host:
         return written
-    place = host.rstrip(".") + (f":{port}" if port not in (None, _PORTS[scheme]) else "")
-    return [*written, mark(f"//{place}{unquote(parts.path) or '/'}?{unquote(parts.query)}")]
+    authority = host.rstrip(".") + (f":{port}" if port not in (None, _PORTS[scheme]) else "")
+    return [*written, mark(f"//{authority}{unquote(parts.path) or '/'}?{unquote(parts.query)}")]
 
 
-def read_forgotten(dataset: str) -> Forgotten:
-    """The list of a data set, empty where there is none. Raises UserError when it cannot be read."""
-    address = storage.join(dataset, FORGOTTEN)
+def read_takedowns(dataset: str) -> Takedowns:
+    """Returns the data set's own list, empty if there is none. Raises UserError if it cannot be read."""
+    address = storage.join(dataset, TAKEDOWNS_FILE)
     try:
-        return parse_record(Forgotten, storage.read_bytes(address))
+        return parse_record(Takedowns, storage.read_bytes(address))
     except FileNotFoundError:
-        return Forgotten()
+        return Takedowns()
     except ValueError as error:
         raise UserError(f"{address} cannot be read ({error}); restore it, or removed clips return") from error
 
 
-def write_forgotten(dataset: str, forgotten: Forgotten) -> None:
-    storage.write_json(storage.join(dataset, FORGOTTEN), dataclasses.asdict(forgotten))
+def write_takedowns(dataset: str, takedowns: Takedowns) -> None:
+    """Replaces the data set's own list."""
+    storage.write_json(storage.join(dataset, TAKEDOWNS_FILE), dataclasses.asdict(takedowns))
 
 
-def forgotten_sha256(forgotten: Forgotten) -> str | None:
-    """What a manifest says of the list it obeys; None for an empty one."""
-    return hashlib.sha256(storage.json_bytes(forgotten.marks)).hexdigest() if forgotten.marks else None
+def takedowns_sha256(takedowns: Takedowns) -> str | None:
+    """Returns the hash that a manifest records of the list it follows; None for an empty list."""
+    return hashlib.sha256(storage.json_bytes(takedowns.marks)).hexdigest() if takedowns.marks else None
 
 
-def read_takedowns(dataset: str) -> Forgotten:
-    """The takedowns of the root that a data set lies below; empty elsewhere than at `<root>/data/<digest>`.
+def read_root_takedowns(dataset: str) -> Takedowns:
+    """Returns the takedowns of a data set's root; empty if the data set is not at `<root>/data/<digest>`.
 
     Raises:
         UserError: an entry is damaged.
@@ -123,39 +124,39 @@ def read_takedowns(dataset: str) -> Forgotten:
         if f"{hashlib.sha256(content).hexdigest()}.json" != name:
             raise UserError(f"{address} was changed, its name is not its sha256; restore it, or removed clips return")
         try:
-            marks = parse_record(Forgotten, content).marks | marks
+            marks = parse_record(Takedowns, content).marks | marks
         except ValueError as error:
             raise UserError(f"{address} cannot be read ({error}); restore it, or removed clips return") from error
-    return Forgotten(marks)
+    return Takedowns(marks)
 
 
-def add_takedowns(dataset: str, forgotten: Forgotten) -> None:
-    """Writes to the root of a data set what its takedowns do not name yet; nothing where the data set has no root."""
+def add_root_takedowns(dataset: str, takedowns: Takedowns) -> None:
+    """Adds entries that are missing from the takedowns of a data set's root; does nothing without a root."""
     folder = _takedowns_folder(dataset)
     if folder is None:
         return
-    known = read_takedowns(dataset).marks
-    new = Forgotten({mark: reason for mark, reason in forgotten.marks.items() if mark not in known})
+    known = read_root_takedowns(dataset).marks
+    new = Takedowns({mark: reason for mark, reason in takedowns.marks.items() if mark not in known})
     if new.marks:
         content = storage.json_bytes(dataclasses.asdict(new))
         storage.write_bytes(storage.join(folder, f"{hashlib.sha256(content).hexdigest()}.json"), content)
 
 
-def gather_takedowns(dataset: str) -> Forgotten:
-    """The takedowns of a data set's root, after the lists of all data sets below that root were added to them.
+def gather_root_takedowns(dataset: str) -> Takedowns:
+    """Adds the lists of all data sets below a root to the root's takedowns and returns those.
 
-    A data set whose clips were removed before there were takedowns has its list alone.
+    Data sets from before root takedowns existed have only their own list.
     """
     if _takedowns_folder(dataset) is None:
-        return Forgotten()
+        return Takedowns()
     siblings = storage.parent(dataset)
     names = [name for name in storage.list_dir(siblings) if re.fullmatch(_DIGEST, name)]
-    lists = [read_forgotten(storage.join(siblings, name)).marks for name in names]
-    add_takedowns(dataset, Forgotten({mark: reason for marks in lists for mark, reason in marks.items()}))
-    return read_takedowns(dataset)
+    lists = [read_takedowns(storage.join(siblings, name)).marks for name in names]
+    add_root_takedowns(dataset, Takedowns({mark: reason for marks in lists for mark, reason in marks.items()}))
+    return read_root_takedowns(dataset)
 
 
 def _takedowns_folder(dataset: str) -> str | None:
-    """Where the takedowns of a run lie, from the address of a data set that `flows.layout.address` chose."""
+    """Returns the takedown folder of a run, from the address that `flows.layout.address` chose for a data set."""
     match = re.fullmatch(rf"(.*[^/])/data/{_DIGEST}", dataset.rstrip("/"))
-    return storage.join(match[1], TAKEDOWNS) if match else None
+    return storage.join(match[1], TAKEDOWNS_FOLDER) if match else None

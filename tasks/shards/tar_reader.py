@@ -1,4 +1,4 @@
-"""Range reads of the tars of a data set: from open files on a local disk, several at a time from another store."""
+"""Range reads of the tars of a data set: from open files on a local disk, concurrent from an object store."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from infra import storage
 
 Result = TypeVar("Result")
 
-_MOST_OPEN = 256  # files; a process may have 1024 on most machines
+_MOST_OPEN = 256  # files; most systems allow a process 1024
 _REMOTE_READS = 16  # at a time
 
 
 class Tars:
-    """The tars at some addresses, all local or all in one other store, by their number."""
+    """Reads the tars at some addresses, all local or all in one object store, by their number."""
 
     def __init__(self, uris: Sequence[str]) -> None:
         self._uris = uris
         self._local = not uris or storage.local_path(uris[0]) is not None
-        self._open: dict[int, int] = {}  # descriptors, the one used last at the end
+        self._open: dict[int, int] = {}  # descriptors, least recently used first
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 
     def fill(self, tars: Sequence[int], offsets: Sequence[int], buffers: Sequence[list[memoryview]]) -> list[bool]:
-        """Reads from each of the tars, from its offset on until its buffers are full, one after another.
+        """Fills the buffers of each read, one after another, from its tar at its offset on.
 
         Returns:
-            which buffers were filled: False where a tar ends before.
+            for each read whether its buffers were filled; False if the tar ends before.
         Raises:
-            FileNotFoundError: with the name of a tar that is gone.
+            FileNotFoundError: a tar does not exist anymore; the error contains its name.
         """
         for tar in self._open.keys() & set(tars):
-            # An open file outlives its name; the tars of forgotten clips are to be gone at once.
+            # An open file outlives its name, but the tars of removed clips must not be read anymore.
             if os.fstat(self._open[tar]).st_nlink == 0:
                 raise self._gone(tar)
         return list(self.map(self._fill, tars, offsets, buffers))
 
     def map(self, work: Callable[..., Result], *arguments: Iterable[Any]) -> Iterable[Result]:
-        """`work` on each of the arguments, in their order; where that waits for a network, several at a time."""
+        """Applies `work` to the arguments in order; concurrently if the tars are in an object store."""
         return map(work, *arguments) if self._local else self._threads.map(work, *arguments)
 
     @functools.cached_property

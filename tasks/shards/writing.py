@@ -1,4 +1,4 @@
-"""Writes a data set: shards one by one, each whole or absent, and the manifest that makes them count."""
+"""Writes a data set: shards one by one, each atomically, and the manifest that completes it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tasks.shards.layout import (
     index_name,
     shard_number,
 )
-from tasks.shards.takedowns import forgotten_sha256, read_forgotten
+from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 
-# What a row comes to: the samples of its clip (new, or as another shard holds them), or why there are none.
+# The result of a row: the samples of its clip (new, or copied from another shard), or its failure.
 Outcome = Sequence[Sample | PackedSample] | Failure
 
 
@@ -42,25 +42,25 @@ def write_shard(
     recipe_hash: str,
     made_with: dict[str, str] | None = None,
 ) -> ShardManifest:
-    """Writes one shard under the name of its content: the tar in one atomic put, then its index.
+    """Writes one shard, named after its content: the tar in one atomic put, then its index.
 
     Args:
         dataset: address of the data set's folder.
-        index: number of the shard. rows: the range of the source table it stands for.
-        outcomes: one per row, in order. Consumed one by one.
+        index: number of the shard. rows: its range of rows of the source, start (inclusive) to stop.
+        outcomes: one per row, in order; consumed lazily.
     Raises:
         OSError: the address cannot be written.
     """
     entries: list[Entry] = []
     failures: list[Failure] = []
     encoded = 0
-    with tempfile.TemporaryFile() as spool:  # it has no name, so that a killed worker leaves nothing behind
+    with tempfile.TemporaryFile() as spool:  # unnamed, so that a killed worker leaves no file
         with tarfile.open(fileobj=spool, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for outcome in outcomes:
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
                     continue
-                assert outcome, "a row without samples needs a reason"
+                assert outcome, "a row without samples needs a failure"
                 encoded += 1
                 for sample in outcome:
                     packed = sample.pack() if isinstance(sample, Sample) else sample
@@ -86,7 +86,7 @@ def write_shard(
 
 
 def _add_members(tar: tarfile.TarFile, packed: PackedSample) -> dict[str, tuple[int, int]]:
-    """Appends a sample's members and returns where their data lie: {field: (offset, size)}."""
+    """Appends a sample's members and returns the place of their data: {field: (offset, size)} in bytes."""
     members: dict[str, tuple[int, int]] = {}
     for name, data in packed.members.items():
         info = tarfile.TarInfo(f"{packed.key}.{SUFFIXES[name]}")
@@ -98,35 +98,34 @@ def _add_members(tar: tarfile.TarFile, packed: PackedSample) -> dict[str, tuple[
 
 
 def open_dataset(dataset: str, recipe: dict[str, Any]) -> None:
-    """Claims a folder for one recipe before the first shard; also the early test that it can be written.
+    """Writes the recipe into a folder before the first shard; this also checks that the folder can be written.
 
     Raises:
-        UserError: the folder holds samples of another recipe; the message names what differs.
+        UserError: the folder contains samples of another recipe; the message names the differences.
     """
     address = storage.join(dataset, RECIPE)
     try:
-        held = storage.read_json(address)
+        existing = storage.read_json(address)
     except FileNotFoundError:
         storage.write_json(address, recipe)
         return
     except ValueError:
-        held = {}
-    if held != json.loads(json.dumps(recipe)):
-        names = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
-        changes = ", ".join(f"{name} {held.get(name)!r} -> {recipe.get(name)!r}" for name in names)
+        existing = {}
+    if existing != json.loads(json.dumps(recipe)):
+        names = sorted(name for name in {*existing, *recipe} if existing.get(name) != recipe.get(name))
+        changes = ", ".join(f"{name} {existing.get(name)!r} -> {recipe.get(name)!r}" for name in names)
         raise UserError(
-            f"{dataset} holds a data set made another way ({changes});"
-            " choose another output, or delete that folder to make it anew"
+            f"{dataset} contains a data set of another recipe ({changes});"
+            " choose another output, or delete that folder to prepare it again"
         )
 
 
 def publish_dataset(
     dataset: str, recipe: dict[str, Any], recipe_hash: str, source: dict[str, Any], shards: Sequence[ShardSummary]
 ) -> str:
-    """Writes the data set's manifest, the mark of completion, and returns its sha256. Every row is accounted for.
+    """Writes the data set's manifest, the mark of completion, and returns its sha256. It accounts for every row.
 
-    Then shards that the manifest does not name are removed: what a newer one took the place of, and what a killed
-    writer left.
+    Afterwards shards that the manifest does not name are deleted: replaced shards and remains of killed writers.
     """
     position = 0
     for shard in shards:
@@ -144,7 +143,7 @@ def publish_dataset(
         samples=sum(shard.samples for shard in shards),
         failed=failed,
         shards=[PublishedShard(s.shard, (s.start, s.stop), s.samples, s.size_bytes, s.sha256) for s in shards],
-        forgotten_sha256=forgotten_sha256(read_forgotten(dataset)),
+        forgotten_sha256=takedowns_sha256(read_takedowns(dataset)),
     )
     content = storage.json_bytes(dataclasses.asdict(manifest))
     storage.write_bytes(storage.join(dataset, MANIFEST), content)
@@ -153,12 +152,12 @@ def publish_dataset(
 
 
 def report_addresses(dataset: str) -> dict[str, str]:
-    """Where the report on how a data set was made lies, by kind: beside it, for its times differ from run to run."""
+    """Returns the addresses of a data set's report, by kind; next to the data set, as its times differ between runs."""
     return {kind: f"{dataset.rstrip('/')}.report.{kind}" for kind in ("json", "html")}
 
 
 def _sweep(dataset: str, named: set[str]) -> None:
-    """Removes shards that are not `named`, the index of each before its tar: an index says that its tar is there."""
+    """Deletes shards that are not `named`, each index before its tar: an index implies that its tar exists."""
     names = storage.list_dir(dataset)
     for tar in [name for name in names if shard_number(name) is not None and name not in named]:
         storage.delete(storage.join(dataset, index_name(tar)))

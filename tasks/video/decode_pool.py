@@ -20,17 +20,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
 
 from tasks.records import UserError
-from tasks.video.decode import Clip, ClipError
+from tasks.video.decode import Clip, ClipError, read_windows
 from tasks.video.spec import DecodeSpec
 
-READER = "tasks.video.decode:read_windows"
-TRACK_READER = "tasks.video.decode:read_track"
+Reader = Callable[..., list[Clip]]  # takes the bytes of a video and named arguments; a function of a module
+
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
@@ -42,12 +43,15 @@ class DecoderPool:
 
     Args:
         arguments: what the reader gets by name beside the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
-        reader: `module:function` that makes a list of Clip of a video's bytes.
+        reader: returns the clips of a video's bytes; a module-level function, which the processes import by name.
     """
 
-    def __init__(self, processes: int, spec: DecodeSpec, arguments: dict[str, Any], reader: str = READER) -> None:
+    def __init__(
+        self, processes: int, spec: DecodeSpec, arguments: dict[str, Any], reader: Reader = read_windows
+    ) -> None:
         self.ahead = processes * spec.ahead
-        self._children = [_Child(spec, arguments, reader) for _ in range(processes)]
+        name = f"{reader.__module__}:{reader.__qualname__}"
+        self._children = [_Child(spec, arguments, name) for _ in range(processes)]
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         for child in self._children:
             self._idle.put(child)

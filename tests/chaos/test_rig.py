@@ -35,7 +35,7 @@ def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     folder, output = tmp_path_factory.mktemp("rig"), tmp_path_factory.mktemp("data") / "set"
     rows = write_rig(folder, SIZE)
     with serving(folder / "files") as url, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "READER", encoder.READER)  # put back after the install
+        patch.setattr(encoder, "read_windows", encoder.read_windows)  # put back after the install
         crashing.install()
         spec = PrepareSpec(
             SourceSpec(str(folder / TABLE), base_url=url),

@@ -110,15 +110,15 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "an edited index": (
         lambda f: edit(tar_of(f, 2).with_suffix(".json"), lambda v: v["samples"][0]["members"]["meta"].reverse()),
-        ["changed after it was written", "holds f_000.caption.txt .* its index f_000.meta.json"],
+        ["changed after it was written", "contains f_000.caption.txt .* its index f_000.meta.json"],
     ),
     "a row lost from the books": (
         lambda f: edit(tar_of(f).with_suffix(".json"), lambda v: v["failures"].clear()),
-        ["changed after", "the books do not close", "failed .*, its shards come to"],
+        ["changed after", "the counts do not add up", "failed .*, its shards add up to"],
     ),
     "a failure of another shard": (
         lambda f: edit(tar_of(f).with_suffix(".json"), lambda v: v["failures"][0].update(row=7)),
-        ["changed after", "the books do not close"],
+        ["changed after", "the counts do not add up"],
     ),
     "a manifest that is none": (lambda f: (f / "manifest.json").write_text("["), ["manifest.json is not JSON"]),
     "a manifest of another time": (
@@ -127,25 +127,25 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a manifest with too many rows": (
         lambda f: edit(f / "manifest.json", lambda v: v.update(rows=7)),
-        ["rows 7, its shards come to 6", "7 rows are not 4 encoded"],
+        ["rows 7, its shards add up to 6", "7 rows are not 4 encoded"],
     ),
     "a gap between shards": (
         lambda f: edit(f / "manifest.json", lambda v: v["shards"][1].update(rows=[4, 5])),
-        [r"rows \(3, 5\), manifest.json says \(4, 5\)", "begins at row 4, expected 3"],
+        [r"rows \(3, 5\), manifest.json has \(4, 5\)", "begins at row 4, expected 3"],
     ),
     "another recipe in the manifest": (
         lambda f: edit(f / "manifest.json", lambda v: v["recipe"].update(fps=8.0)),
         ["recipe.json: is not the recipe of manifest.json", "recipe_hash is"],
     ),
     "no recipe": (lambda f: (f / "recipe.json").unlink(), ["recipe.json: is missing"]),
-    "a stray file": (lambda f: (f / "notes.txt").write_text("x"), ["notes.txt: belongs to no data set"]),
+    "a stray file": (lambda f: (f / "notes.txt").write_text("x"), ["notes.txt: is not part of the data set"]),
     "a stray shard": (
         lambda f: (f / "shard-00001.tar").write_bytes(b"x"),
-        ["shard-00001.tar: belongs to no data set"],
+        ["shard-00001.tar: is not part of the data set"],
     ),
-    "a list of forgotten clips that the manifest does not know": (
-        lambda f: shards.write_forgotten(str(f), shards.Forgotten({shards.mark("a"): "asked"})),
-        ["manifest.json: is not of this forgotten.json", "names a clip that was asked to be forgotten"],
+    "takedowns that the manifest does not follow": (
+        lambda f: shards.write_takedowns(str(f), shards.Takedowns({shards.mark("a"): "asked"})),
+        ["manifest.json: does not match forgotten.json", "contains a clip that is taken down"],
     ),
 }
 
@@ -200,13 +200,13 @@ def test_an_unfinished_data_set_says_how_far_it_is(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     (tmp_path / "manifest.json").unlink()
     (line,) = problems(str(tmp_path))
-    assert line.startswith("unfinished: manifest.json is missing; 3 shards hold rows 0 to 5 (4 encoded)")
+    assert line.startswith("unfinished: manifest.json is missing; 3 shards contain rows 0 to 5 (4 encoded)")
     tar = tar_of(tmp_path, 1)
     tar.with_suffix(".json").unlink()
     tar.unlink()
     (line,) = problems(str(tmp_path))
-    assert "2 shards hold rows 0 to 2, 5 to 5 (3 encoded)" in line
-    assert list(problems(str(tmp_path / "none"))) == [f"{tmp_path / 'none'}: nothing is here"]
+    assert "2 shards contain rows 0 to 2, 5 to 5 (3 encoded)" in line
+    assert list(problems(str(tmp_path / "none"))) == [f"{tmp_path / 'none'}: is missing or empty"]
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -269,13 +269,15 @@ def test_what_lies_in_a_tar_besides_its_index_is_named(tmp_path: Path) -> None:
     tar.with_suffix(".json").unlink()
     storage.write_json(str(tmp_path / shards.index_name(forged.shard)), dataclasses.asdict(forged))
     shards.publish_dataset(str(tmp_path), RECIPE, HASH, {}, [forged.summary()])
-    assert list(problems(str(tmp_path))) == [f"{forged.shard}: holds a_001.payload.pkl, which its index does not name"]
+    assert list(problems(str(tmp_path))) == [
+        f"{forged.shard}: contains a_001.payload.pkl, which its index does not list"
+    ]
 
 
 def test_a_clip_that_is_there_twice_is_named(tmp_path: Path) -> None:
     make_dataset(str(tmp_path), [*OUTCOMES, [[sample("a", 6)]]])
     (line,) = problems(str(tmp_path))
-    assert re.search(r"shard-00003-\w+.json: clip a is there a second time", line)
+    assert re.search(r"shard-00003-\w+.json: clip a occurs a second time", line)
 
 
 def test_forgotten_clips_are_gone_and_the_rest_is_as_it_was(uri: str) -> None:
@@ -351,10 +353,10 @@ def test_a_removal_that_is_killed_anywhere_is_completed_by_the_same_command(
                 break
         assert len(happened) == step
         if contents(uri) != untouched and contents(uri) != contents(whole):
-            assert list(problems(uri)), f"killed after {happened[-1]}: nothing is told"
+            assert list(problems(uri)), f"killed after {happened[-1]}: no problem is reported"
         published = "manifest.json" in " ".join(happened)
         if contents(uri) != untouched and not published:
-            with pytest.raises(UserError, match="repeat that command"):
+            with pytest.raises(UserError, match="repeat the command forget"):
                 ShardDataset(uri)
         report = forget(uri, ids)
         assert contents(uri) == contents(whole), happened

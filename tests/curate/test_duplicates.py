@@ -113,7 +113,7 @@ def test_a_removal_on_request_that_was_cut_off_comes_first(tmp_path: Path, monke
         kill_at(patch, 2)
         with pytest.raises(Killed):
             forget(uri, ["k0"])
-    with pytest.raises(UserError, match="repeat that command"):
+    with pytest.raises(UserError, match="repeat the command forget"):
         deduplicate(uri)
     forget(uri, ["k0"])
     assert deduplicate(uri).rows == 2 and list(problems(uri)) == []

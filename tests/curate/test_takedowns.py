@@ -22,7 +22,7 @@ from tasks.encode.spec import PrepareSpec
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import ClipRef, UserError
-from tasks.shards import Forgotten, ShardDataset
+from tasks.shards import ShardDataset, Takedowns
 from tests.support.kills import Killed, kill_at
 
 CLIPS = 5
@@ -154,7 +154,7 @@ def test_lists_of_data_sets_from_before_there_were_takedowns_count_and_outlive_t
     spec: PrepareSpec, server: Server
 ) -> None:
     prepare(spec)
-    shards.write_forgotten(spec.output, Forgotten({shards.mark("k1"): "asked for"}))
+    shards.write_takedowns(spec.output, Takedowns({shards.mark("k1"): "asked for"}))
     second = another(spec, 2, replace(spec.source, limit=3))
     assert prepare(second).failed == {"forgotten": 1}
     storage.delete(spec.output)
@@ -207,21 +207,21 @@ def test_two_removals_at_once_lose_nothing_of_each_other(uri: str) -> None:
     root = storage.parent(uri) + f"/run{storage.parent(uri).rsplit('/', 1)[-1]}"
     datasets = [f"{root}/data/{number:016x}" for number in range(8)]
     threads = [
-        threading.Thread(target=shards.add_takedowns, args=(dataset, Forgotten({shards.mark(dataset): "asked"})))
+        threading.Thread(target=shards.add_root_takedowns, args=(dataset, Takedowns({shards.mark(dataset): "asked"})))
         for dataset in datasets
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert shards.read_takedowns(datasets[0]).marks.keys() == {shards.mark(dataset) for dataset in datasets}
-    shards.add_takedowns(datasets[3], Forgotten({shards.mark(datasets[5]): "another letter"}))
+    assert shards.read_root_takedowns(datasets[0]).marks.keys() == {shards.mark(dataset) for dataset in datasets}
+    shards.add_root_takedowns(datasets[3], Takedowns({shards.mark(datasets[5]): "another letter"}))
     entries = storage.list_dir(f"{root}/takedowns")
     assert len(entries) == 8, "what is known is not written again"
     content = storage.read_bytes(f"{root}/takedowns/{entries[0]}")
     storage.write_bytes(f"{root}/takedowns/{entries[0]}", content.replace(b"asked", b"other"))
     with pytest.raises(UserError, match="was changed, its name is not its sha256; restore it"):
-        shards.read_takedowns(datasets[0])
+        shards.read_root_takedowns(datasets[0])
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_two_removals_at_once_lose_nothing_of_each_other(uri: str) -> None:
     ],
 )
 def test_a_link_is_known_however_it_is_written(written: str) -> None:
-    known = Forgotten(dict.fromkeys(shards.link_marks("http://host:80/a b.mp4"), "asked"))
+    known = Takedowns(dict.fromkeys(shards.link_marks("http://host:80/a b.mp4"), "asked"))
     assert known.failure(ClipRef("k", written, "c", 0)) is not None
     for other in (
         "https://host/a%20b.mp4?v=2",

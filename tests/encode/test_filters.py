@@ -178,10 +178,10 @@ def test_the_windows_that_pass_say_what_befell_the_others() -> None:
     video = video_bytes(np.concatenate([cut, good, still(scene(2))]), 4.0, crf=10)
     clips = read_measured(video, num_frames=FRAMES, fps=4.0, size=SIDE, windows=3)
     [window] = Screen(replace(BOUNDS, least_side=SIDE))(clips)
-    assert window.place == 1 and list(window.said["scores"]) == list(SCORES)
-    assert window.said["scores"] == scores(window.clip.pixels, window.clip.info)
-    assert window.said["picture_hash"] == picture_hash(window.clip.pixels)
-    assert [line.split(":")[0] for line in window.said["dropped"].values()] == ["hard_cut", "near_static"]
+    assert window.position == 1 and list(window.meta["scores"]) == list(SCORES)
+    assert window.meta["scores"] == scores(window.clip.pixels, window.clip.info)
+    assert window.meta["picture_hash"] == picture_hash(window.clip.pixels)
+    assert [line.split(":")[0] for line in window.meta["dropped"].values()] == ["hard_cut", "near_static"]
     assert window.clip.info == read_windows(video, FRAMES, 4.0, SIDE, 3)[1].info
     with pytest.raises(ClipError, match="hard_cut: cut 0.*, expected at most 0.*; none of 2 windows passes"):
         Screen(replace(BOUNDS, least_side=SIDE))([clips[0], clips[2]])
@@ -204,7 +204,7 @@ def test_a_watermark_is_what_the_named_scorer_says() -> None:
 @pytest.mark.parametrize(
     ("scorer", "sentence"),
     [
-        ("tests.support.scorers:fails", "scorers:fails failed .RuntimeError: no weights.; mend it"),
+        ("tests.support.scorers:fails", "scorers:fails failed .RuntimeError: no weights.; fix it"),
         ("tests.support.scorers:far_off", "scorers:far_off returned 1.5, expected a number from 0 to 1"),
         ("tests.support.scorers:says_nothing", "says_nothing failed .TypeError"),
         ("tests.support.scorers:nobody", "scorers:nobody cannot be imported .AttributeError"),

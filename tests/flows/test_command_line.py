@@ -169,11 +169,11 @@ def data(made: Path, tmp_path: Path) -> Path:
 
 def test_verify_names_each_problem_and_says_so_to_a_script(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--data", str(data)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"verify      {data}: whole"
+    assert capsys.readouterr().out.splitlines()[-1] == f"verify      {data}: no problems"
     (data / "notes.txt").write_text("")
     assert main(["verify", "--data", str(data), "--workers", "2"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["notes.txt: belongs to no data set", f"verify      {data}: 1 problems"]
+    assert said[-2:] == ["notes.txt: is not part of the data set", f"verify      {data}: 1 problems"]
     assert main(["verify", "--data", str(data), "--workers", "0"]) == 2
     assert capsys.readouterr().err == "error: workers 0, expected at least 1\n"
 

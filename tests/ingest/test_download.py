@@ -183,7 +183,7 @@ def test_a_site_that_opts_out_is_left_unless_told_otherwise(server: Server) -> N
     url = f"{server.url}/clip?robots=nofollow|noindex"
     result = fetch(url)
     assert reason(result) == "robots_opt_out"
-    assert reason(fetch(url, replace(FAST, heed_robots=False))) == "ok"
+    assert reason(fetch(url, replace(FAST, respect_robots=False))) == "ok"
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from flows.cli.app import main
 from infra import storage
-from tasks.ingest.rows import split_of
 from tasks.ingest.samples import sample_rows, write_sample
 from tasks.ingest.sources import find_format, read_rows
 from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, UserError
-from tasks.shards import split_keys
+from tasks.shards import split_keys, split_of
 
 KEYS = st.lists(st.integers(0, 10**6).map(str), min_size=4, max_size=60, unique=True)
 
@@ -112,7 +111,7 @@ def test_a_sample_of_files_beside_the_table_lies_beside_it_too(tmp_path: Path) -
     write_sample(replace(spec, base_url="https://mirror/"), 1, 0, str(tmp_path / "s.json"))
 
 
-@pytest.mark.parametrize(("count", "sentence"), [(0, "at least 1"), (9, "has 3 usable rows, which is no sample of 9")])
+@pytest.mark.parametrize(("count", "sentence"), [(0, "at least 1"), (9, "has 3 usable rows, expected at least 9")])
 def test_a_sample_that_cannot_be_drawn_is_one_sentence(count: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         sample_rows(table_of(["1", "2", "3"]), count, 0)

@@ -160,7 +160,7 @@ def test_what_decides_the_rows_is_in_the_identity(memory: str) -> None:
         ("t.json", b"\x00", {}, "cannot be read"),
         ("t.json", json.dumps(MSRVTT).encode(), {"split": "val"}, "no split 'val'; it has 'test', 'train'"),
         ("t.json", json.dumps(MSRVTT).encode(), {"captions": "best"}, "captions 'best', expected 'first'"),
-        ("clips/notes.txt", b"", {}, "holds no videos"),
+        ("clips/notes.txt", b"", {}, "contains no videos"),
         ("none.json", None, {}, "no table at .*none.json"),
         ("none.parquet", None, {}, "no table at .*none.parquet"),
         ("none", None, {"format": "classes"}, "no folder at .*none"),

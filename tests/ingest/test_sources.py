@@ -192,7 +192,7 @@ def test_a_missing_column_is_told_with_the_columns_found(tmp_path: Path, text: s
 
 def test_a_table_that_cannot_be_opened_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"videoid,contentUrl,name\n" * 999)[:-20])
-    places = {"none.csv": "no table at", ".": "holds no videos", "broken.csv.gz": "cannot be read"}
+    places = {"none.csv": "no table at", ".": "contains no videos", "broken.csv.gz": "cannot be read"}
     for name, sentence in places.items():
         with pytest.raises(UserError, match=sentence):
             count_rows(SourceSpec(str(tmp_path / name)))

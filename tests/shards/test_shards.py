@@ -26,6 +26,7 @@ from infra import storage
 from tasks import shards
 from tasks.records import Failure, UserError
 from tasks.shards import Entry, Sample, ShardDataset, ShardManifest
+from tasks.shards.split import split_position
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = {"fps": 4.0, "size": 32}
@@ -178,7 +179,7 @@ def test_a_cut_shard_and_a_stale_index_are_told_apart_from_data(tmp_path: Path) 
     make_dataset(str(tmp_path))
     tar = tar_of(tmp_path, 1)
     tar.write_bytes(tar.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         ShardDataset(str(tmp_path)).read(3)
     index = tar_of(tmp_path).with_suffix(".json")
     index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0"}))
@@ -217,6 +218,13 @@ def split_by_definition(keys: list[str], fraction: float) -> set[str]:
     place = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
     held_out = {key for key in keys if place[key] < fraction} or {min(keys, key=place.__getitem__)}
     return held_out - {max(keys, key=place.__getitem__)} if len(held_out) == len(place) else held_out
+
+
+def test_a_hash_and_an_array_of_hashes_have_the_same_place() -> None:
+    numbers = [0, 1, 2**53 + 1, 2**63 - 1, 2**63 + 1025, 2**64 - 1025, 2**64 - 1]
+    places = split_position(np.array(numbers, np.uint64))
+    assert [split_position(number) for number in numbers] == places.tolist()
+    assert places.tolist() == [number / 2**64 for number in numbers]
 
 
 @given(st.lists(st.text("ab_0", max_size=3), min_size=2, unique=True), st.floats(0, 1))
@@ -263,7 +271,7 @@ def test_what_is_damaged_in_a_batch_is_told_and_zero_and_the_rest_is_as_before(u
     name = ShardDataset(uri).published.shards[1].shard
     content = storage.read_bytes(storage.join(uri, name))
     storage.write_bytes(storage.join(uri, name), content[:1000])
-    assert ShardDataset(uri).stack(np.array([3, 0]), "latents")[1] == {0: "cut short"}
+    assert ShardDataset(uri).stack(np.array([3, 0]), "latents")[1] == {0: "truncated"}
 
 
 def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:

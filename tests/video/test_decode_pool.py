@@ -20,11 +20,12 @@ from tasks.records import ClipRef, Failure, UserError
 from tasks.video.decode import Clip, ClipError, read_windows
 from tasks.video.decode_pool import DecoderPool, check_decoding
 from tasks.video.spec import DecodeSpec
+from tests.support.odd_readers import read_or_misbehave
 from trip_model.images import video_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SUPPORT = REPOSITORY / "tests" / "support"
 ARGUMENTS = {"num_frames": 4, "fps": 4.0, "size": 32, "windows": 2}
-ODD = "odd_readers:read_or_misbehave"
 SPEC = DecodeSpec(seconds=60.0, memory_bytes=1 << 30)
 
 
@@ -36,14 +37,18 @@ def drawn(seed: int) -> bytes:
 VIDEO = drawn(0)
 
 
-@pytest.fixture(autouse=True)
-def readers_beside_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+@pytest.fixture(scope="module", autouse=True)
+def importable_readers() -> Iterator[None]:
+    """Lets the processes import the readers from their folder: another package `tests` may be installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        patch.setattr(read_or_misbehave, "__module__", "odd_readers")
+        yield
 
 
 @pytest.fixture(scope="module")
 def odd() -> Iterator[DecoderPool]:
-    with DecoderPool(1, SPEC, ARGUMENTS, ODD) as pool:
+    with DecoderPool(1, SPEC, ARGUMENTS, read_or_misbehave) as pool:
         yield pool
 
 
@@ -96,7 +101,7 @@ def test_what_a_video_does_to_its_process_is_its_reason_and_the_next_one_is_fine
 
 @pytest.mark.parametrize("word", [b"sleep", b"stuck"])
 def test_a_video_that_hangs_is_killed_over_and_its_neighbours_go_on(word: bytes) -> None:
-    with DecoderPool(2, replace(SPEC, seconds=3.0), ARGUMENTS, ODD) as pool:
+    with DecoderPool(2, replace(SPEC, seconds=3.0), ARGUMENTS, read_or_misbehave) as pool:
         futures = [pool.submit(data) for data in (VIDEO, word, VIDEO, VIDEO, VIDEO)]
         for place in (0, 2, 3, 4):
             assert len(futures[place].result()) == 2
@@ -156,7 +161,7 @@ def test_rows_come_in_order_and_never_more_ahead_than_asked() -> None:
             data = b"abort" if row == 6 else VIDEO
             yield Failure(ref.key, row, "http_404") if row % 5 == 4 else (ref, Fetched(data, ""))
 
-    with DecoderPool(1, replace(SPEC, ahead=3), ARGUMENTS, ODD) as pool:
+    with DecoderPool(1, replace(SPEC, ahead=3), ARGUMENTS, read_or_misbehave) as pool:
         results = []
         for result in decode_ahead(rows(), pool):
             results.append(result)
@@ -169,7 +174,7 @@ def test_rows_come_in_order_and_never_more_ahead_than_asked() -> None:
 
 def test_closing_does_not_wait_for_a_video() -> None:
     others = children()
-    pool = DecoderPool(1, SPEC, ARGUMENTS, ODD)
+    pool = DecoderPool(1, SPEC, ARGUMENTS, read_or_misbehave)
     pool.submit(VIDEO).result()
     pool.submit(b"sleep")
     pool.submit(VIDEO)
@@ -181,9 +186,10 @@ def test_closing_does_not_wait_for_a_video() -> None:
 @pytest.mark.parametrize("busy_with", ["", "stuck"])
 def test_a_process_ends_with_its_parent(busy_with: str) -> None:
     code = (
-        f"import sys, time; sys.path.append({str(Path(__file__).parent)!r})\n"
+        f"import sys, time; sys.path.append({str(SUPPORT)!r})\n"
         "from tasks.video.decode_pool import DecoderPool, DecodeSpec\n"
-        f"pool = DecoderPool(1, DecodeSpec(seconds=3.0), {ARGUMENTS}, {ODD!r})\n"
+        "from odd_readers import read_or_misbehave\n"
+        f"pool = DecoderPool(1, DecodeSpec(seconds=3.0), {ARGUMENTS}, read_or_misbehave)\n"
         "pool.submit(b'').exception()\n"
         f"pool.submit({busy_with.encode()!r})\n"
         "print('decoded', flush=True)\n"
@@ -207,8 +213,9 @@ def test_a_number_that_cannot_be_is_told() -> None:
             check_decoding(spec)
 
 
-def test_a_process_that_cannot_start_is_an_error_and_no_failed_row() -> None:
-    with DecoderPool(1, SPEC, ARGUMENTS, "no_such_module:read") as pool:
+def test_a_process_that_cannot_start_is_an_error_and_no_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_or_misbehave, "__module__", "no_such_module")
+    with DecoderPool(1, SPEC, ARGUMENTS, read_or_misbehave) as pool:
         with pytest.raises(RuntimeError, match="did not start, it ended with exit status 1"):
             pool.submit(VIDEO).result()
 
