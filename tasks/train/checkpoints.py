@@ -25,6 +25,7 @@ from tasks.records import UserError, digest
 from tasks.train.sharding import like
 
 COMPLETE = "complete.json"
+KEPT = 2  # newest complete checkpoints
 Tensors = dict[str, torch.Tensor]
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class CheckpointStore:
     with the lowest metric `best` if any has that metric. Leaving a `with` block waits for the save under way.
     """
 
-    def __init__(self, uri: str, keep: int = 2, best: str = "", watcher: Watcher | None = None) -> None:
+    def __init__(self, uri: str, keep: int = KEPT, best: str = "", watcher: Watcher | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
         self.uri = uri

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +68,21 @@ class TrainSpec:
     recompute_activations: bool = field(default=False, metadata=MEANS)
     # Each worker holds the whole state, or (FSDP2) a share of it and gathers weights layer by layer.
     sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
+
+    @property
+    def largest_share(self) -> int:
+        """Samples of a global batch on one worker; where the split is uneven, the most."""
+        return math.ceil(self.global_batch / self.workers)
+
+    @property
+    def samples_per_pass(self) -> int:
+        """Samples of one forward pass on one worker."""
+        return min(self.micro_batch or self.largest_share, self.largest_share)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the training state is sharded over the workers."""
+        return self.sharding == "fsdp2" and self.workers > 1
 
 
 @dataclass(frozen=True)
