@@ -19,7 +19,7 @@ from infra import storage
 from infra.redaction import redact
 from tasks.records import UserError
 from tasks.shards import ShardDataset
-from tasks.train.preflight import check_before_start
+from tasks.train.preflight import preflight
 
 COLUMNS = 120  # width of the table where the output is no terminal
 
@@ -63,7 +63,7 @@ def plan(
     warnings: list[str] = []
     if data is not None:
         train = replace(train, dataset=storage.absolute(data))
-        warnings = check_before_start(train)
+        warnings = preflight(train)
         question = replace(question, clips=len(ShardDataset(data)), clips_are="prepared")
     result = make_plan(train, prepare, question)
     if json:

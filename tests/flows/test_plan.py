@@ -28,7 +28,7 @@ from flows.planning.preflight import check_gpu_memory
 from tasks.records import UserError
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.optimizer import choose_trained, trained_parameters, trained_weights
-from tasks.train.preflight import check_before_start
+from tasks.train.preflight import preflight
 from tasks.train.spec import TrainSpec
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.folders import folder_hash
@@ -202,9 +202,9 @@ def spec(tiny_base: Path, tmp_path: Path) -> TrainSpec:
 
 
 def test_what_would_fail_at_step_1_is_reported_before(spec: TrainSpec, tmp_path: Path) -> None:
-    assert check_before_start(spec) == []
+    assert preflight(spec) == []
     window = TripConfig(size=32, num_frames=3, residual_std=(0.0, 0.5, 0.5))
-    assert check_before_start(replace(spec, model=window)) == []
+    assert preflight(replace(spec, model=window)) == []
     for change, sentence in (
         ({"workers": 5}, "a global batch of 4 leaves some of 5 workers without a sample"),
         ({"workers": 3, "sharding": "fsdp2"}, "needs equal shares, and a global batch of 4 cannot be split over 3"),
@@ -214,7 +214,7 @@ def test_what_would_fail_at_step_1_is_reported_before(spec: TrainSpec, tmp_path:
         ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\) or more frames: 16 of 32 pixels"),
     ):
         with pytest.raises(UserError, match=sentence):
-            check_before_start(replace(spec, **change))
+            preflight(replace(spec, **change))
 
 
 @pytest.mark.parametrize("trained", ["all", "temporal", "lora"])
@@ -236,27 +236,27 @@ def test_a_full_disk_and_a_small_memory_are_reported_before(spec: TrainSpec, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     two = replace(spec, workers=2)
-    assert check_before_start(replace(two, workers=1)) == [] == check_before_start(replace(two, sharding="fsdp2"))
-    (warning,) = check_before_start(two)
+    assert preflight(replace(two, workers=1)) == [] == preflight(replace(two, sharding="fsdp2"))
+    (warning,) = preflight(two)
     assert "moments of 2 workers take" in warning
-    assert check_before_start(replace(two, trained="temporal")) == []
+    assert preflight(replace(two, trained="temporal")) == []
     with pytest.raises(UserError, match="GB left, a checkpoint takes"):
-        check_before_start(replace(spec, average_decay=0.9))
-    assert check_before_start(replace(spec, average_decay=0.9, trained="lora", lora_rank=1)) == []
+        preflight(replace(spec, average_decay=0.9))
+    assert preflight(replace(spec, average_decay=0.9, trained="lora", lora_rank=1)) == []
 
 
 def test_a_base_that_does_not_belong_to_the_data_is_reported(spec: TrainSpec) -> None:
     other = Path(spec.output).parent / "other"
     shutil.copytree(spec.base, other)
     (other / "vae" / "config.json").write_text((other / "vae" / "config.json").read_text() + "\n")
-    assert check_before_start(replace(spec, base=str(other))) == [
+    assert preflight(replace(spec, base=str(other))) == [
         f"{spec.dataset} was prepared with another vae than the one in {other}"
     ]
     text = other / "text_encoder" / "config.json"
     settings = json.loads(text.read_text())
     text.write_text(json.dumps(settings | {"max_position_embeddings": 16}))
     with pytest.raises(UserError, match="have 32 tokens, the base's text encoder takes 16"):
-        check_before_start(replace(spec, base=str(other)))
+        preflight(replace(spec, base=str(other)))
     text.write_text(json.dumps(settings | {"hidden_size": 24}))
     with pytest.raises(UserError, match="is 24 wide, its 3D-UNet expects 16"):
-        check_before_start(replace(spec, base=str(other)))
+        preflight(replace(spec, base=str(other)))
