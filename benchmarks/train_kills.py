@@ -39,7 +39,7 @@ from tasks.train.spec import TrackingSpec, TrainSpec
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 
 KINDS = ("worker", "write", "driver", "truncated", "raylet")
-CURVES = ("loss", "frame_1", "frame_last", "learning_rate")
+CURVES = ("loss", "frame_1", "frame_last", "grad_norm", "lr_unet", "lr_fusion")
 _FRAMES, _CHECKPOINT_EVERY, _MOST_RERUNS, _GRACE_SECONDS = 4, 10, 3, 90.0
 
 

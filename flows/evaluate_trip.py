@@ -55,7 +55,7 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 
     The same report is the same run. A store in trouble is told of and stops nothing: the page is "" then.
     """
-    from infra.tracking import Tracking
+    from infra.telemetry import Tracking
     from tasks.register.report_facts import read_report
 
     facts = read_report(report.uri)

@@ -26,8 +26,8 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
         if spool_file(spec).exists():
             from tasks.train.job import train
 
-            train(spec, None, tracking)  # delivers what tracking could not take while it was down
-        log(f"train       {report.step} steps are done already, loss {report.loss_last:.4f}")
+            train(spec, None, tracking)  # delivers metrics that were spooled
+        log(f"train       {report.step} steps are done already, smoothed loss {report.loss_last:.4f}")
         return report
 
     def tick(values: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     log(f"train       {spec.steps} steps of {spec.global_batch} clips on {spec.workers} worker(s)")
     with ray_session(None, spec.workers * spec.cpus_per_worker):
         report = train(spec, tick, tracking)
-    losses = f"loss {report.loss_first:.4f} -> {report.loss_last:.4f}"
+    losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
     return report
 

@@ -1,11 +1,10 @@
-"""The command `plan`: what a recipe will take on given devices, printed before anything starts."""
+"""The command `plan`: memory, time, storage and cost of a recipe on given devices."""
 
 from __future__ import annotations
 
 import json as json_format
 import re
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Annotated
 
 import cyclopts
@@ -13,17 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.planning.plan import Plan, Row, make_plan
-from flows.planning.preflight import plan_spec
+from flows.planning.question import Question
 from flows.planning.units import duration, size, work
 from flows.recipes import find_recipe
 from infra import storage
 from infra.redaction import redact
 from tasks.records import UserError
 from tasks.shards import ShardDataset
-from tasks.train.optimizer import choose_trained
-from tasks.train.preflight import check_before_start
+from tasks.train.preflight import preflight
 
-COLUMNS = 120  # of the table where there is no terminal to ask
+COLUMNS = 120  # width of the table where the output is no terminal
 
 
 def plan(
@@ -41,7 +39,7 @@ def plan(
     """Print memory, batch, time, storage and cost of a recipe, each with its arithmetic; exit code 1 if it cannot fit.
 
     Args:
-        recipe: which numbers to use; see the command `recipes`.
+        recipe: the configuration of the run; see the command `recipes`.
         gpus: how many GPUs (of a CPU recipe: workers), instead of the recipe's.
         gpu: h200, h100, a100-80, a100-40, l40s, 4090 or cpu; h100 where the recipe asks for GPUs.
         clips: how many clips the table has, as 10.7M or 2k.
@@ -52,27 +50,33 @@ def plan(
         data: address of a prepared data set; checks what would fail at step 1, and counts its clips.
         json: print one JSON instead.
     """
-    chosen = find_recipe(recipe, base)
-    spec = plan_spec(chosen, gpus, gpu, price, mfu, gbit)
+    numbers = find_recipe(recipe, base)
+    train, prepare = numbers.train, numbers.prepare
+    if gpus is not None:
+        train = replace(train, workers=gpus)
+    device = gpu or ("h100" if train.gpus_per_worker else "cpu")
+    question = Question(device, price=price, mfu=mfu, gbit=gbit)
     if clips is not None:
-        spec = replace(spec, clips=parse_count(clips))
-    elif chosen.demo_clips is not None:
-        spec = replace(spec, clips=chosen.demo_clips, clips_are="drawn", windows_per_clip=1)  # they are short
+        question = replace(question, clips=parse_count(clips))
+    elif numbers.demo_clips is not None:
+        question = replace(question, clips=numbers.demo_clips, clips_are="drawn")
     warnings: list[str] = []
     if data is not None:
-        train = replace(chosen.train, dataset=storage.absolute(data), workers=spec.workers)
-        warnings = check_before_start(train)
-        spec = replace(spec, clips=len(ShardDataset(data)), clips_are="prepared", windows_per_clip=1)
-    made = make_plan(spec, partial(choose_trained, spec=chosen.train))
+        train = replace(train, dataset=storage.absolute(data))
+        warnings = preflight(train)
+        question = replace(question, clips=len(ShardDataset(data)), clips_are="prepared")
+    result = make_plan(train, prepare, question)
     if json:
-        print(redact(json_format.dumps({"spec": asdict(spec), "warnings": warnings} | asdict(made), indent=2)))
+        spec = {"question": question, "train": train, "prepare": prepare}
+        content = {"spec": {name: asdict(part) for name, part in spec.items()}, "warnings": warnings} | asdict(result)
+        print(redact(json_format.dumps(content, indent=2)))
     else:
-        _show(made, warnings, spec.clips is None)
-    return int(not made.fits)
+        _print_plan(result, warnings, question.clips is None)
+    return int(not result.fits)
 
 
 def parse_count(text: str) -> int:
-    """A count as people write it: 520, 2k, 10.7M, 1,000. Raises UserError."""
+    """A count with an optional suffix: 520, 2k, 10.7M, 1,000. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.replace(",", "").replace("_", ""))
     count = round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()]) if match else 0
     if count < 1:
@@ -80,8 +84,8 @@ def parse_count(text: str) -> int:
     return count
 
 
-def said(row: Row) -> str:
-    """A row's value for a person; bytes in decimal units."""
+def format_value(row: Row) -> str:
+    """A row's value with its unit; bytes in decimal units."""
     value = row.value
     if value is None:
         return "-"
@@ -97,11 +101,11 @@ def said(row: Row) -> str:
     return f"{number} {row.unit}".rstrip()
 
 
-def _show(made: Plan, warnings: list[str], without_data: bool) -> None:
+def _print_plan(plan: Plan, warnings: list[str], without_data: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=COLUMNS)
-    for line in made.verdict:
+    for line in plan.verdict:
         console.print(line, style="bold", markup=False)
     for line in warnings:
         console.print(f"warning: {line}", markup=False)
@@ -113,10 +117,10 @@ def _show(made: Plan, warnings: list[str], without_data: bool) -> None:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("from")
     part = ""
-    for row in made.rows:
+    for row in plan.rows:
         if part and row.part != part:
             table.add_row()
-        table.add_row(row.part if row.part != part else "", row.quantity, said(row), row.how)
+        table.add_row(row.part if row.part != part else "", row.quantity, format_value(row), row.how)
         part = row.part
     console.print()
     console.print(table)

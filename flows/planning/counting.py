@@ -1,7 +1,7 @@
-"""Counts floating-point operations and bytes of the real model on tensors without storage, by torch's own formulas.
+"""Counts floating-point operations and bytes of the real model on fake tensors, by torch's own formulas.
 
-A pass on fake tensors dispatches every operation that a real one would, at any size, in seconds and without memory.
-Fake CUDA tensors cannot go backward where there is no GPU, so a GPU is planned on fake CPU tensors under a GPU's rules.
+A pass on fake tensors dispatches every operation of a real pass, at any size, in seconds and without memory. Without a
+GPU, fake CUDA tensors have no backward pass, so a GPU is planned on fake CPU tensors with the GPU's rules.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.planning.base import BaseConfig
+from tasks.train.optimizer import choose_trained
+from tasks.train.spec import TrainSpec
 from trip_model import unet_blocks
 from trip_model.config import TripConfig
 from trip_model.model import Trip
@@ -35,22 +37,22 @@ class PassCounts:
 
     forward_flops: int
     flops: int  # forward and backward, recomputed activations included
-    saved_bytes: int  # kept from forward for backward, parameters left out
-    peak_bytes: int  # the most that lives at one moment, parameters, their gradients and the inputs left out
+    saved_bytes: int  # kept from forward for backward, without parameters
+    peak_bytes: int  # the peak, without parameters, their gradients and the inputs
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a training step of a model costs, with activations kept or recomputed."""
+    """The cost of a training step, with activations kept or recomputed."""
 
     flops: int  # of one clip, forward and backward
-    activation_bytes: int  # what each further clip adds to the peak
-    fixed_bytes: int  # what the peak holds beside, whatever the batch: copies of the weights made by autocast
+    activation_bytes: int  # added to the peak by each further clip
+    fixed_bytes: int  # the rest of the peak, whatever the batch: autocast's copies of the weights
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """The size of a model, and what a training step costs."""
+    """The size of a model, and the cost of a training step."""
 
     parameters: int
     trained: int  # of them
@@ -60,30 +62,24 @@ class ModelCounts:
     recomputed: StepCounts
 
 
-def count_model(
-    base: BaseConfig,
-    config: TripConfig,
-    gpu: bool,
-    bfloat16: bool,
-    sharded: bool = False,
-    freeze: Callable[[Trip], object] = lambda trip: None,
-) -> ModelCounts:
+def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
     """Counts one training step of TRIP on this base. Memory is linear in the batch: two batches give both terms.
 
+    Sharded layers have the precision of the arithmetic, in which FSDP2 gathers them.
+
     Args:
-        gpu: by a GPU's rules; else by a CPU's. bfloat16: under autocast.
-        sharded: the layers' weights come in the arithmetic's precision, as FSDP2 gathers them.
-        freeze: leaves only the trained weights of a TRIP with gradients, after adding adapters to it perhaps.
+        gpu: count by a GPU's rules; else by a CPU's.
     """
+    config, bfloat16 = train.model, train.precision == "bfloat16"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         trip = new_trip(base, config)
     _refill(trip.unet, "meta")  # peft moves what it adds, which fake tensors refuse
-    freeze(trip)
+    choose_trained(trip, train)
     with fake:
         _refill(trip.unet, "cpu")
         layers = list(trip.unet.layers())
-        if sharded and bfloat16:
+        if train.sharded and bfloat16:
             for layer in layers:
                 _refill(layer, "cpu", torch.bfloat16)
 
@@ -106,7 +102,7 @@ def count_model(
 
 
 def _refill(module: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> None:
-    """Puts new parameters of the same shapes in place of all of a module's."""
+    """Replaces all parameters of a module by new ones of the same shapes."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype), p.requires_grad))
@@ -129,7 +125,7 @@ def new_inputs(base: BaseConfig, config: TripConfig, batch: int) -> tuple[torch.
 
 
 def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False, bfloat16: bool = False) -> PassCounts:
-    """Runs and counts one forward and backward pass; of real tensors as of fake ones."""
+    """Runs and counts one forward and backward pass; on real or fake tensors."""
     owned = {p.untyped_storage()._cdata for p in trip.parameters()}
     saved: dict[int, int] = {}
 
@@ -154,9 +150,9 @@ def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False, 
 
 
 class StepCounter(TorchDispatchMode):
-    """The work of all operations, by the formulas of `FlopCounterMode`, and the peak of the bytes that they made.
+    """Counts the FLOPs of all operations, by the formulas of `FlopCounterMode`, and the peak of their bytes.
 
-    `FlopCounterMode` itself also follows modules, by hooks that keep alive the graphs of recomputed activations.
+    `FlopCounterMode` also follows modules, with hooks that keep the graphs of recomputed activations alive.
     """
 
     def __init__(self, ignored: set[int]) -> None:
@@ -175,21 +171,21 @@ class StepCounter(TorchDispatchMode):
         return out
 
     def forget(self, tensor: Any) -> None:
-        """Counts a tensor as none of ours from now on."""
+        """Stops counting a tensor."""
         storage = tensor.untyped_storage()
         if self._known.pop(storage._cdata, None) is not None:
             self.live -= storage.nbytes()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._known or place in self._ignored:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known or address in self._ignored:
             return
 
         def drop(_: Any) -> None:
-            if self._known.pop(place, None) is not None:
+            if self._known.pop(address, None) is not None:
                 self.live -= size
 
-        self._known[place] = weakref.ref(storage, drop)
+        self._known[address] = weakref.ref(storage, drop)
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -199,7 +195,7 @@ def _gpu_rules(bfloat16: bool) -> Iterator[None]:
     """CUDA's rules for CPU tensors: norms in float32 under autocast, fused attention whatever the length.
 
     The CPU's autocast has the same list of bfloat16 operations, but leaves norms in bfloat16. The functions are
-    replaced, for a `TorchFunctionMode` would be off while the backward pass recomputes activations.
+    replaced because a `TorchFunctionMode` is off while the backward pass recomputes activations.
     """
     kept = (F.scaled_dot_product_attention, F.group_norm, F.layer_norm, unet_blocks.SHORT)
     attention, group_norm, layer_norm, _ = kept

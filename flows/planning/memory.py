@@ -1,4 +1,4 @@
-"""How much of a device's memory a training step takes, and the largest batch that fits."""
+"""The memory of a training step on one device, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from flows.planning.counting import ModelCounts
 from flows.planning.hardware import Device
-from flows.planning.spec import PlanSpec
 from flows.planning.units import size
+from tasks.train.spec import TrainSpec
 
 # CUDA's context, the workspaces of its libraries, and what a caching allocator cannot use again.
 RESERVE = 0.08
@@ -16,7 +16,7 @@ RESERVE = 0.08
 
 @dataclass(frozen=True)
 class Part:
-    """One user of memory."""
+    """One part of a step's memory."""
 
     what: str
     size_bytes: float
@@ -25,14 +25,14 @@ class Part:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device for the step that the recipe asks for, and what else would fit."""
+    """Memory of a training step on one device, and the largest batches that fit."""
 
     parts: tuple[Part, ...]
     largest: int  # clips at once, every activation kept
     largest_recomputed: int  # with activations recomputed
-    at_once: int  # clips of the recipe's step
+    at_once: int  # clips of one forward pass
     recompute: bool
-    accumulation: int  # micro-batches to a step
+    accumulation: int  # micro-batches per step
 
     @property
     def size_bytes(self) -> float:
@@ -43,29 +43,36 @@ class MemoryPlan:
         return self.at_once <= (self.largest_recomputed if self.recompute else self.largest)
 
 
-def plan_memory(spec: PlanSpec, counts: ModelCounts, text_parameters: int, device: Device) -> MemoryPlan:
-    """Memory is linear in the batch, so the largest batch is a division."""
-    standing = _standing(spec, counts, text_parameters, device)
-    free = device.memory_bytes - sum(part.size_bytes for part in standing)
+def plan_memory(train: TrainSpec, counts: ModelCounts, text_parameters: int, device: Device) -> MemoryPlan:
+    """Computes the memory of a step. Memory is linear in the batch, so the largest batch is a division."""
+    fixed = _fixed_parts(train, counts, text_parameters, device)
+    free = device.memory_bytes - sum(part.size_bytes for part in fixed)
     passes = {False: counts.kept, True: counts.recomputed}
     largest = {how: max(0, int((free - one.fixed_bytes) // one.activation_bytes)) for how, one in passes.items()}
-    chosen = passes[spec.recompute]
-    copies = "; bfloat16 copies of the weights" if spec.precision == "bfloat16" and not spec.sharded else ""
-    recomputed = ", recomputed" if spec.recompute else ""
-    moving = (
-        Part("held whatever the batch", chosen.fixed_bytes, f"counted on fake tensors{copies}"),
+    step = passes[train.recompute_activations]
+    copies = "; bfloat16 copies of the weights" if train.precision == "bfloat16" and not train.sharded else ""
+    recomputed = ", recomputed" if train.recompute_activations else ""
+    at_once = train.samples_per_pass
+    variable = (
+        Part("held whatever the batch", step.fixed_bytes, f"counted on fake tensors{copies}"),
         Part(
             "activations",
-            chosen.activation_bytes * spec.at_once,
-            f"counted on fake tensors: {size(chosen.activation_bytes)} a clip x {spec.at_once}{recomputed}",
+            step.activation_bytes * at_once,
+            f"counted on fake tensors: {size(step.activation_bytes)} a clip x {at_once}{recomputed}",
         ),
     )
-    accumulation = math.ceil(spec.share / spec.at_once)
-    return MemoryPlan((*standing, *moving), largest[False], largest[True], spec.at_once, spec.recompute, accumulation)
+    return MemoryPlan(
+        parts=(*fixed, *variable),
+        largest=largest[False],
+        largest_recomputed=largest[True],
+        at_once=at_once,
+        recompute=train.recompute_activations,
+        accumulation=math.ceil(train.largest_share / at_once),
+    )
 
 
 def shortfall(memory: MemoryPlan, device: Device) -> str | None:
-    """What to change where a recipe's step does not fit into a device, in one sentence; None where it fits."""
+    """One sentence about a step that does not fit, with a remedy; None if it fits."""
     if memory.fits:
         return None
     if memory.largest or memory.recompute and memory.largest_recomputed:
@@ -79,25 +86,25 @@ def shortfall(memory: MemoryPlan, device: Device) -> str | None:
     return f"{clips} {size(memory.size_bytes)} of {size(device.memory_bytes)} of a {device.name}; {remedy}"
 
 
-def _standing(spec: PlanSpec, counts: ModelCounts, text_parameters: int, device: Device) -> list[Part]:
-    """What lies in memory at every moment of a step."""
-    ranks = spec.workers if spec.sharded else 1
-    over = f" / {ranks} workers" if spec.sharded else ""
-    trained = f"{counts.trained / 1e6:,.1f} M trained x"
+def _fixed_parts(train: TrainSpec, counts: ModelCounts, text_parameters: int, device: Device) -> list[Part]:
+    """What takes memory during the complete step, whatever the batch."""
+    ranks = train.workers if train.sharded else 1
+    over = f" / {ranks} workers" if train.sharded else ""
+    per_trained = f"{counts.trained / 1e6:,.1f} M trained x"
     parts = [
         Part("weights", 4 * counts.parameters / ranks, f"{counts.parameters / 1e6:,.1f} M parameters x 4 B{over}"),
-        Part("gradients", 4 * counts.trained / ranks, f"{trained} 4 B{over}"),
-        Part("AdamW's two moments", 8 * counts.trained / ranks, f"{trained} 8 B{over}"),
+        Part("gradients", 4 * counts.trained / ranks, f"{per_trained} 4 B{over}"),
+        Part("AdamW's two moments", 8 * counts.trained / ranks, f"{per_trained} 8 B{over}"),
     ]
-    if spec.average:
-        parts.append(Part("moving average", 4 * counts.trained / ranks, f"{trained} 4 B{over}"))
-    if spec.sharded:
-        value = 2 if spec.precision == "bfloat16" else 4
+    if train.average_decay:
+        parts.append(Part("moving average", 4 * counts.trained / ranks, f"{per_trained} 4 B{over}"))
+    if train.sharded:
+        value = 2 if train.precision == "bfloat16" else 4
         how = f"derived: weights of two layers x {value} B, gradients of one x {value} + 4 B"
         gathered = counts.largest_layer * (2 * value + value + 4)
         parts.append(Part("gathered layers", gathered, f"{how}; {counts.largest_layer / 1e6:,.1f} M"))
-    elif spec.workers > 1:
-        parts.append(Part("buckets of DDP", 4 * counts.trained, f"{trained} 4 B, a second copy of the gradients"))
+    elif train.workers > 1:
+        parts.append(Part("buckets of DDP", 4 * counts.trained, f"{per_trained} 4 B, a second copy of the gradients"))
     parts.append(Part("text encoder", 4 * text_parameters, f"{text_parameters / 1e6:,.1f} M parameters x 4 B, frozen"))
     if device.name != "cpu":
         reserve = RESERVE * device.memory_bytes

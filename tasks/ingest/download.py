@@ -22,6 +22,7 @@ from tasks.ingest.sources import local_root, resolve_url
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.url_guard import AddressGuard, blocked_cause
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
+from trip_model import __version__
 
 # Retried within the run; 403 and the rarer 5xx only by a later run with `retry`.
 _RETRYABLE = RETRY_CLASSES["network"] | RETRY_CLASSES["timeout"]
@@ -104,7 +105,7 @@ class _Downloader:
         self._source, self._spec = source, spec
         self._guard = AddressGuard(declared, spec.allow_private)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max(1, spec.per_host)))
-        agent = f"{AGENT}/0.1" + (f" (+{spec.contact})" if spec.contact else "")
+        agent = f"{AGENT}/{__version__}" + (f" (+{spec.contact})" if spec.contact else "")
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=spec.concurrency, resolver=self._guard, socket_factory=self._guard.open_socket

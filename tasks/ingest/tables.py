@@ -28,7 +28,7 @@ _COMPLETE_LINE = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^"
 def read_csv(address: str, columns: dict[str, str]) -> Iterator[Row]:
     """Yields the rows of a CSV with a header line; blank lines are skipped.
 
-    A row has one cell per column of the header; further empty cells at its end are ignored. Any other number of cells is
+    A row has one cell per column of the header; further empty cells at its end are ignored. Any other number is
     a bad row, and so is a quote that neither opens nor closes a cell nor is doubled (`\\"`). An unclosed quote
     invalidates its own line and none of the lines after it. A well-formed quoted cell may contain any lines, including
     lines that look like rows.

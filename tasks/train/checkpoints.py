@@ -2,8 +2,8 @@
 
     step-00000200/weights.safetensors  average.safetensors  optimizer.safetensors  complete.json
 
-`complete.json` names every file with its sha256. A folder without it never existed; one whose files do not match is
-damaged, and resuming walks back past it and says so.
+`complete.json` names every file with its sha256. A folder without it is ignored. A checkpoint whose files do not match
+is damaged: resuming logs a warning and goes back to the one before.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from safetensors.torch import load_file, save_file
 
 from infra import storage
 from tasks.records import UserError, digest
-from tasks.train.sharding import like
+from tasks.train.sharding import shard_like
 
 COMPLETE = "complete.json"
+KEPT = 2  # newest complete checkpoints
 Tensors = dict[str, torch.Tensor]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete state of training, its tensors on the CPU."""
+    """A complete training state, its tensors on the CPU."""
 
     step: int
     uri: str
@@ -40,8 +41,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a save has put into the store, and the steps whose checkpoints had to go for it."""
+class SavedCheckpoint:
+    """A checkpoint that is complete, and the steps of the checkpoints removed after it."""
 
     step: int
     uri: str
@@ -50,29 +51,29 @@ class Saved:
     removed: tuple[int, ...]
 
 
-class Watcher(Protocol):
-    """Who follows the saves, in the thread that writes them."""
+class CheckpointListener(Protocol):
+    """Callbacks of a `CheckpointStore`, called in the thread that writes."""
 
     def before_mark(self) -> None:
-        """All files are there; the checkpoint counts as soon as this returns."""
+        """Called when all files are written; the checkpoint is marked complete when this returns."""
 
-    def after_mark(self, saved: Saved) -> None:
-        """The checkpoint is complete and older ones are removed."""
+    def after_mark(self, saved: SavedCheckpoint) -> None:
+        """Called when the checkpoint is complete and older ones are removed."""
 
 
 class CheckpointStore:
-    """The checkpoints of one training below an address; one process at a time writes, any number read.
+    """The checkpoints of one training below an address; one process writes at a time, any number read.
 
-    A save copies the tensors to host memory and returns; a thread writes them. There is at most one such copy: the
-    next save waits for it, and raises what went wrong. Kept are the `keep` newest complete checkpoints, and the one
-    with the lowest metric `best` if any has that metric. Leaving a `with` block waits for the save under way.
+    `save` copies the tensors to host memory and returns; a thread writes them. There is at most one such copy: the next
+    save waits for it and raises its error. The store keeps the `keep` newest complete checkpoints, and the one with the
+    lowest metric `best` if any has that metric. Leaving a `with` block waits for the save in progress.
     """
 
-    def __init__(self, uri: str, keep: int = 2, best: str = "", watcher: Watcher | None = None) -> None:
+    def __init__(self, uri: str, keep: int = KEPT, best: str = "", listener: CheckpointListener | None = None) -> None:
         if keep < 1:
-            raise ValueError(f"keep is {keep}; at least the newest checkpoint must be kept")
+            raise ValueError(f"keep {keep}, expected at least 1 checkpoint")
         self.uri = uri
-        self._keep, self._best, self._watcher = keep, best, watcher
+        self._keep, self._best, self._listener = keep, best, listener
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._host: dict[str, Tensors] = {}
@@ -86,7 +87,7 @@ class CheckpointStore:
         except Exception as lost:
             if error is None:
                 raise
-            log.warning("the last checkpoint below %s was not written: %s", self.uri, lost)  # `error` is on its way
+            log.warning("the last checkpoint below %s was not written: %s", self.uri, lost)  # `error` propagates
         finally:
             self._thread.shutdown()
 
@@ -97,9 +98,9 @@ class CheckpointStore:
         facts: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Takes the state as it is now; it is a complete checkpoint some time later, at the latest after `wait`.
+        """Saves a copy of the current state. The checkpoint is complete when `wait` returns, or earlier.
 
-        Metrics that are not finite are left out. Raises what the save before this one failed with.
+        Metrics that are not finite are left out. Raises the error of the previous save.
         """
         self.wait()
         self._copy_to_host(parts)
@@ -107,20 +108,20 @@ class CheckpointStore:
         self._writing = self._thread.submit(self._write, step, list(parts), dict(facts), finite)
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises what the last one failed with, once."""
+        """Waits for the save in progress. Raises the error of the last save, once."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def steps(self) -> list[int]:
-        """Steps with a completeness mark, newest first."""
+        """Steps of complete checkpoints, newest first."""
         return [step for step in self._folders() if storage.exists(storage.join(self.address(step), COMPLETE))]
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are all as its mark says; None when the store holds none at all.
+        """Loads the newest checkpoint whose files match their hashes; None if the store is empty.
 
         Raises:
-            UserError: there are checkpoints and every one is damaged. OSError: the store cannot be read.
+            UserError: all checkpoints are damaged. OSError: the store cannot be read.
         """
         steps = self.steps()
         for step in steps:
@@ -129,7 +130,7 @@ class CheckpointStore:
             except (ValueError, KeyError, FileNotFoundError) as error:
                 log.warning("checkpoint %s is damaged (%s); going back to the one before", self.address(step), error)
         if steps:
-            raise UserError(f"all {len(steps)} checkpoints in {self.uri} are damaged; delete that folder to start anew")
+            raise UserError(f"all {len(steps)} checkpoints in {self.uri} are damaged; delete that folder to restart")
         return None
 
     def address(self, step: int) -> str:
@@ -147,14 +148,14 @@ class CheckpointStore:
         parts = {}
         for name, expected in mark["files"].items():
             with storage.local_copy(storage.join(uri, name)) as path:
-                found = storage.sha256_file(path)
-                if found != expected:
-                    raise ValueError(f"{name} has sha256 {found[:12]}, expected {expected[:12]}")
+                actual = storage.sha256_file(path)
+                if actual != expected:
+                    raise ValueError(f"{name} has sha256 {actual[:12]}, expected {expected[:12]}")
                 parts[Path(name).stem] = load_file(path)
         return Checkpoint(mark["step"], uri, parts, mark["facts"])
 
     def _copy_to_host(self, parts: Mapping[str, Tensors]) -> None:
-        """Copies into the buffers of the save before, which is written by now."""
+        """Copies into the buffers of the previous save, which is written."""
         before, self._host = self._host, {}
         for name, tensors in parts.items():
             host = self._host[name] = {}
@@ -166,30 +167,30 @@ class CheckpointStore:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    # What follows runs in the writing thread.
+    # The methods below run in the writing thread.
 
     def _write(self, step: int, parts: list[str], facts: dict[str, Any], metrics: dict[str, float]) -> None:
         uri = self.address(step)
         complete = set(self.steps())
-        for left in self._folders():
-            if left not in complete or left == step:
-                self._remove(left)  # what a killed run has left half-written, and this step if it was damaged
+        for existing in self._folders():
+            if existing not in complete or existing == step:
+                self._remove(existing)  # left incomplete by a killed run, or a damaged checkpoint of this step
         files = {}
         for part in parts:
             name = f"{part}.safetensors"
             with storage.local_draft(storage.join(uri, name)) as path:
                 save_file(self._host[part], path)
                 files[name] = storage.sha256_file(path)
-        if self._watcher is not None:
-            self._watcher.before_mark()
+        if self._listener is not None:
+            self._listener.before_mark()
         mark = {"step": step, "files": files, "facts": facts, "metrics": metrics}
         storage.write_json(storage.join(uri, COMPLETE), mark)
         removed = self._retain(step)
-        if self._watcher is not None:
-            self._watcher.after_mark(Saved(step, uri, digest(files), metrics, removed))
+        if self._listener is not None:
+            self._listener.after_mark(SavedCheckpoint(step, uri, digest(files), metrics, removed))
 
     def _retain(self, newest: int) -> tuple[int, ...]:
-        """Removes what need not be kept. Steps beyond the newest were damaged, for training has gone back past them."""
+        """Removes old checkpoints. Steps after `newest` are damaged: training has resumed before them."""
         steps = self.steps()
         complete = [step for step in steps if step <= newest]
         kept = {*complete[: self._keep], *self._best_of(complete)}
@@ -199,7 +200,7 @@ class CheckpointStore:
         return removed
 
     def _best_of(self, steps: list[int]) -> list[int]:
-        """The step with the lowest metric `best`, of equal ones the newest; empty when no checkpoint has it."""
+        """The step with the lowest metric `best`, the newest of equal ones; empty if no checkpoint has the metric."""
         if not self._best:
             return []
         scored = []
@@ -208,16 +209,16 @@ class CheckpointStore:
                 mark = storage.read_json(storage.join(self.address(step), COMPLETE))
                 scored.append((mark["metrics"][self._best], -step))
             except (ValueError, KeyError, FileNotFoundError):
-                continue  # it has no such metric, or its mark is damaged
+                continue  # no such metric, or a damaged mark
         return [-min(scored)[1]] if scored else []
 
     def _remove(self, step: int) -> None:
-        storage.delete(storage.join(self.address(step), COMPLETE))  # first: a half-removed checkpoint is none
+        storage.delete(storage.join(self.address(step), COMPLETE))  # first: a partly removed checkpoint is not complete
         storage.delete(self.address(step))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimiser's state as named tensors, `<parameter index>.<entry>`."""
+    """Returns the optimiser's state as named tensors, `<parameter index>.<entry>`."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
@@ -225,10 +226,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Puts back what `optimizer_tensors` took out; the parameter groups stay as the recipe made them."""
+    """Restores the state returned by `optimizer_tensors`; the parameter groups stay those of the recipe."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, Tensors] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = like(value, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = shard_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

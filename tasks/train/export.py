@@ -1,4 +1,4 @@
-"""The model to use, apart from the state to resume from: the base with the trained weights put in."""
+"""Exports the model folder: the base with the trained weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trip_model.model import Trip
 def export(
     spec: TrainSpec, dataset: ShardDataset, base: Path, config: TripConfig, trained: Tensors, report: TrainReport
 ) -> TrainReport:
-    """Writes the model folder, adapters alone beside it, then the report as the mark of completion.
+    """Writes the model folder, adapters in their own folder, then the report as the mark of completion.
 
     Args:
-        trained: the trained weights, whole, by their names in the model that was trained.
+        trained: the trained weights in full, by their names in the trained model.
     """
     provenance = {
         "dataset": redact(spec.dataset),
@@ -38,8 +38,8 @@ def export(
     }
     trip = Trip.from_base(base, config)
     adapters = add_adapters(trip.unet, spec) if spec.trained == "lora" else None
-    foreign = trip.load_state_dict(trained, strict=False).unexpected_keys
-    assert not foreign, foreign
+    unexpected = trip.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unexpected, unexpected
     spool = Path(tempfile.mkdtemp(prefix="trip-export-"))
     try:
         if adapters is not None:

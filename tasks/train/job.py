@@ -1,6 +1,6 @@
-"""Runs the training loop under Ray Train, or in this process; either way the loop itself keeps the books.
+"""Runs the training loop under Ray Train, or in this process.
 
-Resuming is the same call again: the loop's own checkpoint store says where to go on, Ray's snapshots are not used.
+The same call resumes a training from the loop's own checkpoint store; Ray's checkpoints are not used.
 """
 
 from __future__ import annotations
@@ -23,60 +23,61 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.cluster import lost_a_machine
-from infra.tracking import Tracking, default_artifact_location
+from infra.telemetry import Tracking
+from infra.tracking import default_artifact_location
 from tasks.shards import read_manifest
-from tasks.train.checkpoints import CheckpointStore, Saved
-from tasks.train.loop import Notice, Tick, TrainingStopped, run_training
-from tasks.train.preflight import check_before_start
+from tasks.train.checkpoints import CheckpointStore, SavedCheckpoint
+from tasks.train.loop import ControlSignal, Tick, TrainingStopped, run_training
+from tasks.train.preflight import preflight
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
 
-NOWHERE = TrackingSpec()
-MAX_FAILURES = 2  # without a new checkpoint between; a lost worker starts the group again from the newest one
-# An elastic training looks for machines at this interval: to grow costs a restart and the steps since a checkpoint.
+NO_TRACKING = TrackingSpec()
+MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the group resumes from the newest one
+# Interval at which an elastic training looks for machines. Growing costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
-FLUSH_SECONDS = 5.0  # how long a checkpoint waits for the metrics before it to be delivered; then they are spooled
+FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
 _logger = logging.getLogger(__name__)
 
 
 def train(
     spec: TrainSpec,
     progress: Tick | None = None,
-    tracking: TrackingSpec = NOWHERE,
+    tracking: TrackingSpec = NO_TRACKING,
     in_process: bool = False,
 ) -> TrainReport:
-    """Trains a model, or returns the report of the same training if it is complete.
+    """Trains a model, or returns the report if this training is finished.
 
     Args:
-        progress: called in this process with every tick of `run_training`.
+        progress: called in this process for every tick of `run_training`.
         in_process: run the loop here, with one worker and without Ray.
 
-    In this process SIGTERM ends the training after the step under way, with a checkpoint. Under Ray a machine about to
-    be taken away leads to a checkpoint, and Ray Train continues from it on the machines that are left.
+    In this process SIGTERM ends the training after the current step, with a checkpoint. Under Ray a preemption notice
+    triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
 
     Raises:
-        UserError: an unusable spec. RuntimeError: the workers failed again and again without getting further.
+        UserError: an invalid spec. RuntimeError: the workers failed repeatedly without a new checkpoint.
         RayError: the session's machine is lost. TrainingStopped: SIGTERM came. The same call continues after either.
     """
     done = finished_report(spec)
     if done is not None:
-        if spool_file(spec).exists():  # what tracking could not take while it was down
-            with _Log(spec, tracking):
+        if spool_file(spec).exists():  # metrics that were not delivered
+            with _RunLog(spec, tracking):
                 pass
         return done
-    for warning in check_before_start(spec):
+    for warning in preflight(spec):
         _logger.warning(warning)
     if in_process:
-        with _Log(spec, tracking) as log, _sigterm() as notice:
-            return run_training(spec, on_tick=_both(log.tick, progress), watcher=log, notice=notice)
+        with _RunLog(spec, tracking) as log, _sigterm() as control:
+            return run_training(spec, on_tick=_both(log.tick, progress), listener=log, control=control)
 
-    # On the driver's machine: on a worker's it would go when that machine does, and the training with it.
+    # On the driver's machine: the loss of a worker's machine must not end it, and the training with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    news = _News.options(num_cpus=0, scheduling_strategy=here).remote()
+    relay = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
         try:
-            _fit_while_it_gets_further(spec, {"spec": spec, "tracking": tracking, "news": news})
+            _fit_while_progressing(spec, {"spec": spec, "tracking": tracking, "relay": relay})
         except Exception as error:  # noqa: BLE001 - handed to the caller below
             errors.append(error)
 
@@ -84,7 +85,7 @@ def train(
     thread.start()
     while thread.is_alive():
         thread.join(timeout=1.0)
-        ticks, warnings = ray.get(news.take.remote())  # raises when the machine is lost
+        ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
         for warning in warnings:
             _logger.warning(warning)
         if progress is not None:
@@ -99,8 +100,8 @@ def train(
     return report
 
 
-def _fit_while_it_gets_further(spec: TrainSpec, config: dict[str, Any]) -> None:
-    """Ray counts failures over a whole run, however long; here they count since the newest checkpoint."""
+def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
+    """Restarts the trainer as long as there are new checkpoints: Ray counts the failures of a complete run."""
     checkpoints = CheckpointStore(storage.join(spec.output, "checkpoints"))
     while True:
         before = checkpoints.steps()
@@ -133,7 +134,7 @@ def _resources(spec: TrainSpec) -> dict[str, float]:
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs; rank 0 logs and reports ticks."""
+    """The function of every Ray Train worker; rank 0 logs and reports ticks."""
     import torch
 
     _end_with_the_raylet()
@@ -143,19 +144,19 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, spec.cpus_per_worker))
     device = "cuda" if spec.gpus_per_worker else "cpu"
     if rank != 0:
-        return asdict(run_training(spec, rank, world, device, notice=_preemption()))
-    news = config["news"]
-    news.started.remote(world, spec.workers)
-    with _warnings_to(news), _Log(spec, config["tracking"]) as log:
-        tick = _both(log.tick, lambda tick: news.tick.remote(tick))
+        return asdict(run_training(spec, rank, world, device, control=_preemption()))
+    relay = config["relay"]
+    relay.started.remote(world, spec.workers)
+    with _warnings_to(relay), _RunLog(spec, config["tracking"]) as log:
+        tick = _both(log.tick, lambda tick: relay.tick.remote(tick))
         return asdict(run_training(spec, rank, world, device, tick, log, _preemption()))
 
 
 def _end_with_the_raylet() -> None:
-    """Ends this process soon after its parent has ended, as it does with the driver of a local session.
+    """Ends this process soon after its parent, which ends with the driver of a local session.
 
-    Ray leaves the workers training where nobody buries the raylet, in a container without an init for one. They would
-    write checkpoints beside those of the next run, and hold the GPUs that it needs.
+    Ray's workers continue to train if no init process reaps the dead raylet, as in a container. They would write
+    checkpoints next to those of the next run, and occupy its GPUs.
     """
     raylet = os.getppid()
 
@@ -167,31 +168,31 @@ def _end_with_the_raylet() -> None:
     threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
 
 
-def _preemption() -> Notice:
-    """Asks for a checkpoint once for every news of a machine about to go.
+def _preemption() -> ControlSignal:
+    """Requests one checkpoint for every preemption notice.
 
-    The training goes on until the machine does: to return would end it for good, to raise would count as a failure.
+    The training continues until the machine is lost: a return would end it, an error would count as a failure.
     """
     known: Any = None
 
-    def notice() -> Literal["", "save", "stop"]:
+    def control() -> Literal["", "save", "stop"]:
         nonlocal known
-        before, known = known, ray.train.get_preemption_info()  # also a barrier: every rank asks at every step
+        before, known = known, ray.train.get_preemption_info()  # also a barrier: every rank calls it after every step
         return "save" if known is not None and known != before else ""
 
-    return notice
+    return control
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Notice | None]:
-    """A notice that says "stop" once SIGTERM has come; None outside the main thread, which alone can listen."""
+def _sigterm() -> Iterator[ControlSignal | None]:
+    """A control signal that returns "stop" after SIGTERM; None outside the main thread, the only one with handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield lambda: "stop" if told.is_set() else ""
+        yield lambda: "stop" if received.is_set() else ""
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -205,8 +206,8 @@ def _both(first: Tick, second: Tick | None) -> Tick:
     return tick
 
 
-class _Log:
-    """Rank 0's side of tracking: one MLflow run per training, the same one after a resume; watches the checkpoints."""
+class _RunLog:
+    """Logs to MLflow on rank 0: one run per training, also after a resume; listens to the checkpoints."""
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
         self._tracking: Tracking | None = None
@@ -226,7 +227,7 @@ class _Log:
         self._tracking.document("spec.json", asdict(spec))
         self._tracking.dataset_input("latents", manifest_sha256, spec.dataset)
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> _RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -244,7 +245,7 @@ class _Log:
         if self._tracking is not None:
             self._tracking.flush(FLUSH_SECONDS)
 
-    def after_mark(self, saved: Saved) -> None:
+    def after_mark(self, saved: SavedCheckpoint) -> None:
         if self._tracking is not None:
             self._tracking.checkpoint(saved.step, saved.uri, saved.digest, saved.metrics)
             for step in saved.removed:
@@ -252,7 +253,7 @@ class _Log:
 
 
 @ray.remote
-class _News:
+class _Relay:
     """Carries ticks and warnings from rank 0 to the driver."""
 
     def __init__(self) -> None:
@@ -263,8 +264,8 @@ class _News:
     def started(self, world: int, workers: int) -> None:
         self._starts += 1
         if self._starts > 1 or world < workers:
-            lost = "the workers were started again" if self._starts > 1 else "not all workers could be started"
-            self._warnings.append(f"{lost}: training on {world} of {workers} from the newest checkpoint")
+            reason = "the workers were restarted" if self._starts > 1 else "not all workers could be started"
+            self._warnings.append(f"{reason}: training on {world} of {workers} from the newest checkpoint")
 
     def tick(self, tick: dict[str, Any]) -> None:
         self._ticks.append(tick)
@@ -273,16 +274,16 @@ class _News:
         self._warnings.append(sentence)
 
     def take(self) -> tuple[list[dict[str, Any]], list[str]]:
-        taken = self._ticks, self._warnings
+        batch = self._ticks, self._warnings
         self._ticks, self._warnings = [], []
-        return taken
+        return batch
 
 
 @contextlib.contextmanager
-def _warnings_to(news: Any) -> Iterator[None]:
-    """Rank 0's own warnings, a damaged checkpoint for one, reach the console of the driver."""
+def _warnings_to(relay: Any) -> Iterator[None]:
+    """Forwards rank 0's warnings, such as a damaged checkpoint, to the console of the driver."""
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: news.warning.remote(record.getMessage())
+    handler.emit = lambda record: relay.warning.remote(record.getMessage())
     loggers = [logging.getLogger(room) for room in ("tasks", "infra")]
     for logger in loggers:
         logger.addHandler(handler)

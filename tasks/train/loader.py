@@ -1,9 +1,9 @@
 """Reads training batches from latent shards in an order that is a pure function of (seed, step).
 
-The stream of samples is one permutation after another, so a step needs no state: resuming is asking for the next
-step, and any number of workers sees the same global batches. Of a sample with more frames than are trained on, a track,
-each place of the stream draws a window anew; only its frames are read. A damaged sample keeps its place, marked as one
-that is to have no part in the loss.
+The stream of samples is one permutation after another, so a step needs no state: a resumed training asks for the next
+step, and any number of workers sees the same global batches. From a track, a sample with more frames than a window,
+each place of the stream draws a new window; only its frames are read. A damaged sample keeps its place, and is marked
+as excluded from the loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KEPT_BY = {"logvar": "keep_logvar", "text": "keep_text"}
 
 
 def share(global_batch: int, rank: int, world: int) -> range:
-    """The places in a global batch that worker `rank` of `world` trains on; shares differ by one sample at most."""
+    """The positions in a global batch that worker `rank` of `world` trains on; shares differ by one sample at most."""
     return range(rank * global_batch // world, (rank + 1) * global_batch // world)
 
 
@@ -33,10 +33,10 @@ class Batch:
 
     raw_latents_BFCHW: torch.Tensor  # unscaled; float16 as stored, or float32 where drawn from the posterior
     tokens_BL: torch.Tensor  # int64
-    positions: tuple[int, ...]  # places in the global batch, the address of every random draw
+    positions: tuple[int, ...]  # in the global batch: the address of every random draw
     keys: tuple[str, ...]
     text_BLD: torch.Tensor | None  # float32 text features, where the stored ones are used
-    whole_B: torch.Tensor  # bool; of a sample that is damaged, and not whole, all values here are zeros
+    intact_B: torch.Tensor  # bool; False for a damaged sample, whose values are zeros
 
 
 class TrainingData:
@@ -44,12 +44,12 @@ class TrainingData:
 
     Args:
         sample_posterior: draw each latent from the VAE's posterior; else it is the mean.
-        stored_text: read the captions' text features.
-        vocab_size: of the text encoder; a token beyond it is damage.
-        quarantine: the folder for the books on damaged samples; without it the first one is an error.
+        stored_text: read the stored text features.
+        vocab_size: of the text encoder; a larger token is damage.
+        quarantine: folder that records damaged samples; None raises at the first one.
     Raises:
-        UserError: the data set does not hold what is asked for; a split that cannot be made. Also when samples are
-            read: one that is damaged, or more of them than `Quarantine` bears.
+        UserError: a field is missing in the data set, or the split is invalid. While reading: a sample is damaged, or
+            more samples than `Quarantine` allows.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainingData:
         optional = (["logvar"] if sample_posterior else []) + (["text"] if stored_text else [])
         for name in optional:
             if name not in dataset.fields(0):
-                raise UserError(f"{dataset.uri} holds no {name}; prepare it with {_KEPT_BY[name]}, or train without")
+                raise UserError(f"{dataset.uri} contains no {name}; prepare it with {_KEPT_BY[name]}, or train without")
         self._fields = ("latents", "tokens", *optional)
         clips_N = dataset.clip_hashes()
         held_out_N = held_out_samples(clips_N, held_out_fraction)
@@ -81,8 +81,18 @@ class TrainingData:
         self._epoch = -1
         self._order = self.samples
 
+    @property
+    def damaged(self) -> int:
+        """Damaged samples that all ranks had recorded when this rank last counted them."""
+        return self.quarantine.count if self.quarantine is not None else 0
+
+    def refresh_damaged(self) -> None:
+        """Counts the damaged samples again; lists the folder of the quarantine."""
+        if self.quarantine is not None:
+            self.quarantine.refresh()
+
     def sample_at(self, place: int) -> int:
-        """The data set's index of the sample at a place of the endless stream."""
+        """The data set's index of the sample at a place of the infinite stream."""
         epoch, offset = divmod(place, len(self.samples))
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
@@ -96,41 +106,41 @@ class TrainingData:
         return self._read([self.sample_at(place) for place in places], places, positions)
 
     def held_out(self, count: int) -> Batch:
-        """One window of each of up to `count` held-out clips, always the same ones, in float32; damaged ones left out.
+        """One window of each of up to `count` held-out clips, always the same ones, in float32, without damaged ones.
 
         Raises:
             UserError: all of them are damaged.
         """
         picks = self.held_out_samples[:count].tolist()
         read = self._read(picks, range(len(picks)), range(len(picks)))
-        whole = torch.nonzero(read.whole_B)[:, 0]
-        if not len(whole):
+        intact = torch.nonzero(read.intact_B)[:, 0]
+        if not len(intact):
             raise UserError(f"the held-out clips of {self.dataset.uri} are damaged; verify the data set")
         return Batch(
-            raw_latents_BFCHW=read.raw_latents_BFCHW[whole].float(),
-            tokens_BL=read.tokens_BL[whole],
-            positions=tuple(range(len(whole))),
-            keys=tuple(read.keys[i] for i in whole.tolist()),
-            text_BLD=read.text_BLD[whole] if read.text_BLD is not None else None,
-            whole_B=read.whole_B[whole],
+            raw_latents_BFCHW=read.raw_latents_BFCHW[intact].float(),
+            tokens_BL=read.tokens_BL[intact],
+            positions=tuple(range(len(intact))),
+            keys=tuple(read.keys[i] for i in intact.tolist()),
+            text_BLD=read.text_BLD[intact] if read.text_BLD is not None else None,
+            intact_B=read.intact_B[intact],
         )
 
     def first_latents(self, count: int) -> torch.Tensor:
         """Raw latents float32 [B, F, C, H, W] of up to `count` training samples, for measuring the data set."""
         picks = self.samples[:count].tolist()
         read = self._read(picks, range(len(picks)), range(len(picks)))
-        return read.raw_latents_BFCHW[read.whole_B].float()
+        return read.raw_latents_BFCHW[read.intact_B].float()
 
     def _read(self, samples: list[int], places: Sequence[int], positions: Sequence[int]) -> Batch:
-        """What training sees of samples at places of the stream; every draw is a function of seed and place alone."""
+        """Reads samples at places of the stream; every draw is a function of seed and place."""
         samples_B = np.array(samples)
         starts = self._starts(samples_B, places)
         arrays: dict[str, np.ndarray] = {}
         damage: dict[int, str] = {}
         for name in self._fields:
             window = (starts, self.num_frames) if name in ("latents", "logvar") else (None, None)
-            arrays[name], found = self.dataset.stack(samples_B, name, *window)
-            damage |= {b: f"{name}: {reason}" for b, reason in found.items()}
+            arrays[name], reasons = self.dataset.stack(samples_B, name, *window)
+            damage |= {b: f"{name}: {reason}" for b, reason in reasons.items()}
         tokens_BL = arrays["tokens"]
         unknown_B = ((tokens_BL < 0) | (tokens_BL >= self._vocab_size)).any(axis=1)
         damage |= dict.fromkeys(np.flatnonzero(unknown_B).tolist(), "tokens: unknown to the text encoder")
@@ -145,21 +155,21 @@ class TrainingData:
         tokens = torch.from_numpy(tokens_BL).long()
         text = torch.from_numpy(arrays["text"]).float() if "text" in arrays else None
         keys = self.dataset.keys_of(samples_B)
-        whole = torch.ones(len(samples), dtype=torch.bool)
+        intact = torch.ones(len(samples), dtype=torch.bool)
         for b, reason in damage.items():
             if self.quarantine is None:
                 raise UserError(f"sample {keys[b]} of {self.dataset.uri} is damaged ({reason}); verify the data set")
             self.quarantine.add(keys[b], self.dataset.uri, reason)
-            for values in (latents, tokens, whole, *([text] if text is not None else [])):
+            for values in (latents, tokens, intact, *([text] if text is not None else [])):
                 values[b] = 0
-        return Batch(latents, tokens, tuple(positions), keys, text, whole)
+        return Batch(latents, tokens, tuple(positions), keys, text, intact)
 
     def _starts(self, samples_B: np.ndarray, places: Sequence[int]) -> list[int]:
         """The frames at which windows begin."""
         counts = self.dataset.frame_counts(samples_B).tolist()
         if min(counts) < self.num_frames:
             raise UserError(
-                f"{self.dataset.uri} holds a clip of {min(counts)} frames, {self.num_frames} are trained on;"
+                f"{self.dataset.uri} contains a clip of {min(counts)} frames, {self.num_frames} are trained on;"
                 " give a data set prepared with that many, or train on fewer"
             )
         starts = []

@@ -1,7 +1,7 @@
-"""The training loop (Equation 10, Section 4.1's optimiser), which knows nothing of Ray and runs in any process.
+"""The training loop (Equation 10, Section 4.1's optimiser), independent of Ray.
 
 Every random number has an address and the order of samples is a function of the step, so a run that was killed and
-continued is bitwise the run that was not.
+resumed equals an uninterrupted run bitwise.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from torch import nn
 from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
-from tasks.train.checkpoints import Checkpoint, CheckpointStore, Tensors, Watcher, optimizer_tensors, restore_optimizer
+from tasks.train.checkpoints import (
+    Checkpoint,
+    CheckpointListener,
+    CheckpointStore,
+    Tensors,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from tasks.train.export import export
 from tasks.train.loader import TrainingData, share
 from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer, trained_weights
-from tasks.train.sharding import like, shard, whole
+from tasks.train.sharding import full_tensor, full_tensors, shard, shard_like
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
-from tasks.train.validation import LOSS, Look, Validation
+from tasks.train.validation import LOSS, Validation, ValidationResult
 from trip_model.checkpoint import config_from_json
 from trip_model.encoders import load_text_encoder, load_vae
 from trip_model.folders import resolve_base
@@ -35,12 +42,13 @@ from trip_model.objective import draw, training_loss
 from trip_model.schedule import bridged
 
 Tick = Callable[[dict[str, Any]], None]
-# Asked on every rank after every step, and must say the same on all: go on, write a checkpoint and go on, or and stop.
-Notice = Callable[[], Literal["", "save", "stop"]]
+# Called on every rank after every step, with the same result on all: continue, checkpoint and continue, or checkpoint
+# and stop.
+ControlSignal = Callable[[], Literal["", "save", "stop"]]
 
 
 class TrainingStopped(UserError):
-    """A training that was told to stop has written a checkpoint and stopped; the same command continues it."""
+    """The training was stopped and has written a checkpoint; the same command continues it."""
 
 
 def run_training(
@@ -49,28 +57,33 @@ def run_training(
     world: int = 1,
     device: str = "cpu",
     on_tick: Tick | None = None,
-    watcher: Watcher | None = None,
-    notice: Notice | None = None,
+    listener: CheckpointListener | None = None,
+    control: ControlSignal | None = None,
 ) -> TrainReport:
     """Trains to `spec.steps`, from the newest complete checkpoint if there is one; rank 0 writes.
 
-    `on_tick` gets {"step", "steps", "loss", "frame_1", "frame_last", "learning_rate", "samples_per_second",
-    "seconds_left"} every `tick_every` steps, averaged since the last one, "damaged" where samples were left out, and
-    with a look at held-out clips what `Validation` says. With `world` above 1 a process group exists. `watcher` follows
-    the checkpoints, `notice` asks for one between the regular ones.
+    With `world` above 1 a process group must exist.
+
+    Args:
+        on_tick: called every `tick_every` steps with "step", "steps", "samples_per_second", "seconds_left", the means
+            of "loss", "frame_1" and "frame_last" since the last tick, and of the last step "grad_norm" (before
+            clipping), "lr_unet" and "lr_fusion" (if there is a fusion module). "damaged" counts skipped samples, if
+            there are any. After a validation the tick has its metrics, too.
+        listener: called for every checkpoint.
+        control: requests a checkpoint between the regular ones, or a stop.
 
     Raises:
-        UserError: a spec that cannot be trained.
-        TrainingStopped: `notice` said "stop"; the checkpoint is written.
+        UserError: an invalid spec.
+        TrainingStopped: `control` returned "stop"; the checkpoint is written.
     """
     done = finished_report(spec)
     if done is not None:
         return done
     check_spec(spec)
     started = time.monotonic()
-    with CheckpointStore(storage.join(spec.output, "checkpoints"), best=LOSS, watcher=watcher) as checkpoints:
+    with CheckpointStore(storage.join(spec.output, "checkpoints"), best=LOSS, listener=listener) as checkpoints:
         training = Training(spec, rank, world, device, checkpoints.newest())
-        training.run(checkpoints, on_tick or (lambda _: None), notice)
+        training.run(checkpoints, on_tick or (lambda _: None), control)
         checkpoints.wait()
     report = TrainReport(
         output=spec.output,
@@ -90,15 +103,15 @@ def run_training(
 
 
 class Training:
-    """One rank's part of a training: the model, its optimiser and the data, moved on step by step.
+    """One rank's part of a training: the model, its optimiser and the data.
 
     Raises:
-        UserError: the data set or the checkpoint is not one of this spec.
+        UserError: the data set or the checkpoint does not belong to this spec.
     """
 
     def __init__(self, spec: TrainSpec, rank: int, world: int, device: str, resumed: Checkpoint | None) -> None:
         if resumed is not None and resumed.facts["spec_digest"] != spec_digest(spec):
-            raise UserError(f"{spec.output} holds checkpoints of another training; give another output address")
+            raise UserError(f"{spec.output} contains checkpoints of another training; give another output address")
         self.spec, self._rank, self._world, self._device = spec, rank, world, device
         self.dataset = ShardDataset(spec.dataset)
         self.base = resolve_base(spec.base)
@@ -126,7 +139,7 @@ class Training:
                 unet_output=base_unet_output(self.base),
                 schedule=bridged(spec.model.schedule, self.base),
             )
-        torch.manual_seed(spec.seed)  # the first weights of the fusion module and of adapters
+        torch.manual_seed(spec.seed)  # initialises the fusion module and adapters
         self.trip = Trip.from_base(self.base, config).train()
         self.trip.unet.recompute_activations = spec.recompute_activations
         choose_trained(self.trip, spec)
@@ -138,62 +151,64 @@ class Training:
         self._optimizer = make_optimizer(self.trip, spec)
         self.average = MovingAverage(self._trained, spec.average_decay)
         self.losses = _Losses()
+        self._grad_norm = torch.tensor(math.nan)
         self._step = 0
         if resumed is not None:
             self._restore(resumed)
         if self._over_ranks([self._step]) != [self._step]:
-            raise RuntimeError(f"rank {rank} of {world} found the checkpoint of step {self._step}, others another one")
+            raise RuntimeError(f"rank {rank} of {world} resumes from step {self._step}, other ranks from another step")
         copies = world > 1 and not self._sharded
         self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if copies else self.trip
         self._share = len(share(spec.global_batch, rank, world))
         self._micro = min(spec.micro_batch or self._share, self._share)
         self._validation: Validation | None = None
-        if spec.validation.every and (rank == 0 or self._sharded):  # of a sharded model every rank has to look
+        if spec.validation.every and (rank == 0 or self._sharded):  # all ranks of a sharded model
             self._validation = Validation(spec.validation, self._data, vae, self._text, self._micro, device)
 
-    def run(self, checkpoints: CheckpointStore, on_tick: Tick, notice: Notice | None) -> None:
-        """All steps that are left, with ticks, looks and checkpoints between them."""
-        spec, looked = self.spec, self.spec.validation.every
+    def run(self, checkpoints: CheckpointStore, on_tick: Tick, control: ControlSignal | None) -> None:
+        """Runs the remaining steps, with ticks, validations and checkpoints."""
+        spec = self.spec
         tick_time, tick_step = time.monotonic(), self._step
         while self._step < spec.steps:
             self._train_step()
             step, finished = self._step, self._step == spec.steps
-            numbers: dict[str, float] = {}
-            if self._validation is not None and (step % looked == 0 or finished):
-                look_time = time.monotonic()
-                with self.average.shown():
-                    look = self._validation.look(self.trip)
+            metrics: dict[str, float] = {}
+            if self._validation is not None and (step % spec.validation.every == 0 or finished):
+                validation_time = time.monotonic()
+                with self.average.applied():
+                    result = self._validation.validate(self.trip)
                 if self._rank == 0:
-                    self._keep_clips(look)
-                numbers = look.numbers
-                tick_time += time.monotonic() - look_time  # the speed is that of training
-            if self._rank == 0 and (step % spec.tick_every == 0 or finished or numbers):
+                    self._write_clips(result)
+                metrics = result.metrics
+                tick_time += time.monotonic() - validation_time  # samples_per_second measures training only
+            if self._rank == 0 and (step % spec.tick_every == 0 or finished or metrics):
                 steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
-                damaged = len(self._data.quarantine or ())
+                damaged = self._data.damaged
                 on_tick(
                     self.losses.take()
-                    | numbers
+                    | metrics
                     | ({"damaged": damaged} if damaged else {})
+                    | {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
                     | {
                         "step": step,
                         "steps": spec.steps,
-                        "learning_rate": spec.learning_rate_fusion * learning_rate_factor(step - 1, spec),
+                        "grad_norm": self._grad_norm.item(),
                         "samples_per_second": steps_per_second * spec.global_batch,
                         "seconds_left": (spec.steps - step) / steps_per_second,
                     }
                 )
                 tick_time, tick_step = time.monotonic(), step
-            asked = notice() if notice is not None else ""
-            if asked or finished or step % spec.checkpoint_every == 0:
+            request = control() if control is not None else ""
+            if request or finished or step % spec.checkpoint_every == 0:
                 parts = self._parts()
                 if self._rank == 0:
-                    checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | numbers)
-            if asked == "stop" and not finished:
+                    checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | metrics)
+            if request == "stop" and not finished:
                 checkpoints.wait()
-                raise TrainingStopped(f"stopped at step {step} of {spec.steps} as told; the same command continues")
+                raise TrainingStopped(f"stopped at step {step} of {spec.steps} on request; the same command continues")
 
     def _train_step(self) -> None:
-        """One step on one global batch: gradients of this rank's share, clipped, then the weights and their average."""
+        """One step on one global batch: the gradients of this rank's share, clipping, the update and the average."""
         spec, step = self.spec, self._step
         batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
         z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).float() * self._scaling
@@ -208,10 +223,10 @@ class Training:
         total, errors = 0.0, []
         parts = torch.arange(self._share).split(self._micro)
         for number, part in enumerate(parts):
-            # A damaged sample has no term in the mean over the global batch; every rank makes as many passes all the
-            # same, so where none of a part is whole a row of zeros goes through, with weight zero.
-            sound = part[batch.whole_B[part]]
-            part = sound if len(sound) else part[:1]
+            # A damaged sample has no term in the mean over the global batch. All ranks make the same number of passes:
+            # a part without an intact sample passes one row of zeros with weight zero.
+            intact = part[batch.intact_B[part]]
+            part = intact if len(intact) else part[:1]
             torch.manual_seed(_dropout_seed(spec.seed, step, self._rank, number))
             with self._between_ranks(last=number + 1 == len(parts)):
                 text = batch.tokens_BL[part] if batch.text_BLD is None else batch.text_BLD[part]
@@ -225,22 +240,26 @@ class Training:
                     torch.bfloat16 if spec.precision == "bfloat16" else None,
                 )
                 # Gradients are averaged over ranks, and their shares of the batch may differ by a sample.
-                weight = len(sound) * self._world / spec.global_batch
+                weight = len(intact) * self._world / spec.global_batch
                 loss = loss * weight
                 loss.backward()
             total += loss.item()
             errors.append(error_BF.mean(dim=0) * weight)
-        total, *by_frame = self._over_ranks([total, *torch.stack(errors).sum(dim=0).tolist()])
+        damaged = float((~batch.intact_B).sum())
+        total, damaged, *by_frame = self._over_ranks([total, damaged, *torch.stack(errors).sum(dim=0).tolist()])
+        if damaged and self._rank == 0:
+            self._data.refresh_damaged()  # the sample may be another rank's
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), spec.clip_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), spec.clip_norm)
+        self._grad_norm = full_tensor(grad_norm)
         self._optimizer.step()
         self.average.update(step)
         self.losses.add(total, by_frame)
         self._step = step + 1
 
     def _over_ranks(self, values: list[float]) -> list[float]:
-        """The means over all ranks, bitwise equal on each."""
+        """Means over all ranks, bitwise equal on each rank."""
         if self._world == 1:
             return values
         sums = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -248,21 +267,21 @@ class Training:
         return (sums / self._world).tolist()
 
     def _between_ranks(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients meet those of the other ranks once a step, with the last part of the batch."""
+        """Gradients are averaged over the ranks once per step, with the last part of the batch."""
         if isinstance(self._model, nn.parallel.DistributedDataParallel) and not last:
             return self._model.no_sync()
         return contextlib.nullcontext()
 
     def trained_tensors(self) -> Tensors:
-        """What was trained, as it is to be used: the average where there is one. All ranks must ask; rank 0 gets it."""
-        return whole(self.average.tensors or self._trained, keep=self._rank == 0)
+        """The trained weights to export: the average if there is one. A collective; rank 0 gets them."""
+        return full_tensors(self.average.tensors or self._trained, keep=self._rank == 0)
 
     def _parts(self) -> dict[str, Tensors]:
-        """The tensors of a checkpoint. What is not trained is in the base, and not written again."""
+        """The tensors of a checkpoint. Frozen weights are in the base and not written again."""
         parts = {"weights": self._trained, "optimizer": optimizer_tensors(self._optimizer)}
         if self.average.tensors:
             parts["average"] = self.average.tensors
-        return {name: whole(tensors, keep=self._rank == 0) for name, tensors in parts.items()}
+        return {name: full_tensors(tensors, keep=self._rank == 0) for name, tensors in parts.items()}
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -274,22 +293,22 @@ class Training:
     def _restore(self, resumed: Checkpoint) -> None:
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(like(resumed.parts["weights"][name], parameter))
+                parameter.copy_(shard_like(resumed.parts["weights"][name], parameter))
         restore_optimizer(self._optimizer, resumed.parts["optimizer"])
         self.average.restore(resumed.parts.get("average", {}))
         self._step = resumed.step
         self.losses.restore(resumed.facts["losses"])
 
-    def _keep_clips(self, look: Look) -> None:
-        """`samples/step-00000200-KEY.mp4` in the output: how the model moves, look by look."""
-        for key, pixels in look.clips.items():
+    def _write_clips(self, result: ValidationResult) -> None:
+        """Writes `samples/step-00000200-KEY.mp4` below the output."""
+        for key, pixels in result.clips.items():
             name = f"step-{self._step:08d}-{key}.mp4"
             content = video_bytes(pixels, self.trip.config.fps, "mp4")
             storage.write_bytes(storage.join(self.spec.output, "samples", name), content)
 
 
 class _Losses:
-    """Running means between ticks, and the first and last of them."""
+    """Means since the last tick; the loss of the first step, and its exponential moving average (decay 0.98)."""
 
     def __init__(self) -> None:
         self.first, self.last = math.nan, math.nan
@@ -309,7 +328,7 @@ class _Losses:
         return means
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; with the sums, the next tick is a mean over all its steps after a resume too."""
+        """The state in a checkpoint. With the sums, the first tick after a resume is a mean over all of its steps."""
         return {"first": self.first, "last": self.last, "sum": self._sum, "count": self._count}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -15,23 +15,23 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention: over s
 
 
 def is_projection(name: str) -> bool:
-    """Whether a weight of the 3D-UNet, by its name, gets an adapter."""
+    """Whether the weight of this name gets an adapter."""
     return name.endswith(tuple(f".{projection}.weight" for projection in PROJECTIONS))
 
 
 def add_adapters(unet: UNet3D, spec: TrainSpec) -> PeftModel:
-    """Puts adapters into the 3D-UNet in place and freezes all else of it; the output is unchanged at first.
+    """Adds adapters to the 3D-UNet in place and freezes its other weights; its output does not change at first.
 
-    Their first weights come from torch's random state.
+    The adapters are initialised from torch's global random state.
     """
-    from peft import LoraConfig, get_peft_model  # takes seconds, and only this recipe needs it
+    from peft import LoraConfig, get_peft_model  # slow to import, and only needed here
 
     config = LoraConfig(r=spec.lora_rank, lora_alpha=spec.lora_alpha, target_modules=list(PROJECTIONS))
-    return get_peft_model(unet, config)  # pyright: ignore[reportArgumentType] - any nn.Module will do
+    return get_peft_model(unet, config)  # pyright: ignore[reportArgumentType] - takes any nn.Module
 
 
 def save_and_merge(adapters: PeftModel, folder: Path) -> None:
-    """Writes the adapters alone, readable by peft on diffusers' 3D-UNet; then the 3D-UNet is a plain one again."""
+    """Writes the adapters, in peft's layout for diffusers' 3D-UNet; then merges them into the 3D-UNet."""
     adapters.save_pretrained(str(folder))
-    (folder / "README.md").unlink()  # an empty form
+    (folder / "README.md").unlink()  # PEFT writes an empty model card template
     adapters.merge_and_unload()

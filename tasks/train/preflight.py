@@ -1,4 +1,4 @@
-"""Checks before a training starts what would fail at its first step or its first checkpoint."""
+"""Checks, before a training starts, what would fail at its first step or its first checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tasks.train.spec import TrainSpec, check_spec
 from trip_model.folders import folder_hash, resolve_base
 
 
-def check_before_start(spec: TrainSpec) -> list[str]:
+def preflight(spec: TrainSpec) -> list[str]:
     """Reads manifests, one sample and the shapes of the base; loads no weights.
 
     Returns:
-        warnings: what may go wrong, one sentence each.
+        Warnings, one sentence each.
     Raises:
-        UserError: what will go wrong. BaseFolderError: a base that is not whole.
+        UserError: the training would fail. BaseFolderError: an incomplete base.
     """
     check_spec(spec)
     base = resolve_base(spec.base)
@@ -40,18 +40,18 @@ def check_before_start(spec: TrainSpec) -> list[str]:
     dataset = ShardDataset(spec.dataset)
     _check_sample(spec, dataset, vae, text)
     _check_stored_text(spec, dataset, base)
-    return [*_other_base(spec, dataset, base), *_short_of_room(spec, _shapes(base))]
+    return [*_other_base(spec, dataset, base), *_check_space(spec, _shapes(base))]
 
 
 def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], text: dict[str, Any]) -> None:
-    """One sample stands for all: a data set is made by one recipe."""
+    """Checks one sample: all samples of a data set have the same recipe."""
     if not len(dataset):
-        raise UserError(f"the data set {spec.dataset} holds no sample; see the reasons in its report")
+        raise UserError(f"the data set {spec.dataset} contains no sample; see the reasons in its report")
     sample = dataset.read(0, ("latents", "tokens"))
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = spec.model.size // factor
     expected = (spec.model.num_frames, vae.get("latent_channels", 4), side, side)
-    # A longer sample is a track, of which windows are drawn.
+    # A longer sample is a track, and windows are drawn from it.
     if sample["latents"].shape[1:] != expected[1:] or len(sample["latents"]) < spec.model.num_frames:
         raise UserError(
             f"the latents of {spec.dataset} are {sample['latents'].shape} (frames, channels, height, width), the recipe"
@@ -65,20 +65,20 @@ def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], t
         )
     if sample["tokens"].max() >= text["vocab_size"]:
         raise UserError(
-            f"captions of {spec.dataset} hold token {sample['tokens'].max()}, the base's text encoder knows"
+            f"captions of {spec.dataset} contain token {sample['tokens'].max()}, the base's text encoder knows"
             f" {text['vocab_size']}; prepare with this base"
         )
 
 
 def _check_stored_text(spec: TrainSpec, dataset: ShardDataset, base: Path) -> None:
-    """Text features of another encoder would teach, but what is sampled with this one would not understand."""
-    made_by = dataset.published.recipe.get("text_encoder_sha256")
-    if spec.stored_text and made_by != folder_hash(base, "text_encoder"):
+    """Stored text features must come from the text encoder that sampling uses."""
+    stored_by = dataset.published.recipe.get("text_encoder_sha256")
+    if spec.stored_text and stored_by != folder_hash(base, "text_encoder"):
         raise UserError(f"the stored text of {spec.dataset} is not by the text encoder of {base}; train without it")
 
 
 def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]:
-    """Latents of another VAE train without an error, and teach nothing."""
+    """Latents of another VAE train without an error, but to a useless model."""
     recipe = dataset.published.recipe
     return [
         f"{spec.dataset} was prepared with another {part} than the one in {base}"
@@ -88,7 +88,7 @@ def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]
 
 
 def _shapes(base: Path) -> dict[str, list[int]]:
-    """The shapes of a base's 3D-UNet by name, from the headers of its files."""
+    """Returns the shapes of a base's 3D-UNet by name, from the headers of its files."""
     shapes: dict[str, list[int]] = {}
     for path in (base / "unet").glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
@@ -96,25 +96,25 @@ def _shapes(base: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _short_of_room(spec: TrainSpec, shapes: dict[str, list[int]]) -> list[str]:
-    """Room for the 3D-UNet's state, float32: on the disk of a local store, and in memory.
+def _check_space(spec: TrainSpec, shapes: dict[str, list[int]]) -> list[str]:
+    """Checks the space for the 3D-UNet's state in float32, on the disk of a local store and in memory.
 
-    A checkpoint holds the trained weights, AdamW's moments and an average if there is one; memory holds all weights,
-    and of the trained ones gradients, moments and average.
+    A checkpoint contains the trained weights, AdamW's moments and the average if there is one; memory holds all
+    weights, and the gradients, moments and average of the trained ones.
     """
     weights = 4 * sum(map(math.prod, shapes.values()))
     state = 4 * trained_parameters(shapes, spec) * (4 if spec.average_decay else 3)
     output = storage.local_path(spec.output) if spec.output else None
     if output is not None:
-        there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(there).free
+        existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
         if free < state:
             raise UserError(
-                f"{there} has {free / 1e9:.1f} GB left, a checkpoint takes {state / 1e9:.1f} GB; free some space or"
+                f"{existing} has {free / 1e9:.1f} GB left, a checkpoint takes {state / 1e9:.1f} GB; free some space or"
                 f" give another output address"
             )
     if spec.gpus_per_worker:
-        return []  # the GPUs may be another machine's: `python -m flows plan` knows theirs
+        return []  # the GPUs may be on another machine; see `python -m flows plan`
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = (weights + state) * (1 if spec.sharding == "fsdp2" else spec.workers)
     if needed <= memory:

@@ -1,6 +1,6 @@
-"""FSDP2: weights, gradients and optimiser state in shards over the ranks, gathered layer by layer as they are used.
+"""FSDP2: weights, gradients and optimiser state in shards over the ranks, gathered layer by layer.
 
-What lies in checkpoints is whole tensors, so that any number of workers continues, sharded or not.
+Checkpoints contain full tensors, so any number of workers can resume, sharded or not.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from trip_model.model import Trip
 def shard(trip: Trip, device: str, world: int, bfloat16: bool) -> None:
     """Shards a TRIP in place over all ranks; its parameters become `DTensor`s, float32 as before.
 
-    With `bfloat16` the layers of the 3D-UNet are gathered in it, and their gradients summed in float32; what is left,
-    the fusion module with it, is gathered in float32. Autocast decides about the arithmetic, as without shards.
+    With `bfloat16` the layers of the 3D-UNet are gathered in bfloat16, and their gradients summed in float32; all other
+    parameters, the fusion module's too, are gathered in float32. Autocast sets the precision of the arithmetic.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(
@@ -27,31 +27,36 @@ def shard(trip: Trip, device: str, world: int, bfloat16: bool) -> None:
     )
     for layer in trip.unet.layers():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # By default the root stays gathered after a forward pass, and would not see weights that are put in between two.
+    # By default the root stays gathered after a forward pass, and ignores weights that are replaced between two passes.
     fully_shard(trip, mesh=mesh, reshard_after_forward=True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor, the same memory; a plain tensor as it is."""
+    """Returns this rank's shard of a tensor, sharing its memory; a plain tensor unchanged."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def whole(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Sharded tensors in full, on the CPU, one after another; plain ones as they are. All ranks must ask.
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gathers a sharded tensor; a plain tensor is unchanged. A collective: all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    Ranks that do not `keep` them get none, and never hold more than one.
+
+def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Gathers sharded tensors on the CPU, one at a time; plain tensors are unchanged. A collective: all ranks call it.
+
+    Ranks without `keep` get an empty dictionary, and hold one full tensor at most.
     """
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = full_tensor(tensor)
         if keep:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
-    return found
+            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return gathered
 
 
-def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of a parameter and sharded as it is, if it has its shape; without communication."""
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Moves a full tensor to a parameter's device, and shards it the same way if the shapes agree. No communication."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor

@@ -1,7 +1,8 @@
-"""What a training is asked for, what it answers, and what tells one training from another."""
+"""The spec of a training, its report, and its identity."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,23 +12,23 @@ from infra.settings import MlflowAccess
 from tasks.records import Artifact, UserError, digest
 from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
-# Of a field that does not change what is trained, up to the rounding of sums, and so is no part of its identity.
+# Metadata of a field that does not change the result, up to rounding, and so is not part of the identity.
 MEANS = {"means": True}
 
 
 @dataclass(frozen=True)
 class ValidationSpec:
-    """What is looked at while training goes on. It changes nothing in the training."""
+    """Validation during training. It does not change the training."""
 
-    every: int = 0  # steps between two looks; 0 is never
-    clips: int = 32  # held-out clips whose loss is measured, each in every band of time steps
+    every: int = 0  # steps between two validations; 0 is never
+    clips: int = 32  # held-out clips, each measured in every band of time steps
     bands: int = 5
-    animated: int = 2  # of those, clips that are animated, for the motion ratio and to look at
+    animated: int = 2  # of these, clips that are generated, for the motion ratio and to watch
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """One training, by addresses and numbers. The defaults are the paper's where it gives them (Section 4.1)."""
+    """One training: addresses and numbers. The defaults are the paper's where it gives them (Section 4.1)."""
 
     dataset: str
     output: str = field(metadata=MEANS)
@@ -57,16 +58,31 @@ class TrainSpec:
     checkpoint_every: int = field(default=1000, metadata=MEANS)
     tick_every: int = field(default=10, metadata=MEANS)
     workers: int = field(default=1, metadata=MEANS)
-    # Go on with as few when machines are lost; None: wait for all of `workers`.
+    # Continue with at least this number when machines are lost; None: wait for all `workers`.
     least_workers: int | None = field(default=None, metadata=MEANS)
     cpus_per_worker: int = field(default=2, metadata=MEANS)
     gpus_per_worker: int = field(default=0, metadata=MEANS)
-    # Samples of one forward pass on one worker; None: all of its share.
+    # Samples of one forward pass on one worker; None: its complete share.
     micro_batch: int | None = field(default=None, metadata=MEANS)
-    # A third more work for a fraction of the memory.
+    # A third more computation, for a fraction of the memory.
     recompute_activations: bool = field(default=False, metadata=MEANS)
-    # Each worker holds the whole state, or (FSDP2) a share of it and gathers weights layer by layer.
+    # "none": every worker holds the complete state; "fsdp2": a shard, and weights are gathered layer by layer.
     sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
+
+    @property
+    def largest_share(self) -> int:
+        """Samples of a global batch on one worker; where the split is uneven, the most."""
+        return math.ceil(self.global_batch / self.workers)
+
+    @property
+    def samples_per_pass(self) -> int:
+        """Samples of one forward pass on one worker."""
+        return min(self.micro_batch or self.largest_share, self.largest_share)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the training state is sharded over the workers."""
+        return self.sharding == "fsdp2" and self.workers > 1
 
 
 @dataclass(frozen=True)
@@ -82,13 +98,13 @@ class TrackingSpec:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training made; written beside the model as the mark of completion."""
+    """The result of a training; written next to the model as the mark of completion."""
 
     output: str
     model: str
     step: int
-    loss_first: float
-    loss_last: float
+    loss_first: float  # of the first step
+    loss_last: float  # exponential moving average over the steps, decay 0.98
     samples_seen: int
     seconds: float
     model_digest: str
@@ -101,10 +117,10 @@ class TrainReport:
 
 
 def identity(value: Any) -> Any:
-    """A record as JSON-able data, for a digest; without fields that older records do not have and that change nothing.
+    """A record as JSON-able data, for a digest; newer fields with their neutral value are left out.
 
-    Such a field's metadata names the value that its absence means (`trip_model.fusion`): a training that was digested
-    before the field existed keeps its digest.
+    The metadata of such a field gives the value that its absence means (`trip_model.fusion`), so a training keeps the
+    digest that it had before the field existed.
     """
     if is_dataclass(value):
         items = [(f, getattr(value, f.name)) for f in fields(value)]
@@ -115,13 +131,13 @@ def identity(value: Any) -> Any:
 
 
 def spec_digest(spec: TrainSpec) -> str:
-    """The identity of what a spec trains: everything but its means. Another split of a batch changes the last bits."""
+    """The identity of a training: all fields that are not means. Another split of a batch changes the last bits."""
     goals = identity(spec)
     return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
 
 
 def spool_file(spec: TrainSpec) -> Path:
-    """The file of tracking records that are not delivered yet: in the output, or for a remote one in a local cache."""
+    """The file of undelivered tracking records: in the output, or in a local cache if the output is remote."""
     output = storage.local_path(spec.output)
     if output is not None:
         return output / "tracking.jsonl"
@@ -129,7 +145,7 @@ def spool_file(spec: TrainSpec) -> Path:
 
 
 def check_spec(spec: TrainSpec) -> None:
-    """Raises UserError for numbers that no training can have."""
+    """Raises UserError for invalid values."""
     for name, least in (("steps", 1), ("global_batch", 1), ("workers", 1), ("checkpoint_every", 1), ("tick_every", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
@@ -162,15 +178,15 @@ def check_spec(spec: TrainSpec) -> None:
 
 
 def finished_report(spec: TrainSpec) -> TrainReport | None:
-    """The report of a completed training of this very spec, or None.
+    """The report of the finished training of this spec, or None.
 
     Raises:
-        UserError: the output holds the training of another spec.
+        UserError: the output contains the training of another spec.
     """
     address = storage.join(spec.output, "report.json")
     if not storage.exists(address):
         return None
     report = TrainReport(**storage.read_json(address))
     if report.spec_digest != spec_digest(spec):
-        raise UserError(f"{spec.output} holds another training ({report.spec_digest}); give another output address")
+        raise UserError(f"{spec.output} contains another training ({report.spec_digest}); give another output address")
     return report

@@ -1,4 +1,4 @@
-"""What a training looks like from outside while it runs: held-out losses by time step and frame, motion, clips."""
+"""Validation during training: held-out losses by time step and frame, motion, sample clips."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LOSS = "validation_loss"
 
 
 @dataclass(frozen=True)
-class Look:
-    """One look at a model: numbers by name, and clips to watch, uint8 [F, H, W, 3] by the sample's key."""
+class ValidationResult:
+    """One validation: metrics by name, and sample clips, uint8 [F, H, W, 3] by the sample's key."""
 
-    numbers: dict[str, float]
+    metrics: dict[str, float]
     clips: dict[str, np.ndarray]
 
 
 class Validation:
-    """Looks at a model on held-out clips; every look draws the same noise, so two of them differ by the model alone.
+    """Validates a model on held-out clips. Every validation draws the same noise, so results differ only by the model.
 
     Raises:
         UserError: a held-out clip cannot be read.
@@ -46,38 +46,38 @@ class Validation:
         self._z_0 = held_out.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * float(vae.config.scaling_factor)
 
     @torch.no_grad()
-    def look(self, trip: Trip) -> Look:
-        """Measures and animates with the model in evaluation mode; its mode and the random state are as before."""
+    def validate(self, trip: Trip) -> ValidationResult:
+        """Measures and animates in evaluation mode; the mode of the model and the random state do not change."""
         with _evaluating(trip):
-            clips, numbers = self._animate(trip) if self._spec.animated else ({}, {})
-            return Look(self._losses(trip) | numbers, clips)
+            clips, motion = self._animate(trip) if self._spec.animated else ({}, {})
+            return ValidationResult(self._losses(trip) | motion, clips)
 
     def _losses(self, trip: Trip) -> dict[str, float]:
-        """The squared error of the noise: over all, by band of time steps, by frame; and that of z_0 by band.
+        """Mean squared errors of the noise in total, by band of time steps and by frame; and of z_0 by band.
 
-        The error of z_0 is that of the noise times (1 - abar) / abar: what the sampler sees of it, which at the noisy
-        end is hundreds of times larger. Frame 1 is known from the image, so its error must go to zero.
+        The error of z_0 is the error of the noise times (1 - abar) / abar, as the sampler sees it: hundreds of times
+        larger at the noisy end. Frame 1 is known from the image, so its error goes to zero.
         """
         count, bands = len(self._keys), self._spec.bands
         steps_T = trip.config.schedule.num_train_timesteps
         errors = []
-        place_B = (torch.arange(count) + 0.5) / count
-        times = [((band + place_B) / bands * steps_T).long() for band in range(bands)]  # spread over each band
+        position_B = (torch.arange(count) + 0.5) / count
+        times = [((band + position_B) / bands * steps_T).long() for band in range(bands)]  # spread over each band
         for t_B in times:
             errors.append(torch.cat([self._errors(trip, part, t_B[part]) for part in self._parts()]))
         error_TBF = torch.stack(errors)
         signal, sigma = trip.schedule.signal_and_noise(torch.arange(steps_T), 1)
         gain = (sigma / signal).square()
-        numbers = {LOSS: error_TBF.mean().item()}
+        metrics = {LOSS: error_TBF.mean().item()}
         for band, error_BF in enumerate(error_TBF):
             first, last = band * steps_T // bands, (band + 1) * steps_T // bands - 1
-            numbers[f"validation_loss/t_{first:03d}_{last:03d}"] = error_BF.mean().item()
-            numbers[f"validation_z0_error/t_{first:03d}_{last:03d}"] = (
+            metrics[f"validation_loss/t_{first:03d}_{last:03d}"] = error_BF.mean().item()
+            metrics[f"validation_z0_error/t_{first:03d}_{last:03d}"] = (
                 (gain[times[band]][:, None] * error_BF).mean().item()
             )
         for frame, error in enumerate(error_TBF.mean(dim=(0, 1)).tolist(), 1):
-            numbers[f"validation_loss/frame_{frame:02d}"] = error
-        return numbers
+            metrics[f"validation_loss/frame_{frame:02d}"] = error
+        return metrics
 
     def _errors(self, trip: Trip, part: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         z_0 = self._z_0[part].to(self._device)
@@ -91,7 +91,7 @@ class Validation:
         part = torch.arange(min(self._spec.animated, len(self._keys)))
         real = self._z_0[part].to(self._device)
         noise = self._noise("validation-clip", part, torch.zeros_like(part)).to(self._device)
-        made = sample_latents(
+        generated = sample_latents(
             trip,
             real[:, :, :1],
             self._text.encode(self._tokens[part]),
@@ -100,9 +100,9 @@ class Validation:
             trip.config.schedule.sampling_steps,
             trip.config.guidance,
         )
-        motion = [z.diff(dim=2).abs().mean().item() for z in (made, real)]
+        motion = [z.diff(dim=2).abs().mean().item() for z in (generated, real)]
         self._vae.to(self._device)
-        clips = {self._keys[i]: decode_latents(self._vae, z.permute(1, 0, 2, 3)) for i, z in enumerate(made)}
+        clips = {self._keys[i]: decode_latents(self._vae, z.permute(1, 0, 2, 3)) for i, z in enumerate(generated)}
         self._vae.to("cpu")
         return clips, {"validation_motion_ratio": motion[0] / motion[1]} if motion[1] > 0 else {}
 
@@ -121,9 +121,9 @@ class Validation:
 
 @contextmanager
 def _evaluating(trip: Trip) -> Iterator[None]:
-    was = trip.training
+    training = trip.training
     trip.eval()
     try:
         yield
     finally:
-        trip.train(was)
+        trip.train(training)

@@ -1,4 +1,4 @@
-"""Do the planner's counts agree with torch's own, does a plan fit, and is what would fail at step 1 told before?"""
+"""Do the planner's counts agree with torch's own, does a plan fit, and is a failure at step 1 reported before?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +25,10 @@ from flows.planning.counting import ModelCounts, StepCounts, count_model, count_
 from flows.planning.hardware import GPUS, Device
 from flows.planning.memory import MemoryPlan, plan_memory, shortfall
 from flows.planning.preflight import check_gpu_memory
-from flows.planning.spec import PlanSpec
 from tasks.records import UserError
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.optimizer import choose_trained, trained_parameters, trained_weights
-from tasks.train.preflight import check_before_start
+from tasks.train.preflight import preflight
 from tasks.train.spec import TrainSpec
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.folders import folder_hash
@@ -53,7 +51,7 @@ def test_counts_of_the_full_size_unet() -> None:
 
 def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
     base, batch = read_base(str(tiny_base)), 3
-    planned = count_model(base, SMALL, gpu=False, bfloat16=False)
+    planned = count_model(base, TrainSpec("", "", "", model=SMALL), gpu=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         kept = count_pass(new_trip(base, SMALL), new_inputs(base, SMALL, batch)).saved_bytes
 
@@ -78,7 +76,7 @@ def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
     assert planned.parameters == sum(p.numel() for p in trip.parameters())
     assert batch * planned.kept.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
     assert kept == pytest.approx(sum(saved.values()), rel=0.01)
-    # Weights and gradients are rows of their own in a plan.
+    # Weights and gradients are separate rows of a plan.
     assert 2 * weights + planned.kept.fixed_bytes + batch * planned.kept.activation_bytes == pytest.approx(
         peak, rel=0.05
     )
@@ -86,74 +84,76 @@ def test_counts_are_those_of_a_real_step(tiny_base: Path) -> None:
 
 @pytest.mark.slow
 def test_counts_of_adapters_and_of_shards(tiny_base: Path) -> None:
-    base, train = read_base(str(tiny_base)), TrainSpec("", "", "", trained="lora", lora_rank=2)
-    whole = count_model(base, SMALL, gpu=True, bfloat16=True)
-    adapted = count_model(base, SMALL, True, True, freeze=partial(choose_trained, spec=train))
-    sharded = count_model(base, SMALL, True, True, sharded=True)
-    assert adapted.trained < 0.2 * adapted.parameters and adapted.kept.flops < 0.9 * whole.kept.flops
-    assert adapted.forward_flops > whole.forward_flops
-    assert sharded.kept.activation_bytes == pytest.approx(whole.kept.activation_bytes, rel=1e-3)
-    # Weights that are gathered in bfloat16 need no copies by autocast.
-    assert whole.kept.fixed_bytes - sharded.kept.fixed_bytes > whole.parameters
+    base, train = read_base(str(tiny_base)), TrainSpec("", "", "", model=SMALL, precision="bfloat16", workers=2)
+    full = count_model(base, train, gpu=True)
+    adapted = count_model(base, replace(train, trained="lora", lora_rank=2), gpu=True)
+    sharded = count_model(base, replace(train, sharding="fsdp2"), gpu=True)
+    assert adapted.trained < 0.2 * adapted.parameters and adapted.kept.flops < 0.9 * full.kept.flops
+    assert adapted.forward_flops > full.forward_flops
+    assert sharded.kept.activation_bytes == pytest.approx(full.kept.activation_bytes, rel=1e-3)
+    # Weights gathered in bfloat16 need no copies by autocast.
+    assert full.kept.fixed_bytes - sharded.kept.fixed_bytes > full.parameters
 
 
 COUNTS = ModelCounts(
     1_400_000_000, 1_400_000_000, 60_000_000, 5,
     StepCounts(15, 12 * 10**9, 3 * 10**9), StepCounts(20, 2 * 10**9, 10**9),
 )  # fmt: skip
-PAPER = PlanSpec("", TripConfig(), 100, 96, 8, "h200", precision="bfloat16")
+PAPER = TrainSpec("", "", "", global_batch=96, workers=8, precision="bfloat16")
 
 
 @pytest.mark.parametrize("device", [GPUS["h200"], GPUS["h100"], GPUS["a100-40"]], ids=lambda d: d.name)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_fits_up_to_the_largest_batch(device: Device, recompute: bool) -> None:
     def planned(micro_batch: int) -> MemoryPlan:
-        return plan_memory(replace(PAPER, recompute=recompute, micro_batch=micro_batch), COUNTS, 340_000_000, device)
+        return plan_memory(
+            replace(PAPER, recompute_activations=recompute, micro_batch=micro_batch), COUNTS, 340_000_000, device
+        )
 
     memory = planned(1)
     largest = memory.largest_recomputed if recompute else memory.largest
     for micro_batch in (1, 2, 5, 12):
         memory = planned(micro_batch)
         assert memory.fits == (micro_batch <= largest) == (memory.size_bytes <= device.memory_bytes)
-        told = shortfall(memory, device)
-        assert (told is None) == memory.fits and memory.accumulation == -(-12 // micro_batch)
+        problem = shortfall(memory, device)
+        assert (problem is None) == memory.fits and memory.accumulation == -(-12 // micro_batch)
         remedy = f"micro_batch of {largest} fits" if largest else "recompute_activations a micro_batch of"
-        assert told is None or remedy in told or not memory.largest_recomputed
+        assert problem is None or remedy in problem or not memory.largest_recomputed
 
 
 def test_shards_divide_the_state_and_adapters_have_little() -> None:
-    spec, device = replace(PAPER, micro_batch=1), GPUS["h100"]
+    train, device = replace(PAPER, micro_batch=1), GPUS["h100"]
 
-    def sizes(spec: PlanSpec, counts: ModelCounts) -> dict[str, float]:
-        return {part.what: part.size_bytes for part in plan_memory(spec, counts, 0, device).parts}
+    def sizes(train: TrainSpec, counts: ModelCounts) -> dict[str, float]:
+        return {part.what: part.size_bytes for part in plan_memory(train, counts, 0, device).parts}
 
-    copies, shards = sizes(spec, COUNTS), sizes(replace(spec, fsdp2=True), COUNTS)
-    adapters = sizes(spec, replace(COUNTS, trained=14_000_000))
+    copies, shards = sizes(train, COUNTS), sizes(replace(train, sharding="fsdp2"), COUNTS)
+    adapters = sizes(train, replace(COUNTS, trained=14_000_000))
     for what in ("weights", "gradients", "AdamW's two moments"):
         assert shards[what] == copies[what] / 8
     assert "buckets of DDP" in copies and "buckets of DDP" not in shards and shards["gathered layers"] < 1e9
     assert adapters["weights"] == copies["weights"] and adapters["gradients"] == copies["gradients"] / 100
 
 
-def test_a_gpu_that_cannot_hold_the_step_is_told_before(tiny_base: Path) -> None:
+def test_a_gpu_too_small_for_the_step_is_reported_before(tiny_base: Path) -> None:
     train = TrainSpec("", "", str(tiny_base), model=SMALL, global_batch=8, gpus_per_worker=1)
     check_gpu_memory(train, 10e9)
     with pytest.raises(UserError, match="does not fit: 8 clips at once need .* a micro_batch of [1-7] fits"):
         check_gpu_memory(train, 200e6)
 
 
-def test_the_demo_is_planned_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_of_the_demo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--price", "0.5", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] and told["spec"]["clips"] == 520
-    rows = {(row["part"], row["quantity"]): row["value"] for row in told["rows"]}
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["spec"]["question"]["clips"] == 520
+    rows = {(row["part"], row["quantity"]): row["value"] for row in plan["rows"]}
     memory = [value for (part, name), value in rows.items() if part == "memory" and name not in ("sum", "of one cpu")]
     assert rows["memory", "sum"] == pytest.approx(sum(memory))
     assert rows["cost", "training"] == pytest.approx(0.5 * rows["cost", "training, device hours"])
 
 
 @pytest.mark.slow
-def test_the_paper_is_planned_for_people_without_its_base(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_of_the_paper_as_a_table_without_its_base(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--recipe", "paper", "--gpus", "8", "--gpu", "h200", "--clips", "10.7M"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines[:3]] == ["fits", "time", "cost"]
@@ -179,7 +179,7 @@ def test_a_plan_that_cannot_be_made_says_why(
     assert sentence in capsys.readouterr().err
 
 
-def test_counts_parse_as_people_write_them() -> None:
+def test_counts_parse_with_suffixes() -> None:
     assert [parse_count(text) for text in ("520", "2k", "10.7M", "1,000")] == [520, 2000, 10_700_000, 1000]
 
 
@@ -201,10 +201,10 @@ def spec(tiny_base: Path, tmp_path: Path) -> TrainSpec:
     return TrainSpec(dataset=uri, output=str(tmp_path / "run"), base=str(tiny_base), model=model, global_batch=4)
 
 
-def test_what_would_fail_at_step_1_is_told_before(spec: TrainSpec, tmp_path: Path) -> None:
-    assert check_before_start(spec) == []
+def test_what_would_fail_at_step_1_is_reported_before(spec: TrainSpec, tmp_path: Path) -> None:
+    assert preflight(spec) == []
     window = TripConfig(size=32, num_frames=3, residual_std=(0.0, 0.5, 0.5))
-    assert check_before_start(replace(spec, model=window)) == []
+    assert preflight(replace(spec, model=window)) == []
     for change, sentence in (
         ({"workers": 5}, "a global batch of 4 leaves some of 5 workers without a sample"),
         ({"workers": 3, "sharding": "fsdp2"}, "needs equal shares, and a global batch of 4 cannot be split over 3"),
@@ -214,7 +214,7 @@ def test_what_would_fail_at_step_1_is_told_before(spec: TrainSpec, tmp_path: Pat
         ({"model": TripConfig(size=32)}, r"expects \(16, 4, 4, 4\) or more frames: 16 of 32 pixels"),
     ):
         with pytest.raises(UserError, match=sentence):
-            check_before_start(replace(spec, **change))
+            preflight(replace(spec, **change))
 
 
 @pytest.mark.parametrize("trained", ["all", "temporal", "lora"])
@@ -227,7 +227,7 @@ def test_what_is_trained_is_counted_from_shapes(spec: TrainSpec, tiny_base: Path
     assert trained_parameters(shapes, spec) == counted
 
 
-def test_a_full_disk_and_a_small_memory_are_told_before(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_and_a_small_memory_are_reported_before(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     with safe_open(Path(spec.base) / "unet" / "diffusion_pytorch_model.safetensors", "numpy") as file:
         parameters = sum(file.get_tensor(name).size for name in file.keys())
     free = 12 * parameters  # a checkpoint
@@ -236,27 +236,27 @@ def test_a_full_disk_and_a_small_memory_are_told_before(spec: TrainSpec, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     two = replace(spec, workers=2)
-    assert check_before_start(replace(two, workers=1)) == [] == check_before_start(replace(two, sharding="fsdp2"))
-    (warning,) = check_before_start(two)
+    assert preflight(replace(two, workers=1)) == [] == preflight(replace(two, sharding="fsdp2"))
+    (warning,) = preflight(two)
     assert "moments of 2 workers take" in warning
-    assert check_before_start(replace(two, trained="temporal")) == []
+    assert preflight(replace(two, trained="temporal")) == []
     with pytest.raises(UserError, match="GB left, a checkpoint takes"):
-        check_before_start(replace(spec, average_decay=0.9))
-    assert check_before_start(replace(spec, average_decay=0.9, trained="lora", lora_rank=1)) == []
+        preflight(replace(spec, average_decay=0.9))
+    assert preflight(replace(spec, average_decay=0.9, trained="lora", lora_rank=1)) == []
 
 
-def test_a_base_that_does_not_belong_to_the_data_is_told(spec: TrainSpec) -> None:
+def test_a_base_that_does_not_belong_to_the_data_is_reported(spec: TrainSpec) -> None:
     other = Path(spec.output).parent / "other"
     shutil.copytree(spec.base, other)
     (other / "vae" / "config.json").write_text((other / "vae" / "config.json").read_text() + "\n")
-    assert check_before_start(replace(spec, base=str(other))) == [
+    assert preflight(replace(spec, base=str(other))) == [
         f"{spec.dataset} was prepared with another vae than the one in {other}"
     ]
     text = other / "text_encoder" / "config.json"
     settings = json.loads(text.read_text())
     text.write_text(json.dumps(settings | {"max_position_embeddings": 16}))
     with pytest.raises(UserError, match="have 32 tokens, the base's text encoder takes 16"):
-        check_before_start(replace(spec, base=str(other)))
+        preflight(replace(spec, base=str(other)))
     text.write_text(json.dumps(settings | {"hidden_size": 24}))
     with pytest.raises(UserError, match="is 24 wide, its 3D-UNet expects 16"):
-        check_before_start(replace(spec, base=str(other)))
+        preflight(replace(spec, base=str(other)))

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 import pytest
 
 from flows.recipes import RECIPES
+from infra.settings import TELEMETRY_OFF
+from trip_model import __version__
 
 yaml = pytest.importorskip("yaml")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFRA = REPOSITORY / "infra"
-OURS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 
 
 def load(path: Path) -> Any:
@@ -59,7 +59,17 @@ def test_the_work_pools_template_declares_what_it_uses() -> None:
     template = json.loads((INFRA / "work_pool_process.json").read_text())
     used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
-    assert template["variables"]["properties"]["env"]["default"]["DO_NOT_TRACK"] == "1"
+
+
+def test_every_process_starts_with_telemetry_off() -> None:
+    template = json.loads((INFRA / "work_pool_process.json").read_text())
+    assert TELEMETRY_OFF.items() <= template["variables"]["properties"]["env"]["default"].items()
+    image = (INFRA / "Dockerfile").read_text()
+    assert not [name for name, value in TELEMETRY_OFF.items() if f" {name}={value}" not in image]
+
+
+def test_the_citation_has_the_version_of_the_library() -> None:
+    assert load(REPOSITORY / "CITATION.cff")["version"] == __version__
 
 
 def test_compose_listens_on_loopback_and_waits_for_what_exists() -> None:
@@ -88,7 +98,7 @@ def test_a_ray_manifest_fits_the_installed_ray(path: Path) -> None:
             resources = container["resources"]
             # Ray plans with the limit; a pod that may be evicted below it loses training.
             assert resources["requests"] == resources["limits"]
-            assert container["image"] == f"registry.example.com/trip-i2v:{OURS}"
+            assert container["image"] == f"registry.example.com/trip-i2v:{__version__}"
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())

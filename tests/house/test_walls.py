@@ -90,7 +90,11 @@ def test_frameworks_are_at_home(path: Path) -> None:
     if "ray" in used:
         assert re.fullmatch(r"tasks/\w+/job\.py|infra/(cluster|workers)\.py", name)
     if "mlflow" in used:
-        assert name.startswith("tasks/register/") or name in ("infra/tracking.py", "tasks/serve/versions.py")
+        assert name.startswith("tasks/register/") or name in (
+            "infra/tracking.py",
+            "infra/telemetry.py",
+            "tasks/serve/versions.py",
+        )
 
 
 def test_the_library_imports_what_its_wheel_asks_for_and_nothing_else() -> None:

@@ -17,7 +17,8 @@ from flows.cli.app import main
 from flows.mlflow_store import existing_store, tracking_address
 from infra.redaction import redact
 from infra.settings import MLFLOW_ACCESS, client_address, move_credentials
-from infra.tracking import TROUBLE, Tracking, connect, run_page
+from infra.telemetry import Tracking
+from infra.tracking import TROUBLE, connect, run_page
 from tasks.records import UserError
 from tasks.register.consumer import addresses
 from tasks.register.promotion import open_registry

@@ -16,7 +16,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from infra import tracking as tracking_module
-from infra.tracking import Tracking, connect, experiment_id
+from infra.telemetry import Tracking
+from infra.tracking import connect, experiment_id
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path
 # A training of a few steps: `tracking_process.py URI SPOOL STEP...` reports the steps after each line read.
 PROCESS = """
 import sys, time
-from infra.tracking import Tracking
+from infra.telemetry import Tracking
 uri, spool, first, *rest = sys.argv[1:]
 tracking = Tracking(uri, "exp", spool=spool)
 tracking.start_run("n", key="k-outage", wait_seconds=0)

@@ -21,6 +21,7 @@ from tasks.ingest.http_checks import is_video, looks_like, opts_out, seconds_to_
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.url_guard import is_public
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
+from trip_model import __version__
 
 VIDEO = b"\x00\x00\x00\x18ftypmp42" + bytes(range(256)) * 40
 FAST = DownloadSpec(read_seconds=0.4, total_seconds=2.0, backoff_seconds=0.01, allow_private=True)
@@ -127,7 +128,7 @@ def reason(result: Fetched | Failure) -> str:
 def test_a_clip_arrives_whole_with_its_hash(server: Server) -> None:
     result = fetch(f"{server.url}/clip", replace(FAST, contact="https://example.org/crawler"))
     assert result == Fetched(VIDEO, hashlib.sha256(VIDEO).hexdigest())
-    assert server.agents == {"trip-i2v/0.1 (+https://example.org/crawler)"}
+    assert server.agents == {f"trip-i2v/{__version__} (+https://example.org/crawler)"}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def main(rank: int, folder: Path) -> None:
                 rank,
                 2,
                 on_tick=ticks.append,
-                notice=lambda steps=steps, stop=stop: "stop" if next(steps) == stop else "",
+                control=lambda steps=steps, stop=stop: "stop" if next(steps) == stop else "",
             )
         told.append(ticks)
         torch.distributed.barrier()

@@ -30,7 +30,7 @@ def main(rank: int, folder: Path) -> None:
     broken = replace(whole, output=str(folder / "broken"))
     steps = iter(range(1, 99))
     with contextlib.suppress(TrainingStopped):
-        run_training(broken, rank, WORLD, notice=lambda: "stop" if next(steps) == STOP else "")
+        run_training(broken, rank, WORLD, control=lambda: "stop" if next(steps) == STOP else "")
         raise SystemExit("the training did not stop")
     if rank == 0:
         shutil.copytree(broken.output, folder / "early")

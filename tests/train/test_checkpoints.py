@@ -16,7 +16,7 @@ import torch
 
 from infra import storage
 from tasks.records import UserError
-from tasks.train.checkpoints import COMPLETE, CheckpointStore, Saved, Tensors
+from tasks.train.checkpoints import COMPLETE, CheckpointStore, SavedCheckpoint, Tensors
 from tests.support.kills import Killed, kill_at
 
 
@@ -205,11 +205,11 @@ def test_the_best_by_a_metric_is_kept_beside_the_newest(tmp_path: Path) -> None:
         def before_mark(self) -> None:
             self.happened.append(store.steps())
 
-        def after_mark(self, saved: Saved) -> None:
+        def after_mark(self, saved: SavedCheckpoint) -> None:
             self.happened.append((saved.step, saved.metrics, saved.removed))
 
     notes = Notes()
-    store = CheckpointStore(str(tmp_path), keep=2, best="validation_loss", watcher=notes)
+    store = CheckpointStore(str(tmp_path), keep=2, best="validation_loss", listener=notes)
     for step, loss in enumerate([0.5, 0.2, float("nan"), 0.3, 0.2, 0.4, 0.6], start=1):
         store.save(step, state(step), {"lr": step}, {"validation_loss": loss})
     store.wait()

@@ -67,7 +67,7 @@ def test_a_training_killed_between_ticks_and_its_newest_checkpoint_cut_short_end
         again = train(broken, found.append, in_process=True)
     assert f"step-{newest:08d} is damaged" in caplog.text
     assert found[0]["step"] == before + 2 - before % 2
-    for name in ("step", "loss", "frame_1", "frame_last", "learning_rate"):
+    for name in ("step", "loss", "frame_1", "frame_last", "grad_norm", "lr_unet", "lr_fusion"):
         assert [tick[name] for tick in found] == [tick[name] for tick in expected[-len(found) :]]
     assert (again.loss_first, again.loss_last) == (report.loss_first, report.loss_last)
     assert_same_weights(whole, broken)

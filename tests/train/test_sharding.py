@@ -66,6 +66,8 @@ def test_sharded_training_is_the_unsharded_one_and_either_goes_on_from_the_other
     ticks = run_all(tmp_path, runs)
     curve = losses(ticks[0])
     assert losses(ticks[1]) == pytest.approx(curve, rel=1e-5)
+    norms = [[tick["grad_norm"] for tick in ticks[run]] for run in (0, 1)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert losses(ticks[2] + ticks[3]) == pytest.approx(curve, rel=1e-5)
     assert losses(ticks[4]) == pytest.approx(curve[:3], rel=1e-4)
     assert [tick["step"] for tick in ticks[4] if "validation_loss" in tick] == [2]

@@ -23,6 +23,7 @@ from tasks.train.job import train
 from tasks.train.loader import TrainingData, share
 from tasks.train.loop import TrainingStopped, run_training
 from tasks.train.optimizer import learning_rate_factor
+from tasks.train.quarantine import Quarantine
 from tasks.train.spec import TrackingSpec, TrainSpec, ValidationSpec, spec_digest
 from tasks.train.validation import LOSS
 from tasks.video.decode import read_clip
@@ -202,7 +203,7 @@ def damaged(dataset: str, spec: TrainSpec, tmp_path: Path) -> tuple[TrainSpec, s
     return replace(spec, dataset=str(copy)), reader.keys[index]
 
 
-def test_a_damaged_sample_has_no_part_in_a_step_and_is_in_the_books(
+def test_a_damaged_sample_is_excluded_from_the_loss_and_recorded(
     damaged: tuple[TrainSpec, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, key = damaged
@@ -210,15 +211,52 @@ def test_a_damaged_sample_has_no_part_in_a_step_and_is_in_the_books(
     ticks: list[dict] = []
     run_training(spec, on_tick=ticks.append)
     assert [tick.get("damaged") for tick in ticks[2:]] == [1] * 4
-    (book,) = Path(spec.output, "quarantine").iterdir()
-    assert book.name == f"{key}.json" and "not finite" in storage.read_json(str(book))["reason"]
+    (record,) = Path(spec.output, "quarantine").iterdir()
+    assert record.name == f"{key}.json" and "not finite" in storage.read_json(str(record))["reason"]
     broken = replace(spec, output=str(tmp_path / "broken"))
     losses = [tick["loss"] for tick in ticks]
     assert train_until(broken, 4)[:3] + train_until(broken, 6) == losses
-    # A batch with nothing else in it changes nothing but the books: its passes are made, with weight zero.
+    # A micro-batch of one damaged sample has weight zero.
     alone = replace(spec, output=str(tmp_path / "alone"), micro_batch=1, model=replace(spec.model, unet_dropout=0.0))
     together = replace(alone, output=str(tmp_path / "together"), micro_batch=2)
     assert train_until(alone, 6) == pytest.approx(train_until(together, 6), rel=1e-4)
+
+
+def test_damaged_samples_are_counted_without_listing_the_store_at_a_tick(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    list_dir = storage.list_dir
+    monkeypatch.setattr(storage, "list_dir", lambda uri: listed.append(uri) or list_dir(uri))
+    run_training(replace(spec, tick_every=1))
+    assert listed.count(storage.join(spec.output, "quarantine")) == 1
+    monkeypatch.setattr("tasks.train.quarantine.MOST_DAMAGED", 1.0)
+    first, second = (Quarantine(str(tmp_path / "shared"), 10) for _ in range(2))  # of two ranks
+    first.add("clip00_000", "set", "latents: not finite")
+    assert (first.count, second.count) == (1, 0)
+    second.refresh()
+    assert second.count == 1
+
+
+def test_a_tick_has_the_gradient_norm_and_the_learning_rate_of_each_part(spec: TrainSpec, tmp_path: Path) -> None:
+    spec = replace(spec, steps=3, tick_every=1, warmup_steps=2)
+
+    def ticks(name: str, changed: TrainSpec) -> list[dict]:
+        collected: list[dict] = []
+        run_training(replace(changed, output=str(tmp_path / name)), on_tick=collected.append)
+        return collected
+
+    full = ticks("full", spec)
+    for step, tick in enumerate(full):
+        factor = learning_rate_factor(step, spec)
+        assert tick["lr_unet"] == spec.learning_rate_unet * factor
+        assert tick["lr_fusion"] == spec.learning_rate_fusion * factor
+    limit = full[0]["grad_norm"] / 100
+    clipped = ticks("clipped", replace(spec, clip_norm=limit))
+    assert clipped[0]["grad_norm"] == full[0]["grad_norm"]  # before clipping
+    without = replace(spec.model.fusion, kind="none")
+    (tick, *_) = ticks("without", replace(spec, model=replace(spec.model, fusion=without)))
+    assert "lr_unet" in tick and "lr_fusion" not in tick
 
 
 def test_a_training_ends_when_more_than_a_thousandth_is_damaged(damaged: tuple[TrainSpec, str]) -> None:
@@ -230,25 +268,25 @@ def test_a_training_ends_when_more_than_a_thousandth_is_damaged(damaged: tuple[T
         data.batch(2, spec.global_batch)
 
 
-def test_a_damaged_sample_is_marked_and_its_neighbours_are_as_before(
+def test_a_damaged_sample_is_marked_and_its_neighbours_do_not_change(
     dataset: str, damaged: tuple[TrainSpec, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.train.quarantine.MOST_DAMAGED", 1.0)
-    books = str(tmp_path / "books")
+    records = str(tmp_path / "records")
     calm, hurt = (
-        TrainingData(ShardDataset(uri), 0.1, 0, FRAMES, vocab_size=500, quarantine=books)
+        TrainingData(ShardDataset(uri), 0.1, 0, FRAMES, vocab_size=500, quarantine=records)
         for uri in (dataset, damaged[0].dataset)
     )
     for step in range(6):
         whole, marked = calm.batch(step, 4), hurt.batch(step, 4)
-        assert whole.keys == marked.keys and whole.whole_B.all()
-        assert [key != damaged[1] for key in marked.keys] == marked.whole_B.tolist()
+        assert whole.keys == marked.keys and whole.intact_B.all()
+        assert [key != damaged[1] for key in marked.keys] == marked.intact_B.tolist()
         assert torch.equal(
-            whole.raw_latents_BFCHW * marked.whole_B[:, None, None, None, None], marked.raw_latents_BFCHW
+            whole.raw_latents_BFCHW * marked.intact_B[:, None, None, None, None], marked.raw_latents_BFCHW
         )
-    assert list(storage.list_dir(books)) == [f"{damaged[1]}.json"]
-    narrow = TrainingData(ShardDataset(dataset), 0.1, 0, FRAMES, vocab_size=2, quarantine=books)
-    assert not narrow.batch(0, 4).whole_B.any()  # a token beyond the vocabulary would end a CUDA process
+    assert list(storage.list_dir(records)) == [f"{damaged[1]}.json"]
+    narrow = TrainingData(ShardDataset(dataset), 0.1, 0, FRAMES, vocab_size=2, quarantine=records)
+    assert not narrow.batch(0, 4).intact_B.any()  # a token beyond the vocabulary would end a CUDA process
 
 
 def test_another_training_is_refused_at_the_same_address(spec: TrainSpec) -> None:
@@ -315,7 +353,7 @@ def test_a_training_killed_and_continued_is_one_tracked_run_with_its_checkpoints
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
-    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert {"system/cpu_utilization_percentage", "grad_norm", "lr_unet", "lr_fusion"} <= set(run.data.metrics)
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == ShardDataset(spec.dataset).manifest_sha256[:36]
     document = client.download_artifacts(run.info.run_id, "spec.json", str(tmp_path))
@@ -343,7 +381,7 @@ def test_tracking_that_is_down_stops_nothing_and_catches_up_when_the_command_is_
     assert run.info.status == "FINISHED" and not (Path(spec.output) / "tracking.jsonl").exists()
 
 
-def test_a_look_at_held_out_clips_changes_nothing_and_sees_frame_one_known(spec: TrainSpec, tmp_path: Path) -> None:
+def test_validation_does_not_change_training_and_frame_one_is_known(spec: TrainSpec, tmp_path: Path) -> None:
     plain = train_until(spec, 6)
     watched = replace(
         spec,
