@@ -24,6 +24,7 @@ from trip_model.images import video_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"num_frames": 4, "fps": 4.0, "size": 32, "windows": 2}
+SUPPORT = REPOSITORY / "tests" / "support"
 ODD = "odd_readers:read_or_misbehave"
 SPEC = DecodeSpec(seconds=60.0, memory_bytes=1 << 30)
 
@@ -37,8 +38,8 @@ VIDEO = drawn(0)
 
 
 @pytest.fixture(autouse=True)
-def readers_beside_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def support_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SUPPORT))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_closing_does_not_wait_for_a_video() -> None:
 @pytest.mark.parametrize("busy_with", ["", "stuck"])
 def test_a_process_ends_with_its_parent(busy_with: str) -> None:
     code = (
-        f"import sys, time; sys.path.append({str(Path(__file__).parent)!r})\n"
+        f"import sys, time; sys.path.append({str(SUPPORT)!r})\n"
         "from tasks.video.decode_pool import DecoderPool, DecodeSpec\n"
         f"pool = DecoderPool(1, DecodeSpec(seconds=3.0), {ARGUMENTS}, {ODD!r})\n"
         "pool.submit(b'').exception()\n"
