@@ -420,7 +420,7 @@ def test_a_photo_equals_the_video_frame_of_the_same_picture() -> None:
         (b"not a picture", "not an image"),
         ("missing.png", "No such file"),
         (as_bytes(Image.new("RGB", (64, 64)))[:60], "image|damaged"),
-        (as_bytes(Image.new("1", (1, 100_000))), "at most 20 times the shorter"),
+        (as_bytes(Image.new("1", (1, 100_000))), "at most 20 times as long"),
     ],
 )
 def test_what_is_no_photo_is_one_clear_sentence(photo: bytes | str, message: str) -> None:
