@@ -1,4 +1,4 @@
-"""Photos in, videos out: reads a photo as a square of pixels and writes pixels as mp4, gif or png.
+"""Reads a photo as a square of pixels and writes pixels as an mp4, a gif or png files.
 
 *Pixels* are uint8 [F, H, W, 3] RGB.
 """
@@ -13,26 +13,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_IMAGE_PIXELS = 64_000_000  # a photo larger than this is refused before it is unpacked (decompression bombs)
-MAX_ASPECT = 20  # a photo's longer side over its shorter: the shorter is resized to the frame, the longer with it
+# Pillow's names of the formats that `load_image` reads. Never EPS: Pillow opens it by running Ghostscript.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+MAX_IMAGE_PIXELS = 64_000_000  # a larger photo is rejected before it is decoded (decompression bombs)
+MAX_ASPECT = 20  # a photo's longer side over its shorter side; the shorter side is resized to the frame
 
 
 def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """Resize the shorter side to `size` and crop the centre: (new width, new height, left, top) in pixels."""
+    """Returns how to resize the shorter side to `size` and crop the centre: (new width, new height, left, top)."""
     scale = size / min(width, height)
     new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
     return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
 
 
 def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """A photo as uint8 [size, size, 3]: EXIF turn applied, transparency on white, centre-cropped like a video frame.
+    """Reads a photo as uint8 [size, size, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
 
-    Pixels of more than 8 bits are scaled: 16-bit ones (of Pillow's modes `I;16` and `I` too) from 0..65535, floats from
-    0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels (gray, gray and alpha, RGB, RGBA).
+    Files and bytes are read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
+    Pillow's modes `I;16` and `I`) from 0..65535, floats from 0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels
+    (gray, gray and alpha, RGB, RGBA).
 
     Raises:
-        ValueError: not an image, more than `MAX_IMAGE_PIXELS` pixels, a strip longer than `MAX_ASPECT` says, an
-            array of another shape or type, or values outside their range.
+        ValueError: not an image of these formats, more than `MAX_IMAGE_PIXELS` pixels, sides whose ratio exceeds
+            `MAX_ASPECT`, an array of another shape or type, or values outside their range.
     """
     if isinstance(source, np.ndarray):
         image = _from_array(source)
@@ -41,21 +44,25 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     else:
         name = "the given bytes" if isinstance(source, bytes) else str(source)
         try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            Image.init()  # registers every format of this Pillow build; AVIF and HEIF can be missing
+            formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_IMAGE_PIXELS} are taken")
+                raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_IMAGE_PIXELS}")
             image.load()
         except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
             raise ValueError(f"{name} is not an image that can be read; give a JPEG, PNG or WebP photo") from error
         except OSError as error:
             if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
                 raise ValueError(f"{name}: {error.strerror}; give the path of a photo") from error
-            raise ValueError(f"{name} is damaged ({error}); give a whole JPEG, PNG or WebP photo") from error
+            raise ValueError(f"{name} is damaged ({error}); give a complete JPEG, PNG or WebP photo") from error
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"a photo of {image.width}x{image.height} pixels, at most {MAX_ASPECT} times as long as wide")
+        raise ValueError(
+            f"a photo of {image.width}x{image.height} pixels, expected at most {MAX_ASPECT} times as long as wide"
+        )
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF turns nothing; Pillow lists no errors for it (SyntaxError, struct.error, ...)
+    except Exception:  # malformed EXIF is ignored; Pillow documents no errors for it (SyntaxError, struct.error, ...)
         pass
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
         image = _from_array(np.asarray(image), image.info.get("transparency"))
@@ -69,7 +76,7 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
 
 
 def _from_array(values: np.ndarray, transparent: int | None = None) -> Image.Image:
-    """An array as an image of 8 bits; `transparent` is the value of a gray one whose pixels are. Raises ValueError."""
+    """Converts an array to an 8-bit image; gray pixels of the value `transparent` get alpha 0. Raises ValueError."""
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or not values.size:
         raise ValueError(f"an array of shape {list(values.shape)}, expected [H, W] or [H, W, C] with 1 to 4 channels")
@@ -109,13 +116,13 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
         raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
     import av  # only to write an mp4
 
-    # `faststart` reopens the file to move its index to the front, so a browser plays it before it is whole.
+    # `faststart` reopens the file to move its index to the front, so that a browser plays it while it loads.
     with tempfile.TemporaryDirectory(prefix="trip-mp4-") as folder:
         path = Path(folder) / "video.mp4"
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # One thread, no B-frames, no look-ahead: x264 then repeats its bytes for the same frames, nearly always.
+            # One thread, no B-frames, no look-ahead: x264 then nearly always writes the same bytes for the same frames.
             stream.options = {
                 "crf": str(crf),
                 "preset": "veryfast",

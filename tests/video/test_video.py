@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import EpsImagePlugin, Image, features
 
 from tasks.video.decode import ClipError, read_clip, read_windows
 from tasks.video.frame import _on_white, to_square
@@ -425,6 +426,30 @@ def test_a_photo_equals_the_video_frame_of_the_same_picture() -> None:
 def test_what_is_no_photo_is_one_clear_sentence(photo: bytes | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_image(photo, 32)
+
+
+@pytest.mark.parametrize("name", ["photo.eps", "photo.jpg", ""])
+def test_an_eps_file_is_rejected_without_running_ghostscript(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ghostscript-ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow caches whether there is one
+    eps = as_bytes(Image.new("RGB", (64, 64)), "EPS")
+    (tmp_path / "photo").write_bytes(eps)
+    source = (tmp_path / "photo").rename(tmp_path / name) if name else eps
+    with pytest.raises(ValueError, match="not an image that can be read; give a JPEG, PNG or WebP photo"):
+        load_image(source, 32)
+    assert not (tmp_path / "ghostscript-ran").exists()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+def test_every_photo_format_is_read(format: str) -> None:
+    if not features.check({"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}.get(format, "pil")):
+        pytest.skip(f"this Pillow has no {format}")
+    square = load_image(as_bytes(Image.new("RGB", (80, 40), (200, 10, 10)), format), 32)
+    assert np.abs(square[16, 16].astype(int) - (200, 10, 10)).max() <= 5
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked() -> None:
