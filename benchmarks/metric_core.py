@@ -2,11 +2,11 @@
 
     python -m benchmarks.metric_core [--clips 2048]
 
-Two systems and the real clips, with random features in the shapes of the judges, their variances falling as 1/i as
-those of real features do. Each part is what a table needs of one judge: for consistency the curves by three pair rules
-with intervals and paired differences, and the lag table; for a Frechet judge both systems' distance, kernel distance
-and value at infinity, the floor, and the paired difference. Prints one JSON; a part's peak is the process's, features
-of the other judges excluded.
+Two systems and the real clips, with random features in the shapes of the extractors, their variances falling as 1/i as
+those of real features do. Each part is what a table needs of one extractor: for consistency the curves by three pair
+rules with intervals and paired differences, and the lag table; for a Frechet extractor both systems' distance, kernel
+distance and value at infinity, the floor, and the paired difference. Prints one JSON; a part's peak is the process's,
+features of the other extractors excluded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tasks.metrics.frechet import (
 )
 from tasks.metrics.statistics import mean_over_clips, paired_difference
 
-# Judge: rows of a clip, width of a row.
+# Extractor: rows of a clip, width of a row.
 SHAPES = {
     "clip_frames": (16, 768),
     "i3d": (1, 400),
@@ -51,10 +51,10 @@ def main() -> None:
     names = [f"clip-{i}" for i in range(clips)]
     np.linalg.eigh(np.eye(64))  # the threads of the linear algebra start here, not in the first part
     parts = {}
-    for number, (judge, shape) in enumerate(SHAPES.items()):
+    for number, (extractor, shape) in enumerate(SHAPES.items()):
         real, first, second = features(number, clips, *shape)
-        work = consistency if judge == "clip_frames" else distances
-        parts[judge] = measured(lambda work=work, x=(real, first, second): work(*x, names))
+        work = consistency if extractor == "clip_frames" else distances
+        parts[extractor] = measured(lambda work=work, x=(real, first, second): work(*x, names))
     print(
         json.dumps(
             {
@@ -93,7 +93,7 @@ def consistency(real: Features, first: Features, second: Features, names: list[s
 
 
 def distances(real: Features, first: Features, second: Features, names: list[str]) -> dict[str, float]:
-    """Everything that a table says of one Frechet judge; the seconds of each step."""
+    """Everything that a table says of one Frechet extractor; the seconds of each step."""
     clusters = [name for name in names for _ in range(real.shape[1])]
     kernel = kernel_distance_of_frames if real.shape[1] > 1 else lambda x, y: kernel_distance(x[:, 0], y[:, 0])
     seconds: dict[str, float] = {}

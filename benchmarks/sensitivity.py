@@ -6,7 +6,7 @@ Windows are 8 frames at 4 fps, so that clips of two seconds give one. `none` is 
 an eighth of a second later, other frames of the same motion. A fault is *seen* by a metric where the 95 % interval of
 its difference from `none`, paired by source video, excludes 0, or a Frechet distance lies above its floor, one half of
 the real videos against the other. Prints a Markdown table; with `--output` writes
-sensitivity.md and sensitivity.json. Without official files the judges are the fixed random nets.
+sensitivity.md and sensitivity.json. Without official files the extractors are the fixed random nets.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from PIL import Image, ImageFilter
 
 from tasks.metrics.consistency import consistency_curve
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.loading import load_judges
+from tasks.metrics.extractors.files import ExtractorFiles
+from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
 from tasks.metrics.pixels import flicker, motion_magnitude, smoothness_residual, ssim_curve
 from tasks.metrics.statistics import (
@@ -121,7 +121,7 @@ def read(table: Path, windows: int) -> Iterator[tuple[str, Pixels]]:
 def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity:
     """Spoils each window in every way and compares it with itself."""
     clips = [clip for clip, _ in windows]
-    tower, appearance, motion = load_judges(JudgeFiles())
+    tower, appearance, motion = load_extractors(ExtractorFiles())
 
     def judged(pixels: Pixels, truth: Pixels) -> Arrays:
         numbers = {
@@ -147,8 +147,8 @@ def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity
     floors = {name: _floor(name, values, clips) for name, values in columns["real"].items()}
     cells = {row: {name: _cell(name, row, columns, clips, floors[name]) for name in columns[row]} for row in FAULTS}
     named = zip(("consistency", "rfd-app", "rfd-motion"), (tower, appearance, motion), strict=True)
-    judges = {name: judge.name.metric for name, judge in named}
-    return Sensitivity(len(clips), unique_clips(clips), judges, floors, cells)
+    extractors = {name: extractor.info.metric for name, extractor in named}
+    return Sensitivity(len(clips), unique_clips(clips), extractors, floors, cells)
 
 
 def _floor(name: str, real: NDArray[Any], clips: list[str]) -> float | None:
@@ -209,7 +209,7 @@ def markdown(result: Sensitivity) -> str:
         + " | ".join("-" if floor is None else f"{floor:.4g}" for floor in result.floors.values())
         + " | |",
     ]
-    judges = "; ".join(f"{column} is {metric}" for column, metric in result.judges.items())
+    extractors = "; ".join(f"{column} is {metric}" for column, metric in result.judges.items())
     notes = [
         f"{result.windows} windows of {result.clips} source videos, {FRAMES} frames at {FPS} fps, {SIZE} pixels.",
         "Bold: the fault is seen, that is the 95 % interval of the difference from `none` (beneath, paired by source "
@@ -218,7 +218,7 @@ def markdown(result: Sensitivity) -> str:
         "smoothness: frames against the mean of their neighbours, a proxy). ssim: frames 2 to the last against real.",
         "Floor: two halves of the real videos; of a ratio its distance from 1, of consistency the difference. So few "
         "videos differ more in what they show than by a fault: unpaired, a fault below the floor would go unseen.",
-        f"{judges}: fixed random nets, {NOT_COMPARABLE}.",
+        f"{extractors}: fixed random nets, {NOT_COMPARABLE}.",
     ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 

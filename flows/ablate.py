@@ -9,7 +9,7 @@ from prefect import flow
 
 from flows import layout
 from flows.console import log, results
-from flows.evaluate_trip import evaluate_stage, with_base_row, with_judges
+from flows.evaluate_trip import evaluate_stage, with_base_row, with_extractors
 from flows.mlflow_store import tracking_address
 from flows.recipes import VARIANTS
 from flows.source import DEFAULT, SourceOptions
@@ -18,7 +18,7 @@ from infra.cluster import kept_ray_session
 from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.report import ablation
-from tasks.metrics.extractors.files import NONE, JudgeFiles
+from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import UserError, to_json
 
 
@@ -34,10 +34,10 @@ def ablate(
     seeds: int = 5,
     steps: int | None = None,
     *,
-    judges: JudgeFiles = NONE,
+    extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
-    """Train and judge TRIP and its variants under common seeds, and report the paired differences. Resumes.
+    """Train and evaluate TRIP and its variants under common seeds, and report the paired differences. Resumes.
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
@@ -49,7 +49,7 @@ def ablate(
         variants: rows of Tables 5 and 6, with commas; TRIP itself is always among them.
         seeds: how many trainings of each variant.
         steps: training steps of each, instead of the recipe's.
-        judges: files of the judges; without them fixed random nets stand in under names of their own.
+        extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
     run = layout.resolve(recipe, source, root, base, options)
@@ -70,7 +70,8 @@ def ablate(
                 arm = replace(run, recipe=replace(variant, train=train))
                 log(f"ablate      {name}, seed {seed}: {len(arms) + 1} of {seeds * len(names)}")
                 trained = train_stage(arm.train(data), uri, f"ablate {name} {seed}")
-                judged = evaluate_stage(with_judges(with_base_row(arm.evaluate(trained.exported, data), arm), judges))
+                spec = with_extractors(with_base_row(arm.evaluate(trained.exported, data), arm), extractors)
+                judged = evaluate_stage(spec)
                 arms.append(ablation.Arm(name, seed, judged.uri, trained.loss_last))
     comparison = ablation.compare(arms)
     about = {

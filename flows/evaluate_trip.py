@@ -18,13 +18,13 @@ from flows.stage import STAGE_POLICY, code_version
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
-from tasks.metrics.extractors.files import NONE, JudgeFiles
+from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
 
 
-def with_judges(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
+def with_extractors(spec: EvaluateSpec, extractors: ExtractorFiles) -> EvaluateSpec:
     """The spec with these files, or with its own if there are none; made absolute for workers in other folders."""
-    return replace(spec, judges=(spec.judges if judges == NONE else judges).absolute())
+    return replace(spec, judges=(spec.judges if extractors == NONE else extractors).absolute())
 
 
 def with_base_row(spec: EvaluateSpec, run: Run) -> EvaluateSpec:
@@ -43,7 +43,7 @@ def with_base_row(spec: EvaluateSpec, run: Run) -> EvaluateSpec:
 
 @task(name="evaluate", **STAGE_POLICY)
 def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
-    """Ray actors generate and judge; clips that are done are kept."""
+    """Ray actors generate clips and extract features; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
     return evaluate(spec, log)
@@ -94,10 +94,10 @@ def evaluate_trip(
     tracking_uri: str | None = None,
     base_row: bool = True,
     *,
-    judges: JudgeFiles = NONE,
+    extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
-    """Judge a model on a protocol's clips, beside other methods; continues what an earlier call began.
+    """Evaluate a model on a protocol's clips, next to other methods; continues an earlier call.
 
     Args:
         recipe: which numbers to use; see the command `recipes`.
@@ -106,7 +106,7 @@ def evaluate_trip(
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
-        held_out: address of another prepared data set, none of which was trained on, to judge by.
+        held_out: address of another prepared data set, none of which was trained on, to evaluate on.
         protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, cinn-exact, ...), a preset's file .toml
             of your own, or the protocol.json of a report.
         method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with
@@ -115,7 +115,7 @@ def evaluate_trip(
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
             model, once for all models of this base below the root.
-        judges: files of the judges; without them fixed random nets stand in under names of their own.
+        extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
     from tasks.evaluate.protocol.baselines import parse_methods
@@ -134,7 +134,7 @@ def evaluate_trip(
     if base_row:
         spec = with_base_row(spec, run)
     champion = champion and storage.absolute(champion)
-    report = evaluate_stage(replace(with_judges(spec, judges), methods=methods, champion=champion))
+    report = evaluate_stage(replace(with_extractors(spec, extractors), methods=methods, champion=champion))
     if uri is not None:
         track_evaluation(report, spec.dataset, uri)
     return to_json(report)

@@ -1,24 +1,24 @@
-"""The command `selftest`: the values that others published, once the judges' files are given."""
+"""The command `selftest`: compares the given feature extractors with published values."""
 
 from __future__ import annotations
 
 from tasks.metrics import selftest as test
-from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.files import ExtractorFiles
 
-NONE = JudgeFiles()
+NONE = ExtractorFiles()
 _VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 
 
-def selftest(*, judges: JudgeFiles = NONE) -> int:
-    """Hold the judges' files against published values, one line each; exit code 1 where one differs.
+def selftest(*, extractors: ExtractorFiles = NONE) -> int:
+    """Compare feature extractors with published values, one line each; the exit code is 1 if one differs.
 
     Args:
-        judges: the files to test.
+        extractors: the files to test.
     """
     import torch
 
     failed = False
-    for finding in test.selftest(judges, "cuda" if torch.cuda.is_available() else "cpu"):
+    for finding in test.selftest(extractors, "cuda" if torch.cuda.is_available() else "cpu"):
         print(f"selftest    {_VERDICTS[finding.passed]:<8}{finding.metric}: {finding.text}", flush=True)
         failed |= finding.passed is False
     return int(failed)

@@ -1,1 +1,1 @@
-"""The evaluate stage: held-out clips animated by a model export, judged beside still and real rows (section 4)."""
+"""The evaluate stage: held-out clips animated by a model export, compared with still and real rows (section 4)."""

@@ -1,4 +1,4 @@
-"""Drives the evaluation on Ray: actors animate, actors judge the clips of all rows, the driver sums up and reports."""
+"""Drives the evaluation on Ray: actors animate, actors extract features of all rows, the driver reports."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tasks.evaluate.spec import (
     provenance_of,
 )
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP, Row
-from tasks.metrics.extractors.extractor import JudgeName
-from tasks.metrics.extractors.loading import identify_judges, load_judges
+from tasks.metrics.extractors.extractor import ExtractorInfo
+from tasks.metrics.extractors.loading import identify_extractors, load_extractors
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
@@ -84,21 +84,21 @@ class Generator(_Worker):
         )
 
 
-class Judge(_Worker):
-    """Loads the judges once, then looks at batches of clips in the rows that lack them; each clip on its own."""
+class Extractor(_Worker):
+    """Loads the feature extractors once, then extracts the missing features of batches of clips, clip by clip."""
 
-    judges: Any = None
+    extractors: Any = None
 
     def __init__(self, spec: EvaluateSpec, frames: int, table: Sequence[Row], made: dict[str, Any]) -> None:
         super().__init__(spec, frames)
         self.rows, self.made = {row.name: row for row in table}, made
 
     def run(self, names: Sequence[str], batch: Batch) -> None:
-        if self.judges is None:
-            self.judges = load_judges(self.spec.judges, self.device)
+        if self.extractors is None:
+            self.extractors = load_extractors(self.spec.judges, self.device)
         reals = [generate.real_pixels(self.dataset, item, self.frames) for item in batch]
         for name in names:
-            rows.look(self.spec.output, self.rows[name], self.made, batch, reals, self.judges)
+            rows.look(self.spec.output, self.rows[name], self.made, batch, reals, self.extractors)
 
 
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
@@ -108,7 +108,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     key stands already, it is the answer.
 
     Raises:
-        UserError: a model, data set, protocol, method, judge or number that cannot be used, items that are lacking
+        UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are lacking
             where the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
@@ -119,11 +119,11 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     spec = replace(spec, output=output)
     dataset = ShardDataset(spec.dataset)
     protocol = load_protocol(spec.protocol, dataset, spec.held_out_fraction, spec.clips, spec.seed)
-    judges = identify_judges(spec.judges)
-    for judge in judges:
-        if judge.least_frames > protocol.frames:
+    extractors = identify_extractors(spec.judges)
+    for extractor in extractors:
+        if extractor.least_frames > protocol.frames:
             raise UserError(
-                f"{judge.metric} needs {judge.least_frames} frames, the protocol's clips have {protocol.frames}"
+                f"{extractor.metric} needs {extractor.least_frames} frames, the protocol's clips have {protocol.frames}"
             )
     others = [find_method(name, folder, protocol.items) for name, folder in spec.methods.items()]
     if spec.champion is not None:
@@ -143,7 +143,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     base = None if spec.base is None else find_base(spec.base, spec.model, spec.steps, spec.guidance)
     summed = made | {
         "protocol_sha": protocol.sha,
-        "judges": [judge.id for judge in judges],
+        "judges": [extractor.id for extractor in extractors],
         "methods": {method.name: method.identity for method in others},
         "base": base and base.identity(),
         "schema": SCHEMA_VERSION,
@@ -166,13 +166,13 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             models.insert(0, (_generated(BASE, folder, name, protocol.items), base))
         methods = [*(method for method, of in models if of is not None), *others, trip]
         table = [Row(FROZEN), *(Row(method.name, method) for method in methods), Row(REAL)]
-        records, items, excluded = _run_stages(spec, protocol, dataset, table, judges, models, progress)
+        records, items, excluded = _run_stages(spec, protocol, dataset, table, extractors, models, progress)
         summary = score.summarise(
             protocol,
             items,
             records,
-            lambda judge, row: rows.load_features(output, judge, records[row]),
-            judges,
+            lambda extractor, row: rows.load_features(output, extractor, records[row]),
+            extractors,
             spec.bootstrap,
             excluded,
         )
@@ -183,14 +183,14 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             ratio,
             trip_row["clip_distance_minus_frozen"],
             summary.clips,
-            {name: from_champion[name] for name in score.lower_is_better(judges) if name in from_champion},
+            {name: from_champion[name] for name in score.lower_is_better(extractors) if name in from_champion},
         )
-        provenance = summed | provenance_of(spec, dataset, protocol, judges)
+        provenance = summed | provenance_of(spec, dataset, protocol, extractors)
         for note in score.exclusions(summary.counts):
             progress(f"evaluate   {note}")
         progress(f"report     writing tables, pictures and {min(spec.examples, len(items))} videos")
         examples = _examples(dataset, protocol.frames, items[: spec.examples], table)
-        pages = report.build(summary, verdict, judges, protocol, examples, provenance)
+        pages = report.build(summary, verdict, extractors, protocol, examples, provenance)
         for name, content in pages.items():
             storage.write_bytes(storage.join(output, name), content)
         numbers = asdict(summary)
@@ -231,7 +231,7 @@ def _run_stages(
     protocol: Protocol,
     dataset: ShardDataset,
     table: Sequence[Row],
-    judges: Sequence[JudgeName],
+    extractors: Sequence[ExtractorInfo],
     models: Sequence[tuple[Method, UntrainedBase | None]],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], tuple[Item, ...], dict[str, dict[str, int]]]:
@@ -255,22 +255,22 @@ def _run_stages(
             found[row.name] = missing_of(row.method, protocol.items) | failed
         return found
 
-    def judge(label: str, of: Sequence[Row]) -> None:
-        tasks = rows.unjudged(spec.output, of, made, plan, judges)
+    def extract(label: str, of: Sequence[Row]) -> None:
+        tasks = rows.unmeasured(spec.output, of, made, plan, extractors)
         done = len(protocol.items) - sum(len(batch) for _, batch in tasks)
-        _drive(label, Judge, (of, made), spec, protocol, tasks, done, progress)
+        _drive(label, Extractor, (of, made), spec, protocol, tasks, done, progress)
 
     missing = [generate.unfinished(plan, method.folder) for method, _ in models]
-    if any(missing) or rows.unjudged(spec.output, table, made, plan, judges):
+    if any(missing) or rows.unmeasured(spec.output, table, made, plan, extractors):
         with ray_session(spec.ray_address):
             if given:
-                judge("methods", given)
+                extract("methods", given)
                 without_missing(protocol, lacking())
             for (method, base), batches in zip(models, missing, strict=True):
                 label, arguments = "base" if base else "generate", (method.folder, protocol.rules.scaled, base)
                 done = len(protocol.items) - sum(map(len, batches))
                 _drive(label, Generator, arguments, spec, protocol, [(batch,) for batch in batches], done, progress)
-            judge("judge", table)
+            extract("judge", table)
     items, excluded = without_missing(protocol, lacking())
     found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
     return {name: [records[item.key] for item in items] for name, records in found.items()}, items, excluded

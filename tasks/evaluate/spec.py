@@ -14,13 +14,13 @@ from infra import storage
 from infra.redaction import redact
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.protocol import Protocol
-from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
-    from tasks.metrics.extractors.extractor import JudgeName
+    from tasks.metrics.extractors.extractor import ExtractorInfo
 
 SCHEMA_VERSION = 3
 REPORT = "report.json"
@@ -28,7 +28,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """What to evaluate, on what, and with which judges; the rest says by how many hands.
+    """What to evaluate, on what, and with which feature extractors; the rest says by how many hands.
 
     `model` is the folder of a model export and `dataset` that of a shard data set with pixels; `output` receives the
     report. `protocol` names a preset, or is the address of a file: a preset's .toml, a manifest's .json. Where a preset
@@ -54,7 +54,7 @@ class EvaluateSpec:
     champion: str | None = None
     base: Artifact | None = None
     base_clips: str | None = None
-    judges: JudgeFiles = JudgeFiles()
+    judges: ExtractorFiles = ExtractorFiles()  # the feature extractors; a recipe's hash covers this field's name
     bootstrap: int = 2000
     examples: int = 6
     workers: int | None = None  # None: one for every `cpus_per_worker` that Ray has
@@ -124,7 +124,7 @@ def model_sha256(model: str) -> str:
 
 
 def provenance_of(
-    spec: EvaluateSpec, dataset: ShardDataset, protocol: Protocol, judges: Sequence[JudgeName]
+    spec: EvaluateSpec, dataset: ShardDataset, protocol: Protocol, extractors: Sequence[ExtractorInfo]
 ) -> dict[str, Any]:
     """Where the numbers come from; no clock and no host, so that equal evaluations give equal reports."""
     return {
@@ -142,13 +142,13 @@ def provenance_of(
             if folder
         },
         "judges": {
-            judge.metric: {
-                "official": judge.official,
-                "sha256": judge.sha256,
-                "features": ", ".join(judge.features),
-                "geometry": judge.geometry,
+            extractor.metric: {
+                "official": extractor.official,
+                "sha256": extractor.sha256,
+                "features": ", ".join(extractor.features),
+                "geometry": extractor.geometry,
             }
-            for judge in judges
+            for extractor in extractors
         },
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},

@@ -15,7 +15,7 @@ from infra import storage
 from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
 from tasks.evaluate.protocol.baselines import READERS, Method, read_method
 from tasks.evaluate.protocol.protocol import Item
-from tasks.metrics.extractors.extractor import Judge, JudgeName, judge_item
+from tasks.metrics.extractors.extractor import ExtractorInfo, FeatureExtractor, extract_features
 from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, psnr_curve, smoothness_residual, ssim_curve
 from tasks.records import digest
 from tasks.video.decode import ClipError
@@ -62,7 +62,7 @@ class Row:
 
 
 def content_sha256(pixels: Pixels, caption: str) -> str:
-    """Hex sha256 of what a judge is shown: equal clips are judged once, whatever row they stand in."""
+    """Hex sha256 of what an extractor is shown: equal clips are seen once, whatever their row."""
     return hashlib.sha256(f"{pixels.shape}{caption}\0".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
@@ -83,13 +83,13 @@ def measure(pixels: Pixels, real: Pixels, first: Pixels | None) -> dict[str, Any
     return numbers
 
 
-def part_for(judge: JudgeName, parts: Mapping[str, Any]) -> str:
-    """Which part of a clip a judge is shown, of those of HASHES that there are."""
-    return "shifted" if judge.of_sets and "shifted" in parts else "content"
+def part_for(extractor: ExtractorInfo, parts: Mapping[str, Any]) -> str:
+    """Which part of a clip an extractor is shown, of those of HASHES that there are."""
+    return "shifted" if extractor.of_sets and "shifted" in parts else "content"
 
 
-def features_address(output: str, judge: JudgeName, content: str) -> str:
-    return storage.join(output, "features", judge.id, f"{content}.npz")
+def features_address(output: str, extractor: ExtractorInfo, content: str) -> str:
+    return storage.join(output, "features", extractor.id, f"{content}.npz")
 
 
 def look(
@@ -98,9 +98,9 @@ def look(
     made: Mapping[str, Any],
     batch: Batch,
     reals: Sequence[Pixels],
-    judges: Sequence[Judge],
+    extractors: Sequence[FeatureExtractor],
 ) -> None:
-    """Measures and judges the clips of a batch in one row and keeps what comes of it; equal clips are judged once.
+    """Measures the clips of a batch in one row and stores their features; equal clips are seen once.
 
     A video that cannot be used is recorded with its reason: whoever sums up decides what that means.
     """
@@ -115,11 +115,11 @@ def look(
             continue
         parts = {"content": pixels} | ({"shifted": row.shifted(pixels)} if "shifted" in made else {})
         record = {name: content_sha256(part, item.caption) for name, part in parts.items()}
-        for judge in judges:
-            part = part_for(judge.name, parts)
-            address = features_address(output, judge.name, record[part])
+        for extractor in extractors:
+            part = part_for(extractor.info, parts)
+            address = features_address(output, extractor.info, record[part])
             if not storage.exists(address):
-                save_arrays(address, judge_item(judge, item.key, parts[part], item.caption))
+                save_arrays(address, extract_features(extractor, item.key, parts[part], item.caption))
         records[item.key] = record | measure(pixels, real, first)
     storage.write_json(_record_address(output, row, made, batch), records)  # last: the features are there
 
@@ -137,27 +137,33 @@ def read_records(output: str, row: Row, made: Mapping[str, Any], plan: Sequence[
         return {key: record for part in parts for key, record in part.items()}
 
 
-def unjudged(
-    output: str, table: Sequence[Row], made: Mapping[str, Any], plan: Sequence[Batch], judges: Sequence[JudgeName]
+def unmeasured(
+    output: str,
+    table: Sequence[Row],
+    made: Mapping[str, Any],
+    plan: Sequence[Batch],
+    extractors: Sequence[ExtractorInfo],
 ) -> list[tuple[tuple[str, ...], Batch]]:
-    """The batches that are not judged in all rows, each with the rows that lack a record or a judge's features."""
-    folders = [storage.join(output, "features", judge.id) for judge in judges]
+    """The batches that are not measured in all rows, each with the rows where a record or features are missing."""
+    folders = [storage.join(output, "features", extractor.id) for extractor in extractors]
     held = [{file.removesuffix(".npz") for file in storage.list_dir(folder)} for folder in folders]
-    judged = list(zip(judges, held, strict=True))
+    judged = list(zip(extractors, held, strict=True))
 
     def lacks(row: Row, item: Item) -> bool:
         record = records[row.name].get(item.key)
         if record is None:
             return row.has(item)
-        return "content" in record and any(record[part_for(judge, record)] not in held for judge, held in judged)
+        return "content" in record and any(
+            record[part_for(extractor, record)] not in held for extractor, held in judged
+        )
 
     records = {row.name: read_records(output, row, made, plan) for row in table}
     tasks = [(tuple(row.name for row in table if any(lacks(row, i) for i in batch)), batch) for batch in plan]
     return [(names, batch) for names, batch in tasks if names]
 
 
-def load_features(output: str, judge: JudgeName, records: Sequence[Mapping[str, Any]]) -> list[Features]:
-    """What a judge made of the clips of these records, in their order."""
-    addresses = [features_address(output, judge, record[part_for(judge, record)]) for record in records]
+def load_features(output: str, extractor: ExtractorInfo, records: Sequence[Mapping[str, Any]]) -> list[Features]:
+    """What an extractor made of the clips of these records, in their order."""
+    addresses = [features_address(output, extractor, record[part_for(extractor, record)]) for record in records]
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(load_arrays, addresses))

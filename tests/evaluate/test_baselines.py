@@ -1,4 +1,4 @@
-"""Other methods' videos, found in every form, read frame by frame, never silently fewer; and all judges at once."""
+"""Other methods' videos, found in every form, read frame by frame, never silently fewer; and all extractors at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tasks.evaluate.protocol.protocol import Item, Protocol, held_out_protocol
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
-from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, write_shard
 from tasks.video.decode import ClipError
@@ -173,9 +173,9 @@ def test_a_method_is_named_once_and_by_a_word(tmp_path: Path) -> None:
     for given in (["folder"], ["=folder"], ["A="], ["trip=a"], ["champion=a"], ["a/b=c"], ["A=a", "A=b"]):
         with pytest.raises(UserError, match="expected NAME=FOLDER|choose another"):
             parse_methods(given)
-    flags = ["--method", "A=a", "--method", "B=b", "--protocol", "folder", "--judges.i3d", "i3d.pt"]
+    flags = ["--method", "A=a", "--method", "B=b", "--protocol", "folder", "--extractors.i3d", "i3d.pt"]
     given = parse(["evaluate-trip", *flags])
-    assert given["method"] == ["A=a", "B=b"] and given["judges"] == JudgeFiles(i3d="i3d.pt")
+    assert given["method"] == ["A=a", "B=b"] and given["extractors"] == ExtractorFiles(i3d="i3d.pt")
 
 
 def drawn(folder: Path, clips: int) -> str:
@@ -248,10 +248,10 @@ def test_from_files_of_judges_to_the_table(cluster: None, tiny_model: Path, tmp_
     spec = spec_for(tiny_model, data, tmp_path / "out", clips=4, methods={"Other": str(tmp_path / "other")})
     for wrong in (None, "0" * 64):
         with pytest.raises(UserError, match=f"i3d.pt has sha256 {hashes[i3d]}"):
-            evaluate(replace(spec, judges=JudgeFiles(i3d=str(i3d), i3d_sha256=wrong)), lambda line: None)
+            evaluate(replace(spec, judges=ExtractorFiles(i3d=str(i3d), i3d_sha256=wrong)), lambda line: None)
     assert not (tmp_path / "out").exists()
 
-    files = JudgeFiles(
+    files = ExtractorFiles(
         i3d=str(i3d), i3d_sha256=hashes[i3d], inception=str(inception), inception_sha256=hashes[inception]
     )
     report = evaluate(replace(spec, judges=files), lambda line: None)

@@ -25,7 +25,7 @@ from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocol.protocol import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.drawing import draw_clip
-from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import Artifact, UserError, to_json
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
 from trip_model.checkpoint import save_model
@@ -337,7 +337,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "makes frames of 32x32": replace(spec, dataset=large),
         "clips 0": replace(spec, clips=0),
         "batch 0": replace(spec, batch=0),
-        "no CLIP weights": replace(spec, judges=JudgeFiles(clip_model=str(tmp_path / "clip.pt"))),
+        "no CLIP weights": replace(spec, judges=ExtractorFiles(clip_model=str(tmp_path / "clip.pt"))),
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
         "no report of schema 3 at": replace(spec, champion=str(tmp_path / "nothing")),

@@ -28,9 +28,9 @@ from tasks.evaluate.report.tables import Table, all_tables, own_table, paper_tab
 from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluate.systems import measure
 from tasks.ingest.drawing import draw_clip
-from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName, judge_item
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.loading import load_judges
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, extract_features
+from tasks.metrics.extractors.files import ExtractorFiles
+from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import kernel_distance
 from tasks.metrics.statistics import Estimate
 from tasks.video.decode import read_clip
@@ -51,8 +51,8 @@ def noisy(pixels: np.ndarray, seed: int, sd: float = 4.0) -> np.ndarray:
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
-JUDGES = load_judges(JudgeFiles())
-NAMES = [judge.name for judge in JUDGES]
+EXTRACTORS = load_extractors(ExtractorFiles())
+NAMES = [extractor.info for extractor in EXTRACTORS]
 
 
 def protocol_of(count: int) -> Protocol:
@@ -77,9 +77,9 @@ def summarised(protocol: Protocol, clips: dict[str, list[np.ndarray]]) -> Summar
     shown = {row: [np.concatenate([real[i][:1], p[1:]]) for i, p in enumerate(found)] for row, found in clips.items()}
     records = {row: list(map(measure, shown[row], real, firsts[row])) for row in clips}
 
-    def features(name: JudgeName, row: str) -> list[dict[str, np.ndarray]]:
-        judge = next(judge for judge in JUDGES if judge.name == name)
-        return [judge_item(judge, item.key, shown[row][i], item.caption) for i, item in enumerate(items_)]
+    def features(name: ExtractorInfo, row: str) -> list[dict[str, np.ndarray]]:
+        extractor = next(extractor for extractor in EXTRACTORS if extractor.info == name)
+        return [extract_features(extractor, item.key, shown[row][i], item.caption) for i, item in enumerate(items_)]
 
     return summarise(protocol, items_, records, features, NAMES, bootstrap=200)
 
@@ -95,7 +95,7 @@ def summary() -> Summary:
 
 
 def values(summary: Summary, row: str) -> dict[str, float]:
-    """Values by the start of their name: the hash of a judge is not what is tested here."""
+    """Values by the start of their name: the hash of an extractor is not what is tested here."""
     return {name.split("@")[0] + name.partition("/")[2]: e.value for name, e in summary.metrics[row].items()}
 
 
@@ -204,17 +204,17 @@ def written(*metrics: str, categories: dict[str, int] | None = None) -> Summary:
 
 
 OFFICIAL = [
-    JudgeName("F-Consistency", True, "0" * 64, ("clip_frames",), ""),
-    JudgeName("FVD", True, "1" * 64, ("i3d",), "", 16),
-    JudgeName("FID", True, "2" * 64, ("inception",), ""),
+    ExtractorInfo("F-Consistency", True, "0" * 64, ("clip_frames",), ""),
+    ExtractorInfo("FVD", True, "1" * 64, ("i3d",), "", 16),
+    ExtractorInfo("FID", True, "2" * 64, ("inception",), ""),
 ]
 
 
 def test_tables_never_name_a_metric_it_is_not(summary: Summary):
     own, papers = own_table(summary, NAMES), paper_tables(summary, NAMES, protocol_of(6))
     assert own.header[1:] == ["Frozen first frame", "TRIP (this run)", "Real video"]
-    of_judges = [row for row in own.rows if row[0].startswith("r")]
-    assert len(of_judges) == 10 and all(NOT_COMPARABLE in cell for row in of_judges for cell in row[1:])
+    of_extractors = [row for row in own.rows if row[0].startswith("r")]
+    assert len(of_extractors) == 10 and all(NOT_COMPARABLE in cell for row in of_extractors for cell in row[1:])
     for row in own.rows:
         assert not any(name in row[0] for name in ("FVD", "FID", "F-Consistency"))
     for paper in papers.values():

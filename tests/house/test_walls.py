@@ -125,6 +125,14 @@ def test_the_library_loads_no_framework_of_the_floors_above() -> None:
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("module", ["tasks.encode.job", "tasks.evaluate.job", "flows.layout", "flows.recipes"])
+def test_a_driver_is_imported_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "False"
+
+
 @pytest.mark.parametrize("path", FILES + SCRIPTS + TESTS, ids=inside)
 def test_a_file_opens_with_one_sentence(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))

@@ -1,4 +1,4 @@
-"""Judges of a user's own: named after their module and its hash, and one sentence for each that cannot be used."""
+"""Extractors of a user's own: named after their module and its hash, and one sentence for each that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.metrics.extractors.extractor import JudgeError, judge_item
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.loading import identify_judges, load_judges
+from tasks.metrics.extractors.extractor import ExtractorError, extract_features
+from tasks.metrics.extractors.files import ExtractorFiles
+from tasks.metrics.extractors.loading import identify_extractors, load_extractors
 
 CUSTOM = """
 import numpy as np
@@ -39,32 +39,32 @@ def broken(device):
 @pytest.fixture
 def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
-    path = tmp_path / "lab_judge.py"
+    path = tmp_path / "lab_extractor.py"
     path.write_text(CUSTOM.format(scale=1.0))
     yield path
-    sys.modules.pop("lab_judge", None)
+    sys.modules.pop("lab_extractor", None)
 
 
-def test_a_custom_judge_is_named_after_its_module_and_hash_and_never_as_published(custom: Path):
-    *_, judge = load_judges(JudgeFiles(custom="lab_judge:make"))
-    assert judge.name.metric == f"cfd-lab_judge.fvd@{judge.name.sha256[:8]}" and not judge.name.official
-    found = judge_item(judge, "clip", np.full((4, 8, 8, 3), 7, np.uint8), "")["custom"]
+def test_a_custom_extractor_is_named_after_its_module_and_hash_and_never_as_published(custom: Path):
+    *_, extractor = load_extractors(ExtractorFiles(custom="lab_extractor:make"))
+    assert extractor.info.metric == f"cfd-lab_extractor.fvd@{extractor.info.sha256[:8]}" and not extractor.info.official
+    found = extract_features(extractor, "clip", np.full((4, 8, 8, 3), 7, np.uint8), "")["custom"]
     np.testing.assert_array_equal(found, np.full((4, 3), 7, np.float32))
-    sys.modules.pop("lab_judge")
+    sys.modules.pop("lab_extractor")
     custom.write_text(CUSTOM.format(scale=2.5))
-    assert identify_judges(JudgeFiles(custom="lab_judge:make"))[-1].id != judge.name.id
+    assert identify_extractors(ExtractorFiles(custom="lab_extractor:make"))[-1].id != extractor.info.id
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("lab_judge", "expected package.module:factory"),
+        ("lab_extractor", "expected package.module:factory"),
         ("no_such_module:make", "cannot be made .*No module named"),
-        ("lab_judge:broken", "cannot be made .*no weights"),
-        ("lab_judge:nameless", "has the name None"),
+        ("lab_extractor:broken", "cannot be made .*no weights"),
+        ("lab_extractor:nameless", "has the name None"),
     ],
 )
-def test_a_custom_judge_that_cannot_be_used_is_one_sentence(custom: Path, address: str, message: str):
-    with pytest.raises(JudgeError, match=message) as caught:
-        load_judges(JudgeFiles(custom=address))
+def test_a_custom_extractor_that_cannot_be_used_is_one_sentence(custom: Path, address: str, message: str):
+    with pytest.raises(ExtractorError, match=message) as caught:
+        load_extractors(ExtractorFiles(custom=address))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The judges: honest names, hashes checked before loading, QuickGELU, and equality with open_clip used directly."""
+"""The extractors: honest names, hashes checked before loading, QuickGELU, and equality with open_clip used directly."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from tasks.metrics.consistency import consistency_curve
 from tasks.metrics.extractors.clip import Clip
 from tasks.metrics.extractors.extractor import (
     KNOWN_FILES,
-    JudgeError,
+    ExtractorError,
     checked_sha256,
-    judge_item,
-    judge_name,
+    extract_features,
+    extractor_info,
     state_sha256,
 )
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.loading import identify_judges
+from tasks.metrics.extractors.files import ExtractorFiles
+from tasks.metrics.extractors.identity import RANDOM_SHA256
+from tasks.metrics.extractors.loading import identify_extractors
 from tasks.metrics.extractors.random_nets import RandomDistance
 
 CAPTION = "a red ball rolls to the left"
@@ -39,8 +40,8 @@ def frames(count: int = 5) -> np.ndarray:
     return draw_clip(0, 48)[0][::10][:count]
 
 
-def embed(judge: Clip, pixels: np.ndarray) -> np.ndarray:
-    return judge.features(pixels, CAPTION)["clip_frames"]
+def embed(extractor: Clip, pixels: np.ndarray) -> np.ndarray:
+    return extractor.features(pixels, CAPTION)["clip_frames"]
 
 
 def tiny_folder(folder: Path, quick_gelu: bool | None) -> tuple[open_clip.CLIP, str]:
@@ -68,33 +69,43 @@ def test_random_tower_is_the_same_every_time_whatever_the_global_generator_holds
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     first = Clip()
-    assert torch.equal(torch.random.get_rng_state(), before)  # building a judge leaves no trace
+    assert torch.equal(torch.random.get_rng_state(), before)  # building an extractor leaves no trace
     torch.manual_seed(2)
     second = Clip()
-    assert first.name == second.name and first.name.sha256 == state_sha256(first._loaded[0].visual)
+    assert first.info == second.info and first.info.sha256 == state_sha256(first._loaded[0].visual)
     np.testing.assert_array_equal(embed(first, frames()), embed(second, frames()))
 
 
 def test_random_weights_have_not_changed():
     """Numbers compare only within these hashes; whoever changes a net changes the name of its metric."""
-    names = identify_judges(JudgeFiles())
+    names = identify_extractors(ExtractorFiles())
     assert [name.metric for name in names] == ["rfc-clip-random@db8a3869", "rfd-app@2c1eb077", "rfd-motion@5eab684f"]
     assert [name.kernel_metric for name in names[1:]] == ["rkd-app@2c1eb077", "rkd-motion@5eab684f"]
-    assert not any(name.official for name in names) and len({name.id for name in names}) == 3
+    assert not any(name.official for name in names)
+    # Keys of reports and folders of cached features contain these.
+    ids = ["clip_frames-7832a6fe5f6a3a6e", "rfd_app-d01b93b227cfd0aa", "rfd_motion-fa1a17f6c2cc6c31"]
+    assert [name.id for name in names] == ids
+
+
+@pytest.mark.parametrize("feature", RANDOM_SHA256)
+def test_a_random_network_of_another_state_is_refused(feature: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(RANDOM_SHA256, feature, "0" * 64)
+    with pytest.raises(ExtractorError, match=f"{feature} has sha256 .*, expected 0000"):
+        Clip().features(frames(1), CAPTION) if feature == "clip_frames" else RandomDistance(feature)
 
 
 def test_random_tower_sees_frames_differ():
-    judge = Clip()
+    extractor = Clip()
     clip, other = frames(), draw_clip(11, 48)[0][:1]
-    assert consistency_curve(embed(judge, clip))[-1] < 99.99
-    far = consistency_curve(embed(judge, np.concatenate([clip[:1], other])))[0]
-    assert far < consistency_curve(embed(judge, clip[:2]))[0]
-    assert consistency_curve(embed(judge, np.repeat(clip[:1], 4, axis=0)))[-1] == pytest.approx(100)
+    assert consistency_curve(embed(extractor, clip))[-1] < 99.99
+    far = consistency_curve(embed(extractor, np.concatenate([clip[:1], other])))[0]
+    assert far < consistency_curve(embed(extractor, clip[:2]))[0]
+    assert consistency_curve(embed(extractor, np.repeat(clip[:1], 4, axis=0)))[-1] == pytest.approx(100)
 
 
 def test_each_frame_is_embedded_on_its_own():
-    judge = Clip()
-    pairs, whole = (judge.features(frames(), CAPTION, batch=batch)["clip_frames"] for batch in (2, 5))
+    extractor = Clip()
+    pairs, whole = (extractor.features(frames(), CAPTION, batch=batch)["clip_frames"] for batch in (2, 5))
     np.testing.assert_allclose(pairs, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -112,9 +123,9 @@ def test_features_of_a_still_clip_have_no_motion_and_the_given_frame_is_left_out
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_a_clip_folder_gives_what_open_clip_gives_with_its_own_activation(tmp_path: Path, quick_gelu: bool):
     model, sha256 = tiny_folder(tmp_path / "clip", quick_gelu)
-    judge = Clip(str(tmp_path / "clip"), sha256)
-    assert judge.name.metric == f"rfc-clip@{sha256[:8]}" and not judge.name.official
-    found = judge.features(frames(), CAPTION)
+    extractor = Clip(str(tmp_path / "clip"), sha256)
+    assert extractor.info.metric == f"rfc-clip@{sha256[:8]}" and not extractor.info.official
+    found = extractor.features(frames(), CAPTION)
     np.testing.assert_allclose(found["clip_frames"], direct(model, frames()), rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         text = model.encode_text(open_clip.get_tokenizer("ViT-L-14")([CAPTION]))[0].numpy()
@@ -143,9 +154,9 @@ def test_the_two_activations_differ_so_a_folder_has_to_say_which(tmp_path: Path)
     assert sha == plain_sha  # the weights do not tell
     a, b = Clip(str(tmp_path / "quick"), sha), Clip(str(tmp_path / "plain"), sha)
     assert np.abs(embed(a, frames()) - embed(b, frames())).max() > 1e-4
-    assert a.name.id != b.name.id  # or the features of one would be found for the other
+    assert a.info.id != b.info.id  # or the features of one would be found for the other
     tiny_folder(tmp_path / "silent", None)
-    with pytest.raises(JudgeError, match="quick_gelu"):
+    with pytest.raises(ExtractorError, match="quick_gelu"):
         Clip(str(tmp_path / "silent"), sha)
 
 
@@ -156,9 +167,9 @@ def test_a_file_in_openai_form_is_loaded_with_quick_gelu(tmp_path: Path):
     path = tmp_path / "ViT-tiny.pt"
     torch.save(model.state_dict() | {"input_resolution": torch.tensor(32)}, path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    judge = Clip(str(path), sha256)
-    assert judge.name.metric == f"rfc-clip@{sha256[:8]}"
-    found = judge.features(frames(), CAPTION)
+    extractor = Clip(str(path), sha256)
+    assert extractor.info.metric == f"rfc-clip@{sha256[:8]}"
+    found = extractor.features(frames(), CAPTION)
     # OpenAI's loader passes the weights through half precision.
     np.testing.assert_allclose(found["clip_frames"], direct(model, frames()), rtol=2e-2, atol=5e-3)
     assert found["clip_text"].shape == (16,)
@@ -167,43 +178,43 @@ def test_a_file_in_openai_form_is_loaded_with_quick_gelu(tmp_path: Path):
 def test_weights_with_another_hash_are_refused_before_they_are_loaded(tmp_path: Path):
     path = tmp_path / "ViT-L-14.pt"
     path.write_bytes(b"a file that would run code when loaded")
-    with pytest.raises(JudgeError, match=KNOWN_FILES["clip"].sha256):
+    with pytest.raises(ExtractorError, match=KNOWN_FILES["clip"].sha256):
         Clip(str(path))
-    with pytest.raises(JudgeError, match="given clip_sha256 is 00"):
+    with pytest.raises(ExtractorError, match="given clip_sha256 is 00"):
         Clip(str(path), "00")
 
 
 def test_missing_weights_are_an_error_and_not_random_ones(tmp_path: Path):
-    with pytest.raises(JudgeError, match="no CLIP weights"):
+    with pytest.raises(ExtractorError, match="no CLIP weights"):
         Clip(str(tmp_path / "nothing.pt"))
     tiny_folder(tmp_path / "clip", True)
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
-    with pytest.raises(JudgeError, match="lacks open_clip_model.safetensors"):
+    with pytest.raises(ExtractorError, match="lacks open_clip_model.safetensors"):
         Clip(str(tmp_path / "clip"))
 
 
 @pytest.mark.parametrize("kind", KNOWN_FILES)
 def test_published_names_belong_to_the_known_files_alone(tmp_path: Path, kind: str):
     published = KNOWN_FILES[kind]
-    named = judge_name(kind, f"x-{kind}", published.sha256.ljust(64, "0"), ("feature",), "as it is")
+    named = extractor_info(kind, f"x-{kind}", published.sha256.ljust(64, "0"), ("feature",), "as it is")
     assert named.official and named.metric == published.metric and named.mark == ""
     path = tmp_path / "weights"
     path.write_bytes(b"others")
-    with pytest.raises(JudgeError, match=f"that of .* is {published.sha256}.* as {kind}_sha256"):
+    with pytest.raises(ExtractorError, match=f"that of .* is {published.sha256}.* as {kind}_sha256"):
         checked_sha256(path, kind, None)
     found = hashlib.sha256(b"others").hexdigest()
-    other = judge_name(kind, f"x-{kind}", checked_sha256(path, kind, found.upper()), ("feature",), "as it is")
+    other = extractor_info(kind, f"x-{kind}", checked_sha256(path, kind, found.upper()), ("feature",), "as it is")
     assert not other.official and other.metric == f"x-{kind}@{found[:8]}" and other.mark == f"@{found[:8]}"
-    with pytest.raises(JudgeError, match="no file .* give "):
+    with pytest.raises(ExtractorError, match="no file .* give "):
         checked_sha256(tmp_path / "nothing", kind, None)
 
 
-def test_bad_frames_and_bad_features_name_the_item_and_the_judge():
-    judge = RandomDistance("rfd_motion")
-    with pytest.raises(JudgeError, match=r"item clip3_000: rfd-motion@5eab684f takes frames uint8 .* got float32"):
-        judge_item(judge, "clip3_000", frames().astype(np.float32) / 255, CAPTION)  # type: ignore[arg-type]
-    with pytest.raises(JudgeError, match=r"item clip3_000: 1 frames, rfd-motion@5eab684f needs at least 2"):
-        judge_item(judge, "clip3_000", frames(1), CAPTION)
-    judge.net.layers[0].weight.data[0] = float("nan")  # type: ignore[union-attr, index]
-    with pytest.raises(JudgeError, match=r"item clip3_000: rfd-motion@5eab684f gave NaN or infinity in rfd_motion"):
-        judge_item(judge, "clip3_000", frames(), CAPTION)
+def test_bad_frames_and_bad_features_name_the_item_and_the_extractor():
+    extractor = RandomDistance("rfd_motion")
+    with pytest.raises(ExtractorError, match=r"item clip3_000: rfd-motion@5eab684f takes frames uint8 .* got float32"):
+        extract_features(extractor, "clip3_000", frames().astype(np.float32) / 255, CAPTION)  # type: ignore[arg-type]
+    with pytest.raises(ExtractorError, match=r"item clip3_000: 1 frames, rfd-motion@5eab684f needs at least 2"):
+        extract_features(extractor, "clip3_000", frames(1), CAPTION)
+    extractor.net.layers[0].weight.data[0] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(ExtractorError, match=r"item clip3_000: rfd-motion@5eab684f gave NaN or infinity in rfd_motion"):
+        extract_features(extractor, "clip3_000", frames(), CAPTION)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,17 @@ import torch.nn.functional as F
 
 from flows.cli.selftest import selftest
 from tasks.ingest.drawing import draw_clip
-from tasks.metrics.extractors.extractor import KNOWN_FILES, JudgeError, KnownFile, judge_item
-from tasks.metrics.extractors.files import JudgeFiles
+from tasks.metrics.extractors.extractor import KNOWN_FILES, ExtractorError, KnownFile, extract_features
+from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.metrics.extractors.flow import Raft, flow_frames
 from tasks.metrics.extractors.i3d import I3D
 from tasks.metrics.extractors.inception import Inception, clean_frames, legacy_frames
-from tasks.metrics.extractors.loading import identify_judges, load_judges
+from tasks.metrics.extractors.loading import identify_extractors, load_extractors
 from tasks.metrics.extractors.video_mae import VideoMAE
 from tasks.metrics.selftest import selftest as findings
 from tasks.records import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PUBLISHED = ("FVD", "FID", "KVD", "KID", "F-Consistency")
 
 
@@ -95,26 +98,26 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_i3d_gets_whole_clips_in_the_literatures_geometry(i3d: Path):
-    judge = I3D(str(i3d), sha256_of(i3d))
+    extractor = I3D(str(i3d), sha256_of(i3d))
     pixels = noise(16, 90, 160)
-    found = judge_item(judge, "clip", pixels, "")["i3d"]
+    found = extract_features(extractor, "clip", pixels, "")["i3d"]
     small = F.interpolate(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), (224, 224), mode="bilinear")
     expected = (2 * small / 255 - 1).mean((0, 2, 3)).numpy()
     assert found.shape == (1, 400) and found.dtype == np.float32
     np.testing.assert_allclose(found[0, :3], expected, atol=1e-5)
-    assert judge.name.metric == f"fvd-i3d@{sha256_of(i3d)[:8]}"
-    assert judge.name.kernel_metric == f"kvd-i3d@{sha256_of(i3d)[:8]}"
-    with pytest.raises(JudgeError, match="item clip: 15 frames, fvd-i3d@.* needs at least 16"):
-        judge_item(judge, "clip", pixels[:15], "")
+    assert extractor.info.metric == f"fvd-i3d@{sha256_of(i3d)[:8]}"
+    assert extractor.info.kernel_metric == f"kvd-i3d@{sha256_of(i3d)[:8]}"
+    with pytest.raises(ExtractorError, match="item clip: 15 frames, fvd-i3d@.* needs at least 16"):
+        extract_features(extractor, "clip", pixels[:15], "")
 
 
 def test_a_script_of_another_signature_is_named(tmp_path: Path):
     path = tmp_path / "other.pt"
     torch.jit.script(torch.nn.Identity()).save(str(path))
-    with pytest.raises(JudgeError, match=r"did not take a clip .* expected I3D with the signature"):
+    with pytest.raises(ExtractorError, match=r"did not take a clip .* expected I3D with the signature"):
         I3D(str(path), sha256_of(path)).features(noise(16, 32, 32), "")
     path.write_bytes(b"no script")
-    with pytest.raises(JudgeError, match="is no TorchScript file"):
+    with pytest.raises(ExtractorError, match="is no TorchScript file"):
         I3D(str(path), sha256_of(path)).features(noise(16, 32, 32), "")
 
 
@@ -126,35 +129,35 @@ def test_a_file_of_another_hash_is_not_opened(tmp_path: Path, kind: str):
     assert mark.exists()  # the file would leave it
     mark.unlink()
     files = {"clip_model" if kind == "clip" else kind: str(path)}
-    with pytest.raises(JudgeError, match=sha256_of(path)):
-        load_judges(JudgeFiles(**files))
-    with pytest.raises(JudgeError, match=f"the given {kind}_sha256 is {'0' * 64}"):
-        load_judges(JudgeFiles(**files, **{f"{kind}_sha256": "0" * 64}))
+    with pytest.raises(ExtractorError, match=sha256_of(path)):
+        load_extractors(ExtractorFiles(**files))
+    with pytest.raises(ExtractorError, match=f"the given {kind}_sha256 is {'0' * 64}"):
+        load_extractors(ExtractorFiles(**files, **{f"{kind}_sha256": "0" * 64}))
     # Nor is anything unpickled once its hash was stated.
-    judges = load_judges(JudgeFiles(**files, **{f"{kind}_sha256": sha256_of(path)}))
-    with pytest.raises(JudgeError):
-        for judge in judges:
-            judge.features(noise(16, 64, 64), "")
+    extractors = load_extractors(ExtractorFiles(**files, **{f"{kind}_sha256": sha256_of(path)}))
+    with pytest.raises(ExtractorError):
+        for extractor in extractors:
+            extractor.features(noise(16, 64, 64), "")
     assert not mark.exists()
 
 
 def test_inception_is_torch_fidelitys_extractor(inception: Path):
     from torch_fidelity.utils import create_feature_extractor
 
-    judge = Inception(str(inception), sha256_of(inception))
+    extractor = Inception(str(inception), sha256_of(inception))
     theirs = create_feature_extractor(
         "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(inception)
     )
     pixels = draw_clip(0, 96)[0][:2]
-    found = judge_item(judge, "clip", pixels, "")["inception"]
+    found = extract_features(extractor, "clip", pixels, "")["inception"]
     (expected,) = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert found.shape == (2, 2048) and found.std() > 0.01
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
     clean = Inception(str(inception), sha256_of(inception), clean=True)
-    other = judge_item(clean, "clip", pixels, "")["inception_clean"]
+    other = extract_features(clean, "clip", pixels, "")["inception_clean"]
     assert other.shape == (2, 2048) and np.abs(other - found).max() > 1e-3
-    assert judge.name.metric == f"fid-inception@{sha256_of(inception)[:8]}"
-    assert clean.name.metric == f"fid-inception-clean@{sha256_of(inception)[:8]}" and clean.name.id != judge.name.id
+    assert extractor.info.metric == f"fid-inception@{sha256_of(inception)[:8]}"
+    assert clean.info.metric == f"fid-inception-clean@{sha256_of(inception)[:8]}" and clean.info.id != extractor.info.id
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (180, 320), (61, 97), (480, 299)])
@@ -212,12 +215,12 @@ def test_raft_measures_a_shifted_texture(tmp_path: Path):
     torch.save(raft_large(weights=None).state_dict(), path)
     texture = noise(1, 72, 80)[0]
     clip = np.stack([texture[:, shift : shift + 64][:64] for shift in (0, 2, 4)])
-    judge = Raft(str(path), sha256_of(path))
-    found = judge_item(judge, "clip", clip, "")["flow"]
+    extractor = Raft(str(path), sha256_of(path))
+    found = extract_features(extractor, "clip", clip, "")["flow"]
     assert found.shape == (2,) and np.isfinite(found).all() and (found > 0).all()
-    assert judge.name.metric == f"flow_ratio@{sha256_of(path)[:8]}"
+    assert extractor.info.metric == f"flow_ratio@{sha256_of(path)[:8]}"
     torch.save({"other": torch.zeros(1)}, path)
-    with pytest.raises(JudgeError, match="holds no weights of torchvision's raft_large"):
+    with pytest.raises(ExtractorError, match="holds no weights of torchvision's raft_large"):
         Raft(str(path), sha256_of(path)).features(clip, "")
 
 
@@ -238,25 +241,25 @@ def test_video_mae_folder_gives_pooled_tokens(tmp_path: Path):
     model.save_pretrained(tmp_path / "mae")
     weights = tmp_path / "mae" / "model.safetensors"
     pixels = noise(16, 32, 32)
-    judge = VideoMAE(str(tmp_path / "mae"), sha256_of(weights))
-    found = judge_item(judge, "clip", pixels, "")["videomae"]
-    assert found.shape == (1, 16) and judge.name.metric == f"fvd-videomae@{sha256_of(weights)[:8]}"
+    extractor = VideoMAE(str(tmp_path / "mae"), sha256_of(weights))
+    found = extract_features(extractor, "clip", pixels, "")["videomae"]
+    assert found.shape == (1, 16) and extractor.info.metric == f"fvd-videomae@{sha256_of(weights)[:8]}"
     with torch.no_grad():  # the classifier that transformers itself puts on these features
         logits = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)[None].float() / 255).logits
         np.testing.assert_allclose(model.classifier(torch.from_numpy(found)), logits, atol=1e-5)
-    with pytest.raises(JudgeError, match="takes clips of 16 frames, got 17"):
-        judge.features(noise(17, 32, 32), "")
-    with pytest.raises(JudgeError, match="no published one is known; give this file's own hash as videomae_sha256"):
+    with pytest.raises(ExtractorError, match="takes clips of 16 frames, got 17"):
+        extractor.features(noise(17, 32, 32), "")
+    with pytest.raises(ExtractorError, match="no published one is known; give this file's own hash as videomae_sha256"):
         VideoMAE(str(tmp_path / "mae"))
     model.videomae.save_pretrained(tmp_path / "bare")
     bare = VideoMAE(str(tmp_path / "bare"), sha256_of(tmp_path / "bare" / "model.safetensors"))
-    with pytest.raises(JudgeError, match="lacks classifier.bias"):
+    with pytest.raises(ExtractorError, match="lacks classifier.bias"):
         bare.features(pixels, "")
 
 
 def test_files_of_unknown_hash_never_take_a_published_name(i3d: Path, inception: Path):
-    names = identify_judges(
-        JudgeFiles(
+    names = identify_extractors(
+        ExtractorFiles(
             i3d=str(i3d),
             i3d_sha256=sha256_of(i3d),
             inception=str(inception),
@@ -273,20 +276,50 @@ def test_files_of_unknown_hash_never_take_a_published_name(i3d: Path, inception:
         "inception_clean",
     ]
     assert not [name for name in names if name.metric.startswith(PUBLISHED) or name.kernel_metric.startswith(PUBLISHED)]
-    with pytest.raises(JudgeError, match="inception_clean is set and no inception file"):
-        identify_judges(JudgeFiles(inception_clean=True))
+    with pytest.raises(ExtractorError, match="inception_clean is set and no inception file"):
+        identify_extractors(ExtractorFiles(inception_clean=True))
+
+
+def test_an_identity_is_that_of_the_loaded_extractor_and_needs_no_torch(tmp_path: Path):
+    (tmp_path / "mae").mkdir()
+    for name in ("clip.pt", "i3d.pt", "inception.pth", "raft.pth", "mae/config.json", "mae/model.safetensors"):
+        (tmp_path / name).write_text(f"not loaded: {name}")
+    files = ExtractorFiles(
+        clip_model=str(tmp_path / "clip.pt"),
+        clip_sha256=sha256_of(tmp_path / "clip.pt"),
+        i3d=str(tmp_path / "i3d.pt"),
+        i3d_sha256=sha256_of(tmp_path / "i3d.pt"),
+        inception=str(tmp_path / "inception.pth"),
+        inception_sha256=sha256_of(tmp_path / "inception.pth"),
+        inception_clean=True,
+        videomae=str(tmp_path / "mae"),
+        videomae_sha256=sha256_of(tmp_path / "mae" / "model.safetensors"),
+        raft=str(tmp_path / "raft.pth"),
+        raft_sha256=sha256_of(tmp_path / "raft.pth"),
+    )
+    code = (
+        "import sys\n"
+        "from tasks.metrics.extractors.files import ExtractorFiles\n"
+        "from tasks.metrics.extractors.loading import identify_extractors\n"
+        f"print(*(info.id for info in identify_extractors({files!r})), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *ids, imported = done.stdout.split()
+    assert ids == [extractor.info.id for extractor in load_extractors(files)] and len(ids) == 8
+    assert imported == "False"
 
 
 def test_the_selftest_says_which_published_value_applies(
     i3d: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    files = JudgeFiles(i3d=str(i3d), i3d_sha256=sha256_of(i3d))
+    files = ExtractorFiles(i3d=str(i3d), i3d_sha256=sha256_of(i3d))
     (finding,) = findings(files)
     assert finding.passed is None and "8 white ones: 28.000" in finding.text  # 7 of 400 means, each 2 away
     assert "the published 151.256 does not apply, it is of sha256 bec6519f" in finding.text
-    with pytest.raises(UserError, match="no file of a judge is given .*i3d_torchscript.pt"):
+    with pytest.raises(UserError, match="no file of a feature extractor is given.*i3d_torchscript.pt"):
         selftest()
     # As if the stand-in were the known file: its value is not the published one, and the command says so.
     monkeypatch.setitem(KNOWN_FILES, "i3d", KnownFile("FVD", "stand-in", sha256_of(i3d)))
-    assert selftest(judges=JudgeFiles(i3d=str(i3d))) == 1
+    assert selftest(extractors=ExtractorFiles(i3d=str(i3d))) == 1
     assert "FAILED  FVD: 8 black clips against 8 white ones: 28.000" in capsys.readouterr().out

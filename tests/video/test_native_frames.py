@@ -32,8 +32,8 @@ from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.drawing import draw_clip
 from tasks.ingest.spec import SourceSpec
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.loading import load_judges
+from tasks.metrics.extractors.files import ExtractorFiles
+from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import Moments, frechet_distance
 from tasks.records import UserError
 from tasks.shards import ShardDataset
@@ -209,7 +209,7 @@ def test_cinns_protocol_from_videos_to_the_report(
     said = " ".join(content["notes"])
     assert "80 items of 16 unique clips" in said and "17 frames at a stride of 1 native frames, 128 pixels" in said
 
-    judge = load_judges(JudgeFiles())[1]
+    extractor = load_extractors(ExtractorFiles())[1]
     found = []
     for category in categories:
         features: dict[str, list[np.ndarray]] = {"real": [], "trip": []}
@@ -221,9 +221,9 @@ def test_cinns_protocol_from_videos_to_the_report(
             }
             for row, pixels in seen.items():
                 assert pixels.shape == (16, 128, 128, 3)
-                features[row].append(judge.features(pixels, item.caption)["rfd_app"])
+                features[row].append(extractor.features(pixels, item.caption)["rfd_app"])
         trip, real = (Moments.of(np.concatenate(features[row])) for row in ("trip", "real"))
         found.append(frechet_distance(trip, real))
-    assert report.metrics["trip"][judge.name.metric]["value"] == pytest.approx(np.mean(found), rel=1e-9)
+    assert report.metrics["trip"][extractor.info.metric]["value"] == pytest.approx(np.mean(found), rel=1e-9)
     with pytest.raises(UserError, match="takes 16 frames at 4 fps and 256 pixels .* holds 17 frames at a stride of 1"):
         load_protocol("dtdb-clean", data, 1.0, 1, seed=0)

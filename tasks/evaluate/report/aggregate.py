@@ -20,7 +20,7 @@ from tasks.metrics.consistency import (
     consistency_curve,
     consistency_name,
 )
-from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate, mean_over_clips
 
 
@@ -52,17 +52,17 @@ class Summary:
         return self.counts["clips"]
 
 
-def lower_is_better(judges: Sequence[JudgeName]) -> tuple[str, ...]:
+def lower_is_better(extractors: Sequence[ExtractorInfo]) -> tuple[str, ...]:
     """The metrics of which the gate asks whether a champion's are lower."""
-    return ("clip_distance", *(judge.metric for judge in judges if judge.of_sets))
+    return ("clip_distance", *(extractor.metric for extractor in extractors if extractor.of_sets))
 
 
 def summarise(
     protocol: Protocol,
     items: Sequence[Item],
     records: Mapping[str, Sequence[Mapping[str, Any]]],
-    features: Callable[[JudgeName, str], Sequence[Features]],
-    judges: Sequence[JudgeName],
+    features: Callable[[ExtractorInfo, str], Sequence[Features]],
+    extractors: Sequence[ExtractorInfo],
     bootstrap: int = 2000,
     excluded: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Summary:
@@ -74,7 +74,7 @@ def summarise(
 
     Args:
         records: of each row, what `rows.measure` said of every item.
-        features: of a judge and a row, what it made of every item.
+        features: of an extractor and a row, what it made of every item.
         excluded: by row, how many of the protocol's items it lacked, by reason.
     Raises:
         ValueError: a video of fewer than 4 frames, features that are not finite.
@@ -84,9 +84,9 @@ def summarise(
     column = {
         row: {n: np.array([r[n] for r in records[row]]) for n in records[row][0] if n not in HASHES} for row in rows
     }
-    for judge in judges:
-        if judge.features[0] == "clip_frames":
-            _add_consistency(sums, judge, {row: features(judge, row) for row in rows})
+    for extractor in extractors:
+        if extractor.kind is MetricKind.CONSISTENCY:
+            _add_consistency(sums, extractor, {row: features(extractor, row) for row in rows})
     sums.add("motion_ratio", {row: column[row]["magnitude"] for row in rows}, ratio=True)
     sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
     sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
@@ -99,17 +99,17 @@ def summarise(
         made = {row: column[row][kind] for row in rows if kind in column[row]}
         sums.add(metric, {row: values[:, 0] for row, values in made.items()})
         sums.add_curve(kind, made)
-    for judge in judges:
-        if judge.features[0] == "flow":
-            flow = {row: np.array([f["flow"].mean() for f in features(judge, row)], np.float64) for row in rows}
-            sums.add(judge.metric, flow, ratio=True)
-        elif judge.of_sets:
-            found = {row: [f[judge.features[0]] for f in features(judge, row)] for row in rows}
-            if judge.features[0].startswith("inception") and not protocol.rules.shifted:
+    for extractor in extractors:
+        if extractor.kind is MetricKind.FLOW_RATIO:
+            flow = {row: np.array([f["flow"].mean() for f in features(extractor, row)], np.float64) for row in rows}
+            sums.add(extractor.metric, flow, ratio=True)
+        elif extractor.of_sets:
+            found = {row: [f[extractor.features[0]] for f in features(extractor, row)] for row in rows}
+            if extractor.kind is MetricKind.FRAME_SETS and not protocol.rules.shifted:
                 # Its first row is the given frame, which all rows share.
-                sums.add_with_given_frame(judge, found)
+                sums.add_with_given_frame(extractor, found)
                 found = {row: [values[1:] for values in of] for row, of in found.items()}
-            sums.add_distances(judge, found)
+            sums.add_distances(extractor, found)
     return Summary(
         rows=rows,
         metrics=dict(sums.metrics),
@@ -117,13 +117,13 @@ def summarise(
         floors=sums.floors,
         infinity=dict(sums.infinity),
         curves=dict(sums.curves),
-        per_clip=_per_clip(sums, column, judges),
+        per_clip=_per_clip(sums, column, extractors),
         counts=_counts(protocol, items, excluded or {}),
-        notes=_notes(protocol, items, judges, excluded or {}),
+        notes=_notes(protocol, items, extractors, excluded or {}),
     )
 
 
-def _add_consistency(sums: Sums, judge: JudgeName, seen: Mapping[str, Sequence[Features]]) -> None:
+def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Sequence[Features]]) -> None:
     """Frame consistency by every pair rule; frame 1 of every row is the given image, whatever a method made of it."""
     given = [f["clip_frames"][:1] for f in seen[REAL]]
     frames = {
@@ -134,17 +134,19 @@ def _add_consistency(sums: Sums, judge: JudgeName, seen: Mapping[str, Sequence[F
         curves = {row: np.stack([consistency_curve(e, rule) for e in found]) for row, found in frames.items()}
         for values in curves.values():
             consistency_at(values[0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
-        sums.add(consistency_name(judge.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
-        sums.add(consistency_name(judge.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()})
+        sums.add(consistency_name(extractor.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
+        sums.add(
+            consistency_name(extractor.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()}
+        )
         sums.add_curve(rule, curves)
     sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in found]) for row, found in frames.items()})
-    if "clip_text" in judge.features:
+    if "clip_text" in extractor.features:
         texts = [f["clip_text"] for f in seen[REAL]]
         agreement = {
             row: np.array([_cosine(e, text) for e, text in zip(found, texts, strict=True)])
             for row, found in frames.items()
         }
-        sums.add(f"text_alignment{judge.mark}", agreement)
+        sums.add(f"text_alignment{extractor.mark}", agreement)
 
 
 def _cosine(frames: NDArray[Any], text: NDArray[Any]) -> float:
@@ -154,9 +156,9 @@ def _cosine(frames: NDArray[Any], text: NDArray[Any]) -> float:
 
 
 def _per_clip(
-    sums: Sums, column: Mapping[str, Mapping[str, Values]], judges: Sequence[JudgeName]
+    sums: Sums, column: Mapping[str, Mapping[str, Values]], extractors: Sequence[ExtractorInfo]
 ) -> list[dict[str, Any]]:
-    consistency = next(judge.metric for judge in judges if judge.features[0] == "clip_frames")
+    consistency = next(extractor.metric for extractor in extractors if extractor.kind is MetricKind.CONSISTENCY)
     lines = []
     for i, item in enumerate(sums.items):
         line: dict[str, Any] = {"key": item.key, "clip": item.clip, "caption": item.caption, "seed": item.seed}
@@ -197,7 +199,10 @@ def exclusions(counts: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(
-    protocol: Protocol, items: Sequence[Item], judges: Sequence[JudgeName], excluded: Mapping[str, Mapping[str, int]]
+    protocol: Protocol,
+    items: Sequence[Item],
+    extractors: Sequence[ExtractorInfo],
+    excluded: Mapping[str, Mapping[str, int]],
 ) -> list[str]:
     """What a reader must know; first of all what was left out."""
     rules, counts = protocol.rules, _counts(protocol, items, excluded)
@@ -216,8 +221,8 @@ def _notes(
             f"Distances between sets of clips compare real frames 1 to {protocol.frames - 1}, the given one among "
             f"them, with made frames 2 to {protocol.frames}; all else is measured over all {protocol.frames}."
         )
-    for judge in judges:
-        notes.append(f"{judge.metric}: {judge.geometry}{'' if judge.official else f'; {NOT_COMPARABLE}'}.")
+    for extractor in extractors:
+        notes.append(f"{extractor.metric}: {extractor.geometry}{'' if extractor.official else f'; {NOT_COMPARABLE}'}.")
     return [
         *notes,
         "Frame consistency: consecutive pairs unless a name says otherwise, frame 1 of every row is the given image. "

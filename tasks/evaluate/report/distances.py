@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tasks.evaluate.protocol.protocol import Item
 from tasks.evaluate.systems import REAL, TRIP
-from tasks.metrics.extractors.extractor import JudgeName
+from tasks.metrics.extractors.extractor import ExtractorInfo, MetricKind
 from tasks.metrics.frechet import (
     PARTS,
     FeatureSet,
@@ -64,7 +64,7 @@ class Sums:
         for row, values in by_row.items():
             self.curves[name][row] = [mean_over_clips(point, self.clips, self.resamples) for point in values.T]
 
-    def add_with_given_frame(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+    def add_with_given_frame(self, extractor: ExtractorInfo, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
         """The Frechet distance of all frames, the given one among them, under a name of its own."""
         for row in self.rows:
             if row != REAL:
@@ -72,26 +72,28 @@ class Sums:
                 for places in _categories(self.items):
                     one, other = (Moments.of(np.concatenate([by_row[r][i] for i in places])) for r in (row, REAL))
                     found.append(frechet_distance(one, other))
-                self.metrics[row][f"{judge.metric}/with_given_frame"] = Estimate(float(np.mean(found)))
+                self.metrics[row][f"{extractor.metric}/with_given_frame"] = Estimate(float(np.mean(found)))
 
-    def add_distances(self, judge: JudgeName, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+    def add_distances(self, extractor: ExtractorInfo, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
         """Frechet and kernel distances to the real clips, of several categories the mean of their own.
 
         The real row holds the floor: every second clip against the others, which are not paired as the rows are.
         """
-        sets = [_Category(judge, by_row, places, self.clips) for places in _categories(self.items)]
+        sets = [_Category(extractor, by_row, places, self.clips) for places in _categories(self.items)]
         for row in self.rows:
             if row == REAL:
                 continue
-            self.metrics[row][judge.metric] = together([s.frechet(row) for s in sets])
-            self.metrics[row][judge.kernel_metric] = together([s.kernel(row) for s in sets])
+            self.metrics[row][extractor.metric] = together([s.frechet(row) for s in sets])
+            self.metrics[row][extractor.kernel_metric] = together([s.kernel(row) for s in sets])
             if all(s.straight for s in sets):
-                self.infinity[row][judge.metric] = together([s.infinity(row) for s in sets])
+                self.infinity[row][extractor.metric] = together([s.infinity(row) for s in sets])
             if row != TRIP:
-                self.differences[row][judge.metric] = together([s.difference(row, self.resamples) for s in sets])
+                self.differences[row][extractor.metric] = together([s.difference(row, self.resamples) for s in sets])
         floors = [s.floor() for s in sets if s.halves]
         if len(floors) == len(sets):
-            for name, values in zip((judge.metric, judge.kernel_metric), zip(*floors, strict=True), strict=True):
+            for name, values in zip(
+                (extractor.metric, extractor.kernel_metric), zip(*floors, strict=True), strict=True
+            ):
                 self.floors[name] = self.metrics[REAL][name] = together(values)
 
 
@@ -104,18 +106,20 @@ class _Category:
 
     def __init__(
         self,
-        judge: JudgeName,
+        extractor: ExtractorInfo,
         by_row: Mapping[str, Sequence[NDArray[Any]]],
         places: Sequence[int],
         clips: Sequence[str],
     ) -> None:
-        self.framewise = judge.features[0].startswith("inception")
+        self.framewise = extractor.kind is MetricKind.FRAME_SETS
         self.by_clip = {row: [values[i] for i in places] for row, values in by_row.items()}
         self.clips = [clips[i] for i in places]
         self.clusters = [clip for clip, values in zip(self.clips, self.by_clip[REAL], strict=True) for _ in values]
         names = list(dict.fromkeys(self.clips))
         if len(names) < 2:
-            raise UserError(f"{judge.metric} needs at least 2 clips, 1 is left; ask for more, or leave this judge out")
+            raise UserError(
+                f"{extractor.metric} needs at least 2 clips, 1 is left; ask for more, or leave this extractor out"
+            )
         odd = set(names[1::2])
         self.halves = [[i for i, clip in enumerate(self.clips) if (clip in odd) == side] for side in (False, True)]
         if len(names) < 4:  # half of them has no two clips

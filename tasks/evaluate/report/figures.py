@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tasks.evaluate.report.aggregate import Summary
-from tasks.evaluate.report.tables import consistency_judge, label
+from tasks.evaluate.report.tables import consistency_extractor, label
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
-from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo
 
 STRIP_FRAMES = 4
 INK, PAPER, ACCENT = "#1c1c1e", "#ffffff", "#c2410c"
@@ -50,12 +50,12 @@ class _Curve:
     along: str
     unit: str
     first: int
-    by_judge: bool = False
+    by_extractor: bool = False
 
 
 _CURVES = {
-    "consecutive": _Curve("Frame consistency", "number of frames", "%", 2, by_judge=True),
-    "lag": _Curve("Likeness of two frames", "frames apart", "100 x cosine", 1, by_judge=True),
+    "consecutive": _Curve("Frame consistency", "number of frames", "%", 2, by_extractor=True),
+    "lag": _Curve("Likeness of two frames", "frames apart", "100 x cosine", 1, by_extractor=True),
     "psnr": _Curve("PSNR to the true frame", "frame", "dB", 1),
     "ssim": _Curve("SSIM to the true frame", "frame", "SSIM", 1),
 }
@@ -72,12 +72,12 @@ def colours_of(rows: Sequence[str]) -> dict[str, str]:
     return COLOURS | {row: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, row in enumerate(others)}
 
 
-def curve_png(summary: Summary, judges: Sequence[JudgeName], name: str) -> bytes:
+def curve_png(summary: Summary, extractors: Sequence[ExtractorInfo], name: str) -> bytes:
     """One of the summary's curves for all rows that have it, with the interval as a band; "consecutive" is Figure 4."""
     from matplotlib.figure import Figure
 
     how, curves, colours = _CURVES[name], summary.curves[name], colours_of(summary.rows)
-    judge = consistency_judge(judges)
+    extractor = consistency_extractor(extractors)
     figure = Figure(figsize=(7.2, 4.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for row in (row for row in summary.rows if row in curves):
@@ -90,8 +90,8 @@ def curve_png(summary: Summary, judges: Sequence[JudgeName], name: str) -> bytes
         high = [point.value if point.ci_high is None else point.ci_high for point in points]
         axes.fill_between(along, low, high, color=colours[row], alpha=0.15, lw=0)
         axes.set_xticks(along[:: max(1, len(along) // 8)])
-    remark = f"\n{NOT_COMPARABLE}" if how.by_judge and not judge.official else ""
-    axes.set(xlabel=how.along, ylabel=f"{judge.metric}, {how.unit}" if how.by_judge else how.unit)
+    remark = f"\n{NOT_COMPARABLE}" if how.by_extractor and not extractor.official else ""
+    axes.set(xlabel=how.along, ylabel=f"{extractor.metric}, {how.unit}" if how.by_extractor else how.unit)
     axes.set_title(f"{how.title}, {summary.clips} clips{remark}", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -24,7 +24,7 @@ from tasks.evaluate.report.figures import (
 )
 from tasks.evaluate.report.tables import Table, all_tables
 from tasks.evaluate.systems import BASE
-from tasks.metrics.extractors.extractor import JudgeName
+from tasks.metrics.extractors.extractor import ExtractorInfo
 from trip_model.images import video_bytes
 
 REPORT_STYLE = (
@@ -44,8 +44,7 @@ GUIDE = (
     "not paired, at half the number. The other rows are paired with the real clips and may lie below it.",
     "Frame consistency is best where it is nearest to the real row, not where it is highest: a still clip scores 100.",
     "x (a to b) is a value with its 95 % interval; whether a method differs from TRIP say the paired differences.",
-    "A cell that says it is not comparable holds another judge than the publications used: compare it within this page "
-    "alone.",
+    "A cell marked not comparable uses another extractor than the publications: compare it within this page alone.",
 )
 BASE_GUIDE = (
     "The base, not trained, is what training started from. It is sampled as TRIP^-: the clean first frame before the "
@@ -78,7 +77,7 @@ def per_clip_parquet(summary: Summary) -> bytes:
 def build(
     summary: Summary,
     gate: Gate,
-    judges: Sequence[JudgeName],
+    extractors: Sequence[ExtractorInfo],
     protocol: Protocol,
     examples: Sequence[Example],
     provenance: Mapping[str, Any],
@@ -87,14 +86,14 @@ def build(
     files = {"per_clip.csv": per_clip_csv(summary), "per_clip.parquet": per_clip_parquet(summary)}
     for name, file in CURVE_FILES.items():
         if name in summary.curves:
-            files[file] = curve_png(summary, judges, name)
+            files[file] = curve_png(summary, extractors, name)
     for index, example in enumerate(examples):
         pixels = side_by_side(example)
         files[f"strips/{example.key}.png"] = strip_png(example)
         files[f"videos/{example.key}.mp4"] = video_bytes(pixels, protocol.fps, "mp4")
         if index == 0:
             files[f"videos/{example.key}.gif"] = video_bytes(pixels, protocol.fps, "gif")
-    tables = all_tables(summary, judges, protocol)
+    tables = all_tables(summary, extractors, protocol)
     files |= {f"tables/{name}.tex": table.latex().encode() for name, table in tables.items()}
     origin = Table("Provenance", ["what", "value"], _flat(provenance))
     files["report.md"] = _markdown(list(tables.values()), origin, gate, summary, examples).encode()

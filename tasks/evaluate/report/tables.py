@@ -12,7 +12,7 @@ from tasks.evaluate.protocol.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
-from tasks.metrics.extractors.extractor import NOT_COMPARABLE, JudgeName
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate
 
 LABELS = {
@@ -34,13 +34,13 @@ PAPER_TABLES = {
     6: "how the residual noise is learnt",
 }
 _ABLATIONS = (5, 6)
-# A published metric and what is printed in its column: the first judge that is there, by its features.
+# A published metric and what is printed in its column: the first extractor that is there, by its features.
 _IN_COLUMN = {
     "F-Consistency": ("clip_frames",),
     "FVD": ("i3d", "rfd_motion"),
     "FID": ("inception", "rfd_app"),
 }
-# Metrics of pixels: title and format. All others are named by their judge.
+# Metrics of pixels: title and format. All others are named by their extractor.
 _TITLES = {
     "motion_ratio": ("Motion ratio to real (1 is best)", ".3f"),
     "clip_distance": ("Distance to the true clip (lower)", ".4f"),
@@ -142,25 +142,25 @@ def label(row: str) -> str:
     return LABELS.get(row, row)
 
 
-def consistency_judge(judges: Sequence[JudgeName]) -> JudgeName:
+def consistency_extractor(extractors: Sequence[ExtractorInfo]) -> ExtractorInfo:
     """The one whose embeddings frame consistency is of."""
-    return next(judge for judge in judges if judge.features[0] == "clip_frames")
+    return next(extractor for extractor in extractors if extractor.kind is MetricKind.CONSISTENCY)
 
 
-def all_tables(summary: Summary, judges: Sequence[JudgeName], protocol: Protocol) -> dict[str, Table]:
+def all_tables(summary: Summary, extractors: Sequence[ExtractorInfo], protocol: Protocol) -> dict[str, Table]:
     """Every table by the name of its file, those of the paper first."""
-    return paper_tables(summary, judges, protocol) | {
-        "this_run": own_table(summary, judges),
-        "differences": difference_table(summary, judges),
-        "limits": limit_table(summary, judges),
+    return paper_tables(summary, extractors, protocol) | {
+        "this_run": own_table(summary, extractors),
+        "differences": difference_table(summary, extractors),
+        "limits": limit_table(summary, extractors),
         "counts": count_table(summary),
     }
 
 
-def paper_tables(summary: Summary, judges: Sequence[JudgeName], protocol: Protocol) -> dict[str, Table]:
+def paper_tables(summary: Summary, extractors: Sequence[ExtractorInfo], protocol: Protocol) -> dict[str, Table]:
     """The published tables that belong to a protocol, this run's rows above theirs.
 
-    A metric whose judge is not the published one says so in its cell, and by which name it goes.
+    A metric whose extractor is not the published one says so in its cell, and by which name it goes.
     """
     by_table = {n: [row for row in protocol.published if row.table == n] for n in PAPER_TABLES}
     whole = [row for row in by_table[1] if row.method == "TRIP"]  # the paper repeats it in its ablations
@@ -168,16 +168,16 @@ def paper_tables(summary: Summary, judges: Sequence[JudgeName], protocol: Protoc
     for n, published in by_table.items():
         if published:
             rows = [*published, *(whole if n in _ABLATIONS else ())]
-            found[f"table_{n}"] = _paper_table(n, rows, summary, judges, protocol)
+            found[f"table_{n}"] = _paper_table(n, rows, summary, extractors, protocol)
     return found
 
 
 def _paper_table(
-    n: int, published: Sequence[PublishedRow], summary: Summary, judges: Sequence[JudgeName], protocol: Protocol
+    n: int, published: Sequence[PublishedRow], summary: Summary, extractors: Sequence[ExtractorInfo], protocol: Protocol
 ) -> Table:
     metrics = list(dict.fromkeys(name for row in published for name in row.values))
     rows = [
-        [label(row), *(_in_column(summary, judges, row, metric) for metric in metrics)]
+        [label(row), *(_in_column(summary, extractors, row, metric) for metric in metrics)]
         + [f"this run, {summary.clips} clips"]
         for row in summary.rows
     ]
@@ -207,17 +207,17 @@ def _paper_notes(published: Sequence[PublishedRow], summary: Summary, protocol: 
     return tuple(notes)
 
 
-def _in_column(summary: Summary, judges: Sequence[JudgeName], row: str, metric: str) -> str:
+def _in_column(summary: Summary, extractors: Sequence[ExtractorInfo], row: str, metric: str) -> str:
     """This run's value under a published metric's head, or that of what stands in for it, said so."""
     kind, slash, which = metric.partition("/")
-    by_feature = {judge.features[0]: judge for judge in judges}
-    judge = next((by_feature[name] for name in _IN_COLUMN.get(kind, ()) if name in by_feature), None)
-    found = summary.metrics[row].get(judge.metric + slash + which) if judge else None
-    if judge is None or found is None:
+    by_feature = {extractor.features[0]: extractor for extractor in extractors}
+    extractor = next((by_feature[name] for name in _IN_COLUMN.get(kind, ()) if name in by_feature), None)
+    found = summary.metrics[row].get(extractor.metric + slash + which) if extractor else None
+    if extractor is None or found is None:
         return NOTHING
-    remarks = [] if judge.official else [f"{judge.metric}, {NOT_COMPARABLE}"]
+    remarks = [] if extractor.official else [f"{extractor.metric}, {NOT_COMPARABLE}"]
     remarks += [FLOOR] if row == REAL and not slash else []
-    return _with(number(found, _digits(judge.metric, judges)), remarks)
+    return _with(number(found, _digits(extractor.metric, extractors)), remarks)
 
 
 def _published(value: float | None, metric: str) -> str:
@@ -228,42 +228,42 @@ def _arrow(metric: str) -> str:
     return "\u2191" if "Consistency" in metric else "\u2193"
 
 
-def own_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
+def own_table(summary: Summary, extractors: Sequence[ExtractorInfo]) -> Table:
     """Every metric of every row."""
     rows = []
     for metric in _all_metrics(summary.metrics):
         cells = []
         for row in summary.rows:
-            remarks = _remarks(metric, judges)
+            remarks = _remarks(metric, extractors)
             remarks += [FLOOR] if row == REAL and metric in summary.floors else []
-            cells.append(_with(number(summary.metrics[row].get(metric), _digits(metric, judges)), remarks))
-        rows.append([_title(metric, judges), *cells])
+            cells.append(_with(number(summary.metrics[row].get(metric), _digits(metric, extractors)), remarks))
+        rows.append([_title(metric, extractors), *cells])
     return Table("All metrics of this run", ["Metric", *map(label, summary.rows)], rows)
 
 
-def difference_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
+def difference_table(summary: Summary, extractors: Sequence[ExtractorInfo]) -> Table:
     """Each row minus TRIP, paired by clip, by its interval shown to be one or not."""
     others = [row for row in summary.rows if row in summary.differences]
     rows = []
     for metric in _all_metrics(summary.differences):
-        digits = "+" + _digits(metric, judges).lstrip("+")
+        digits = "+" + _digits(metric, extractors).lstrip("+")
         cells = [
-            _with(number(summary.differences[row].get(metric), digits), _remarks(metric, judges)) for row in others
+            _with(number(summary.differences[row].get(metric), digits), _remarks(metric, extractors)) for row in others
         ]
-        rows.append([_title(metric, judges), *cells])
+        rows.append([_title(metric, extractors), *cells])
     header = ["Metric", *(f"{label(row)} minus TRIP" for row in others)]
     notes = ("Paired by clip. An interval that leaves out 0 tells a row and TRIP apart; one across 0 does not.",)
     return Table("Paired differences from TRIP", header, rows, notes)
 
 
-def limit_table(summary: Summary, judges: Sequence[JudgeName]) -> Table:
+def limit_table(summary: Summary, extractors: Sequence[ExtractorInfo]) -> Table:
     """Of every distance that of two real halves, and where it would end with endless clips."""
     others = [row for row in summary.rows if row != REAL]
     rows = []
     for metric in dict.fromkeys([*summary.floors, *_all_metrics(summary.infinity)]):
         found = [summary.floors.get(metric), *(summary.infinity.get(row, {}).get(metric) for row in others)]
-        cells = [_with(number(value, _digits(metric, judges)), _remarks(metric, judges)) for value in found]
-        rows.append([_title(metric, judges), *cells])
+        cells = [_with(number(value, _digits(metric, extractors)), _remarks(metric, extractors)) for value in found]
+        rows.append([_title(metric, extractors), *cells])
     header = [
         "Distance",
         "Two halves of the real clips, not paired",
@@ -294,38 +294,38 @@ def _all_metrics(by_row: Mapping[str, Mapping[str, Estimate]]) -> Iterable[str]:
     return dict.fromkeys(name for row in sorted(by_row, key=lambda row: row != TRIP) for name in by_row[row])
 
 
-def _judge_of(metric: str, judges: Sequence[JudgeName]) -> JudgeName | None:
+def _extractor_of(metric: str, extractors: Sequence[ExtractorInfo]) -> ExtractorInfo | None:
     """Whose number it is; None for what comes of pixels alone."""
-    for judge in judges:
-        if metric.split("/")[0] in (judge.metric, judge.kernel_metric):
-            return judge
-    return consistency_judge(judges) if metric.startswith("text_alignment") else None
+    for extractor in extractors:
+        if metric.split("/")[0] in (extractor.metric, extractor.kernel_metric):
+            return extractor
+    return consistency_extractor(extractors) if metric.startswith("text_alignment") else None
 
 
-def _remarks(metric: str, judges: Sequence[JudgeName]) -> list[str]:
-    judge = _judge_of(metric, judges)
-    return [] if judge is None or judge.official else [NOT_COMPARABLE]
+def _remarks(metric: str, extractors: Sequence[ExtractorInfo]) -> list[str]:
+    extractor = _extractor_of(metric, extractors)
+    return [] if extractor is None or extractor.official else [NOT_COMPARABLE]
 
 
 def _with(value: str, remarks: Sequence[str]) -> str:
     return f"{value}\n{'; '.join(remarks)}" if remarks and value != NOTHING else value
 
 
-def _title(metric: str, judges: Sequence[JudgeName]) -> str:
+def _title(metric: str, extractors: Sequence[ExtractorInfo]) -> str:
     if metric in _TITLES:
         return _TITLES[metric][0]
-    judge = _judge_of(metric, judges)
-    if judge is None or metric.startswith("text_alignment"):
+    extractor = _extractor_of(metric, extractors)
+    if extractor is None or metric.startswith("text_alignment"):
         return f"{metric} (higher)"
-    if judge.features[0] == "flow":
+    if extractor.kind is MetricKind.FLOW_RATIO:
         return f"{metric} (1 is best)"
-    return f"{metric} ({'lower' if judge.of_sets else 'nearest to real is best'})"
+    return f"{metric} ({'lower' if extractor.of_sets else 'nearest to real is best'})"
 
 
-def _digits(metric: str, judges: Sequence[JudgeName]) -> str:
+def _digits(metric: str, extractors: Sequence[ExtractorInfo]) -> str:
     if metric in _TITLES:
         return _TITLES[metric][1]
-    judge = _judge_of(metric, judges)
-    if judge is not None and judge.features[0] == "flow":
+    extractor = _extractor_of(metric, extractors)
+    if extractor is not None and extractor.kind is MetricKind.FLOW_RATIO:
         return ".3f"
-    return ".3g" if judge is not None and judge.of_sets else ".2f"
+    return ".3g" if extractor is not None and extractor.of_sets else ".2f"

@@ -1,4 +1,4 @@
-"""A judge of your own: `package.module:factory` names a function that makes it.
+"""An extractor of your own: `package.module:factory` names a function that makes it.
 
 Feature: "custom" [N, D], of which a Frechet and a kernel distance to the real clips are computed.
 """
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.metrics.extractors.extractor import JudgeError, JudgeName, file_sha256, state_sha256
+from tasks.metrics.extractors.extractor import ExtractorError, ExtractorInfo, file_sha256, state_sha256
 
 
 class Custom:
@@ -26,47 +26,47 @@ class Custom:
     source and, where the object is a torch module, its state: so numbers of another state are other numbers.
 
     Raises:
-        JudgeError: not of the form module:factory, a module that cannot be imported, a factory that fails, or an object
-            of another kind.
+        ExtractorError: not of the form module:factory, a module that cannot be imported, a factory that fails, or an
+            object of another kind.
     """
 
     def __init__(self, address: str, device: str = "cpu") -> None:
         self.address = address
         if not re.fullmatch(r"[\w.]+:\w+", address):
-            raise JudgeError(f"custom judge {address!r}, expected package.module:factory")
+            raise ExtractorError(f"custom extractor {address!r}, expected package.module:factory")
         module_name, _, factory = address.partition(":")
         try:
             module = importlib.import_module(module_name)
-            self._judge: Any = getattr(module, factory)(device)
+            self._extractor: Any = getattr(module, factory)(device)
         except Exception as error:  # whatever somebody else's code raises
-            raise JudgeError(
-                f"custom judge {address} cannot be made ({_said(error)}); see that every worker has it"
+            raise ExtractorError(
+                f"custom extractor {address} cannot be made ({_said(error)}); see that every worker has it"
             ) from error
-        word = getattr(self._judge, "name", None)
+        word = getattr(self._extractor, "name", None)
         if not isinstance(word, str) or not re.fullmatch(r"[\w-]+", word):
-            raise JudgeError(
-                f"custom judge {address} has the name {word!r}, expected a word of letters, digits, - or _"
+            raise ExtractorError(
+                f"custom extractor {address} has the name {word!r}, expected a word of letters, digits, - or _"
             )
-        if not callable(getattr(self._judge, "features", None)) or module.__file__ is None:
-            raise JudgeError(f"custom judge {address} has no method features(pixels, caption); give it one")
+        if not callable(getattr(self._extractor, "features", None)) or module.__file__ is None:
+            raise ExtractorError(f"custom extractor {address} has no method features(pixels, caption); give it one")
         identity = file_sha256(Path(module.__file__))
-        if isinstance(self._judge, nn.Module):
-            identity += state_sha256(self._judge)
+        if isinstance(self._extractor, nn.Module):
+            identity += state_sha256(self._extractor)
         sha256 = hashlib.sha256(identity.encode()).hexdigest()
         metric = f"cfd-{module_name}.{word}".lower()
-        self.name = JudgeName(f"{metric}@{sha256[:8]}", False, sha256, ("custom",), f"as {address} does")
+        self.info = ExtractorInfo(f"{metric}@{sha256[:8]}", False, sha256, ("custom",), f"as {address} does")
 
     @torch.no_grad()
     def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
         """Pixels uint8 [F, H, W, 3] and their caption -> "custom" [N, D], as the module gives it."""
         try:
-            values = torch.as_tensor(self._judge.features(pixels.copy(), caption)).float().cpu().numpy()
+            values = torch.as_tensor(self._extractor.features(pixels.copy(), caption)).float().cpu().numpy()
         except Exception as error:  # as above
-            raise JudgeError(
-                f"custom judge {self.address} failed ({_said(error)}); mend it, or leave it out"
+            raise ExtractorError(
+                f"custom extractor {self.address} failed ({_said(error)}); fix it, or leave it out"
             ) from error
         if values.ndim != 2 or not values.size:
-            raise JudgeError(f"custom judge {self.address} gave an array of {values.shape}, expected [N, D]")
+            raise ExtractorError(f"custom extractor {self.address} gave an array of {values.shape}, expected [N, D]")
         return {"custom": values}
 
 

@@ -1,32 +1,35 @@
-"""What a judge of frames is: its honest name, and a hash that is checked before its file is loaded.
+"""Defines a feature extractor and its identity: its metric's name, and the hash of its file, checked before loading.
 
-A judge's name is part of its metric's name. "F-Consistency" (section 4.1), "FVD" and "FID" are printed only for the
-files of `KNOWN_FILES`; whatever else looks at the frames carries its hash and the words of `NOT_COMPARABLE`.
+"F-Consistency" (section 4.1), "FVD" and "FID" are printed only for the files of `KNOWN_FILES`. The metric of any other
+extractor has its hash in its name and is marked with `NOT_COMPARABLE`. This module imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from tasks.records import UserError, digest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NOT_COMPARABLE = "not comparable with published values"
 
 
-class JudgeError(UserError):
-    """A judge that cannot be used; one sentence with the value, what was expected, and the remedy."""
+class ExtractorError(UserError):
+    """An extractor cannot be used; the message has the value, what was expected, and the fix."""
 
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A file that published numbers were made with; `sha256` in hex, or its leading digits where no more are told."""
+    """A file of published numbers; `sha256` in hex, or its leading digits if only those are published."""
 
     metric: str
     title: str
@@ -49,18 +52,32 @@ KNOWN_FILES = {
         "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
-    # Of RAFT its authors publish the leading digits alone. They guard a name here and no door: loading it runs no code.
+    # The authors of RAFT publish only the leading digits. They protect the name; loading this file runs no code.
     "raft": KnownFile("flow_ratio", "torchvision's raft_large_C_T_SKHT_V2-ff5fadd5.pth", "ff5fadd5"),
 }
 
 
-@dataclass(frozen=True)
-class JudgeName:
-    """A judge's identity, known before its weights are loaded.
+class MetricKind(Enum):
+    """How a metric is computed from an extractor's features."""
 
-    `metric` is the honest name of what it measures, `official` says that the weights are those of published numbers,
-    `sha256` is theirs. `features` names the arrays it makes, the one that `metric` is computed from first, `geometry`
-    says how frames come to the network, and `least_frames` how many a clip must have.
+    CONSISTENCY = "cosine similarity of the frames of a clip"
+    FLOW_RATIO = "mean optical flow, relative to the real clips"
+    CLIP_SETS = "Frechet and kernel distance between sets of clips"
+    FRAME_SETS = "Frechet and kernel distance between sets of frames"
+
+
+@dataclass(frozen=True)
+class ExtractorInfo:
+    """An extractor's identity, known before its weights are loaded.
+
+    Attributes:
+        metric: the metric's name: the published one only for the known weights, else one with a hash.
+        official: whether the weights are those of published numbers.
+        sha256: hash of the weights, in hex.
+        features: names of the arrays that it returns; `metric` is computed from the first.
+        geometry: how frames are resized and normalised for the network.
+        least_frames: the least number of frames of a clip.
+        kind: how `metric` is computed.
     """
 
     metric: str
@@ -69,20 +86,24 @@ class JudgeName:
     features: tuple[str, ...]
     geometry: str
     least_frames: int = 1
+    kind: MetricKind = MetricKind.CLIP_SETS
 
     @property
     def id(self) -> str:
-        """A name for files of features: equal for judges that give equal features, and only for those."""
-        return f"{self.features[0]}-{digest(self)}"
+        """A name for files of features, equal only for extractors that return equal features.
+
+        `kind` is not part of it: how a metric is computed does not change the features.
+        """
+        return f"{self.features[0]}-{digest({k: v for k, v in asdict(self).items() if k != 'kind'})}"
 
     @property
     def of_sets(self) -> bool:
-        """Whether distances between sets of clips are taken of its features; the others measure clip by clip."""
-        return self.features[0] not in ("clip_frames", "flow")
+        """Whether its metrics are distances between sets of clips or frames; the others are computed clip by clip."""
+        return self.kind in (MetricKind.CLIP_SETS, MetricKind.FRAME_SETS)
 
     @property
     def mark(self) -> str:
-        """What a further metric of this judge is to carry behind its name: nothing, or the hash."""
+        """The suffix of a further metric of this extractor: empty for official weights, else the hash."""
         return "" if self.official else f"@{self.sha256[:8]}"
 
     @property
@@ -92,86 +113,89 @@ class JudgeName:
         return f"{self.metric[:place]}{'K' if self.metric[place].isupper() else 'k'}{self.metric[place + 1 :]}"
 
 
-class Judge(Protocol):
-    """Looks at one clip. Construction checks and names its weights, its first clip loads them."""
+class FeatureExtractor(Protocol):
+    """Extracts features of one clip. Construction checks the weights' hash; the first clip loads the weights."""
 
     @property
-    def name(self) -> JudgeName: ...
+    def info(self) -> ExtractorInfo: ...
 
     def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
-        """Pixels uint8 [F, H, W, 3] -> an array for each of `name.features`, its shape as the judge's file says."""
+        """Pixels uint8 [F, H, W, 3] -> an array for each of `info.features`; the extractor's module gives its shape."""
         ...
 
 
-def judge_item(judge: Judge, item: str, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
-    """The judge's features of one item of a protocol, with input and output checked.
+def extract_features(
+    extractor: FeatureExtractor, item: str, pixels: NDArray[np.uint8], caption: str
+) -> dict[str, NDArray[np.float32]]:
+    """The extractor's features of one item of a protocol, with input and output checked.
 
     Raises:
-        JudgeError: pixels that are not uint8 [F, H, W, 3], a clip too short for the judge, features that are NaN or
-            infinite; with the item and the judge.
+        ExtractorError: pixels that are not uint8 [F, H, W, 3], a clip too short for the extractor, features that are
+            NaN or infinite; with the item and the extractor.
     """
-    name = judge.name
+    info = extractor.info
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise JudgeError(
-            f"item {item}: {name.metric} takes frames uint8 [F, H, W, 3] in 0-255, got {pixels.dtype} {pixels.shape}"
+        raise ExtractorError(
+            f"item {item}: {info.metric} takes frames uint8 [F, H, W, 3] in 0-255, got {pixels.dtype} {pixels.shape}"
         )
-    if len(pixels) < name.least_frames:
-        raise JudgeError(
-            f"item {item}: {len(pixels)} frames, {name.metric} needs at least {name.least_frames};"
-            " give longer clips, or leave this judge out"
+    if len(pixels) < info.least_frames:
+        raise ExtractorError(
+            f"item {item}: {len(pixels)} frames, {info.metric} needs at least {info.least_frames};"
+            " give longer clips, or leave this extractor out"
         )
-    found = judge.features(pixels, caption)
+    found = extractor.features(pixels, caption)
     for feature, values in found.items():
         if not np.isfinite(values).all():
-            raise JudgeError(
-                f"item {item}: {name.metric} gave NaN or infinity in {feature}; its weights are broken, leave it out"
+            raise ExtractorError(
+                f"item {item}: {info.metric} gave NaN or infinity in {feature}; its weights are broken, leave it out"
             )
     return found
 
 
 def checked_sha256(path: Path, kind: str, stated: str | None) -> str:
-    """Hex sha256 of a judge's file, once it is the hash that was stated, or without one that of the known file.
+    """Returns the hex sha256 of an extractor's file, if it equals the stated hash, or without one the known hash.
 
-    To be asked before a file is loaded, since loading may run what is in it.
+    Called before a file is loaded, because loading may run code in it.
 
     Raises:
-        JudgeError: no such file, or another hash.
+        ExtractorError: no such file, or another hash.
     """
     known = KNOWN_FILES.get(kind)
     if not path.is_file():
-        raise JudgeError(f"no file {path} for the judge {kind}; give {known.title if known else 'one'}")
+        raise ExtractorError(f"no file {path} for the extractor {kind}; give {known.title if known else 'one'}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     own = f"this file's own hash as {kind}_sha256 to use it under another name"
     if stated is not None and found != stated.lower():
-        raise JudgeError(f"{path} has sha256 {found}, the given {kind}_sha256 is {stated}; give {own}")
+        raise ExtractorError(f"{path} has sha256 {found}, the given {kind}_sha256 is {stated}; give {own}")
     if stated is None and known is None:
-        raise JudgeError(f"{path} has sha256 {found}, and no published one is known; give {own}")
+        raise ExtractorError(f"{path} has sha256 {found}, and no published one is known; give {own}")
     if stated is None and known is not None and not found.startswith(known.sha256):
-        raise JudgeError(
+        raise ExtractorError(
             f"{path} has sha256 {found}, that of {known.title} is {known.sha256}; give that file, or {own}"
         )
     return found
 
 
-def judge_name(
-    kind: str,
+def extractor_info(
+    file: str,
     otherwise: str,
     sha256: str,
     features: tuple[str, ...],
     geometry: str,
     least_frames: int = 1,
+    kind: MetricKind = MetricKind.CLIP_SETS,
     variant: str = "",
-) -> JudgeName:
-    """The published name for the known file of this kind, for any other `otherwise` and the hash."""
-    known = KNOWN_FILES.get(kind)
+) -> ExtractorInfo:
+    """The identity of weights: with the published name for the known file, else with `otherwise` and the hash."""
+    known = KNOWN_FILES.get(file)
     official = known is not None and sha256.startswith(known.sha256)
     metric = f"{known.metric}{variant}" if known and official else f"{otherwise}{variant}@{sha256[:8]}"
-    return JudgeName(metric, official, sha256, features, geometry, least_frames)
+    return ExtractorInfo(metric, official, sha256, features, geometry, least_frames, kind)
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a small file, such as the configuration beside weights."""
+    """Hex sha256 of a small file, such as the configuration next to weights."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

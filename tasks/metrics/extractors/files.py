@@ -1,4 +1,4 @@
-"""Which files the judges load: paths and nothing else."""
+"""Paths of the files that feature extractors load."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from infra import storage
 
 
 @dataclass(frozen=True)
-class JudgeFiles:
-    """The judges to ask: each by its file, with the hash that it must have where it is not the known one.
+class ExtractorFiles:
+    """The extractors to use: each by its file, with the hash that it must have if the file is not the known one.
 
     Attributes:
-        clip_model: OpenAI's ViT-L-14.pt or an open_clip folder; without it a fixed random tower stands in by name.
+        clip_model: OpenAI's ViT-L-14.pt or an open_clip folder; without it a fixed random tower under another name.
         clip_sha256: hash of that file, of a folder its open_clip_model.safetensors.
         i3d: I3D as TorchScript, for FVD.
         i3d_sha256: its hash.
@@ -23,7 +23,7 @@ class JudgeFiles:
         videomae_sha256: hash of its model.safetensors.
         raft: torchvision's weights of raft_large, for the ratio of optical flow.
         raft_sha256: their hash.
-        custom: package.module:factory of your own judge; see docs/decisions/judges.md.
+        custom: package.module:factory of your own extractor; see docs/decisions/extractors.md.
     """
 
     clip_model: str | None = None
@@ -39,10 +39,10 @@ class JudgeFiles:
     raft_sha256: str | None = None
     custom: str | None = None
 
-    def absolute(self) -> JudgeFiles:
+    def absolute(self) -> ExtractorFiles:
         """The same files by absolute addresses: workers have another working directory."""
         paths = {name: getattr(self, name) for name in ("clip_model", "i3d", "inception", "videomae", "raft")}
         return replace(self, **{name: storage.absolute(path) for name, path in paths.items() if path})
 
 
-NONE = JudgeFiles()
+NONE = ExtractorFiles()

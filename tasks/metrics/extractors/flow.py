@@ -1,4 +1,4 @@
-"""RAFT as the judge of motion: how far pixels move from frame to frame.
+"""RAFT, the extractor of motion: how far pixels move from frame to frame.
 
 Feature: "flow" [F-1], the mean length of the flow of each pair of consecutive frames, in pixels of a frame whose
 shorter side has 256.
@@ -7,7 +7,6 @@ shorter side has 256.
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.metrics.extractors.extractor import JudgeError, checked_sha256, judge_name
+from tasks.metrics.extractors.extractor import ExtractorError
+from tasks.metrics.extractors.identity import identify_raft
 
 _SIDE = 256
 
@@ -24,14 +24,12 @@ class Raft:
     """torchvision's raft_large with the weights of a given file, which holds a state dict.
 
     Raises:
-        JudgeError: no file, or another hash than the known or the stated one.
+        ExtractorError: no file, or another hash than the known or the stated one.
     """
 
     def __init__(self, path: str, sha256: str | None = None, device: str = "cpu") -> None:
         self.path, self.device = path, device
-        geometry = "shorter side to 256 (bilinear with antialias), sides multiples of 8; 12 updates"
-        found = checked_sha256(Path(path), "raft", sha256)
-        self.name = judge_name("raft", "flow_ratio", found, ("flow",), geometry, least_frames=2)
+        self.info = identify_raft(path, sha256)
 
     @cached_property
     def _net(self) -> nn.Module:
@@ -42,7 +40,7 @@ class Raft:
         try:
             net.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever torch says of a file that is something else
-            raise JudgeError(f"{self.path} holds no weights of torchvision's raft_large") from error
+            raise ExtractorError(f"{self.path} holds no weights of torchvision's raft_large") from error
         return net.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()

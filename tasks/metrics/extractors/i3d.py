@@ -1,4 +1,4 @@
-"""I3D as the judge of FVD: Kinetics-400 logits of a whole clip, by the TorchScript file of StyleGAN-V.
+"""I3D, the extractor of FVD: Kinetics-400 logits of a whole clip, by the TorchScript file of StyleGAN-V.
 
 Feature: "i3d" [1, 400].
 """
@@ -6,14 +6,14 @@ Feature: "i3d" [1, 400].
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tasks.metrics.extractors.extractor import JudgeError, checked_sha256, judge_name
+from tasks.metrics.extractors.extractor import ExtractorError
+from tasks.metrics.extractors.identity import identify_i3d
 
 
 class I3D:
@@ -23,21 +23,19 @@ class I3D:
     maps them to [-1, 1], which is what most published FVD did. All frames of the clip are seen at once.
 
     Raises:
-        JudgeError: no file, or another hash than the known or the stated one.
+        ExtractorError: no file, or another hash than the known or the stated one.
     """
 
     def __init__(self, path: str, sha256: str | None = None, device: str = "cpu") -> None:
         self.path, self.device = path, device
-        geometry = "all frames, squashed to 224x224 (bilinear) and mapped to [-1, 1] by the file itself; logits"
-        found = checked_sha256(Path(path), "i3d", sha256)
-        self.name = judge_name("i3d", "fvd-i3d", found, ("i3d",), geometry, least_frames=16)
+        self.info = identify_i3d(path, sha256)
 
     @cached_property
     def _net(self) -> Any:
         try:
             return torch.jit.load(self.path, map_location=self.device).eval()  # its hash is known by now
         except RuntimeError as error:
-            raise JudgeError(f"{self.path} is no TorchScript file; give I3D in that form") from error
+            raise ExtractorError(f"{self.path} is no TorchScript file; give I3D in that form") from error
 
     @torch.no_grad()
     def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
@@ -47,10 +45,10 @@ class I3D:
         try:
             logits = net(clip, rescale=True, resize=True, return_features=True)
         except (RuntimeError, torch.jit.Error) as error:
-            raise JudgeError(
+            raise ExtractorError(
                 f"{self.path} did not take a clip of {pixels.shape}; expected I3D with the signature"
                 " forward(x, rescale, resize, return_features) and memory enough for a clip"
             ) from error
         if logits.ndim != 2 or len(logits) != 1:
-            raise JudgeError(f"{self.path} gave features of {tuple(logits.shape)} for a clip, expected [1, 400]")
+            raise ExtractorError(f"{self.path} gave features of {tuple(logits.shape)} for a clip, expected [1, 400]")
         return {"i3d": logits.float().cpu().numpy()}

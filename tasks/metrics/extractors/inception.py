@@ -1,4 +1,4 @@
-"""Inception v3 as the judge of frame-wise FID, in torch-fidelity's layout and geometry, or clean-fid's geometry.
+"""Inception v3, the extractor of frame-wise FID, in torch-fidelity's layout and geometry, or clean-fid's geometry.
 
 Feature: "inception" [F, 2048], or "inception_clean" [F, 2048]; row 0 is the given frame.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.metrics.extractors.extractor import JudgeError, checked_sha256, judge_name
+from tasks.metrics.extractors.extractor import ExtractorError
+from tasks.metrics.extractors.identity import identify_inception
 
 _SIZE = 299
 
@@ -30,37 +30,33 @@ class Inception:
         device: where it runs.
 
     Raises:
-        JudgeError: no file, or another hash.
+        ExtractorError: no file, or another hash.
     """
 
     def __init__(self, path: str, sha256: str | None = None, clean: bool = False, device: str = "cpu") -> None:
         self.path, self.device = path, device
         self._resize = clean_frames if clean else legacy_frames
-        feature, variant = ("inception_clean", "-clean") if clean else ("inception", "")
-        kernel = "bicubic with antialias, as clean-fid" if clean else "bilinear as TensorFlow 1, as torch-fidelity"
-        geometry = f"each frame squashed to 299x299 ({kernel}), (x - 128) / 128; 2048 pooled features"
-        found = checked_sha256(Path(path), "inception", sha256)
-        self.name = judge_name("inception", "fid-inception", found, (feature,), geometry, variant=variant)
+        self.info = identify_inception(path, sha256, clean)
 
     @cached_property
     def _net(self) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # The extractor unpickles what it is given; so it gets tensors that were read without unpickling, written anew.
+        # The extractor unpickles what it is given; so it gets tensors that were read without unpickling, and rewritten.
         safe = io.BytesIO()
         try:
             torch.save(torch.load(self.path, map_location="cpu", weights_only=True), safe)
             safe.seek(0)
             whole = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
         except Exception as error:  # whatever torch says of a file that is something else
-            raise JudgeError(f"{self.path} holds no Inception weights in the layout of torch-fidelity") from error
+            raise ExtractorError(f"{self.path} holds no Inception weights in the layout of torch-fidelity") from error
         # All layers in their order but the classifier: forward() resizes as well, and takes no frames resized before.
         return nn.Sequential(*list(whole.children())[:-1], nn.Flatten()).to(self.device)
 
     @torch.no_grad()
     def features(self, pixels: NDArray[np.uint8], caption: str, batch: int = 16) -> dict[str, NDArray[np.float32]]:
         """Pixels uint8 [F, H, W, 3] -> [F, 2048] by the feature's name; the caption is not read."""
-        (feature,) = self.name.features
+        (feature,) = self.info.features
         net = self._net
         parts = [net(self._resize(part).to(self.device)) for part in np.array_split(pixels, -(-len(pixels) // batch))]
         return {feature: torch.cat(parts).cpu().numpy()}

@@ -1,44 +1,82 @@
-"""All judges that an evaluation asks, by the files that it was given."""
+"""Identifies and loads the feature extractors of an evaluation from the files that it is given."""
 
 from __future__ import annotations
 
-from tasks.metrics.extractors.clip import Clip
-from tasks.metrics.extractors.custom import Custom
-from tasks.metrics.extractors.extractor import Judge, JudgeError, JudgeName
-from tasks.metrics.extractors.files import JudgeFiles
-from tasks.metrics.extractors.flow import Raft
-from tasks.metrics.extractors.i3d import I3D
-from tasks.metrics.extractors.inception import Inception
-from tasks.metrics.extractors.random_nets import RandomDistance
-from tasks.metrics.extractors.video_mae import VideoMAE
+from typing import Any
+
+from tasks.metrics.extractors import identity
+from tasks.metrics.extractors.extractor import ExtractorError, ExtractorInfo, FeatureExtractor
+from tasks.metrics.extractors.files import ExtractorFiles
 
 
-def load_judges(files: JudgeFiles, device: str = "cpu") -> list[Judge]:
-    """The judges that are asked: CLIP or its stand-in and the two random nets always, the others where they are given.
-
-    Weights are hashed here and read with the first clip.
+def _plan(files: ExtractorFiles) -> list[tuple[str, tuple[Any, ...]]]:
+    """Kind and arguments of each extractor: CLIP and the two random networks always, the others if their file is given.
 
     Raises:
-        JudgeError: a file that is not there or has another hash, a folder that is not whole, a module that fails.
+        ExtractorError: `inception_clean` without an Inception file.
     """
-    judges: list[Judge] = [Clip(files.clip_model, files.clip_sha256, device)]
-    judges += [RandomDistance(feature, device) for feature in ("rfd_app", "rfd_motion")]
+    plan: list[tuple[str, tuple[Any, ...]]] = [("clip", (files.clip_model, files.clip_sha256))]
+    plan += [("random", (feature,)) for feature in ("rfd_app", "rfd_motion")]
     if files.i3d is not None:
-        judges.append(I3D(files.i3d, files.i3d_sha256, device))
+        plan.append(("i3d", (files.i3d, files.i3d_sha256)))
     if files.inception is not None:
         for clean in (False, True) if files.inception_clean else (False,):
-            judges.append(Inception(files.inception, files.inception_sha256, clean, device))
+            plan.append(("inception", (files.inception, files.inception_sha256, clean)))
     elif files.inception_clean:
-        raise JudgeError("inception_clean is set and no inception file is given; give both or neither")
+        raise ExtractorError("inception_clean is set and no inception file is given; give both or neither")
     if files.videomae is not None:
-        judges.append(VideoMAE(files.videomae, files.videomae_sha256, device))
+        plan.append(("video_mae", (files.videomae, files.videomae_sha256)))
     if files.raft is not None:
-        judges.append(Raft(files.raft, files.raft_sha256, device))
+        plan.append(("raft", (files.raft, files.raft_sha256)))
     if files.custom is not None:
-        judges.append(Custom(files.custom, device))
-    return judges
+        plan.append(("custom", (files.custom,)))
+    return plan
 
 
-def identify_judges(files: JudgeFiles) -> list[JudgeName]:
-    """The names of these judges, in their order; errors as of `load_judges`. Only a custom module is run for it."""
-    return [judge.name for judge in load_judges(files)]
+def identify_extractors(files: ExtractorFiles) -> list[ExtractorInfo]:
+    """The identities of the extractors, in the order and with the errors of `load_extractors`.
+
+    Hashes the files and imports no torch. Only a custom extractor is built, because its state is part of its identity.
+    """
+
+    def custom(address: str) -> ExtractorInfo:
+        from tasks.metrics.extractors.custom import Custom
+
+        return Custom(address).info
+
+    identify: dict[str, Any] = {
+        "clip": identity.identify_clip,
+        "random": identity.identify_random,
+        "i3d": identity.identify_i3d,
+        "inception": identity.identify_inception,
+        "video_mae": identity.identify_video_mae,
+        "raft": identity.identify_raft,
+        "custom": custom,
+    }
+    return [identify[kind](*arguments) for kind, arguments in _plan(files)]
+
+
+def load_extractors(files: ExtractorFiles, device: str = "cpu") -> list[FeatureExtractor]:
+    """The extractors of these files. Construction checks the hashes; the first clip loads the weights.
+
+    Raises:
+        ExtractorError: a missing file, another hash, an incomplete folder, or a custom module that fails.
+    """
+    from tasks.metrics.extractors.clip import Clip
+    from tasks.metrics.extractors.custom import Custom
+    from tasks.metrics.extractors.flow import Raft
+    from tasks.metrics.extractors.i3d import I3D
+    from tasks.metrics.extractors.inception import Inception
+    from tasks.metrics.extractors.random_nets import RandomDistance
+    from tasks.metrics.extractors.video_mae import VideoMAE
+
+    classes: dict[str, Any] = {
+        "clip": Clip,
+        "random": RandomDistance,
+        "i3d": I3D,
+        "inception": Inception,
+        "video_mae": VideoMAE,
+        "raft": Raft,
+        "custom": Custom,
+    }
+    return [classes[kind](*arguments, device=device) for kind, arguments in _plan(files)]

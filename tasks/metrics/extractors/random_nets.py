@@ -1,4 +1,4 @@
-"""Judges without weights files: fixed random nets, for frame consistency and for appearance and motion distances.
+"""Extractors without weights files: fixed random networks for consistency, appearance and motion distances.
 
 Features: "rfd_app" [F-1, 32] of the frames 2..F, "rfd_motion" [F-1, 32] of the differences of consecutive frames.
 """
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.metrics.extractors.extractor import JudgeName, state_sha256
+from tasks.metrics.extractors.extractor import ExtractorError, state_sha256
+from tasks.metrics.extractors.identity import RANDOM_SHA256, identify_random
 
 # The stand-in for CLIP: open_clip's vision tower, far too small to mean anything, large enough to see frames differ.
 # Average pooling, because in an untrained tower the class token hardly looks at the image.
@@ -24,11 +25,7 @@ RANDOM_CLIP = {
 RANDOM_SEED = 0
 # Width of the random features: a Frechet distance wants about 16 samples for each (knowledge of the floor, N >= 16 d).
 RANDOM_WIDTH = 32
-# What each judge looks at, and the seed of its net.
-_SEEN = {
-    "rfd_app": ("frames 2 to the last at their own size, 0-1", 1),
-    "rfd_motion": ("differences of consecutive frames at their own size, 0-1", 2),
-}
+_SEEDS = {"rfd_app": 1, "rfd_motion": 2}
 
 
 @torch.no_grad()
@@ -46,15 +43,26 @@ def _fill(module: nn.Module, seed: int) -> None:
         parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
-def random_clip_model() -> tuple[Any, str]:
-    """open_clip's model with a fixed random vision tower, and the hash of that tower."""
+def _check(module: nn.Module, feature: str) -> None:
+    """Raises ExtractorError if a net is not the one whose hash is in its metric's name."""
+    found, expected = state_sha256(module), RANDOM_SHA256[feature]
+    if found != expected:
+        raise ExtractorError(
+            f"the random network of {feature} has sha256 {found}, expected {expected};"
+            " use the versions of torch, numpy and open_clip in constraints.txt"
+        )
+
+
+def random_clip_model() -> Any:
+    """open_clip's model with a fixed random vision tower. Raises ExtractorError if this open_clip gives another one."""
     import open_clip
 
     with torch.random.fork_rng(devices=[]):  # its constructor draws from the global generator
         model = open_clip.CLIP(quick_gelu=True, **RANDOM_CLIP)  # type: ignore[arg-type]
     model = model.eval().requires_grad_(False)
     _fill(model.visual, RANDOM_SEED)
-    return model, state_sha256(model.visual)
+    _check(model.visual, "clip_frames")
+    return model
 
 
 class RandomConv(nn.Module):
@@ -78,17 +86,15 @@ class RandomConv(nn.Module):
 class RandomDistance:
     """Features of single frames (`rfd_app`) or of frame differences (`rfd_motion`) for a Frechet distance.
 
-    Two judges and never one: an untrained net over whole clips nearly misses freezing and speed, one over
+    Two separate extractors: an untrained net over whole clips nearly misses freezing and speed, one over
     differences sees them at once. Frames must be lossless: differences also see a codec's noise.
     """
 
     def __init__(self, feature: str, device: str = "cpu") -> None:
         self.device = device
-        seen, seed = _SEEN[feature]
-        self.net = RandomConv(seed).to(device)
-        sha256 = state_sha256(self.net)
-        metric = f"{feature.replace('_', '-')}@{sha256[:8]}"
-        self.name = JudgeName(metric, False, sha256, (feature,), seen, least_frames=2)
+        self.info = identify_random(feature)
+        self.net = RandomConv(_SEEDS[feature]).to(device)
+        _check(self.net, feature)
 
     @torch.no_grad()
     def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:
@@ -96,7 +102,7 @@ class RandomDistance:
 
         The given frame is left out of the appearance: real and generated share it, which would flatter the distance.
         """
-        (feature,) = self.name.features
+        (feature,) = self.info.features
         frames = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255.0
         seen = frames[1:] if feature == "rfd_app" else frames.diff(dim=0)
         return {feature: self.net(seen).cpu().numpy()}

@@ -1,4 +1,4 @@
-"""VideoMAE as a judge whose Frechet distance heeds motion more than I3D's (Ge et al., 2024).
+"""VideoMAE, an extractor whose Frechet distance is more sensitive to motion than I3D's (Ge et al., 2024).
 
 Feature: "videomae" [1, D], D = 1408 for ViT-g.
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tasks.metrics.extractors.extractor import JudgeError, checked_sha256, file_sha256, judge_name
+from tasks.metrics.extractors.extractor import ExtractorError
+from tasks.metrics.extractors.identity import identify_video_mae
 
 
 class VideoMAE:
@@ -23,20 +24,12 @@ class VideoMAE:
     Frames as cd-fvd gives them: squashed to the model's size, divided by 255, and neither mean nor deviation.
 
     Raises:
-        JudgeError: a folder that is not whole, or another hash of its weights than the stated one.
+        ExtractorError: a folder that is not whole, or another hash of its weights than the stated one.
     """
 
     def __init__(self, path: str, sha256: str | None = None, device: str = "cpu") -> None:
         self.path, self.device = Path(path), device
-        for part in (config := self.path / "config.json", weights := self.path / "model.safetensors"):
-            if not part.is_file():
-                raise JudgeError(f"{path} lacks {part.name}; give a folder saved by transformers, with both files")
-        geometry = (
-            f"all frames squashed to the size of config.json {file_sha256(config)[:8]} (bilinear), 0-1 without mean and"
-            " deviation; mean of the tokens, normalised by the head's layer"
-        )
-        found = checked_sha256(weights, "videomae", sha256)
-        self.name = judge_name("videomae", "fvd-videomae", found, ("videomae",), geometry, least_frames=16)
+        self.info = identify_video_mae(path, sha256)
 
     @cached_property
     def _net(self) -> Any:
@@ -48,11 +41,11 @@ class VideoMAE:
             )
             net, told = loaded
         except (OSError, ValueError, RuntimeError) as error:
-            raise JudgeError(f"{self.path} cannot be read as a VideoMAE of transformers") from error
+            raise ExtractorError(f"{self.path} cannot be read as a VideoMAE of transformers") from error
         absent = sorted(told["missing_keys"])
         if absent or net.fc_norm is None:  # transformers would go on with random ones
             lacking = absent[0] if absent else "fc_norm (use_mean_pooling in config.json)"
-            raise JudgeError(f"{self.path} lacks {lacking}; give a fine-tuned VideoMAE with its classifier")
+            raise ExtractorError(f"{self.path} lacks {lacking}; give a fine-tuned VideoMAE with its classifier")
         return net.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -60,7 +53,7 @@ class VideoMAE:
         """Pixels uint8 [F, H, W, 3], F as the model wants -> "videomae" [1, D]; the caption is not read."""
         net = self._net
         if len(pixels) != net.config.num_frames:
-            raise JudgeError(f"{self.name.metric} takes clips of {net.config.num_frames} frames, got {len(pixels)}")
+            raise ExtractorError(f"{self.info.metric} takes clips of {net.config.num_frames} frames, got {len(pixels)}")
         size = (net.config.image_size, net.config.image_size)
         frames = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
         frames = F.interpolate(frames, size, mode="bilinear", align_corners=False)
