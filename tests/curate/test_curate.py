@@ -163,7 +163,7 @@ def test_each_fault_is_named_and_nothing_else(tmp_path: Path, fault: str) -> Non
 
 
 def odd(clip: str, row: int) -> Sample:
-    """A sample that looks otherwise than all others."""
+    """Returns a sample with another shape than all others."""
     return replace(sample(clip, row), latents=np.zeros((3, 4, 8, 8), np.float16))
 
 

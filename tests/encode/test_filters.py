@@ -1,4 +1,4 @@
-"""The filters: each finds what it is for, lets pass what looks like it, and leaves the books closed."""
+"""The filters: each rejects its fault, accepts similar clips, and every row stays accounted for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIDE, FRAMES = 64, 16
 
 
 def scene(seed: int, side: int = SIDE) -> np.ndarray:
-    """A picture with coarse and fine parts, in colours of its own: uint8 [side, side, 3]."""
+    """A picture with coarse and fine parts, in its own colours: uint8 [side, side, 3]."""
     rng = np.random.default_rng(seed)
     tint = rng.uniform(0.5, 1.0, 3)
     layers = [rng.integers(0, 256, (side // size, side // size, 3), dtype=np.uint8) for size in (21, 7)]

@@ -1,4 +1,4 @@
-"""The prepare stage: every row accounted for, every shard whole, the same data set whatever was killed meanwhile."""
+"""The prepare stage: it accounts for every row, writes complete shards, and gives the same data set after any kill."""
 
 from __future__ import annotations
 

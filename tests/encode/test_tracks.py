@@ -1,4 +1,4 @@
-"""Whole clips: their windows are the bits of the windows mode, and training draws them by address alone."""
+"""Tracks: their windows have the bits of the windows mode, and training draws them by sample and seed only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents and folders as sources: MSR-VTT, captions beside videos, class folders; what tells sources apart."""
+"""Documents and folders as sources: MSR-VTT, captions next to videos, class folders, and the identity of a source."""
 
 from __future__ import annotations
 

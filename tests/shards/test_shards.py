@@ -1,4 +1,4 @@
-"""Shards: readable by webdataset, by their own index, closed in their books, and never a way to run code."""
+"""Shards: readable by webdataset and by their index, with consistent counts, and without a way to run code."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_split_keeps_a_clip_on_its_side_and_both_sides_filled() -> None:
 
 
 def split_by_definition(keys: list[str], fraction: float) -> set[str]:
-    """Held out are the clips whose hash, as a fraction of its range, is below; one at least, and never all."""
+    """Holds out the clips whose hash, as a fraction of its range, is below; at least one, never all."""
     place = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
     held_out = {key for key in keys if place[key] < fraction} or {min(keys, key=place.__getitem__)}
     return held_out - {max(keys, key=place.__getitem__)} if len(held_out) == len(place) else held_out
@@ -275,7 +275,7 @@ def test_what_is_damaged_in_a_batch_is_told_and_zero_and_the_rest_is_as_before(u
 
 
 def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:
-    """An object for each sample would take seven times the bound; ten million samples are to fit beside a model."""
+    """An object per sample would take seven times the bound; ten million samples must fit next to a model."""
     summaries = []
     for index in range(4):
         start = index * 2000
