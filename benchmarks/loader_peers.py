@@ -1,4 +1,4 @@
-"""The peers of the training loader, each as its own documents use it; imports nothing of the project.
+"""The peers of the training loader, each used as in its documentation; imports nothing of this project.
 
     python benchmarks/loader_peers.py convert TARS FOLDER --peer litdata
     python benchmarks/loader_peers.py speed TARS FOLDER --peer litdata --shuffle --epochs 3
@@ -91,7 +91,7 @@ class WebDatasetBatches:
 
 
 def viewed(sample: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a raw sample by what is known of them, no header read."""
+    """Returns the arrays of a raw sample from their known shapes, without reading a header."""
     latents = np.frombuffer(sample["latents.npy"], np.float16, offset=128).reshape(SHAPE)
     return {"latents.npy": latents, "tokens.npy": np.frombuffer(sample["tokens.npy"], np.int32, offset=128)}
 
@@ -103,7 +103,7 @@ def loader(peer: str, tars: str, folder: str, shuffle: bool, workers: int) -> It
 
 
 def numbers(batches: Iterable[dict[str, torch.Tensor]], most: int | None = None) -> list[int]:
-    """The numbers of the samples in the first batches, their shapes and types looked at."""
+    """Returns the numbers of the samples in the first batches; checks their shapes and types."""
     found: list[int] = []
     for count, batch in enumerate(batches, 1):
         latents, tokens = batch["latents"], batch["tokens"]
@@ -115,7 +115,7 @@ def numbers(batches: Iterable[dict[str, torch.Tensor]], most: int | None = None)
 
 
 def speed(batches: Iterable[Any], epochs: int) -> dict[str, Any]:
-    """Samples a second, epoch by epoch, after one that warms up and is checked to have every sample."""
+    """Returns samples per second of each epoch, after a warm-up epoch that must contain every sample."""
     count = len(set(numbers(batches)))
     rates = []
     for _ in range(epochs):
@@ -126,10 +126,10 @@ def speed(batches: Iterable[Any], epochs: int) -> dict[str, Any]:
 
 
 def resume(given: argparse.Namespace) -> dict[str, Any]:
-    """How many samples of an epoch come twice or never when it is stopped in its midst and continued."""
+    """Counts the samples of an epoch that are repeated or lost when it is stopped in the middle and resumed."""
 
     def in_child(work: Any) -> Any:
-        """What `work` returns, in a process of its own: nothing of the stopped one is left but the state."""
+        """Runs `work` in a new process, so that only the state remains of the stopped one."""
         with tempfile.TemporaryFile("w+") as file:
             child = os.fork()
             if child == 0:

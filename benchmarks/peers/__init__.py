@@ -1,1 +1,1 @@
-"""Measures prepare beside video2dataset and Ray Data: same rows, same frames, same cores, one run."""
+"""Measures prepare against video2dataset and Ray Data on the same rows, frames and cores."""

@@ -4,8 +4,8 @@
     python -m benchmarks.peers faults --video2dataset PYTHON --ffmpeg FFMPEG [--each 2]
     python -m benchmarks.peers ray-data --videos FOLDER [--rows 320]
 
-Each prints one JSON. Run it on a quiet machine: processor time is that of whole cores. How to make video2dataset's
-environment: docs/decisions/data_plane_peers.md.
+Each prints one JSON. Run it on a quiet machine, as the CPU time is that of complete cores.
+docs/decisions/data_plane_peers.md describes the environment of video2dataset.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
 from tasks.video.decode import read_clip
 
 FAULTS_PER_SHARD = 50
-THEIR_SHARDS = 5  # of video2dataset, which starts its processes anew after as many
+THEIR_SHARDS = 5  # of video2dataset, which restarts its processes after this many
 Start = Callable[[Path, str, Path], Cost]  # table, address of the server, output
 
 
@@ -72,7 +72,7 @@ def against_video2dataset(given: argparse.Namespace, cores: list[int], folder: P
 
 
 def against_ray_data(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
-    """All make the same samples with the stand-in; Ray Data once in stages, once with a worker's whole work fused."""
+    """All write the same samples with the stand-in VAE; Ray Data once in stages and once with all stages fused."""
 
     def ray_data(way: str) -> Start:
         def start(table: Path, url: str, out: Path) -> Cost:
@@ -93,7 +93,7 @@ def against_ray_data(given: argparse.Namespace, cores: list[int], folder: Path) 
 
 
 def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
-    """Rows with every fault that both can be given, and what each made of them; counted are those in NOT_ASKED not."""
+    """Runs rows with every fault that applies to both, and counts the outcomes; kinds in NOT_ASKED do not count."""
     (folder / "inside").mkdir()
     (folder / "inside" / "secret.mp4").write_bytes(make_file("clip", 1, 64))
     table = folder / "table.csv"
@@ -104,7 +104,7 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
         with serving(folder / "files") as url:
             write_table(table, rows, url)
             _ours(table, url, folder / "ours", cores, FAULTS_PER_SHARD, keep_pixels=True)
-        with serving(folder / "files") as url:  # a server that starts anew: what heals after one answer is ill again
+        with serving(folder / "files") as url:  # a new server, so that faults that pass after one request occur again
             write_table(table, rows, url)
             _video2dataset(given, table, folder / "video2dataset", cores, FAULTS_PER_SHARD, DOWNLOAD.read_seconds)
     result = theirs.read_result(folder / "video2dataset")
@@ -133,7 +133,7 @@ def faults(given: argparse.Namespace, cores: list[int], folder: Path) -> dict[st
 
 
 def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int], folder: Path) -> dict[str, Any]:
-    """Each contender on few rows and on all of them: rates with and without its start, and how ours compares."""
+    """Runs each contender on few rows and on all: rates with and without the start, and ratios to ours."""
     rows = write_clips(given.videos, folder / "files", given.rows)
     numbers: dict[str, Any] = {"rows": len(rows), "rows_of_the_start": given.few, "cores": cores}
     with serving(folder / "files") as url:
@@ -152,7 +152,7 @@ def _rates(starts: dict[str, Start], given: argparse.Namespace, cores: list[int]
 
 
 def _compare(numbers: dict[str, Any], names: list[str]) -> None:
-    """Adds how many times better ours is than each of the others."""
+    """Adds the ratios of ours to each of the others; above 1 ours is better."""
     for kind in ("whole", "steady"):
         for measure, better in (("clips_per_second_per_core", 1), ("cpu_seconds_per_clip", -1)):
             found = {name: numbers[name][kind][measure] for name in names}
@@ -201,7 +201,7 @@ def _our_failures(dataset: Path) -> dict[int, str]:
 
 
 def _checked(dataset: Path, want: dict[int, np.ndarray]) -> dict[str, int]:
-    """How many clips came out, and how many of exactly the frames that the reader gives, by their checksum."""
+    """Counts the clips, and those with exactly the frames of the reader, by checksum."""
     data = ShardDataset(str(dataset))
     told = [data.read(place, ("meta",))["meta"] for place in range(len(data))]
     same = (meta["pixels_sha256"] == hashlib.sha256(want[meta["row"]].data).hexdigest() for meta in told)
@@ -209,7 +209,7 @@ def _checked(dataset: Path, want: dict[int, np.ndarray]) -> dict[str, int]:
 
 
 def _compared(frames: dict[int, np.ndarray], want: dict[int, np.ndarray]) -> dict[str, Any]:
-    """How many clips came out, with how many frames, how near to those of the reader where there are as many."""
+    """Counts clips and frames, and compares frames with the reader's if their number is equal."""
     distances = [
         _psnr(frames[row], want[row]) for row in want if row in frames and frames[row].shape == want[row].shape
     ]
@@ -230,7 +230,7 @@ def _psnr(found: np.ndarray, want: np.ndarray) -> float:
 
 @contextmanager
 def _workplace(cores: list[int]) -> Iterator[Path]:
-    """A folder, and this process with its servers on the other cores, where there are any."""
+    """Yields a folder, and moves this process and its servers to the other cores, if there are any."""
     everything = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, set(everything) - set(cores) or everything)
     with tempfile.TemporaryDirectory(prefix="trip-peers-") as name:

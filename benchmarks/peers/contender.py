@@ -1,4 +1,4 @@
-"""Runs one contender on its cores and says what it took: wall clock, processor seconds, memory."""
+"""Runs one contender on its cores and measures wall clock, CPU seconds and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Cost:
-    """One run. Processor seconds are what the cores were busy, less what this process and its servers took of them."""
+    """The cost of one run. CPU seconds are the busy time of the cores without that of this process and its servers."""
 
     seconds: float
     cpu_seconds: float
@@ -38,7 +38,7 @@ def run(
     env: dict[str, str] | None = None,
     rows_done: Callable[[], int] = lambda: 0,
 ) -> Cost:
-    """Runs a command to its end on `cores`. Nothing else may be at work there: their whole time is counted.
+    """Runs a command to its end on `cores`. Nothing else may run there, as all of their busy time counts.
 
     `rows_done` says how far it is; each time that it says more than before is a mark.
 
@@ -73,7 +73,7 @@ def run(
 
 
 def between_marks(cost: Cost, cores: int) -> dict[str, Any]:
-    """Rates between the first finished shard of a run and the last: neither its start counts nor its end."""
+    """Returns rates between the first and the last finished shard of a run, without start and end."""
     (first, began, busy_then), (last, ended, busy) = cost.marks[0], cost.marks[-1]
     return {
         "clips_per_second_per_core": round((last - first) / (ended - began) / cores, 3),
@@ -84,7 +84,7 @@ def between_marks(cost: Cost, cores: int) -> dict[str, Any]:
 
 
 def steady(few: Cost, many: Cost, rows: int, cores: int) -> dict[str, Any]:
-    """Rates without the start: of the rows that a long run has more than a short one."""
+    """Returns rates without the start, from the difference between a long and a short run."""
     seconds, cpu = many.seconds - few.seconds, many.cpu_seconds - few.cpu_seconds
     return {
         "clips_per_second_per_core": round(rows / seconds / cores, 3),
@@ -94,7 +94,7 @@ def steady(few: Cost, many: Cost, rows: int, cores: int) -> dict[str, Any]:
 
 
 def whole(cost: Cost, rows: int, cores: int) -> dict[str, Any]:
-    """Rates of a run as it was, its start included."""
+    """Returns rates of a complete run, start included."""
     return {
         "clips_per_second_per_core": round(rows / cost.seconds / cores, 3),
         "cpu_seconds_per_clip": round(cost.cpu_seconds / rows, 4),
@@ -107,7 +107,7 @@ def _spent(processes: list[psutil.Process]) -> float:
 
 
 def busy_seconds(cores: list[int]) -> float:
-    """User, nice, system, irq and softirq time of these cores."""
+    """Returns user, nice, system, irq and softirq time of these cores."""
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     mine = [line for line in lines if line[0] in {f"cpu{core}" for core in cores}]
     return sum(int(line[place]) for line in mine for place in (1, 2, 3, 6, 7)) / _TICK

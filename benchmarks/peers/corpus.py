@@ -1,4 +1,4 @@
-"""What the contenders are given: clips cut from real videos, the rig's faults, and tables with whole addresses."""
+"""The input of the contenders: clips cut from real videos, the rig's faults, and tables with absolute addresses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.rig.files import make_file
 from benchmarks.rig.table import ENCODED, KINDS
 
 SECONDS, HEIGHT, FPS, FRAMES, SIZE = 4.0, 360, 4, 16, 256  # a clip is one window of 16 frames at 4 fps
-BLOCK = 16  # rows of a work unit: a block of Ray Data, a shard of ours beside it
+BLOCK = 16  # rows of a work unit: of a block of Ray Data, and of a shard of ours
 MOST_PIECES = 40
 FAULT_SIZE = 64
 # Not for every contender: a crash that only our reader has; what would stop it for minutes or take all memory; lines
@@ -28,10 +28,10 @@ NOT_ASKED = {"short", "one-frame", "no-key", "same-key", "no-caption", "opted-ou
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: what kind it is, where it lies on the server, and whether it can be used."""
+    """One row of a table: its kind, its path on the server, and whether it is usable."""
 
     kind: str
-    path: str  # below the server's address, or an address of its own
+    path: str  # relative to the server, or an absolute address
     usable: bool
     key: str
     caption: str
@@ -74,7 +74,7 @@ def write_faults(files: Path, each: int, inside: str) -> list[Row]:
 
 
 def write_table(path: Path, rows: list[Row], url: str) -> None:
-    """A WebVid-like CSV with whole addresses and the number of each row."""
+    """Writes a WebVid-like CSV with absolute addresses and the number of each row."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["videoid", "contentUrl", "name", "row"])

@@ -1,4 +1,4 @@
-"""One run of prepare with the stand-in VAE, as a process of its own: `python -m benchmarks.peers.ours JSON`."""
+"""Runs prepare with the stand-in VAE as a separate process: `python -m benchmarks.peers.ours JSON`."""
 
 from __future__ import annotations
 

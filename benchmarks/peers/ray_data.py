@@ -1,7 +1,7 @@
 """The same stages on Ray Data, as its documentation writes them: `python -m benchmarks.peers.ray_data JSON`.
 
-What runs in a stage is our own code (reader, encoder, stand-in VAE, the fields of a sample), so that the engines alone
-differ. There are no retries, checks or books: every row must be fine.
+What runs in a stage is our own code (reader, encoder, stand-in VAE, the fields of a sample), so that only the
+engines differ. There are no retries, checks or accounting: every row must be usable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Batch = dict[str, Any]  # columns, arrays of equal length
 
 
 def fetch(batch: Batch) -> Batch:
-    """The files of a batch, all at once."""
+    """Downloads the files of a batch concurrently."""
 
     async def get(session: aiohttp.ClientSession, url: str) -> bytes:
         async with session.get(url) as response:
@@ -49,7 +49,7 @@ def fetch(batch: Batch) -> Batch:
 
 
 def decode(batch: Batch) -> Batch:
-    """Files become frames; the files stay behind."""
+    """Decodes files to frames and drops the files."""
     clips = [read_windows(data, FRAMES, FPS, SIZE)[0] for data in batch.pop("data")]
     return batch | {
         "pixels": np.stack([clip.pixels for clip in clips]),
@@ -58,8 +58,8 @@ def decode(batch: Batch) -> Batch:
     }
 
 
-def note(batch: Batch) -> Batch:
-    """What a sample says of its file."""
+def add_provenance(batch: Batch) -> Batch:
+    """Adds hash and size of the files."""
     return batch | {
         "sha256": np.array([hashlib.sha256(data).hexdigest() for data in batch["data"]]),
         "size_bytes": np.array([len(data) for data in batch["data"]]),
@@ -67,7 +67,7 @@ def note(batch: Batch) -> Batch:
 
 
 class Encode:
-    """Frames become samples, as bytes of a tar's members."""
+    """Encodes frames to samples, as bytes of tar members."""
 
     def __init__(self) -> None:
         install()
@@ -81,11 +81,11 @@ class Encode:
         return {"__key__": np.array([sample.key for sample in packed]), **made}
 
 
-class Whole(Encode):
-    """All stages in one worker: frames stay in its memory."""
+class FetchDecodeEncode(Encode):
+    """Runs all stages in one worker, so that frames stay in its memory."""
 
     def __call__(self, batch: Batch) -> Batch:
-        return super().__call__(decode(note(fetch(batch))))
+        return super().__call__(decode(add_provenance(fetch(batch))))
 
 
 def _decoded(row: dict[str, Any]) -> Decoded:
@@ -96,20 +96,20 @@ def _decoded(row: dict[str, Any]) -> Decoded:
 
 def main(table: str, output: str, rows: int, cpus: int, way: str) -> None:
     apply_environment_defaults()
-    os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
+    os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet passes it to the workers
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     table_rows = ray.data.read_csv(table, override_num_blocks=-(-rows // BLOCK))
-    # Shares of a CPU, such that every stage finds a place beside the actors, and all CPUs have something to run.
+    # Shares of a CPU, so that every stage fits next to the actors and all CPUs are busy.
     if way == "stages":
         files = table_rows.map_batches(fetch, batch_size=BATCH, num_cpus=0.8)
-        files = files.map_batches(note, batch_size=BATCH, num_cpus=0.8)
+        files = files.map_batches(add_provenance, batch_size=BATCH, num_cpus=0.8)
         frames = files.map_batches(decode, batch_size=BATCH, num_cpus=0.8)
         pool = ray.data.ActorPoolStrategy(size=1)
         samples = frames.map_batches(Encode, batch_size=BATCH, compute=pool, num_cpus=0.1)
     else:
         pool = ray.data.ActorPoolStrategy(size=cpus)
-        samples = table_rows.map_batches(Whole, batch_size=BATCH, compute=pool, num_cpus=0.4)
+        samples = table_rows.map_batches(FetchDecodeEncode, batch_size=BATCH, compute=pool, num_cpus=0.4)
     samples.write_webdataset(output, encoder=None, ray_remote_args={"num_cpus": 0.2})
     ray.shutdown()
 

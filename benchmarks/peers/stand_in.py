@@ -1,4 +1,4 @@
-"""A stand-in for the VAE: its shapes, none of its work; or none but waiting, as while a GPU works."""
+"""A stand-in for the VAE with its shapes but no computation; it can sleep, as a process that waits for a GPU does."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FACTOR = 8
 
 
 class StandIn(nn.Module):
-    """Latents that are means over 8 x 8 pixels, after `seconds_per_frame` of sleep for each frame."""
+    """Returns means over 8 x 8 pixels as latents, after a sleep of `seconds_per_frame` for each frame."""
 
     def __init__(self, seconds_per_frame: float = 0.0) -> None:
         super().__init__()
         self._seconds = seconds_per_frame
-        self._weight = nn.Parameter(torch.zeros(1), requires_grad=False)  # says on which device it is
+        self._weight = nn.Parameter(torch.zeros(1), requires_grad=False)  # carries the device
         self.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
 
     def encode(self, frames_FCHW: torch.Tensor) -> Any:
-        """What `AutoencoderKL.encode` gives, as far as `encode_posterior` asks for it."""
+        """Returns the part of `AutoencoderKL.encode`'s result that `encode_posterior` uses."""
         time.sleep(self._seconds * len(frames_FCHW))
         small = nn.functional.avg_pool2d(frames_FCHW, FACTOR)
         mean = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
@@ -37,7 +37,7 @@ class StandIn(nn.Module):
 
 
 def install(seconds_per_frame: float = 0.0) -> None:
-    """The encoders of this process load the stand-in from now on."""
+    """Makes the encoders of this process load the stand-in."""
     from tasks.encode import encoder
 
     encoder.load_vae = lambda base, device="cpu": StandIn(seconds_per_frame)  # type: ignore[assignment]
@@ -45,15 +45,15 @@ def install(seconds_per_frame: float = 0.0) -> None:
 
 @contextmanager
 def local_ray(cpus: int, stand_in_seconds: float | None) -> Iterator[None]:
-    """A local session whose workers load the stand-in that sleeps so long for each frame; with None the VAE itself."""
+    """Starts a local session whose workers load the stand-in with this sleep per frame, or the VAE for None."""
 
     def hook() -> None:
         install(stand_in_seconds or 0.0)
 
     apply_environment_defaults()
-    os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet hands it to the workers
+    os.environ["PYTHONPATH"] = str(CHECKOUT)  # the raylet passes it to the workers
     ray.init(
-        "local",  # whatever cluster else is, or was, on this machine
+        "local",  # ignores other clusters on this machine
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

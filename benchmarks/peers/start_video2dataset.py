@@ -1,4 +1,4 @@
-"""Starts video2dataset in its own environment, with the one repair that its subsamplers need to run at all.
+"""Starts video2dataset in its own environment, with the one fix that its subsamplers need to run.
 
 Its download worker asks the resolution subsampler for `encode_formats`, which that does not have, and every shard fails
 (iejMac/video2dataset#263, still so in its last commit, 28e7d1c). Nothing else is changed.

@@ -1,4 +1,4 @@
-"""video2dataset on the same rows: its settings, its command, and what it made of each row."""
+"""video2dataset on the same rows: its settings, its command, and the outcome of each row."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _START = Path(__file__).parent / "start_video2dataset.py"
 
 @dataclass(frozen=True)
 class Result:
-    """What the rows came to: the frames of each success, the word for each failure; the rest is in neither."""
+    """The outcomes: the frames of each success and the status of each failure; other rows are in neither."""
 
     frames: dict[int, np.ndarray]  # uint8 [F, H, W, 3]
     failed: dict[int, str]
-    counted: dict[str, int]  # by its own books
+    counted: dict[str, int]  # its own statistics
 
 
 def command(python: str, table: Path, output: Path, processes: int, rows_per_shard: int, timeout: float) -> list[str]:
-    """Frames at the same rate and of the same square, in webdataset tars. JSON is YAML, which it reads."""
+    """Returns the command for frames of the same rate and size in webdataset tars; its YAML settings are JSON."""
     video = {"encode_format": "mp4"}
     config = {
         "subsampling": {
@@ -82,8 +82,8 @@ def read_result(output: Path) -> Result:
             if line["status"] != "success":
                 failed[line["row"]] = line["status"]
     for stats in output.glob("*_stats.json"):
-        said: dict[str, Any] = json.loads(stats.read_text())
-        counted = {name: count + said[name] for name, count in counted.items()}
+        values: dict[str, Any] = json.loads(stats.read_text())
+        counted = {name: count + values[name] for name, count in counted.items()}
     for shard in output.glob("*.tar"):
         with tarfile.open(shard) as tar:
             for member in tar:

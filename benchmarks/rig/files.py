@@ -1,4 +1,4 @@
-"""The files that the rig serves: drawn clips in every shape that is fine, and every kind of broken file, by seed."""
+"""The files of the rig's server: drawn clips in every supported form, and every kind of broken file, by seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TURNED_MATRIX = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30
 
 
 def make_file(kind: str, seed: int, size: int) -> bytes:
-    """One file of the kinds below, a pure function of its arguments; `size` is the side of a frame in pixels."""
+    """Returns a file of a kind below, a pure function of its arguments; `size` is the side of a frame in pixels."""
     match kind:
         case "clip":
             return video_bytes(draw_clip(seed, size)[0], SOURCE_FPS)
@@ -33,7 +33,7 @@ def make_file(kind: str, seed: int, size: int) -> bytes:
             steps = np.random.default_rng(seed).integers(20, 160, round(CLIP_SECONDS * SOURCE_FPS))
             return _muxed(draw_clip(seed, size)[0], 700 + np.cumsum(steps), "matroska")  # starts late as well
         case "rotated":
-            head, track, rest = make_file("clip", seed, size).partition(b"tkhd")  # the matrix of the whole stays
+            head, track, rest = make_file("clip", seed, size).partition(b"tkhd")  # the matrix of the movie stays
             return head + track + rest.replace(_PLAIN_MATRIX, _TURNED_MATRIX, 1)
         case "one-frame":
             return video_bytes(draw_clip(seed, size, seconds=1 / SOURCE_FPS)[0], SOURCE_FPS)
@@ -42,7 +42,7 @@ def make_file(kind: str, seed: int, size: int) -> bytes:
         case "no-index":  # the index of such an mp4 lies at its end
             whole = _muxed(draw_clip(seed, size)[0], np.arange(54) * 83, "mp4")
             return whole[: whole.rindex(b"moov") * 3 // 4]
-        case "cut-data":  # the index is whole, the frames are not
+        case "cut-data":  # the index is complete, the frames are not
             whole = make_file("clip", seed, size)
             return whole[: len(whole) * 4 // 5]
         case "noise":
@@ -84,7 +84,7 @@ def _muxed(pixels: np.ndarray, stamps: np.ndarray, container: str) -> bytes:
 
 
 def _tone(seed: int) -> bytes:
-    """An mp4 that holds sound alone."""
+    """Returns an mp4 with only audio."""
     buffer = io.BytesIO()
     rate, pitch = 44_100, 220 + seed % 440
     with av.open(buffer, "w", format="mp4") as file:

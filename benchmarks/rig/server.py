@@ -1,4 +1,4 @@
-"""The rig's server, on loopback and in a process of its own: a path names how it answers and with which file.
+"""The rig's server, on loopback in a separate process: a path names the kind of response and the file.
 
 python -m benchmarks.rig.server FOLDER      prints its URL, ends when its input is closed
 """
@@ -17,7 +17,7 @@ from aiohttp import web
 
 from infra.settings import CHECKOUT
 
-ENDLESS_BYTES = 64_000_000  # what an answer without a length comes to, if nobody stops it
+ENDLESS_BYTES = 64_000_000  # size of a response without a length, unless the client stops it
 _ELSEWHERE = {
     "moved": "/moved-again/{name}",
     "moved-again": "/plain/{name}",
@@ -33,7 +33,7 @@ _ELSEWHERE = {
 
 @contextmanager
 def serving(folder: str | Path) -> Iterator[str]:
-    """Serves the files of a folder at `<URL>/<answer>/<file>` for the length of a block; yields the URL."""
+    """Serves the files of a folder at `<URL>/<answer>/<file>` during a block; yields the URL."""
     command = [sys.executable, "-m", __name__, str(Path(folder).absolute())]
     process = subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
@@ -49,7 +49,7 @@ def serving(folder: str | Path) -> Iterator[str]:
 
 
 class Rig:
-    """Answers GET /<how>/<file>; the same path may be answered another way when it is asked for again."""
+    """Answers GET /<how>/<file>; a second request for the same path may get another response."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -60,7 +60,7 @@ class Rig:
         body = self._files[name]
         self._asked[request.path_qs] += 1
         first = self._asked[request.path_qs] == 1
-        with suppress(ConnectionError):  # the client has heard enough
+        with suppress(ConnectionError):  # the client closed the connection
             return await _answer(request, how, name, body, first)
         return web.Response()
 
@@ -101,7 +101,7 @@ async def _answer(request: web.Request, how: str, name: str, body: bytes, first:
 async def _streamed(
     request: web.Request, length: int | None, pieces: list[bytes], pause: float = 0.0, then: float = 0.0
 ) -> web.StreamResponse:
-    """An answer in pieces, `pause` seconds after each and `then` at the end; without a length it is chunked."""
+    """Sends a response in pieces, `pause` seconds after each and `then` at the end; chunked without a length."""
     response = web.StreamResponse()
     if length is None:
         response.enable_chunked_encoding()
@@ -117,14 +117,14 @@ async def _streamed(
 
 
 async def _broken_off(request: web.Request, length: int | None, body: bytes) -> web.StreamResponse:
-    """Part of an answer, and then the end of the connection. Without a length there is no answer at all."""
+    """Sends part of a response and closes the connection. Without a length it sends nothing."""
     response = web.StreamResponse()
     if length is not None:
         response.content_length = length
         await response.prepare(request)
         await response.write(body)
         await asyncio.sleep(0.05)  # so that the client sees the part before the end
-    if request.transport is not None:  # else the client has ended it
+    if request.transport is not None:  # otherwise the client closed it
         request.transport.close()
     return response
 
@@ -137,7 +137,7 @@ async def _serve(folder: Path) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     print(f"http://127.0.0.1:{runner.addresses[0][1]}", flush=True)
-    await asyncio.to_thread(sys.stdin.read)  # ends with the parent, whatever became of it
+    await asyncio.to_thread(sys.stdin.read)  # ends with the parent, even if that was killed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rig's table: rows that work and rows with one fault each, what each must come to, and what it came to."""
+"""The rig's table: usable rows and rows with one fault each, their expected outcomes, and the audit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINE = "{key},{url},{caption}"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of row: the address in it, the file there, how its line is written, and its one right outcome."""
+    """A kind of row: its kind of response, its file, the format of its line, and its expected outcome."""
 
     answer: str
     file: str = "clip"
@@ -62,7 +62,7 @@ KINDS = {
     "stall": Kind("stall", outcome="timeout"),
     "stall-midway": Kind("stall-midway", outcome="timeout"),
     "trickle": Kind("trickle", outcome="too_slow"),
-    # Addresses that must not be asked for.
+    # Addresses that must not be requested.
     "private": Kind("http://10.0.0.1", outcome="blocked_address"),
     "to-private": Kind("to-private", outcome="blocked_address"),
     "to-metadata": Kind("to-metadata", outcome="blocked_address"),
@@ -94,7 +94,7 @@ KINDS = {
     "same-key": Kind("plain", outcome="duplicate_key", line="{first},{url},{caption}"),
 }
 USABLE = [name for name, kind in KINDS.items() if kind.outcome == ENCODED]
-# Patience for faults on loopback: short enough for a test, long enough that no usable row fails on a busy machine.
+# Limits for faults on loopback: short enough for a test, long enough for usable rows on a busy machine.
 DOWNLOAD = DownloadSpec(
     max_bytes=16_000_000,
     read_seconds=3.0,
@@ -109,7 +109,7 @@ DECODE = DecodeSpec(seconds=6.0, memory_bytes=1 << 30)
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: its kind, what must become of it, and what an honest success says of itself."""
+    """One row of the table: its kind, its expected outcome, and the provenance of a correct success."""
 
     kind: str
     outcome: str
@@ -120,13 +120,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of the rows; nothing is left to say where all rows came to their own outcome."""
+    """The outcomes of the rows; the lists are empty if every row has its expected outcome."""
 
     rows: int
     found: dict[str, int]
     expected: dict[str, int]
-    lost: list[str]  # rows that no shard accounts for
-    wrong_successes: list[str]  # encoded though they must not be, or not from their own file and caption
+    lost: list[str]  # rows that are in no shard
+    wrong_successes: list[str]  # encoded although they are not usable, or with another row's file or caption
     wrong_reasons: list[str]
 
     @property
@@ -160,14 +160,14 @@ def write_rig(folder: Path, size: int, each: int = 1, rows: int = 0, seed: int =
         # The query makes each row another address, so that a fault that heals does so for every row.
         url, caption = f"{kind.answer}/{file}?row={number}", draw_scene(scene).caption
         lines.append(kind.line.format(key=FIRST_KEY + number, first=FIRST_KEY, url=url, caption=caption))
-        said = f'{caption}, said "so"' if name == "quoted" else caption
-        made.append(Row(name, kind.outcome, scene, said, hashes[file]))
+        written = f'{caption}, said "so"' if name == "quoted" else caption
+        made.append(Row(name, kind.outcome, scene, written, hashes[file]))
     (folder / TABLE).write_text("\n".join(lines) + "\n")
     return made
 
 
 def audit(dataset: str, rows: list[Row]) -> Audit:
-    """Holds every row of a finished data set against what it had to come to."""
+    """Compares every row of a finished data set with its expected outcome."""
     manifest, _ = read_manifest(dataset)
     found: dict[int, str] = {}
     twice: list[int] = []
@@ -179,7 +179,7 @@ def audit(dataset: str, rows: list[Row]) -> Audit:
         found |= dict(outcomes)
     honest = _honest(dataset, rows)
 
-    def told(number: int) -> str:
+    def describe(number: int) -> str:
         return f"row {number}, {rows[number].kind}: {found.get(number)}, expected {rows[number].outcome}"
 
     wrong = [n for n in range(len(rows)) if n in found and found[n] != rows[n].outcome]
@@ -188,20 +188,20 @@ def audit(dataset: str, rows: list[Row]) -> Audit:
         rows=manifest.rows,
         found=dict(sorted(Counter(found.values()).items())),
         expected=dict(sorted(Counter(row.outcome for row in rows).items())),
-        lost=[told(n) for n in range(len(rows)) if n not in found] + [f"row {n} is there twice" for n in twice],
-        wrong_successes=[told(n) for n in sorted(bad)],
-        wrong_reasons=[told(n) for n in wrong if n not in bad],
+        lost=[describe(n) for n in range(len(rows)) if n not in found] + [f"row {n} occurs twice" for n in twice],
+        wrong_successes=[describe(n) for n in sorted(bad)],
+        wrong_reasons=[describe(n) for n in wrong if n not in bad],
     )
 
 
 def _honest(dataset: str, rows: list[Row]) -> set[int]:
-    """Rows whose samples are of their own file, under their own key and caption."""
+    """Returns the rows whose samples have their own file, key and caption."""
     data = ShardDataset(dataset)
     honest: set[int] = set()
-    for place in range(len(data)):
-        sample = data.read(place, ("caption", "meta"))
+    for index in range(len(data)):
+        sample = data.read(index, ("caption", "meta"))
         number = sample["meta"]["row"]
-        said = (clip_key_of(sample["key"]), sample["caption"], sample["meta"]["sha256"])
-        if said == (str(FIRST_KEY + number), rows[number].caption, rows[number].sha256):
+        provenance = (clip_key_of(sample["key"]), sample["caption"], sample["meta"]["sha256"])
+        if provenance == (str(FIRST_KEY + number), rows[number].caption, rows[number].sha256):
             honest.add(number)
     return honest

@@ -1,4 +1,4 @@
-"""The rig: a server, files and a table with every fault there is; each row comes to its own outcome and no other."""
+"""The rig: a server, files and a table with every kind of fault; every row has its expected outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """One row of each kind, through the whole stage in this process."""
+    """Runs one row of each kind through the stage in this process."""
     folder, output = tmp_path_factory.mktemp("rig"), tmp_path_factory.mktemp("data") / "set"
     rows = write_rig(folder, SIZE)
     with serving(folder / "files") as url, pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         yield Run(rows, prepare(spec))
 
 
-def test_the_books_close_and_every_fault_lands_in_its_own_reason(run: Run) -> None:
+def test_every_row_is_accounted_for_and_every_fault_lands_in_its_own_reason(run: Run) -> None:
     result = audit(run.report.dataset, run.rows)
     assert (result.lost, result.wrong_successes, result.wrong_reasons) == ([], [], [])
     assert result.found == result.expected == {ENCODED: run.report.encoded, **run.report.failed}

@@ -72,13 +72,13 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def test_a_whole_data_set_has_no_problems_and_is_told_by_shards(uri: str) -> None:
+def test_a_valid_data_set_has_no_problems_and_progress_is_per_shard(uri: str) -> None:
     ticks: list[dict[str, Any]] = []
     assert list(problems(make_dataset(uri), ticks.append)) == []
     assert [(tick["done"], tick["total"]) for tick in ticks] == [(3, 6), (5, 6), (6, 6)]
 
 
-def test_a_shard_of_failures_alone_is_whole(tmp_path: Path) -> None:
+def test_a_shard_of_failures_only_is_valid(tmp_path: Path) -> None:
     assert list(problems(make_dataset(str(tmp_path), [OUTCOMES[0], [Failure("x", 3, "http_404")]]))) == []
 
 
@@ -163,12 +163,12 @@ def test_each_fault_is_named_and_nothing_else(tmp_path: Path, fault: str) -> Non
 
 
 def odd(clip: str, row: int) -> Sample:
-    """A sample that looks otherwise than all others."""
+    """Returns a sample with another shape than all others."""
     return replace(sample(clip, row), latents=np.zeros((3, 4, 8, 8), np.float16))
 
 
 @pytest.mark.parametrize("first", [sample("x0", 0), odd("x0", 0)], ids=["whole", "the odd one first"])
-def test_more_workers_say_the_same_in_the_same_order(tmp_path: Path, first: Sample) -> None:
+def test_more_workers_report_the_same_in_the_same_order(tmp_path: Path, first: Sample) -> None:
     rows = [first] + [odd(f"x{row}", row) if row in (4, 5, 9) else sample(f"x{row}", row) for row in range(1, 12)]
     make_dataset(str(tmp_path), [[[item]] for item in rows])
     flip(tar_of(tmp_path, 2), 2000)
@@ -196,7 +196,7 @@ def test_workers_read_no_further_ahead_than_twice_their_number(tmp_path: Path, m
     assert len(opened) <= 4
 
 
-def test_an_unfinished_data_set_says_how_far_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_data_set_is_reported_with_its_progress(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     (tmp_path / "manifest.json").unlink()
     (line,) = problems(str(tmp_path))
@@ -280,7 +280,7 @@ def test_a_clip_that_is_there_twice_is_named(tmp_path: Path) -> None:
     assert re.search(r"shard-00003-\w+.json: clip a occurs a second time", line)
 
 
-def test_forgotten_clips_are_gone_and_the_rest_is_as_it_was(uri: str) -> None:
+def test_removed_clips_are_gone_and_the_rest_is_unchanged(uri: str) -> None:
     make_dataset(uri)
     whole = ShardDataset(uri)
     before = {key: whole.read(i, whole.fields(i)) for i, key in enumerate(whole.keys)}

@@ -53,7 +53,7 @@ def make_dataset(uri: str) -> str:
     return uri
 
 
-def test_the_earliest_row_stays_and_the_books_close(uri: str) -> None:
+def test_the_earliest_row_stays_and_every_row_is_accounted_for(uri: str) -> None:
     make_dataset(uri)
     for address in shards.report_addresses(uri).values():
         storage.write_bytes(address, b"nine clips")
@@ -120,7 +120,7 @@ def test_a_removal_on_request_that_was_cut_off_comes_first(tmp_path: Path, monke
     assert b"k0" not in b"".join(contents(uri).values())
 
 
-def test_a_hash_that_is_none_is_told(tmp_path: Path) -> None:
+def test_an_invalid_hash_is_reported(tmp_path: Path) -> None:
     uri = str(tmp_path)
     shards.open_dataset(uri, RECIPE)
     broken = sample(0, 0)

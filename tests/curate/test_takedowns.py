@@ -1,4 +1,4 @@
-"""A clip that was removed stays away from all data sets of its root, whatever table, recipe or key brings it back."""
+"""Takedowns: a removed clip stays out of all data sets of its root, for any table, recipe or key."""
 
 from __future__ import annotations
 

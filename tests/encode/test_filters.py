@@ -1,4 +1,4 @@
-"""The filters: each finds what it is for, lets pass what looks like it, and leaves the books closed."""
+"""The filters: each rejects its fault, accepts similar clips, and every row stays accounted for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIDE, FRAMES = 64, 16
 
 
 def scene(seed: int, side: int = SIDE) -> np.ndarray:
-    """A picture with coarse and fine parts, in colours of its own: uint8 [side, side, 3]."""
+    """A picture with coarse and fine parts, in its own colours: uint8 [side, side, 3]."""
     rng = np.random.default_rng(seed)
     tint = rng.uniform(0.5, 1.0, 3)
     layers = [rng.integers(0, 256, (side // size, side // size, 3), dtype=np.uint8) for size in (21, 7)]
@@ -97,7 +97,7 @@ def test_a_still_picture_is_near_static_under_noise_too(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_start_in_the_dark_or_in_a_fade_is_told_from_a_dim_scene(seed: int) -> None:
+def test_a_start_in_the_dark_or_in_a_fade_is_distinguished_from_a_dim_scene(seed: int) -> None:
     moving = pan(seed, 4)
     assert reason(fade(moving, 4, 0)) == "dark_start"
     assert reason(np.concatenate([np.zeros_like(moving[:1]), moving])) == "dark_start"
@@ -139,7 +139,7 @@ def barred(pixels: np.ndarray, top: int, bottom: int, left: int = 0, right: int 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_bars_are_told_from_dark_parts_of_a_picture(seed: int) -> None:
+def test_bars_are_distinguished_from_dark_parts_of_a_picture(seed: int) -> None:
     moving = np.maximum(pan(seed, 4), 60)
     assert reason(barred(moving, 8, 8)) == "letterbox"
     assert scores(barred(moving, 8, 8), INFO)["bars"] == 0.25
@@ -151,7 +151,7 @@ def test_bars_are_told_from_dark_parts_of_a_picture(seed: int) -> None:
     assert scores(np.zeros_like(moving), INFO)["bars"] == 0
 
 
-def test_a_small_video_is_told_by_the_side_it_is_shown_with() -> None:
+def test_a_small_video_is_recognised_by_its_displayed_side() -> None:
     moving = pan(0, 4)
     assert reason(moving, width=320, height=240) == "low_resolution"
     assert reason(moving, width=240, height=320, pixel_aspect=1.1) == ""
@@ -173,7 +173,7 @@ def test_another_encoding_of_a_clip_has_nearly_its_hash_and_another_clip_has_not
     assert picture_hash(still(np.full((SIDE, SIDE, 3), 90, np.uint8))) is None
 
 
-def test_the_windows_that_pass_say_what_befell_the_others() -> None:
+def test_the_windows_that_pass_record_why_the_others_were_dropped() -> None:
     good, cut = pan(0, 4), np.concatenate([pan(1, 1)[:8], pan(60, 1)[8:]])
     video = video_bytes(np.concatenate([cut, good, still(scene(2))]), 4.0, crf=10)
     clips = read_measured(video, num_frames=FRAMES, fps=4.0, size=SIDE, windows=3)
@@ -193,7 +193,7 @@ def test_a_decoder_that_measures_nonsense_costs_one_row(info: dict[str, Any]) ->
         Screen(BOUNDS)([Clip(pan(0, 4), np.zeros(FRAMES, np.float32), info)])
 
 
-def test_a_watermark_is_what_the_named_scorer_says() -> None:
+def test_the_named_scorer_decides_what_a_watermark_is() -> None:
     bounds = FilterSpec(most_watermark=0.5, watermark_scorer="tests.support.scorers:white_corner")
     marked = pan(0, 4).copy()
     marked[:, -8:, -8:] = 255
@@ -271,7 +271,7 @@ def prepared(folder: str, base: Path, output: Path, filters: FilterSpec) -> Prep
     )
 
 
-def test_what_is_left_out_stays_in_the_books(tiny_base: Path, tmp_path: Path) -> None:
+def test_rejected_windows_stay_accounted_for(tiny_base: Path, tmp_path: Path) -> None:
     folder = write_clips(tmp_path / "clips", CLIPS)
     bounds = replace(BOUNDS, least_side=32)
     off, on = (prepared(folder, tiny_base, tmp_path / name, f) for name, f in (("off", FilterSpec()), ("on", bounds)))

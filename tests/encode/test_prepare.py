@@ -1,4 +1,4 @@
-"""The prepare stage: every row accounted for, every shard whole, the same data set whatever was killed meanwhile."""
+"""The prepare stage: it accounts for every row, writes complete shards, and gives the same data set after any kill."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def encoded(
         return list(ClipEncoder(base, spec).encode(decode_ahead(rows, decoders)))
 
 
-def test_a_clip_becomes_samples_that_say_where_they_come_from(tiny_base: Path, corpus: str) -> None:
+def test_a_clip_becomes_samples_with_provenance(tiny_base: Path, corpus: str) -> None:
     data = next((Path(corpus).parent / "videos").rglob("*.mp4")).read_bytes()
     spec = PrepareSpec(num_frames=4, size=32, windows_per_clip=2, keep_pixels=True)
     [samples] = encoded(tiny_base, spec, [(ClipRef("k", "videos/k.mp4", "a red circle", 5), Fetched(data, "hash"))])
@@ -127,12 +127,12 @@ def test_latents_that_are_not_finite_are_a_failure(tiny_base: Path, corpus: str,
     assert isinstance(result, Failure) and result.reason == "non_finite_latents"
 
 
-def test_a_size_that_the_vae_cannot_halve_is_told(tiny_base: Path) -> None:
+def test_a_size_that_the_vae_cannot_halve_is_rejected(tiny_base: Path) -> None:
     with pytest.raises(UserError, match="size 36 is no multiple of"):
         ClipEncoder(tiny_base, PrepareSpec(size=36))
 
 
-def test_every_row_is_in_the_books(tiny_base: Path, corpus: str, tmp_path: Path) -> None:
+def test_every_row_is_accounted_for(tiny_base: Path, corpus: str, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     (folder / "videos").mkdir(parents=True)
     clips = sorted((Path(corpus).parent / "videos").rglob("*.mp4"))
@@ -255,7 +255,7 @@ def test_the_demo_corpus_over_loopback_gives_what_the_files_give(tiny_base: Path
     assert served.manifest_sha == prepare(spec_for(corpus, tiny_base, tmp_path / "files")).manifest_sha
 
 
-def test_a_source_where_every_row_fails_is_told_with_its_reasons_and_tried_again(
+def test_a_source_where_every_row_fails_is_reported_with_reasons_and_tried_again(
     tiny_base: Path, corpus: str, tmp_path: Path
 ) -> None:
     spec = spec_for(corpus, tiny_base, tmp_path, download=DownloadSpec(attempts=1))

@@ -173,7 +173,7 @@ def test_an_unfinished_data_set_is_retried_and_finished_at_once(
     assert contents(spec.output) == contents(str(tmp_path / "calm"))
 
 
-def test_forgotten_clips_do_not_come_back(spec: PrepareSpec, server: Server, tmp_path: Path) -> None:
+def test_removed_clips_do_not_return(spec: PrepareSpec, server: Server, tmp_path: Path) -> None:
     prepare(replace(spec, source=replace(spec.source, limit=3)))
     removed = forget(spec.output, [str(FIRST_SEED), link(2), link(5)])
     assert removed.rows == 2 and removed.unknown == (link(5),)
@@ -213,7 +213,7 @@ def test_an_unknown_class_is_one_sentence(spec: PrepareSpec) -> None:
     assert retry_reasons(()) == frozenset()
 
 
-def test_the_report_shows_reasons_and_decoded_latents_and_lies_beside_the_data(
+def test_the_report_shows_reasons_and_decoded_latents_and_lies_next_to_the_data(
     spec: PrepareSpec, server: Server
 ) -> None:
     server.broken = {link(0): 503}

@@ -1,4 +1,4 @@
-"""Whole clips: their windows are the bits of the windows mode, and training draws them by address alone."""
+"""Tracks: their windows have the bits of the windows mode, and training draws them by sample and seed only."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_is_kept_is_what_the_encoders_give_and_is_verified(tiny_base: Path,
         assert problem in found
 
 
-def test_a_forgotten_track_takes_all_that_was_kept_with_it(tiny_base: Path, clips: str, tmp_path: Path) -> None:
+def test_the_removal_of_a_track_removes_all_its_fields(tiny_base: Path, clips: str, tmp_path: Path) -> None:
     spec = spec_for(clips, tiny_base, tmp_path / "set", **ALL_KEPT)
     before = by_key(prepare(spec).dataset)
     forget(spec.output, ["long"])
@@ -141,7 +141,7 @@ def test_a_forgotten_track_takes_all_that_was_kept_with_it(tiny_base: Path, clip
             np.testing.assert_array_equal(sample[name], before[key][name])
 
 
-def test_a_long_track_is_cut_off_and_says_so(tiny_base: Path, clips: str, tmp_path: Path) -> None:
+def test_a_long_track_is_truncated_and_its_meta_records_it(tiny_base: Path, clips: str, tmp_path: Path) -> None:
     stored = by_key(prepare(spec_for(clips, tiny_base, tmp_path, clip="track", longest_track=12)).dataset)
     said = {
         key: (len(sample["latents"]), sample["meta"]["decoder"].get("cut_off_at")) for key, sample in stored.items()
@@ -204,7 +204,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**7), st.sampled_from([1, 2, 3, 6]), st.booleans())
-def test_a_window_depends_on_seed_and_place_alone(
+def test_a_window_depends_only_on_seed_and_place(
     drawn: ShardDataset, seed: int, step: int, world: int, sample_posterior: bool
 ) -> None:
     data = TrainingData(drawn, 0.2, seed, FRAMES, sample_posterior)

@@ -183,21 +183,21 @@ def test_forget_takes_ids_as_the_table_has_them(data: Path, tmp_path: Path, caps
     ids.write_text(f"b.1\n\n{VIDEOS[2]}\nd\n")
     assert main(["forget", "--data", str(data), "--ids", str(ids), "--reason", "letter of May"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["not in the data set: d", "forget      2 rows (2 samples) removed, 1 shards made anew"]
+    assert said[-2:] == ["not in the data set: d", "forget      2 rows (2 samples) removed, 1 shards rebuilt"]
     assert main(["verify", "--data", str(data)]) == 0 and ShardDataset(str(data)).keys == ["a_000", "again_000"]
     ids.write_text("a\n")
     assert main(["forget", "--data", str(data), "--ids", str(ids)]) == 0
     capsys.readouterr()
     assert main(["forget", "--data", str(data), "--ids", str(tmp_path / "none.txt")]) == 2
     said = capsys.readouterr().err
-    assert "give a text file with an id in each line" in said and said.count("\n") == 1
+    assert "give a text file with one id per line" in said and said.count("\n") == 1
 
 
 def test_deduplicate_removes_the_later_row(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deduplicate", "--data", str(data), "--distance", "9"]) == 2
     assert capsys.readouterr().err == "error: distance 9, expected a number of bits from 0 to 8\n"
     assert main(["deduplicate", "--data", str(data), "--distance", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "deduplicate 1 rows (1 samples) removed, 1 shards made anew"
+    assert capsys.readouterr().out.splitlines()[-1] == "deduplicate 1 rows (1 samples) removed, 1 shards rebuilt"
     assert main(["verify", "--data", str(data)]) == 0 and "again_000" not in ShardDataset(str(data)).keys
     assert main(["deduplicate", "--data", str(data.parent / "none")]) == 2
     said = capsys.readouterr().err

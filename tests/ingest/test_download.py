@@ -125,7 +125,7 @@ def reason(result: Fetched | Failure) -> str:
     return result.reason if isinstance(result, Failure) else "ok"
 
 
-def test_a_clip_arrives_whole_with_its_hash(server: Server) -> None:
+def test_a_clip_arrives_complete_with_its_hash(server: Server) -> None:
     result = fetch(f"{server.url}/clip", replace(FAST, contact="https://example.org/crawler"))
     assert result == Fetched(VIDEO, hashlib.sha256(VIDEO).hexdigest())
     assert server.agents == {f"trip-i2v/{__version__} (+https://example.org/crawler)"}
@@ -165,7 +165,7 @@ def test_each_answer_has_its_reason_and_its_number_of_attempts(
         assert (result.key, result.row) == ("k", 7)
 
 
-def test_a_page_instead_of_a_video_is_told_as_one(server: Server) -> None:
+def test_a_page_instead_of_a_video_is_reported_as_one(server: Server) -> None:
     result = fetch(f"{server.url}/clip?page=1")
     assert isinstance(result, Failure) and "a web page, 38 bytes" in result.detail
     for data, name in {
@@ -180,7 +180,7 @@ def test_a_page_instead_of_a_video_is_told_as_one(server: Server) -> None:
     assert looks_like(b"\x00\x01") == "2 bytes that begin b'\\x00\\x01'"
 
 
-def test_a_site_that_opts_out_is_left_unless_told_otherwise(server: Server) -> None:
+def test_a_site_that_opts_out_is_respected_by_default(server: Server) -> None:
     url = f"{server.url}/clip?robots=nofollow|noindex"
     result = fetch(url)
     assert reason(result) == "robots_opt_out"
@@ -215,7 +215,7 @@ def test_a_pause_is_in_seconds_or_a_date_and_anything_else_is_none() -> None:
         assert seconds_to_wait(nonsense) is None
 
 
-def test_attempts_are_told(server: Server) -> None:
+def test_attempts_are_reported(server: Server) -> None:
     healed = fetch(f"{server.url}/clip?status=503&heals=2")
     assert isinstance(healed, Fetched) and healed.attempts == 2
     failed = fetch(f"{server.url}/clip?status=503")
@@ -362,7 +362,7 @@ def test_public_means_global_and_undisguised() -> None:
     assert not any(is_public(address) for address in inside + disguised)
 
 
-def test_files_are_read_beside_the_table_and_nowhere_else(tmp_path: Path) -> None:
+def test_files_are_read_next_to_the_table_and_nowhere_else(tmp_path: Path) -> None:
     (tmp_path / "set" / "videos").mkdir(parents=True)
     (tmp_path / "set" / "videos" / "a.mp4").write_bytes(VIDEO)
     (tmp_path / "secret.mp4").write_bytes(VIDEO)

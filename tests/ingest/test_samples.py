@@ -57,7 +57,7 @@ def test_splits_part_the_rows_and_stay_when_rows_are_added(keys: list[str], more
     assert all(before[name] <= after[name] for name in before)
 
 
-def test_rows_without_a_key_are_counted_in_one_split_alone() -> None:
+def test_rows_without_a_key_are_counted_in_exactly_one_split() -> None:
     storage.write_bytes("memory://samples/bad.csv", b"videoid,contentUrl,name\n" + b",u,c\n" * 200)
     spec = SourceSpec("memory://samples/bad.csv", held_out=0.2)
     counts = [len(list(read_rows(replace(spec, split=name)))) for name in ("train", "validation", "test")]
@@ -102,7 +102,7 @@ def test_a_changed_sample_is_refused() -> None:
         list(read_rows(SourceSpec(report.sample, format="sample")))
 
 
-def test_a_sample_of_files_beside_the_table_lies_beside_it_too(tmp_path: Path) -> None:
+def test_a_sample_of_files_next_to_the_table_lies_next_to_it_too(tmp_path: Path) -> None:
     spec = table_of(["1", "2"], str(tmp_path / "set" / "t.csv"), host="videos/")
     with pytest.raises(UserError, match=f"write into {tmp_path}/set"):
         write_sample(spec, 1, 0, str(tmp_path / "s.json"))

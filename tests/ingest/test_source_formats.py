@@ -1,4 +1,4 @@
-"""Documents and folders as sources: MSR-VTT, captions beside videos, class folders; what tells sources apart."""
+"""Documents and folders as sources: MSR-VTT, captions next to videos, class folders, and the identity of a source."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_folder(root: str, files: dict[str, str]) -> SourceSpec:
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
-def test_a_folder_gives_its_videos_with_the_captions_beside_them(tmp_path: Path, memory: str, place: str) -> None:
+def test_a_folder_gives_its_videos_with_the_captions_next_to_them(tmp_path: Path, memory: str, place: str) -> None:
     root = str(tmp_path / "clips") if place == "disk" else memory
     files = {"b.mp4": "bb", "b.txt": "a ball\n", "a.webm": "a", "deep/c.MP4": "c", "deep/c.txt": "cat", "d:e.mp4": "d"}
     spec = write_folder(root, files | {"notes.txt": "no clip", ".hidden.mp4": "x", "d:e.txt": ""})

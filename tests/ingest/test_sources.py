@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_reason(tmp_path: Path) 
     assert [row.row for row in rows] == list(range(7)) and count_rows(spec) == 7
 
 
-def test_a_quote_that_is_never_closed_costs_its_own_line_alone(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_costs_only_its_own_line(tmp_path: Path) -> None:
     whole = [f"{i},https://host/{i}.mp4,,,a cat\n" for i in range(9)]
     broken = whole.copy()
     broken[1] = '1,https://host/1.mp4,,,"a cat\n'  # closed by the next quote there is, three lines on
@@ -163,7 +163,7 @@ def test_a_json_line_that_has_a_name_twice_is_a_bad_row(tmp_path: Path) -> None:
     assert "'name' is there twice" in second.detail
 
 
-def test_a_range_gives_the_rows_that_the_whole_gives(tmp_path: Path) -> None:
+def test_a_range_gives_the_same_rows_as_the_complete_table(tmp_path: Path) -> None:
     spec = table(tmp_path, WEBVID_2M + "".join(f"{i % 7},u{i},,,cap\n" for i in range(20)))
     whole = list(read_rows(spec))
     assert list(read_rows(spec, 5, 12)) == whole[5:12]
@@ -185,12 +185,12 @@ def test_keys_are_clean_and_stay_distinct() -> None:
         ("", r"no column 'videoid' \(columns found: none\)"),
     ],
 )
-def test_a_missing_column_is_told_with_the_columns_found(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         list(read_rows(table(tmp_path, text)))
 
 
-def test_a_table_that_cannot_be_opened_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_opened_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"videoid,contentUrl,name\n" * 999)[:-20])
     places = {"none.csv": "no table at", ".": "contains no videos", "broken.csv.gz": "cannot be read"}
     for name, sentence in places.items():

@@ -1,4 +1,4 @@
-"""Shards: readable by webdataset, by their own index, closed in their books, and never a way to run code."""
+"""Shards: readable by webdataset and by their index, with consistent counts, and without a way to run code."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def test_what_was_written_is_read_back_in_any_order(uri: str) -> None:
         data.read(4)
 
 
-def test_the_books_close(uri: str) -> None:
+def test_every_row_is_accounted_for(uri: str) -> None:
     make_dataset(uri)
     manifest = ShardDataset(uri).manifest
     assert manifest["rows"] == 5 == manifest["encoded"] + sum(manifest["failed"].values())
     assert manifest["failed"] == {"http_404": 1, "too_short": 1} and manifest["samples"] == 4
 
 
-def test_books_that_do_not_close_are_not_written(tmp_path: Path) -> None:
+def test_a_shard_that_does_not_account_for_every_row_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         shards.write_shard(str(tmp_path), 0, (0, 3), [[sample("a_000")]], "h")
     assert storage.list_dir(str(tmp_path)) == []
@@ -175,7 +175,7 @@ def test_a_folder_without_its_last_file_is_no_data_set(tmp_path: Path) -> None:
         ShardDataset(str(tmp_path))
 
 
-def test_a_cut_shard_and_a_stale_index_are_told_apart_from_data(tmp_path: Path) -> None:
+def test_a_truncated_shard_and_a_stale_index_are_rejected(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     tar = tar_of(tmp_path, 1)
     tar.write_bytes(tar.read_bytes()[:1000])
@@ -214,7 +214,7 @@ def test_a_split_keeps_a_clip_on_its_side_and_both_sides_filled() -> None:
 
 
 def split_by_definition(keys: list[str], fraction: float) -> set[str]:
-    """Held out are the clips whose hash, as a fraction of its range, is below; one at least, and never all."""
+    """Holds out the clips whose hash, as a fraction of its range, is below; at least one, never all."""
     place = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
     held_out = {key for key in keys if place[key] < fraction} or {min(keys, key=place.__getitem__)}
     return held_out - {max(keys, key=place.__getitem__)} if len(held_out) == len(place) else held_out
@@ -257,7 +257,7 @@ def damage_member(uri: str, i: int, field: str, place: int, content: bytes) -> N
     storage.write_bytes(address, bytes(held))
 
 
-def test_what_is_damaged_in_a_batch_is_told_and_zero_and_the_rest_is_as_before(uri: str) -> None:
+def test_damaged_samples_of_a_batch_are_reported_and_zero_and_the_others_unchanged(uri: str) -> None:
     make_dataset(uri)
     whole = ShardDataset(uri).stack(np.arange(4), "latents")[0]
     damage_member(uri, 1, "latents", 0, bytes(128))  # a hole in the file, as a broken copy leaves
@@ -275,7 +275,7 @@ def test_what_is_damaged_in_a_batch_is_told_and_zero_and_the_rest_is_as_before(u
 
 
 def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:
-    """An object for each sample would take seven times the bound; ten million samples are to fit beside a model."""
+    """An object per sample would take seven times the bound; ten million samples must fit next to a model."""
     summaries = []
     for index in range(4):
         start = index * 2000

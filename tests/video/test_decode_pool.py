@@ -1,4 +1,4 @@
-"""Decoding in processes of their own: a video that kills, hangs or takes over its decoder costs its own row alone."""
+"""Decoder processes: a video that kills, hangs or takes over its decoder costs only its own row."""
 
 from __future__ import annotations
 
