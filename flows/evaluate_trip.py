@@ -23,7 +23,7 @@ from tasks.records import Artifact, to_json
 
 
 def with_judges(spec: EvaluateSpec, judges: JudgeFiles) -> EvaluateSpec:
-    """The spec with these files, or with its own if there are none; made absolute for workers in other folders."""
+    """The spec with these files, or with its own if there are none; as absolute paths for workers in other folders."""
     return replace(spec, judges=(spec.judges if judges == NONE else judges).absolute())
 
 
@@ -43,7 +43,7 @@ def with_base_row(spec: EvaluateSpec, run: Run) -> EvaluateSpec:
 
 @task(name="evaluate", **STAGE_POLICY)
 def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
-    """Ray actors generate and judge; clips that are done are kept."""
+    """Ray actors generate and measure; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
     return evaluate(spec, log)
@@ -51,9 +51,9 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
 
 @task(name="track-evaluation", **STAGE_POLICY)
 def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) -> str:
-    """Logs numbers and files of a report to an MLflow run, linked to model, data and code; returns the run's page.
+    """Logs metrics and files of a report to an MLflow run, linked to model, data and code; returns the run's address.
 
-    The same report is the same run. A store in trouble is told of and stops nothing: the page is "" then.
+    The same report is the same run. If the store fails, it logs the reason and returns "".
     """
     from infra.telemetry import Tracking
     from tasks.register.report_facts import read_report
@@ -73,7 +73,7 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
         delivered = tracking.finish(wait_seconds=120)
     if not delivered:
         reason = tracking.last_error or "no answer"
-        log(f"evaluate   tracking at {tracking_uri} did not take the report ({reason}); repeat the command to log it")
+        log(f"evaluate   tracking at {tracking_uri} did not accept the report ({reason}); repeat the command to log it")
         return ""
     log(f"evaluate   logged to {tracking.run_page}")
     return tracking.run_page
@@ -97,22 +97,22 @@ def evaluate_trip(
     judges: JudgeFiles = NONE,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
-    """Judge a model on a protocol's clips, beside other methods; continues what an earlier call began.
+    """Evaluate a model on a protocol's clips, next to other methods; continues an interrupted call.
 
     Args:
-        recipe: which numbers to use; see the command `recipes`.
+        recipe: the configuration of the run; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         model: address of a model folder, instead of the one that was trained with recipe and data set.
-        held_out: address of another prepared data set, none of which was trained on, to judge by.
-        protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, cinn-exact, ...), a preset's file .toml
-            of your own, or the protocol.json of a report.
+        held_out: address of another prepared data set to evaluate on; none of its clips was trained on.
+        protocol: a preset (held-out, folder, webvid-2048, dtdb-clean, cinn-exact, ...), your own
+            preset's file .toml, or the protocol.json of a report.
         method: NAME=FOLDER, another method's videos by the protocol's keys: KEY.mp4, KEY.gif, KEY.npz or KEY/ with png
-            frames; once for each method.
-        champion: folder of an earlier report of the same items; the gate asks whether the model is not worse.
-        tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
+            frames; repeat the flag for each method.
+        champion: folder of an earlier report of the same items; the gate checks that the model is not worse.
+        tracking_uri: also logs this evaluation to this MLflow store; a registration always logs it.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
             model, once for all models of this base below the root.
         judges: files of the judges; without them fixed random nets stand in under names of their own.

@@ -1,4 +1,4 @@
-"""The command `selftest`: the values that others published, once the judges' files are given."""
+"""The command `selftest`: compares the feature extractors with published values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 
 
 def selftest(*, judges: JudgeFiles = NONE) -> int:
-    """Hold the judges' files against published values, one line each; exit code 1 where one differs.
+    """Compare the feature extractors' files with published values, one line each; exit code 1 if one differs.
 
     Args:
         judges: the files to test.

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: sentences instead of tracebacks, exit codes, one command at a time on a root."""
+"""What the user at the terminal sees: sentences instead of tracebacks, exit codes, one command at a time on a root."""
 
 from __future__ import annotations
 

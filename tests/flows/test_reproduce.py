@@ -1,4 +1,4 @@
-"""The whole road as a person runs it: one command, the same command again, and the same command after a kill."""
+"""The complete path as a user runs it: one command, the same command again, and the same command after a kill."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def test_a_databases_password_stays_in_the_environment() -> None:
 
 def test_a_parameter_with_a_password_is_refused_in_one_sentence() -> None:
     for function in (tracking_address, existing_store):
-        with pytest.raises(UserError, match=r"http://\*\*\*@host holds a password.*MLFLOW_TRACKING_PASSWORD") as raised:
+        with pytest.raises(
+            UserError, match=r"http://\*\*\*@host contains a password.*MLFLOW_TRACKING_PASSWORD"
+        ) as raised:
             function("http://ops:hunter2@host", "runs/x")
         assert "hunter2" not in str(raised.value)
 
