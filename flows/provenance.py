@@ -124,11 +124,11 @@ ROWS: dict[str, Paper | Silent | Ours] = {
 # Fields, and complete specs, of addresses and means, which do not change a result.
 MEANS = {
     *("name", "about", "prepare.source", "prepare.output", "prepare.download", "prepare.decode", "prepare.retry"),
-    "prepare.fingerprint",
     *("prepare.frames_per_batch", "prepare.clips_per_shard", "prepare.workers", "prepare.cpus_per_worker"),
     *("prepare.gpus_per_worker", "prepare.ray_address", "train.dataset", "train.validation", "evaluate.model"),
     *("evaluate.dataset", "evaluate.output", "evaluate.batch", "evaluate.workers", "evaluate.cpus_per_worker"),
-    *("evaluate.gpus_per_worker", "evaluate.ray_address"),
+    *("evaluate.gpus_per_worker", "evaluate.ray_address", "evaluate.base", "evaluate.base_clips"),
+    *("prepare.fingerprint", "evaluate.model_sha256"),
 }
 
 HEAD = """# What is the paper's and what is ours
