@@ -1,9 +1,9 @@
-"""Times `make demo` in a fresh clone, then again, with the peak memory of the machine: issue 2's first bar.
+"""Times `make demo` in a fresh clone, then again, with the peak memory of the machine.
 
     python3 benchmarks/demo.py [FOLDER]
 
-Standard library only, since the clone makes its own environment. Memory is what the whole machine uses beyond what it
-used before (MemTotal - MemAvailable), so nothing that Ray or a server started is missed; run it on a quiet machine.
+Standard library only, since the clone makes its own environment. Memory is the use of the complete machine beyond its
+use before (MemTotal - MemAvailable), so nothing that Ray or a server started is missed; run it on a quiet machine.
 """
 
 from __future__ import annotations

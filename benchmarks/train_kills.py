@@ -1,4 +1,4 @@
-"""Kills a training on Ray at random moments and repeats the command: issue 4, second bar.
+"""Kills a training on Ray at random moments, and repeats the command.
 
     python -m benchmarks.train_kills [--moments 10] [--seed 0] [--first 0] [--count N]
 
@@ -6,8 +6,8 @@ Two workers on this machine, CPU, a checkpoint every ten steps. The kinds take t
 while a checkpoint is being written; of the driver; of the driver with the newest complete checkpoint cut short
 afterwards; of the raylet. The moments are drawn from the time in which an undisturbed run, which comes first, trains.
 Then the same command is repeated until it succeeds. Compared bit by bit: the files of the last checkpoint (weights,
-average, optimiser), the exported model, and the curves of loss and learning rate that MLflow holds, a point per step.
-Prints one JSON. `--first` and `--count` do a part of the moments.
+average, optimiser), the exported model, and the curves of loss, gradient norm and learning rates in MLflow,
+one point per step. Prints one JSON. `--first` and `--count` select a part of the moments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FRAMES, _CHECKPOINT_EVERY, _MOST_RERUNS, _GRACE_SECONDS = 4, 10, 3, 90.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished training has left: all of it must be the same after a kill."""
+    """The results of a finished training, which must be the same after a kill."""
 
     checkpoint: dict[str, str]  # the newest one's files and their sha256
     model: str
@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Calm:
-    """An undisturbed run: its length, from when to when it trained (seconds from the start), and what it left."""
+    """An undisturbed run: its length, when it trained (seconds from the start), and its results."""
 
     seconds: float
     trained: tuple[float, float]
@@ -134,7 +134,7 @@ def start(job: TrainJob, folder: Path) -> Run:
 
 
 def steps_done(folder: Path) -> int:
-    """The last step that the driver of the run has been told of; 0 before the first."""
+    """The last step reported to the driver of the run; 0 before the first."""
     lines = (folder / "stdout").read_text().splitlines()
     with suppress(IndexError, ValueError, KeyError):
         return int(json.loads(lines[-1])["step"])
@@ -144,12 +144,12 @@ def steps_done(folder: Path) -> int:
 def run_calmly(job: TrainJob, folder: Path) -> Calm:
     run, seen = start(job, folder), [0.0, 0.0]
 
-    def look() -> None:
+    def poll() -> None:
         step = steps_done(folder)
         if 0 < step < job.spec.steps:
             seen[:] = [seen[0] or run.seconds, run.seconds]
 
-    ended = run.wait(400, look)
+    ended = run.wait(400, poll)
     assert ended.report is not None, f"the undisturbed run failed: {ended.said}"
     return Calm(run.seconds, (seen[0], seen[1]), outcome(job, ended.report))
 
@@ -161,7 +161,7 @@ def writing(job: TrainJob) -> bool:
 
 
 def strike(kind: str, run: Run, job: TrainJob, rng: np.random.Generator) -> str:
-    """Kills, and says what was there at that moment."""
+    """Kills processes, and returns the state of the checkpoints at that moment."""
     store = checkpoints(job)
     if kind == "truncated":
         while len(store.steps()) < 2 and not run.over():

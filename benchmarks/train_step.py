@@ -1,4 +1,4 @@
-"""Measures a train step of the 3D-UNet, ours against diffusers' eager class at equal numerics (issue 4, sixth bar).
+"""Measures a train step of the 3D-UNet, ours against diffusers' eager class at equal numerics.
 
     python -m benchmarks.train_step [--head-width 8] [--layers 1] [--repeats 7]  a mid-size network, on the CPU
     python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8      the demo's own network

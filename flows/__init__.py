@@ -1,4 +1,4 @@
-"""When things run: one flow per stage and the parent that runs them all; the only floor that imports Prefect."""
+"""Prefect flows: one per stage, and the flows that run all stages. Only this package imports Prefect."""
 
 from infra.settings import apply_environment_defaults
 

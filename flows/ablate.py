@@ -1,4 +1,4 @@
-"""Flow: Tables 5 and 6 at home, every variant trained and judged under the same seeds, then compared clip by clip."""
+"""Flow: Tables 5 and 6. Trains and evaluates every variant with the same seeds, and compares them clip by clip."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def ablate(
     """Train and evaluate TRIP and its variants under common seeds, and report the paired differences. Resumes.
 
     Args:
-        recipe: which numbers to use; see the command `recipes`.
+        recipe: the configuration of the run; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
-        variants: rows of Tables 5 and 6, with commas; TRIP itself is always among them.
-        seeds: how many trainings of each variant.
+        variants: rows of Tables 5 and 6, with commas; TRIP is always included.
+        seeds: number of trainings of each variant.
         steps: training steps of each, instead of the recipe's.
         extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
@@ -63,7 +63,7 @@ def ablate(
     data = run.prepared() if dataset is None else layout.data_set(dataset)
     arms = []
     with kept_ray_session():
-        for seed in range(seeds):  # seed by seed, so that a run that is stopped early has whole rows
+        for seed in range(seeds):  # seed by seed, so that a run stopped early has complete rows
             for name in names:
                 variant = VARIANTS[name](run.recipe)
                 train = replace(variant.train, seed=seed, steps=steps or variant.train.steps)
@@ -82,13 +82,13 @@ def ablate(
         "dataset": data.uri,
         **{f"{arm.variant}, seed {arm.seed}": arm.report for arm in arms},
     }
-    places = ablation.write(
+    files = ablation.write(
         layout.address(root, "ablate", about),
         comparison,
         {name: redact(value) if isinstance(value, str) else value for name, value in about.items()},
     )
-    results("Done.", {"table": places["html"], "markdown": places["md"]} | _lines(ablation.verdicts(comparison)))
-    return {"comparison": to_json(comparison), **places}
+    results("Done.", {"table": files["html"], "markdown": files["md"]} | _lines(ablation.verdicts(comparison)))
+    return {"comparison": to_json(comparison), **files}
 
 
 def _lines(verdicts: list[str]) -> dict[str, str]:

@@ -51,9 +51,9 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
 
 @task(name="track-evaluation", **STAGE_POLICY)
 def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) -> str:
-    """Logs numbers and files of a report to an MLflow run, linked to model, data and code; returns the run's page.
+    """Logs metrics and files of a report to an MLflow run, linked to model, data and code; returns the run's address.
 
-    The same report is the same run. A store in trouble is told of and stops nothing: the page is "" then.
+    The same report is the same run. If the store fails, it logs the reason and returns "".
     """
     from infra.telemetry import Tracking
     from tasks.register.report_facts import read_report
@@ -73,7 +73,7 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
         delivered = tracking.finish(wait_seconds=120)
     if not delivered:
         reason = tracking.last_error or "no answer"
-        log(f"evaluate   tracking at {tracking_uri} did not take the report ({reason}); repeat the command to log it")
+        log(f"evaluate   tracking at {tracking_uri} did not accept the report ({reason}); repeat the command to log it")
         return ""
     log(f"evaluate   logged to {tracking.run_page}")
     return tracking.run_page
@@ -100,7 +100,7 @@ def evaluate_trip(
     """Evaluate a model on a protocol's clips, next to other methods; continues an earlier call.
 
     Args:
-        recipe: which numbers to use; see the command `recipes`.
+        recipe: the configuration of the run; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.

@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs and models where a command names no place; imports no framework, for a quick start."""
+"""The default address of the MLflow store; imports no framework, for a quick start."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tasks.records import UserError
 
 
 def tracking_address(tracking_uri: str | None, root: str) -> str:
-    """The MLflow store that is named, else that of MLFLOW_TRACKING_URI, else a SQLite file below a local root.
+    """Returns `tracking_uri` if given, else MLFLOW_TRACKING_URI, else a SQLite file below a local root.
 
-    The address never holds credentials. Those of MLFLOW_TRACKING_URI stay in the environment of the process, where
+    The address never contains credentials. Those of MLFLOW_TRACKING_URI stay in the environment of the process, where
     `infra.tracking.connect` finds them. Raises UserError for an address with credentials, which Prefect stores
     with the parameters of the run, and for a remote root.
     """
     if tracking_uri is not None:
         if redact(tracking_uri) != tracking_uri:
             raise UserError(
-                f"tracking_uri {tracking_uri} holds a password, which everybody could read among the run's parameters;"
+                f"tracking_uri {tracking_uri} contains a password, which would be readable among the run's parameters;"
                 " give the address without it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"
                 " MLFLOW_TRACKING_URI, in the environment of the worker"
             )
         return tracking_uri
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    if named:
-        return move_credentials(named)
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    if from_environment:
+        return move_credentials(from_environment)
     folder = storage.absolute(root)
     if storage.local_path(folder) is None:
         raise UserError(f"MLflow cannot keep its database at {root}; name a server: --tracking-uri http://HOST:5000")
@@ -35,7 +35,7 @@ def tracking_address(tracking_uri: str | None, root: str) -> str:
 
 
 def existing_store(tracking_uri: str | None, root: str) -> str:
-    """The same for a command that reads: raises UserError also where the SQLite file is not there yet."""
+    """The same for a command that reads: raises UserError also if the SQLite file does not exist."""
     uri = tracking_address(tracking_uri, root)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not os.path.isfile(file):

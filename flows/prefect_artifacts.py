@@ -1,4 +1,4 @@
-"""What the prepare stage shows on Prefect's pages: progress while it runs, and its books when they are closed."""
+"""Prefect artifacts of the prepare stage: progress while it runs, and the final counts."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from tasks.encode.spec import PrepareReport
 
 UPDATE_SECONDS = 10.0
 ANSWER_SECONDS = 2.0
-# Hours of work neither fail nor wait because the server that shows them is away; after a while it is asked again.
-AWAY = (httpx.HTTPError, PrefectException)
-AWAY_SECONDS = 300.0
+# Errors of an unreachable server. The stage neither fails nor waits, and retries after `RETRY_SECONDS`.
+UNREACHABLE = (httpx.HTTPError, PrefectException)
+RETRY_SECONDS = 300.0
 
 
 class PrepareArtifacts:
-    """The progress callback of the stage: tells every tick, and keeps the artifacts of the task run it is used in."""
+    """The progress callback of the stage: logs every tick, and updates the artifacts of the current task run."""
 
     def __init__(self) -> None:
         self._clips_per_second = 0.0
         self._artifact: UUID | None = None
         self._due = 0.0
 
-    def __call__(self, news: dict[str, Any]) -> None:
-        log(news)
-        self._clips_per_second = news["clips_per_second"]
-        if time.monotonic() < self._due and news["done"] < news["total"]:
+    def __call__(self, counts: dict[str, Any]) -> None:
+        log(counts)
+        self._clips_per_second = counts["clips_per_second"]
+        if time.monotonic() < self._due and counts["done"] < counts["total"]:
             return
-        percent, line = round(100.0 * news["done"] / news["total"], 2), tick_line(news)
-        self._due = time.monotonic() + AWAY_SECONDS
-        with contextlib.suppress(*AWAY), _client() as client:
+        percent, line = round(100.0 * counts["done"] / counts["total"], 2), tick_line(counts)
+        self._due = time.monotonic() + RETRY_SECONDS
+        with contextlib.suppress(*UNREACHABLE), _client() as client:
             if self._artifact is None:
                 self._artifact = client.create_artifact(_artifact("progress", "prepare-progress", line, percent)).id
             else:
@@ -49,24 +49,24 @@ class PrepareArtifacts:
             self._due = time.monotonic() + UPDATE_SECONDS
 
     def close(self, report: PrepareReport) -> None:
-        """Shows what became of the rows, how fast, and where the data set and its report lie."""
-        about = f"What became of {report.rows} rows"
-        with contextlib.suppress(*AWAY), _client() as client:
-            client.create_artifact(_artifact("markdown", "prepare-books", about, books(report, self._clips_per_second)))
+        """Creates the artifact of the final counts, the speed, and the addresses of the data set and its report."""
+        about, text = f"Outcomes of {report.rows} rows", accounting(report, self._clips_per_second)
+        with contextlib.suppress(*UNREACHABLE), _client() as client:
+            client.create_artifact(_artifact("markdown", "prepare-books", about, text))
 
 
-def books(report: PrepareReport, clips_per_second: float) -> str:
-    """The closed books of a prepare run in markdown."""
+def accounting(report: PrepareReport, clips_per_second: float) -> str:
+    """The final counts of a prepare run in markdown."""
     counts = {"**encoded**": report.encoded} | dict(sorted(report.failed.items(), key=lambda item: -item[1]))
     rows = "\n".join(f"| {name} | {count:,} | {count / report.rows:.2%} |" for name, count in counts.items())
     return f"""\
-| what became of the rows | rows | share |
+| outcome | rows | share |
 |---|--:|--:|
 {rows}
 | all | {report.rows:,} | |
 
-{report.samples:,} samples in {report.shards:,} shards, of which {report.shards_reused:,} were there before; \
-{report.rows_retried:,} rows were tried again. \
+{report.samples:,} samples in {report.shards:,} shards, of which {report.shards_reused:,} were reused; \
+{report.rows_retried:,} rows were retried. \
 This run took {report.seconds:,.0f} s, {clips_per_second:g} clips a second.
 
 - data set: `{report.dataset}`
@@ -90,7 +90,7 @@ def _artifact(kind: str, key: str, description: str, data: float | str) -> Artif
 
 @contextlib.contextmanager
 def _client() -> Iterator[SyncPrefectClient]:
-    """For one short try: the run's own client would wait a minute for an answer, six times."""
+    """A client with one short attempt: the run's own client waits a minute for a response, six times."""
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client,

@@ -1,4 +1,4 @@
-"""docs/paper-and-ours.md: of every field of a recipe, what the paper says and whether the value is the paper's.
+"""docs/paper-and-ours.md: for every field of a recipe, the paper's statement and whether the value is the paper's.
 
     python -m flows.provenance > docs/paper-and-ours.md
 
@@ -26,14 +26,14 @@ class Paper:
 
 @dataclass(frozen=True)
 class Silent:
-    """The paper gives no value: the one of the recipe is our choice, and why."""
+    """The paper gives no value; the note explains our choice."""
 
     note: str
 
 
 @dataclass(frozen=True)
 class Ours:
-    """Not a part of the paper's method: off in `paper`, or without effect there."""
+    """Not part of the paper's method: off in `paper`, or without effect there."""
 
     note: str
 
@@ -64,7 +64,7 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "train.model.residual_std": Ours("s_i, measured on the data before training; only shrinkage and `unit` read it"),
     "train.model.unet_output": Silent("read from the base's scheduler: noise for ms-1.7b, velocity for the demo's"),
     "train.model.unet_dropout": Silent("off; the base was trained with 0.1 in its temporal convolutions"),
-    "train.model.clean_frame_timestep": Silent("the clean frame is told the time step of the noised ones"),
+    "train.model.clean_frame_timestep": Silent("the clean frame has the time step of the noised ones"),
     # TNF
     "train.model.fusion.kind": Paper("tnf", "3.4", "`linear` is TRIP^W, `none` TRIP^- of Table 6"),
     "train.model.fusion.prediction": Paper("direct", "3.4, Eq. 11, Figure 3", "`shrinkage` is ours"),
@@ -121,7 +121,7 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "evaluate.examples": Ours("clips that the report shows"),
 }
 
-# Fields, and whole specs, that say where and with what means a result is made and do not change it.
+# Fields, and complete specs, of addresses and means, which do not change a result.
 MEANS = {
     *("name", "about", "prepare.source", "prepare.output", "prepare.download", "prepare.decode", "prepare.retry"),
     *("prepare.frames_per_batch", "prepare.clips_per_shard", "prepare.workers", "prepare.cpus_per_worker"),
@@ -155,7 +155,7 @@ PARTS = {
 
 
 def settings(spec: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field below a record, whole for what has one row; without means."""
+    """Yields (dotted name, value) of every field below a record that is no means; a record with a row is one field."""
     for field in fields(spec):
         name, value = f"{path}{field.name}", getattr(spec, field.name)
         if name in MEANS or "means" in field.metadata:
@@ -173,34 +173,39 @@ def page() -> str:
     for name in values[0]:
         part = max((p for p in PARTS if name.startswith(f"{p}.")), key=len, default="prepare")
         short = name.removeprefix(f"{part}.")
-        first, *others = (shown(value[name]) for value in values)
-        cells = [f"`{short}`", first, *("=" if other == first else other for other in others), *said(ROWS[name])]
+        first, *others = (format_value(value[name]) for value in values)
+        cells = [
+            f"`{short}`",
+            first,
+            *("=" if other == first else other for other in others),
+            *owner_of(ROWS[name]),
+        ]
         parts[PARTS[part]].append("| " + " | ".join(cells) + " |")
     head = "| field | `paper` | `paper-shrinkage` | `demo` | whose | in the paper, or why |\n|---|---|---|---|---|---|"
     tables = [f"\n## {title}\n\n{head}\n" + "\n".join(rows) + "\n" for title, rows in parts.items()]
     return HEAD + "".join(tables)
 
 
-def said(row: Paper | Silent | Ours) -> tuple[str, str]:
-    """Whose a value is, and what the paper says of it or why it is so."""
+def owner_of(row: Paper | Silent | Ours) -> tuple[str, str]:
+    """Whose a value is, and the paper's statement or our reason."""
     if isinstance(row, Paper):
         return "the paper's", f"{row.section}: {row.note}" if row.note else row.section
     return "silent" if isinstance(row, Silent) else "**ours**", row.note
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a cell of the table; an address by its last folder."""
     if value is None or value == {}:
         return "-"
     if is_dataclass(value):
         chosen = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) not in (None, False)}
-        return shown(", ".join(chosen))
+        return format_value(", ".join(chosen))
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
-        return f"{shown(value[0])}, {shown(value[1])} .. {shown(value[-1])}"
+        return f"{format_value(value[0])}, {format_value(value[1])} .. {format_value(value[-1])}"
     if isinstance(value, str) and value.startswith("/"):
         return Path(value).parent.name
     return str(value) or "-"

@@ -16,10 +16,10 @@ from tasks.records import UserError
 from tasks.train.spec import TrainSpec, ValidationSpec, identity
 from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
 
-PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; a local folder of the same layout does as well
-# The small base model that comes with the repository, in the same layout.
+PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; or a local folder of the same layout
+# The small base model in this repository, in the same layout.
 DEMO_BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
-# A recipe is numbers: the addresses follow from the root, and the flows fill them in.
+# Recipes have no addresses: the flows derive them from the root.
 OPEN = ""
 
 
@@ -35,7 +35,7 @@ class Recipe:
     demo_clips: int | None = None  # how many clips are drawn where no table is given
 
     def identity(self) -> dict[str, Any]:
-        """The numbers alone, the same on every machine: where the base lies is not one of them."""
+        """The configuration without the base's address: the same on every machine."""
         open_base = replace(self, prepare=replace(self.prepare, base=OPEN), train=replace(self.train, base=OPEN))
         return identity(open_base)
 
@@ -44,8 +44,8 @@ def paper() -> Recipe:
     """Section 4.1: 16 frames at 4 fps and 256 pixels from WebVid-10M, on the weights of text-to-video-ms-1.7b.
 
     The model is the paper's: TNF's output is the predicted noise (Equation 11) and no statistic of the data enters it.
-    docs/paper-and-ours.md says of every field whether its value is the paper's.
-    The frames of ten million clips are not kept; judging takes a second table, WebVid's validation split.
+    docs/paper-and-ours.md lists for every field whether its value is the paper's.
+    The frames of ten million clips are not stored; the evaluation reads a second table, WebVid's validation split.
     """
     return Recipe(
         name="paper",
@@ -86,22 +86,20 @@ def paper() -> Recipe:
 
 def paper_shrinkage() -> Recipe:
     """`paper` with our fusion: Equation 9 with its best weight, corrected by TNF (docs/decisions/fusion.md)."""
-    whole = paper()
-    fusion = replace(whole.train.model.fusion, prediction="shrinkage")
-    return _variant(
-        whole, "shrinkage", "our fusion: the prior's weight in closed form, corrected by TNF", fusion=fusion
-    )
+    base = paper()
+    fusion = replace(base.train.model.fusion, prediction="shrinkage")
+    return _variant(base, "shrinkage", "our fusion: the prior's weight in closed form, corrected by TNF", fusion=fusion)
 
 
 def demo() -> Recipe:
     """The same stages in minutes on two cores: 64 pixels, the small base, clips drawn on the spot, our fusion."""
-    whole = paper()
+    base = paper()
     return replace(
-        whole,
+        base,
         name="demo",
         about="the same road in minutes on two cores without a GPU, on clips drawn on the spot",
         prepare=replace(
-            whole.prepare,
+            base.prepare,
             base=DEMO_BASE,
             size=64,
             keep_pixels=True,
@@ -112,7 +110,7 @@ def demo() -> Recipe:
             gpus_per_worker=0.0,
         ),
         train=replace(
-            whole.train,
+            base.train,
             base=DEMO_BASE,
             model=TripConfig(
                 size=64,
@@ -122,7 +120,7 @@ def demo() -> Recipe:
             objective=ObjectiveConfig(weighting="unit", text_dropout=0.0),
             steps=640,
             global_batch=8,
-            # A base this small unlearns its way faster than one of 1.4 B parameters.
+            # A small base needs higher learning rates than one of 1.4 B parameters.
             learning_rate_unet=7e-4,
             learning_rate_fusion=1e-3,
             warmup_steps=20,
@@ -134,18 +132,18 @@ def demo() -> Recipe:
             micro_batch=None,
             validation=ValidationSpec(every=320, clips=8, animated=1),
             held_out_fraction=0.1,
-            # Two workers of one thread each get a third more done on two cores than one of two threads.
+            # Two workers of one thread are a third faster on two cores than one worker of two threads.
             workers=2,
             cpus_per_worker=1,
             gpus_per_worker=0,
         ),
-        evaluate=replace(whole.evaluate, protocol="held-out", clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
+        evaluate=replace(base.evaluate, protocol="held-out", clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
         demo_clips=520,
     )
 
 
 def trip_c(base: Recipe) -> Recipe:
-    """Table 5, TRIP_C: the first frame beside every noised frame, along the channels."""
+    """Table 5, TRIP_C: the first frame joined to every noised frame, along the channels."""
     return _variant(base, "trip-c", "Table 5: the first frame along the channels", condition="channel")
 
 
@@ -155,7 +153,7 @@ def trip_te(base: Recipe) -> Recipe:
 
 
 def trip_minus(base: Recipe) -> Recipe:
-    """Table 6, TRIP^-: no shortcut path, the residual path alone."""
+    """Table 6, TRIP^-: no shortcut path, only the residual path."""
     fusion = replace(base.train.model.fusion, kind="none")
     return _variant(base, "trip-minus", "Table 6: no shortcut path", fusion=fusion)
 
@@ -179,13 +177,13 @@ def checkpoint_schedule(base: Recipe) -> Recipe:
 
 
 def matched_schedule(base: Recipe) -> Recipe:
-    """The paper's betas, the 3D-UNet told the base's time step of equal noise (docs/decisions/schedule.md)."""
+    """The paper's betas, the 3D-UNet gets the base's time step of equal noise (docs/decisions/schedule.md)."""
     schedule = replace(base.train.model.schedule, bridge="snr")
     return _variant(base, "matched-schedule", "the UNet told the base's step of equal noise", schedule=schedule)
 
 
 def temporal(base: Recipe) -> Recipe:
-    """Only what mixes frames is trained of the 3D-UNet: 39 % of its weights, and an optimiser of that size."""
+    """Trains only the weights of the 3D-UNet that mix frames: 39 % of them, and an optimiser of that size."""
     about = f"{base.name}, training only what mixes frames"
     return replace(base, name=f"{base.name}-temporal", about=about, train=replace(base.train, trained="temporal"))
 
@@ -193,7 +191,7 @@ def temporal(base: Recipe) -> Recipe:
 def lora(base: Recipe) -> Recipe:
     """Low-rank adapters on the attentions of the 3D-UNet: an optimiser of a few per cent of its weights.
 
-    Adapters want about ten times the learning rate of all weights (Schulman, LoRA Without Regret, 2025).
+    Adapters need about ten times the learning rate of all weights (Schulman, LoRA Without Regret, 2025).
     """
     train = replace(base.train, trained="lora", learning_rate_unet=10 * base.train.learning_rate_unet)
     about = f"{base.name}, training low-rank adapters on the 3D-UNet's attentions"
@@ -227,7 +225,7 @@ def filtered(base: Recipe) -> Recipe:
 
 
 def tracks(base: Recipe) -> Recipe:
-    """The same on whole clips: every frame is stored, and the window that is trained on is drawn anew each time."""
+    """The same on complete clips: every frame is stored, and training draws a new window each time."""
     about = f"{base.name}, with all frames of a clip stored and windows drawn in training"
     return replace(base, name=f"{base.name}-tracks", about=about, prepare=replace(base.prepare, clip="track"))
 

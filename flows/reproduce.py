@@ -1,4 +1,4 @@
-"""Flow: the whole path, from a table of links to a registered model and one animated photo."""
+"""Flow: the complete path, from a table of links to a registered model and one animated photo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Ray session for a stage: a quiet local one, the cluster at an address, or the one that is running already."""
+"""The Ray session of a stage: a quiet local one, the cluster at an address, or the open one."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from infra.settings import CHECKOUT, apply_environment_defaults
 
 # Stages pass addresses through Ray, never tensors, so the object store only carries specs and reports.
 OBJECT_STORE_BYTES = 300 * 1024 * 1024
-# What a remote cluster does not need of the checkout; Ray uploads the rest as the working directory.
+# Files of the checkout that a remote cluster does not need; Ray uploads the rest as the working directory.
 NOT_UPLOADED = [".git", ".venv*", "runs", "tests", "docs", "site", "htmlcov", "benchmarks", "*.mp4", "*.gif"]
 
 
-# Of messages of Ray's start when a busy machine is too slow for its limits, which cannot be set.
+# Parts of Ray's messages when a busy machine starts too slowly for its limits, which cannot be set.
 _SLOW_START = ("timed out", "failed to start gcs", "no node info found", "started successfully", "start successfully")
-_started_here = False  # the open session is a local one of this process, which never has more machines than now
+_started_here = False  # the open session is a local one of this process, to which no machine can be added
 
 
 class SessionNotStarted(ray.exceptions.RayError):
-    """Ray's own processes were too slow to start; nothing is wrong with the work, and a later try may succeed."""
+    """Ray's processes were too slow to start; a later attempt may succeed."""
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
-    """A Ray session for the length of a `with` block.
+    """Opens a Ray session for a `with` block.
 
     `address` None starts a local session with `num_cpus` (None: all cores) and ends it afterwards; an address joins
-    that cluster, and so does None inside a Ray job, where Ray sets RAY_ADDRESS. A session that this process has open
-    already is used as it is and left open: the outermost block owns it.
+    that cluster, and so does None inside a Ray job, where Ray sets RAY_ADDRESS. An open session of this process
+    is used and left open: the outermost block owns it.
 
     Raises:
-        ConnectionError: nothing answers at the address. SessionNotStarted: Ray's start timed out, twice.
+        ConnectionError: no response from the address. SessionNotStarted: Ray's start timed out, twice.
     """
     global _started_here
     if ray.is_initialized():
         if machines_left():
             yield
             return
-        _end()  # a kept session whose machine was lost under an earlier stage, or an earlier try of this one
+        _end()  # a kept session that lost its machine in an earlier stage or attempt
     apply_environment_defaults()
     if _keepers and num_cpus is not None:
-        num_cpus = max(num_cpus, os.cpu_count() or 1)  # the stages to come may ask for more than this one
+        num_cpus = max(num_cpus, os.cpu_count() or 1)  # later stages may need more than this one
     joins = address is not None or bool(os.environ.get("RAY_ADDRESS"))
     if address is not None:
         _start(address=address, runtime_env={"working_dir": str(CHECKOUT), "excludes": NOT_UPLOADED})
@@ -56,7 +56,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     else:
         with _importable_from_workers():
             _start(
-                address="local",  # not what somebody else has started on this machine
+                address="local",  # not another session of this machine
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -70,11 +70,11 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             _end()
 
 
-def _start(**how: Any) -> None:
-    """`ray.init`, twice if need be: Ray gives its processes 30 s to start, which a busy machine may miss."""
+def _start(**options: Any) -> None:
+    """Calls `ray.init`, at most twice: Ray gives its processes 30 s to start, too short for a busy machine."""
     for last_try in (False, True):
         try:
-            ray.init(logging_level=logging.WARNING, namespace="trip", **how)
+            ray.init(logging_level=logging.WARNING, namespace="trip", **options)
             return
         except ConnectionError:
             raise
@@ -98,9 +98,9 @@ _keepers: list[object] = []
 
 @contextlib.contextmanager
 def kept_ray_session() -> Iterator[None]:
-    """Several stages in a row share one session: the first that needs Ray starts it, the end of this block ends it.
+    """Stages inside the block share one session: the first that needs Ray starts it, the end of the block ends it.
 
-    Starting and ending Ray takes five to ten seconds, and a stage that finds its work done needs none at all.
+    Starting and ending Ray takes five to ten seconds, and a stage with finished results does not need it.
     """
     token = object()
     _keepers.append(token)
@@ -113,28 +113,28 @@ def kept_ray_session() -> Iterator[None]:
 
 
 def living_machines() -> frozenset[str]:
-    """Ids of the machines that the open session takes for alive; it notices a loss within about half a minute."""
+    """Ids of the alive machines of the open session; a loss is detected within about half a minute."""
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def machines_left() -> bool:
-    """Whether the open session has a machine; it never gets another where the one that it started on is lost."""
+    """Whether the open session has a machine; a lost local machine is never replaced."""
     return bool(living_machines())
 
 
 def can_grow() -> bool:
-    """Whether machines may join the open session: a cluster's autoscaler or operator can add them."""
+    """Whether machines can join the open session, added by a cluster's autoscaler or operator."""
     return not _started_here
 
 
 def lost_a_machine(error: object) -> bool:
-    """Whether an error says that Ray lost a node or a process or did not start, and not that the code it ran failed."""
+    """Whether Ray lost a node or a process, or did not start; False for an error of the code that it ran."""
     return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
 @contextlib.contextmanager
 def _importable_from_workers() -> Iterator[None]:
-    """The raylet hands its environment to the workers, and inherits ours at the moment it starts."""
+    """Adds the checkout to PYTHONPATH: the raylet inherits this environment at its start, and passes it to workers."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(CHECKOUT) + (os.pathsep + before if before else "")
     try:

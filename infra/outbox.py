@@ -1,4 +1,4 @@
-"""Hands records to a slow or absent receiver from a thread of its own; what is not delivered is kept in a file."""
+"""Delivers records to a slow or unreachable receiver from a background thread; spools undelivered ones to a file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ _log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """A queue of JSON-able records, delivered in order.
+    """A queue of JSON-able records, delivered in order. A record may be sent twice.
 
-    `send` delivers records from the head of the queue, as many as `batch` says. An error of the classes in `trouble`
-    leaves them in the queue, to be tried again after a growing pause, unless `refused` says that asking again will not
-    help: then they are given up. While there is trouble the queue is kept as JSON lines in `spool`, if that path is
-    given, and whoever opens an outbox with the same spool sends those first. A record may be sent twice.
+    Args:
+        send: delivers records from the head of the queue.
+        batch: returns how many records the next call of `send` gets.
+        trouble: classes of errors after which the records stay in the queue, and are retried after a growing pause.
+        refused: whether a retry after this error cannot succeed; the records are then dropped.
+        spool: file of JSON lines that keeps the queue after an error; the next outbox with this file sends them first.
 
-    `failures` counts failed attempts, `dropped` the records given up, and `last_error` says why.
+    Attributes:
+        failures: number of failed attempts.
+        dropped: number of dropped records.
+        last_error: the last error, "" without one.
     """
 
     def __init__(
@@ -46,13 +51,13 @@ class Outbox:
         self._name, self._send, self._batch, self._trouble, self._refused = name, send, batch, trouble, refused
         self._spool = Path(spool) if spool else None
         self._pending: deque[Record] = deque(self._read_spool())
-        self._spooled = len(self._pending)  # how many records at the head of the queue the spool holds already
+        self._spooled = len(self._pending)  # records at the head of the queue that are in the spool already
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._deliver, name=name, daemon=True)
 
     def start(self) -> None:
-        """Starts to deliver."""
+        """Starts the delivery."""
         self._thread.start()
 
     def put(self, record: Record) -> None:
@@ -65,9 +70,9 @@ class Outbox:
             self._changed.notify_all()
 
     def flush(self, wait_seconds: float, failures: int | None = None) -> bool:
-        """Waits until the queue is empty, at most `wait_seconds`, and keeps the rest in the spool; True when it was.
+        """Waits until the queue is empty, at most `wait_seconds`; True if it is, else writes the rest to the spool.
 
-        With `failures` it waits no longer than until so many attempts have failed.
+        With `failures` it stops waiting after this number of failed attempts.
         """
         with self._changed:
             self._changed.wait_for(
@@ -78,7 +83,7 @@ class Outbox:
             return not self._pending
 
     def close(self, wait_seconds: float) -> bool:
-        """One last attempt, at most `wait_seconds`, without pauses; True when everything was delivered."""
+        """Makes a last attempt, at most `wait_seconds`, without pauses; True if everything was delivered."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -135,7 +140,7 @@ class Outbox:
         for line in text.splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # the line a killed process was writing
+            except ValueError:  # a line cut off by a kill
                 record = None
             if isinstance(record, dict):
                 records.append(record)
@@ -147,14 +152,14 @@ class Outbox:
         return records
 
     def _write_spool(self) -> None:
-        """Appends what the file does not hold yet."""
+        """Appends the records that are not in the file yet."""
         if self._spool is None:
             return
-        fresh = list(islice(self._pending, self._spooled, None))
+        missing = list(islice(self._pending, self._spooled, None))
         try:
             self._spool.parent.mkdir(parents=True, exist_ok=True)
             with self._spool.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in fresh)
+                file.writelines(json.dumps(record) + "\n" for record in missing)
         except OSError as error:
             self._note(error)
         else:

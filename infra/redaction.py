@@ -1,4 +1,4 @@
-"""Takes passwords, keys and signed tokens out of addresses before they are shown, logged or stored."""
+"""Removes passwords, keys and signed tokens from addresses before they are printed, logged or stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECRET_NAME = re.compile(
     r"|googleaccessid|l?sig|key|pwd|pass|passphrase|auth|authkey|jwt|hdnea|hdnts|hdntl|odbc_connect",
     re.IGNORECASE,
 )
-# A name without a password is shown where it is no token: a user of a database or host, a container of a store.
+# Schemes whose user names without a password are not secret: a user of a database or host, a container of a store.
 _PLAIN_NAMES = frozenset("postgres postgresql mysql mariadb mssql oracle ssh sftp hdfs abfs abfss wasb wasbs".split())
 _SCHEME = re.compile(r"[a-z0-9+.-]*$", re.IGNORECASE)
 
@@ -31,8 +31,8 @@ _SCHEME = re.compile(r"[a-z0-9+.-]*$", re.IGNORECASE)
 def redact(text: str) -> str:
     """`text` with `***` in place of the user and password of every address, and of the values of secret parameters.
 
-    `text` is an address, or anything that quotes some: a sentence, an error of a library, JSON, several lines. What
-    holds no secret is returned as it is. Takes time linear in the length of `text`.
+    `text` is an address, or any text that contains some: a sentence, an error of a library, JSON, several lines. Text
+    without a secret is returned unchanged. Takes time linear in the length of `text`.
     """
     if "=" in text:
         text = _PARAMETER.sub(_hide_value, text)
@@ -44,9 +44,9 @@ def redact(text: str) -> str:
 
 
 def name_of(url: str) -> str:
-    """A URL as records keep it: without its secrets, and then with a hash, so that it is still told from others."""
-    shown = redact(url)
-    return url if shown == url else f"{shown} (sha256 {hashlib.sha256(url.encode()).hexdigest()[:16]})"
+    """The name of a URL in records: the URL, or without its secrets and with a hash that still identifies it."""
+    redacted = redact(url)
+    return url if redacted == url else f"{redacted} (sha256 {hashlib.sha256(url.encode()).hexdigest()[:16]})"
 
 
 def without_userinfo(address: str) -> str:
@@ -81,7 +81,7 @@ def _hide_userinfo(found: re.Match[str]) -> str:
     userinfo, at, host = authority[0].rpartition("@")
     after = rest[authority.end() :]
     if not at:
-        # A password that holds / ? or # is no valid address, and is accepted by some libraries all the same.
+        # A password with / ? or # makes an invalid address, which some libraries still accept.
         user, colon, port = authority[0].partition(":")
         if not colon or user.startswith("[") or (not port or port.isdecimal()) or "@" not in after:
             return found[0]

@@ -1,4 +1,4 @@
-"""The environment that every process of ours starts from: telemetry off, quiet frameworks, generous start-up times."""
+"""Environment defaults of every process: telemetry off, quiet frameworks, long start-up limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infra.redaction import redact, without_userinfo
 
 # The checkout: flows, tasks and infra run from it, and Ray's workers import them from it.
 CHECKOUT = Path(__file__).resolve().parent.parent
-# Where a command writes if it is given no --root.
+# The default of --root.
 DEFAULT_ROOT = "runs/demo"
 
 TELEMETRY_OFF = {
@@ -23,17 +23,17 @@ TELEMETRY_OFF = {
 }
 
 RAY = {
-    # Ray 2.59 and later start local clusters with a token that a second process may not have; a cluster sets `token`.
+    # Ray 2.59 and later start local clusters with a token that other processes may not have; a cluster sets `token`.
     "RAY_AUTH_MODE": "disabled",
     # Ray's progress helper replaces print on the driver once workers log, and log_prints of Prefect goes silent.
     "RAY_TQDM_PATCH_PRINT": "0",
-    # The controller polls its workers at this interval; the default of 2 s costs a short training whole seconds.
+    # The controller polls its workers at this interval; the default of 2 s costs a short training several seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # After a lost machine an elastic training is first placed as if it were there, and sized anew after this time.
+    # After the loss of a machine an elastic training waits this long for it, and is then resized.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-    # Torch must see the accelerators of a zero-GPU task as it would outside Ray, and Ray warns unless this is said.
+    # In a task without GPUs torch must see the accelerators as outside Ray; Ray warns unless this is set.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_COLOR_PREFIX": "0",
@@ -50,20 +50,21 @@ PREFECT = {
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # a bar per loaded model and worker
-    "GIT_PYTHON_REFRESH": "quiet",  # mlflow asks git for the commit and warns at length where git is missing
+    "GIT_PYTHON_REFRESH": "quiet",  # mlflow asks git for the commit, with long warnings if git is missing
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its own five hold one call for minutes; what matters is tried again by us
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # five, the default, can block a call for minutes; our outbox retries
 }
 
 
-# Where MLflow's client finds its server and its credentials.
+# Variables of MLflow's client: its server and its credentials.
 MLFLOW_ACCESS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def apply_environment_defaults(home: str | None = None) -> None:
-    """Sets what is not set already; call it before ray, prefect or mlflow are imported, they read it at import.
+    """Sets the variables that are not set. Call it before importing ray, prefect or mlflow, which read them at import.
 
-    `home` is the folder of Prefect's own state (profiles, SQLite); without it Prefect writes to the user's home.
+    Args:
+        home: folder of Prefect's state (profiles, SQLite); None: Prefect writes to the user's home.
     """
     defaults = TELEMETRY_OFF | RAY | PREFECT | QUIET
     if home is not None:
@@ -73,13 +74,13 @@ def apply_environment_defaults(home: str | None = None) -> None:
 
 
 def mlflow_access() -> dict[str, str]:
-    """What MLFLOW_ACCESS names, as it is set in this process."""
+    """The variables of MLFLOW_ACCESS that are set in this process."""
     return {name: os.environ[name] for name in MLFLOW_ACCESS if name in os.environ}
 
 
 @dataclass(frozen=True)
 class MlflowAccess:
-    """This process's access to MLflow, for a Ray worker on a machine that has another environment.
+    """This process's access to MLflow, for a Ray worker on a machine with another environment.
 
     It travels in the arguments of an actor: Ray writes the variables of a `runtime_env` to its log.
     """
@@ -95,14 +96,14 @@ def move_credentials(uri: str) -> str:
     """Moves the credentials of an address into this process's environment; returns the address without them.
 
     A user and password for HTTP go to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, where MLflow's client
-    reads them. Of any other address with a secret (a database's password, a token) all of it goes to
-    MLFLOW_TRACKING_URI, where `client_address` finds it again. Child processes and Ray workers inherit both.
+    reads them. Any other address with a secret (a database's password, a token) goes to
+    MLFLOW_TRACKING_URI, where `client_address` reads it. Child processes and Ray workers inherit both.
     """
     if redact(uri) == uri:
         return uri
     try:
         parts = urlsplit(uri)
-    except ValueError:  # not an address: MLflow's client says so
+    except ValueError:  # not an address: MLflow's client rejects it
         parts = urlsplit("")
     if parts.scheme in ("http", "https") and parts.username and parts.password:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
@@ -117,6 +118,6 @@ def move_credentials(uri: str) -> str:
 
 
 def client_address(uri: str) -> str:
-    """The address to give to MLflow's client: `uri`, or MLFLOW_TRACKING_URI where that is `uri` with its secret."""
-    named = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return named if named and redact(named) == uri else uri
+    """The address for MLflow's client: `uri`, or MLFLOW_TRACKING_URI if that is `uri` with its secret."""
+    full = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return full if full and redact(full) == uri else uri

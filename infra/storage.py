@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 class StorageError(Exception):
-    """A store cannot be used: credentials are missing, nobody answers, or its library is; one sentence says which."""
+    """A store cannot be used: credentials or a library are missing, or it does not respond."""
 
 
 @contextlib.contextmanager
 def boundary(uri: str) -> Iterator[None]:
-    """Turns the errors of a store's library that are no `OSError` into one sentence; the log keeps its own text."""
+    """Converts errors of a store's library that are no `OSError` into `StorageError`; the log has the original text."""
     try:
         yield
     except Exception as error:
@@ -51,7 +51,7 @@ def boundary(uri: str) -> Iterator[None]:
 
 
 def local_path(uri: str) -> Path | None:
-    """The local path an address means, or None when it lies in another store."""
+    """The local path of an address, or None if it is in another store."""
     if uri.startswith("file://"):
         return Path(uri.removeprefix("file://"))
     return None if "://" in uri else Path(uri)
@@ -71,7 +71,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def parent(uri: str) -> str:
-    """The folder an address lies in; for a bare file name that is "."."""
+    """The parent folder of an address; "." for a bare file name."""
     path = local_path(uri)
     return str(path.parent) if path is not None else uri.rstrip("/").rsplit("/", 1)[0]
 
@@ -87,7 +87,7 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of one address. Raises FileNotFoundError when there is none."""
+    """Reads the content of one address. Raises FileNotFoundError when there is none."""
     path = local_path(uri)
     if path is not None:
         return path.read_bytes()
@@ -109,7 +109,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 
 
 def open_stream(uri: str) -> BinaryIO:
-    """One address opened for reading from its head on, a piece at a time. Raises FileNotFoundError."""
+    """Opens one address for reading in pieces. Raises FileNotFoundError."""
     path = local_path(uri)
     if path is not None:
         return path.open("rb")
@@ -120,7 +120,7 @@ def open_stream(uri: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """One address as a local file: the file itself, else a copy for the length of the block."""
+    """Yields one address as a local file: the file itself, else a temporary copy."""
     path = local_path(uri)
     if path is not None:
         yield path
@@ -163,7 +163,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The bytes `write_json` writes: equal values give equal bytes. NaN is refused, for it is not JSON."""
+    """The bytes `write_json` writes: equal values give equal bytes. Raises ValueError for NaN, which is not JSON."""
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -188,10 +188,9 @@ def upload_file(local: str | Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def local_draft(uri: str) -> Iterator[Path]:
-    """A local path to write one file to; leaving the block puts it at the address, atomically, an error leaves nothing.
+    """Yields a local path for one file; the end of the block moves it to the address, atomically; an error removes it.
 
-    On this machine's disks the draft is renamed, so the content is written once; on the way to another store it lies
-    in the temporary folder.
+    On local disks the draft is renamed, so the content is written once; for other stores it is in the temporary folder.
     """
     path = local_path(uri)
     if path is None:
@@ -233,12 +232,12 @@ def drop_unfinished(uri: str) -> None:
     """Removes the unfinished writes of killed processes from a local folder; other stores never show theirs."""
     path = local_path(uri)
     if path is not None:
-        for left in path.glob(f".*{_TEMPORARY_SUFFIX}"):
-            left.unlink(missing_ok=True)
+        for temporary in path.glob(f".*{_TEMPORARY_SUFFIX}"):
+            temporary.unlink(missing_ok=True)
 
 
 def delete(uri: str) -> None:
-    """Removes a file, or a folder with all it holds; nothing happens when it is missing."""
+    """Removes a file, or a folder with its content; a missing one is no error."""
     path = local_path(uri)
     if path is not None:
         if path.is_dir() and not path.is_symlink():
@@ -286,7 +285,7 @@ def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
             try:
                 temporary.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process fetched the same folder meanwhile
+                if not target.is_dir():  # another process fetched the same folder
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -302,7 +301,7 @@ def sha256_file(path: str | Path) -> str:
 def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:  # a library that is not installed; a scheme that nobody knows
+    except (ImportError, ValueError) as error:  # a library that is not installed, or an unknown scheme
         raise StorageError(f"{redact(uri)} cannot be used ({redact(str(error))}); install it, or correct it") from error
 
 

@@ -1,7 +1,7 @@
-"""Ray actors that process tasks, one each; a task whose worker is lost goes to another worker.
+"""Ray actors that process tasks, one at a time; the task of a lost worker goes to another worker.
 
-Ray's own restarts (`max_restarts`, `max_task_retries`) count every failed send to an actor. After the loss of a machine
-they are used up before Ray notices it. Here only the death of a process on a machine that is alive counts.
+Ray's restarts (`max_restarts`, `max_task_retries`) count every failed send to an actor, and are used up before Ray
+detects the loss of a machine. Here only the death of a process on an alive machine counts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import ray.exceptions
 
 from infra.cluster import can_grow, living_machines
 
-MAX_DEATHS = 3  # of processes under one task, on machines that are alive
+MAX_DEATHS = 3  # of processes with the same task, on alive machines
 WAIT_SECONDS = 900.0  # without a worker, before a run ends: an autoscaler needs minutes to start a machine
 SLOW_START_SECONDS = 30.0  # until a worker that has not started is reported
-UNREACHABLE_SECONDS = 120.0  # until a worker that Ray neither reaches nor declares dead is replaced
-LOOK_SECONDS = 10.0  # between two looks at which machines are alive, and between two ticks
+UNREACHABLE_SECONDS = 120.0  # until a worker that Ray cannot reach, and has not declared dead, is replaced
+CHECK_SECONDS = 10.0  # between two checks of the machines, and between two ticks
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
 class NoRoom(ValueError):
-    """No worker fits the Ray session; the text says what one needs and what is there."""
+    """No worker fits the Ray session; the text has the required and the available resources."""
 
 
 class WorkerDied(Exception):
@@ -61,13 +61,13 @@ class _Worker:
 class WorkerPool:
     """Actors of one class in the open Ray session.
 
-    They are created when there are tasks, and killed when the `with` block ends. In a session that can grow, all
-    `workers` are created: those that do not fit wait, which makes an autoscaler add machines.
+    They are created when there are tasks, and killed at the end of the `with` block. In a session that can grow, all
+    `workers` are created; pending ones make an autoscaler add machines.
 
     Args:
-        kind: the class; its constructor must be cheap and raise nothing, since Ray reports its errors as a dead actor.
+        kind: the class; its constructor must be fast and raise nothing, since Ray reports its errors as a dead actor.
         arguments: of the constructor.
-        workers: how many at most; None or 0 is as many as fit now.
+        workers: the largest number; None or 0: as many as fit now.
     Raises:
         NoRoom: no worker fits a session that cannot grow.
     """
@@ -88,7 +88,7 @@ class WorkerPool:
         self._asked: dict[ray.ObjectRef, _Worker] = {}  # asked for their machine: starting, or unreachable
         self._busy: dict[ray.ObjectRef, _Worker] = {}
         self._failed_starts = 0  # since one succeeded
-        self._last_worker = self._last_look = time.monotonic()
+        self._last_worker = self._last_check = time.monotonic()
         self._had_one = False
         self._reported = 0
 
@@ -102,16 +102,16 @@ class WorkerPool:
     def run(
         self, tasks: Iterable[T], call: Callable[[Any, T], Any], tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[T, Any]]:
-        """Yields tasks with their results as they finish; draws no more tasks than workers can take.
+        """Yields tasks with their results as they finish; takes no more tasks than there are workers.
 
         Args:
             call: calls a method of an actor with a task, and returns Ray's reference to the result.
-            tick: called after each task, and about every `LOOK_SECONDS` between.
+            tick: called after each task, and about every `CHECK_SECONDS` between.
         Raises:
-            RayTaskError: a task raised it; the others are abandoned.
+            RayTaskError: a task raised an error; the others are cancelled.
             WorkerDied: a task lost its worker's process `MAX_DEATHS` times, or workers do not start.
             NoRoom: no machine took a worker for `WAIT_SECONDS`.
-            NodeDiedError: the machines of all workers are lost, and no other took one for `WAIT_SECONDS`.
+            NodeDiedError: all machines with workers are lost, and no other took one for `WAIT_SECONDS`.
         """
         source = iter(tasks)
         drawn = False
@@ -127,17 +127,17 @@ class WorkerPool:
                 continue
             if not self._queue and all(worker.task is None for worker in self._workers()):
                 return
-            ready, _ = ray.wait([*self._busy, *self._asked], num_returns=1, timeout=LOOK_SECONDS)
+            ready, _ = ray.wait([*self._busy, *self._asked], num_returns=1, timeout=CHECK_SECONDS)
             tick()
             for reference in ready:
                 if reference in self._asked:
                     self._answered(reference)
                 else:
                     yield from self._finished(reference)
-            self._look()
+            self._check_machines()
 
     def idle_actor(self) -> Any | None:
-        """An actor that has loaded its libraries and has nothing to do, if there is one."""
+        """An idle actor that has loaded its libraries, or None."""
         machines = living_machines()
         return next((worker.actor for worker in self._idle if worker.machine in machines), None)
 
@@ -186,11 +186,11 @@ class WorkerPool:
         yield task.value, result
 
     def _lost(self, worker: _Worker, error: ray.exceptions.RayError) -> None:
-        """Finds out what happened to a worker whose call failed, and who has its task next."""
+        """Handles a failed call: requeues the task, asks the worker again, or raises."""
         machines = living_machines()
         if not machines:
             raise ray.exceptions.NodeDiedError("Ray's session lost its machine; the same command continues") from error
-        # Nobody knows yet whether it lives. Its task stays with it until that is known, so that no two work on it.
+        # It may be alive. It keeps its task until that is known, so that no two workers have the same task.
         if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ObjectLostError):
             if time.monotonic() - worker.since < UNREACHABLE_SECONDS:
                 self._ask(worker)
@@ -210,12 +210,12 @@ class WorkerPool:
                 raise WorkerDied(None, error) from error
         else:
             task.deaths.append(worker.machine)
-            # Ray may have taken a machine for alive at an earlier death, and know better by now.
+            # At an earlier death Ray may have listed a lost machine as alive.
             if sum(machine in machines for machine in task.deaths) >= MAX_DEATHS:
                 raise WorkerDied(task.value, error) from error
 
     def _replace(self, worker: _Worker, what: str) -> None:
-        _logger.warning("a worker %s%s", what, "; another one does its task" if worker.task is not None else "")
+        _logger.warning("a worker %s%s", what, "; another worker gets its task" if worker.task is not None else "")
         _kill(worker)
         self._put_back(worker)
 
@@ -224,8 +224,8 @@ class WorkerPool:
             self._queue.appendleft(worker.task)
             worker.task = None
 
-    def _look(self) -> None:
-        """Takes tasks from machines that are gone, whose calls may stay open for minutes; reports and ends waiting."""
+    def _check_machines(self) -> None:
+        """Requeues tasks of lost machines, whose calls may stay open for minutes; reports and limits the waiting."""
         now = time.monotonic()
         if self._busy or self._idle:
             self._last_worker, self._had_one = now, True
@@ -235,9 +235,9 @@ class WorkerPool:
                 f" {_present()}; start machines and repeat the command, it continues"
             )
             raise ray.exceptions.NodeDiedError(waited) if self._had_one else NoRoom(f"{waited}; or ask for less")
-        if now - self._last_look < LOOK_SECONDS:
+        if now - self._last_check < CHECK_SECONDS:
             return
-        self._last_look = now
+        self._last_check = now
         machines = living_machines()
         for calls in (self._busy, self._asked):
             for reference, worker in list(calls.items()):

@@ -92,8 +92,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 def user_error(error: BaseException) -> Exception | None:
     """The error inside `error` that the user can fix, however frameworks have wrapped it; None if there is none."""
     pending: list[Any] = [error]
-    for candidate in pending:  # grows while it is walked
-        # Ray raises a copy that is of the error's class as well, but its text is the worker's whole traceback.
+    for candidate in pending:  # grows during the loop
+        # Ray raises a copy that is of the error's class as well, but its text is the worker's complete traceback.
         ray_cause = getattr(candidate, "cause", None)
         if not isinstance(ray_cause, BaseException):
             if isinstance(candidate, UserError | BaseFolderError | storage.StorageError):
@@ -109,8 +109,8 @@ def user_error(error: BaseException) -> Exception | None:
 def sentence(error: Exception) -> str:
     """The text of an error in one line, with the remedy of an error of the operating system."""
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; {REMEDIES[error.errno]}"
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{error.strerror}; {REMEDIES[error.errno]}"
     return redact(" ".join(str(error).split()))
 
 

@@ -1,4 +1,4 @@
-"""A Prefect server on loopback that lives exactly as long as the process that started it, however that one ends."""
+"""A Prefect server on loopback that ends with the process that started it, however that process ends."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STARTUP_SECONDS = 120.0
 
 @contextlib.contextmanager
 def local_server(home: Path) -> Iterator[str]:
-    """Yields the API address of a server whose database and log lie in `home`.
+    """Yields the API address of a server with its database and log in `home`.
 
-    Prefect would start one of its own, which stays behind as an orphan when the command is killed. Ours watches a pipe
-    from its parent instead: the system closes that pipe whatever happens.
+    Prefect's own server becomes an orphan when the command is killed. This server watches a pipe from its parent, which
+    the system closes in every case.
 
     Raises:
-        RuntimeError: the server is not up in time.
+        RuntimeError: the server does not start in time.
     """
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -40,7 +40,7 @@ def local_server(home: Path) -> Iterator[str]:
             stderr=log,
             cwd=CHECKOUT,
             env=os.environ | {"PREFECT_HOME": str(home), "PREFECT_UI_ENABLED": "0"} | _AS_EPHEMERAL,
-            start_new_session=True,  # Ctrl-C reaches the command, which then ends the server in its own order
+            start_new_session=True,  # Ctrl-C reaches the command, which then stops the server itself
         )
     try:
         _bypass_proxies()
@@ -56,7 +56,7 @@ def local_server(home: Path) -> Iterator[str]:
             server.wait()
 
 
-# What Prefect says to the servers that it starts itself: no schedules are due in a server that lives for one command.
+# Prefect's settings of an ephemeral server: it runs no schedules.
 _AS_EPHEMERAL = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
@@ -67,7 +67,7 @@ def _free_port() -> int:
 
 
 def _bypass_proxies() -> None:
-    """A proxy of the machine is asked for loopback addresses too, unless they are exempted by name."""
+    """Exempts loopback addresses from the machine's proxy."""
     exempt = [name for name in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if name]
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(dict.fromkeys([*exempt, "127.0.0.1", "localhost"]))
 
@@ -76,8 +76,8 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log_path: Pat
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                if response.status == 200:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass  # not listening yet
@@ -96,7 +96,7 @@ def _serve(port: int) -> None:
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()
-        server.should_exit = True  # lets it write what it was told last
+        server.should_exit = True  # lets it write pending events
         time.sleep(5)
         os._exit(0)
 

@@ -1,4 +1,4 @@
-"""What a command holds while it runs: the lock of its root and, for a flow, a Prefect server."""
+"""Resources of a running command: the lock of its root and, for a flow, a Prefect server."""
 
 from __future__ import annotations
 

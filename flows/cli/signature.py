@@ -42,9 +42,9 @@ def _parse(module: str) -> ast.Module:
 
 
 def _path(module: str) -> Path:
-    found = importlib.util.find_spec(module)
-    assert found is not None and found.origin is not None, f"{module} has no source file"
-    return Path(found.origin)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"{module} has no source file"
+    return Path(spec.origin)
 
 
 def _definitions(tree: ast.Module, used: set[str]) -> list[ast.stmt]:

@@ -1,4 +1,4 @@
-"""The shapes of a base model: from its folder's JSON files, or known for text-to-video-ms-1.7b without files."""
+"""The shapes of a base model: from its folder's JSON files, or the published ones of text-to-video-ms-1.7b."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MS_1_7B = "damo-vilab/text-to-video-ms-1.7b"
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The `config.json` of each network of a base, and where it was read."""
+    """The `config.json` of each network of a base, and its source."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]

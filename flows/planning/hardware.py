@@ -1,4 +1,4 @@
-"""What a device holds and how fast it can be, each number with where it comes from."""
+"""Memory and speed of devices, each number with its source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Device:
     utilisation_source: str = "assumed, not measured; --mfu"
 
     def best_flops_per_second(self, precision: str) -> float:
-        """What no run can beat."""
+        """Upper bound of the speed."""
         return self.measured_flops_per_second.get(precision, self.flops_per_second[precision])
 
     @property

@@ -1,22 +1,22 @@
-"""Amounts as a person reads them, decimal units throughout: 1 GB is 10^9 bytes."""
+"""Formats amounts with units, decimal throughout: 1 GB is 10^9 bytes."""
 
 from __future__ import annotations
 
 
 def size(value: float) -> str:
-    """Bytes."""
+    """Formats bytes."""
     scale, name = _unit(value, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")))
     return f"{value / scale:.2f} {name}"
 
 
 def work(value: float) -> str:
-    """Floating-point operations."""
+    """Formats floating-point operations."""
     scale, name = _unit(value, ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")))
     return f"{value / scale:.4g} {name}"
 
 
 def duration(seconds: float) -> str:
-    """A length of time."""
+    """Formats a duration."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     for limit, length, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "hours")):

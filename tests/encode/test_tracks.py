@@ -249,8 +249,8 @@ def test_drawn_latents_have_the_mean_and_deviation_of_the_posterior(drawn: Shard
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"num_frames": 13}, r"holds a clip of \d+ frames, 13 are trained on"),
-        ({"stored_text": True}, "holds no text; prepare it with keep_text, or train without"),
+        ({"num_frames": 13}, r"contains a clip of \d+ frames, 13 are trained on"),
+        ({"stored_text": True}, "contains no text; prepare it with keep_text, or train without"),
     ],
 )
 def test_what_a_data_set_cannot_give_is_one_sentence(drawn: ShardDataset, asked: dict[str, Any], sentence: str) -> None:

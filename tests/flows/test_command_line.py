@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: sentences instead of tracebacks, exit codes, one command at a time on a root."""
+"""What the user at the terminal sees: sentences instead of tracebacks, exit codes, one command at a time on a root."""
 
 from __future__ import annotations
 
@@ -99,28 +99,28 @@ def test_a_second_source_is_read_its_own_way() -> None:
 @pytest.mark.parametrize("flow", [prepare_latents, train_trip, evaluate_trip, register_trip, reproduce])
 def test_a_deployment_says_a_reading_as_json(flow: Flow[..., Any]) -> None:
     json.dumps(parameter_schema(flow).model_dump())
-    said = {"source": "t.csv", "options": {"split": "train", "columns": {"key": "id"}, "captions": 7}}
+    parameters = {"source": "t.csv", "options": {"split": "train", "columns": {"key": "id"}, "captions": 7}}
     expected = SourceOptions(split="train", columns={"key": "id"}, captions=7)
-    assert flow.validate_parameters(said)["options"] == expected
+    assert flow.validate_parameters(parameters)["options"] == expected
     assert flow.validate_parameters(flow.serialize_parameters({"options": expected}))["options"] == expected
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--limit", "0", "--source", "t.csv"], "limit 0, expected the number of rows to read, at least 1"),
         (["--split", "train"], "name a table or a folder: --source TABLE"),
     ],
 )
-def test_a_reading_of_nothing_is_refused(flags: list[str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_reading_of_nothing_is_refused(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         prepare_latents.fn(**parse(["prepare-latents", "--root", str(tmp_path), *flags]))
 
 
 def test_an_unknown_recipe_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "--recipe", "demp", "--root", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("error: no recipe 'demp'") and said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: no recipe 'demp'") and output.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -134,8 +134,8 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_root_below_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["prepare-latents", "--root", str(tmp_path / "file" / "run")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "give a --root" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and "give a --root" in output and "Traceback" not in output
 
 
 def test_two_commands_do_not_share_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +162,7 @@ def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(made: Path, tmp_path: Path) -> Path:
-    """A copy of that data set below a root of its own: runs/data/set."""
+    """A copy of that data set below its own root: runs/data/set."""
     shutil.copytree(made / "data", tmp_path / "runs" / "data")
     return tmp_path / "runs" / "data" / "set"
 
@@ -200,8 +200,8 @@ def test_deduplicate_removes_the_later_row(data: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[-1] == "deduplicate 1 rows (1 samples) removed, 1 shards rebuilt"
     assert main(["verify", "--data", str(data)]) == 0 and "again_000" not in ShardDataset(str(data)).keys
     assert main(["deduplicate", "--data", str(data.parent / "none")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: no finished data set") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: no finished data set") and output.count("\n") == 1
 
 
 def test_forget_is_refused_while_another_command_is_at_work(

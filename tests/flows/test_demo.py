@@ -1,4 +1,4 @@
-"""The demo corpus: the same clips on every call, whole files only, and reachable over loopback HTTP."""
+"""The demo corpus: the same clips on every call, complete files only, and reachable over loopback HTTP."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def batch(home: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def write_table(folder: Path, rows: list[dict]) -> Path:
-    """A table with a photo beside it."""
+    """A table with a photo next to it."""
     folder.mkdir()
     (folder / "photo.png").write_bytes(drawn_photo(48))
     (folder / "photos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,7 +71,7 @@ def videos(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
 
 
-@pytest.mark.slow  # a process that imports torch and mlflow anew
+@pytest.mark.slow  # a process that imports torch and mlflow again
 def test_the_quickstart_writes_a_playable_video_after_the_demo(home):
     done = subprocess.run(**command(home, "quickstart.py"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

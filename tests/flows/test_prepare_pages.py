@@ -1,4 +1,4 @@
-"""What a person in Prefect's UI sees of a prepare run: its progress and its books, from a real server, or none."""
+"""Prefect artifacts of a prepare run: progress and final counts, with a real server or none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_pages_of_a_run_say_what_became_of_the_rows(
     assert progress.type == "progress" and progress.data == 100.0 and progress.description is not None
     assert progress.description.startswith("prepare     4/4  encoded 3  failed 1")
     [books] = artifacts("prepare-books")
-    assert books.task_run_id is not None and books.description == "What became of 4 rows"
+    assert books.task_run_id is not None and books.description == "Outcomes of 4 rows"
     assert isinstance(books.data, str)
     for line in ("| **encoded** | 3 | 75.00% |", "| missing_file | 1 | 25.00% |", "| all | 4 | |"):
         assert line in books.data.splitlines()

@@ -1,4 +1,4 @@
-"""The whole road as a person runs it: one command, the same command again, and the same command after a kill."""
+"""The complete path as a user runs it: one command, the same command again, and the same command after a kill."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def done(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def test_one_command_leads_from_clips_to_a_moving_photo(done: tuple[Path, str]) -> None:
-    root, said = done
+    root, output = done
     assert len(set(ShardDataset(str(only(root / "data"))).keys)) == 12
     photo = load_image(root / "photo.png", 32)
     clip = read_clip((root / "animation.mp4").read_bytes(), 16, 4.0, 32)
@@ -80,17 +80,17 @@ def test_one_command_leads_from_clips_to_a_moving_photo(done: tuple[Path, str]) 
     assert abs(clip.pixels[0].astype(int) - photo).mean() < 12  # the first frame is the photo, but for the codec
     assert (root / "animation.gif").read_bytes().startswith(b"GIF8")
     assert (root / "model" / "trip.json").is_file()
-    last = said[said.index("Done.") :]
+    last = output[output.index("Done.") :]
     for place in (root / "animation.mp4", root / "model", only(root / "evaluate") / "report.html"):
         assert str(place) in last
     assert "mlflow" in last.lower() and f"sqlite:///{root}/mlflow.db" in last
 
 
 def test_every_stage_shows_progress(done: tuple[Path, str]) -> None:
-    _, said = done
+    _, output = done
     for stage in ("corpus", "prepare", "train", "base", "generate", "judge", "register", "animate"):
-        assert any(line.startswith(stage) for line in said.splitlines()), f"nothing was said by {stage}"
-    assert "Traceback" not in said
+        assert any(line.startswith(stage) for line in output.splitlines()), f"no line of {stage}"
+    assert "Traceback" not in output
 
 
 def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path) -> None:
@@ -141,7 +141,7 @@ def started(base: Path, root: Path, log: Path) -> Iterator[subprocess.Popen[byte
 def test_a_killed_run_continues_to_the_same_result(
     word: str, done: tuple[Path, str], tiny_base: Path, tmp_path: Path
 ) -> None:
-    whole, _ = done
+    undisturbed, _ = done
     root, log = tmp_path / "run", tmp_path / "log"
     with started(tiny_base, root, log) as process:
         deadline = time.monotonic() + 600
@@ -154,4 +154,4 @@ def test_a_killed_run_continues_to_the_same_result(
     assert not left, f"still there after the kill: {[p.cmdline() for p in left]}"
     finished = run(tiny_base, root)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert state(root) == state(whole)
+    assert state(root) == state(undisturbed)

@@ -62,7 +62,7 @@ def wait_for(answer: Callable[[], Any], seconds: float, what: str, log: Path) ->
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a fresh Prefect server with a home of its own."""
+    """The environment of a fresh Prefect server with its own home."""
     home = tmp_path_factory.mktemp("prefect")
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {

@@ -38,7 +38,7 @@ def no_access(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Locked(http.server.BaseHTTPRequestHandler):
-    """An MLflow that only says who asked."""
+    """An MLflow server that only records the credentials of requests."""
 
     asked: ClassVar[list[str | None]] = []
 
@@ -97,7 +97,9 @@ def test_a_databases_password_stays_in_the_environment() -> None:
 
 def test_a_parameter_with_a_password_is_refused_in_one_sentence() -> None:
     for function in (tracking_address, existing_store):
-        with pytest.raises(UserError, match=r"http://\*\*\*@host holds a password.*MLFLOW_TRACKING_PASSWORD") as raised:
+        with pytest.raises(
+            UserError, match=r"http://\*\*\*@host contains a password.*MLFLOW_TRACKING_PASSWORD"
+        ) as raised:
             function("http://ops:hunter2@host", "runs/x")
         assert "hunter2" not in str(raised.value)
 
@@ -105,8 +107,8 @@ def test_a_parameter_with_a_password_is_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize("form", ["--tracking-uri={}", "--tracking-uri {}"])
 def test_a_command_names_no_password_when_the_server_is_away(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["live", *form.format("http://ops:hunter2@127.0.0.1:9").split()]) == 2
-    said = capsys.readouterr()
-    assert "http://127.0.0.1:9" in said.err and "hunter2" not in said.err + said.out
+    output = capsys.readouterr()
+    assert "http://127.0.0.1:9" in output.err and "hunter2" not in output.err + output.out
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2"
 
 

@@ -100,7 +100,7 @@ def test_a_stream_and_a_local_copy_hold_what_was_written(folder: str) -> None:
 
 def test_what_a_killed_writer_left_is_dropped_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".state.json.123.part").write_bytes(b"half")
-    (tmp_path / "notes.part").write_bytes(b"a person's")
+    (tmp_path / "notes.part").write_bytes(b"a user's")
     storage.drop_unfinished(str(tmp_path))
     assert os.listdir(tmp_path) == ["notes.part"]
 

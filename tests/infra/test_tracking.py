@@ -137,7 +137,7 @@ def test_one_tracking_holds_one_run(store):
 
 def test_checkpoints_are_models_without_artifacts_one_per_step_and_the_best_is_found(store):
     loss = {1: 0.4, 2: 0.2, 3: 0.3}
-    for attempt in ("first", "again"):  # killed after step 3, back to step 2, which is written anew
+    for attempt in ("first", "again"):  # killed after step 3, back to step 2, which is written again
         tracking = Tracking(store, "checkpoints")
         run_id = tracking.start_run("n", key="k-checkpoints")
         for step in (1, 2, 3) if attempt == "first" else (2, 3):

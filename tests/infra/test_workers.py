@@ -64,7 +64,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def machines(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     assert can_grow()
-    monkeypatch.setattr(workers, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "CHECK_SECONDS", 1.0)
     machines = Machines(cluster)
     yield machines
     for node in machines:

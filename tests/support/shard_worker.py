@@ -22,7 +22,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     runs = json.loads((folder / "runs.json").read_text())
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    told: list[list[dict]] = []
+    all_ticks: list[list[dict]] = []
     for spec, stop in runs:
         ticks: list[dict] = []
         steps = iter(range(1, 99))
@@ -34,10 +34,10 @@ def main(rank: int, folder: Path) -> None:
                 on_tick=ticks.append,
                 control=lambda steps=steps, stop=stop: "stop" if next(steps) == stop else "",
             )
-        told.append(ticks)
+        all_ticks.append(ticks)
         torch.distributed.barrier()
     if rank == 0:
-        (folder / "ticks.json").write_text(json.dumps(told))
+        (folder / "ticks.json").write_text(json.dumps(all_ticks))
     torch.distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint store: whole or absent at every address, off the training thread, and never without its newest."""
+"""The checkpoint store: complete or absent at every address, off the training thread, always with the newest one."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_with_a_machine_lost_the_other_goes_on_with_the_same_global_batches(
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert "the workers were started again: training on 1 of 2" in caplog.text
+    assert "the workers were restarted: training on 1 of 2" in caplog.text
     steps = [step for step, _ in found]
     assert sorted(set(steps)) == list(range(1, 121))
     assert [loss for _, loss in found] == pytest.approx([expected[step] for step in steps], rel=1e-3)
