@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tasks.register.pyfunc_model import BOUNDS, FORMATS, MAX_IMAGE_BYTES, MAX_PROMPT_CHARACTERS, MAX_ROWS
+from tasks.register.pyfunc_model import MAX_ROWS
+from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, VIDEO_FORMATS
 
 BASE_TERMS = (
     "Base weights keep the licence of whoever published them; weights fine-tuned from them inherit it. "
@@ -60,8 +61,9 @@ def write_model_card(
     """
     origin = {k: v for k, v in lineage.items() if k not in ("data_terms", "base_terms")}
     passed, reasons = gate
-    usual = {"seed": 0, "format": FORMATS[0], **(defaults or {})}
-    values = {name: f"{low} to {high}" for name, (low, high) in BOUNDS.items()} | {"format": " or ".join(FORMATS)}
+    default = {"seed": 0, "format": VIDEO_FORMATS[0], **(defaults or {})}
+    values = {name: f"{bound.minimum} to {bound.maximum}" for name, bound in BOUNDS.items()}
+    values["format"] = " or ".join(VIDEO_FORMATS)
     parts = [
         f"# {name}",
         "Image-to-video: a photo and a sentence become a short clip that begins with the photo. "
@@ -88,8 +90,10 @@ def write_model_card(
         f'model = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
         'rows = pandas.DataFrame({"image": [open("photo.jpg", "rb").read()], "prompt": ["a red circle moving left"]})\n'
         'open("out.mp4", "wb").write(model.predict(rows, params={"seed": 7})["video"][0])\n```',
-        _table(("parameter", "default", "may be"), [(name, usual.get(name, ""), may) for name, may in values.items()]),
-        f"A call takes 1 to {MAX_ROWS} rows, photos of up to {MAX_IMAGE_BYTES >> 20} MiB as bytes, base64 or data URL,"
+        _table(
+            ("parameter", "default", "may be"), [(name, default.get(name, ""), text) for name, text in values.items()]
+        ),
+        f"A call takes 1 to {MAX_ROWS} rows, photos of up to {MAX_PHOTO_BYTES >> 20} MiB as bytes, base64 or data URL,"
         f" and prompts of up to {MAX_PROMPT_CHARACTERS} characters. `mlflow.pyfunc.get_model_dependencies` names the"
         " file for `pip install -r`.",
     ]

@@ -23,8 +23,8 @@ from PIL import Image
 
 import trip_model
 from tasks.records import UserError, digest
-from tasks.register.pyfunc_model import BOUNDS, FORMATS
 from trip_model.folders import folder_hash
+from trip_model.request_limits import BOUNDS, VIDEO_FORMATS
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent
@@ -105,8 +105,8 @@ def build_wheel(folder: Path) -> str:
 def signature(defaults: dict[str, Any]) -> ModelSignature:
     """Photo and prompt in, video out, and the parameters with this model's own defaults.
 
-    `image` may be of any type, because MLflow would decode the text of a `binary` column itself and fail on a data URL;
-    `pyfunc_model.image_bytes` takes bytes, base64 and data URLs, and refuses the rest.
+    `image` has type `any`, because MLflow would decode the text of a `binary` column itself and fail on a data URL;
+    `request_limits.read_photo` takes bytes, base64 and data URLs, and rejects the rest.
     """
     inputs = Schema([ColSpec(AnyType(), "image"), ColSpec("string", "prompt")])
     outputs = Schema(
@@ -135,8 +135,8 @@ def signature(defaults: dict[str, Any]) -> ModelSignature:
 
 def bounds() -> dict[str, dict[str, Any]]:
     """What each parameter may be, in the words of JSON Schema; MLflow's signature has no place for it."""
-    numbers = {name: {"minimum": low, "maximum": high} for name, (low, high) in BOUNDS.items()}
-    return {**numbers, "format": {"enum": list(FORMATS)}}
+    numbers = {name: {"minimum": bound.minimum, "maximum": bound.maximum} for name, bound in BOUNDS.items()}
+    return {**numbers, "format": {"enum": list(VIDEO_FORMATS)}}
 
 
 def requirements() -> list[str]:

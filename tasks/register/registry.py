@@ -24,6 +24,7 @@ from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, named, open_r
 from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
+from trip_model.request_limits import check_photo
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def _photo(uri: str | None, size: int) -> bytes:
         return packaging.drawn_photo(size)
     try:
         data = storage.read_bytes(uri)
+        check_photo(data)
         load_image(data, 8)
     except (OSError, ValueError) as error:
         raise UserError(f"photo {uri!r} cannot be read ({error}); give a JPEG, PNG or WebP photo") from error

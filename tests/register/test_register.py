@@ -147,12 +147,12 @@ def test_every_row_can_be_made_again_alone_with_its_seed(champion):
 @pytest.mark.parametrize(
     ("image", "prompt", "params", "sentence"),
     [
-        (b"not an image", "a cat", {}, "not an image"),
+        (b"not an image", "a cat", {}, "row 0: image cannot be read"),
         (b"", "a cat", {}, "is empty"),
         ("!!!", "a cat", {}, "not base64"),
         ("data:image/png,abc", "a cat", {}, "data URL"),
-        (None, "  ", {}, "prompt of row 0"),
-        (None, "a " * 5000, {}, "at most 2000"),
+        (None, "  ", {}, "row 0: prompt is"),
+        (None, "a " * 5000, {}, "1 to 2000"),
         (None, "a cat", {"steps": -1}, "steps is -1"),
         (None, "a cat", {"num_frames": 1000}, "num_frames is 1000"),
         (None, "a cat", {"guidance": float("nan")}, "guidance is nan"),
