@@ -29,11 +29,23 @@ WAITING = 64  # submissions in the queue; further ones are refused
 
 UPLOAD = "/gradio_api/upload"
 MAX_UPLOAD_BYTES = MAX_PHOTO_BYTES + 2**12  # with the form around it
-PATHS = re.compile(
-    r"/|/(login|logout|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(static|assets|svelte)/.*"
-    r"|/gradio_api/(upload|upload_progress|queue/join|queue/data|reset|cancel|login_check|app_id|startup-events|info"
-    r"|theme\.css)/?|/gradio_api/heartbeat/\w+|/gradio_api/file=(?!\w+:).*"
+# The routes of Gradio that the web UI uses; docs/decisions/serving.md says which of them require the key.
+ROUTES = (
+    *("/", "/login", "/logout", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
+    *("/static/{path}", "/assets/{path}", "/svelte/{path}"),
+    *(f"/gradio_api/{name}" for name in ("upload", "upload_progress", "queue/join", "queue/data", "reset", "cancel")),
+    *(f"/gradio_api/{name}" for name in ("login_check", "app_id", "startup-events", "info", "theme.css")),
+    *("/gradio_api/heartbeat/{session}", "/gradio_api/file={file}"),
 )
+_VARIABLES = {"{path}": ".*", "{session}": r"\w+", "{file}": r"(?!\w+:).*"}  # a file, not a URL
+
+
+def _pattern(route: str) -> str:
+    parts = re.split(r"({\w+})", route)
+    return "".join(_VARIABLES.get(part) or re.escape(part) for part in parts) + ("/?" if route != "/" else "")
+
+
+PATHS = re.compile("|".join(map(_pattern, ROUTES)))
 
 # Shown until the model's own values are known.
 DEFAULTS = {"steps": 50, "guidance": 1, "num_frames": 16, "fps": 4}
