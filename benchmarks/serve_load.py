@@ -202,10 +202,10 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(send, plan))
         wall = time.monotonic() - start
-        sent_again = next(
+        retries = next(
             float(line.split()[1])
             for line in client.get(f"{running.url}/metrics").text.splitlines()
-            if line.startswith("trip_requests_sent_again ")
+            if line.startswith("trip_request_retries_total ")
         )
     memory["end"] = running.memory_mb()
     return {
@@ -213,7 +213,7 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
         "clients": clients,
         "answers": dict(tally.answers),
         "versions": dict(tally.versions),
-        "sent_again": sent_again,
+        "retries": retries,
         "oddities": tally.oddities,
         "wall_seconds": round(wall, 1),
         "median_seconds": round(float(np.median(tally.seconds)), 2),

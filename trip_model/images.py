@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trip_model.request_limits import MAX_ASPECT, MAX_PHOTO_PIXELS
+
 # Pillow's names of the formats that `load_image` reads. Never EPS: Pillow opens it by running Ghostscript.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
-MAX_IMAGE_PIXELS = 64_000_000  # a larger photo is rejected before it is decoded (decompression bombs)
-MAX_ASPECT = 20  # a photo's longer side over its shorter side; the shorter side is resized to the frame
+FRAME_NAME = "{:03d}.png"
 
 
 def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
@@ -31,13 +33,15 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
 
     Files and bytes are read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
     Pillow's modes `I;16` and `I`) from 0..65535, floats from 0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels
-    (gray, gray and alpha, RGB, RGBA).
+    (gray, gray and alpha, RGB, RGBA). An array that is uint8 [size, size, 3] already is returned as it is.
 
     Raises:
-        ValueError: not an image of these formats, more than `MAX_IMAGE_PIXELS` pixels, sides whose ratio exceeds
+        ValueError: not an image of these formats, more than `MAX_PHOTO_PIXELS` pixels, sides whose ratio exceeds
             `MAX_ASPECT`, an array of another shape or type, or values outside their range.
     """
     if isinstance(source, np.ndarray):
+        if source.shape == (size, size, 3) and source.dtype == np.uint8:
+            return source
         image = _from_array(source)
     elif isinstance(source, Image.Image):
         image = source
@@ -47,8 +51,8 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
             Image.init()  # registers every format of this Pillow build; AVIF and HEIF can be missing
             formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_IMAGE_PIXELS}")
+            if image.width * image.height > MAX_PHOTO_PIXELS:
+                raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PHOTO_PIXELS}")
             image.load()
         except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
             raise ValueError(f"{name} is not an image that can be read; give a JPEG, PNG or WebP photo") from error
@@ -138,16 +142,50 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
         return path.read_bytes()
 
 
-def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:
-    """Writes pixels uint8 [F, H, W, 3] as `.mp4` or `.gif` by suffix, else as a folder of numbered png files."""
+def check_video_target(path: str | Path) -> None:
+    """Checks, before a clip is made, that `write_video` can write it to `path`.
+
+    Raises:
+        ValueError: another suffix; a folder where a file is expected, or the reverse; a place that is not writable; or
+            a folder for frames that contains anything but numbered frames, which `write_video` replaces.
+    """
     path = Path(path)
-    if path.suffix.lower() in (".mp4", ".gif"):
+    is_file = path.suffix.lower() in (".mp4", ".gif")
+    if path.suffix and not is_file:
+        raise ValueError(f"{path} ends in {path.suffix!r}; name an .mp4, a .gif, or a folder for png frames")
+    if path.exists() and path.is_dir() == is_file:
+        kind, expected = ("a folder", "a file") if is_file else ("a file", "a folder for png frames")
+        raise ValueError(f"{path} is {kind}; name {expected}, or name an .mp4 or .gif file")
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if existing != path and not existing.is_dir():
+        raise ValueError(f"{path}: {existing} is not a folder; name another folder")
+    if not os.access(existing, os.W_OK | (os.X_OK if existing.is_dir() else 0)):
+        raise ValueError(f"{path}: {existing} is not writable; name another place")
+    if path.is_dir():
+        other = [p.name for p in path.iterdir() if not p.name.startswith(".") and not _is_frame(p)]
+        if other:
+            raise ValueError(f"{path} contains {min(other)}, which is not a frame; name a new or empty folder")
+
+
+def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:
+    """Writes pixels uint8 [F, H, W, 3] as `.mp4` or `.gif` by suffix, else as a folder of numbered png files.
+
+    Replaces what `path` is: the file, or the numbered frames of an earlier clip. Raises ValueError as
+    `check_video_target` does.
+    """
+    path = Path(path)
+    check_video_target(path)
+    if path.suffix:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(video_bytes(pixels, fps, path.suffix.lower()[1:], crf))
-    elif path.suffix:
-        raise ValueError(f"{path} ends in {path.suffix!r}; name an .mp4, a .gif, or a folder for png frames")
     else:
         path.mkdir(parents=True, exist_ok=True)
+        for earlier in filter(_is_frame, list(path.iterdir())):
+            earlier.unlink()
         for index, frame in enumerate(pixels):
-            Image.fromarray(frame).save(path / f"{index:03d}.png")
+            Image.fromarray(frame).save(path / FRAME_NAME.format(index))
     return path
+
+
+def _is_frame(path: Path) -> bool:
+    return path.suffix == ".png" and path.stem.isdecimal() and len(path.stem) >= 3

@@ -15,6 +15,7 @@ from trip_model.encoders import TextEncoder, decode_latents, encode_pixels, load
 from trip_model.images import load_image
 from trip_model.model import Trip
 from trip_model.objective import addressed_generator
+from trip_model.request_limits import check_number
 
 ImageSource = bytes | str | Path | Image.Image | np.ndarray
 
@@ -122,15 +123,13 @@ class TripPipeline:
             raise ValueError(
                 f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds; give one of each per video"
             )
+        seeds = [int(check_number("seed", seed)) for seed in seeds]
+        num_frames = int(check_number("num_frames", num_frames))
+        steps = int(check_number("steps", steps, config.schedule.num_train_timesteps))
+        guidance = check_number("guidance", guidance)
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the prompt is empty; say in a few words what should happen in the video")
-        if not 2 <= num_frames <= 64:
-            raise ValueError(f"num_frames {num_frames}, expected 2 to 64")
-        if not 1 <= steps <= config.schedule.num_train_timesteps:
-            raise ValueError(f"steps {steps}, expected 1 to {config.schedule.num_train_timesteps}")
-        if not 0 <= guidance <= 50:
-            raise ValueError(f"guidance {guidance}, expected 0 to 50")
         photos = np.stack([load_image(image, config.size) for image in images])
 
         raw_BCHW = encode_pixels(self.vae, photos)

@@ -1,13 +1,11 @@
-"""The logged model (models from code, nothing pickled): photo bytes and a sentence in, a video out.
+"""The logged model (models from code, nothing pickled): takes photos and prompts, returns videos.
 
-MLflow copies this file into the model and runs it at loading; `trip_model` is installed from the model's own wheel.
+MLflow copies this file into the model and runs it when it loads the model; the model's wheel installs `trip_model`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlflow
@@ -16,93 +14,49 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-MAX_IMAGE_BYTES = 32 * 2**20
-MAX_PROMPT_CHARACTERS = 2000
+from trip_model.request_limits import BOUNDS, VIDEO_FORMATS, RequestError, read_numbers, read_photo, read_prompt
+
 MAX_ROWS = 16
-BOUNDS: dict[str, tuple[float, float]] = {
-    "num_frames": (2, 64),
-    "seed": (0, 2**63 - 1),
-    "steps": (1, 1000),
-    "guidance": (0.0, 50.0),
-    "fps": (1.0, 60.0),
-}
-FORMATS = ("mp4", "gif")
 
 
 class InputError(MlflowException, ValueError):
-    """A request that cannot be used. A ValueError for callers; MLflow's server answers it with 400 and the sentence."""
+    """A request that is rejected: a ValueError for callers, status 400 with the message from MLflow's server."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
 
-def image_bytes(value: Any, row: int) -> bytes:
-    """The bytes of one image cell: bytes as they are, or a base64 text or data URL decoded.
-
-    Raises:
-        InputError: another type, broken base64, nothing, or more than `MAX_IMAGE_BYTES`.
-    """
-    if isinstance(value, str):
-        head, comma, body = value.partition(",")
-        if value.startswith("data:") and not (comma and head.endswith(";base64")):
-            raise InputError(f"image of row {row}: data URL {value[:30]!r} without ';base64,'; send base64 data")
-        try:
-            text = body if value.startswith("data:") else value
-            value = base64.b64decode("".join(text.split()), validate=True)  # MLflow's examples hold line breaks
-        except (binascii.Error, ValueError) as error:
-            raise InputError(f"image of row {row} is text but not base64; send bytes or a data URL") from error
-    if not isinstance(value, bytes | bytearray | memoryview):
-        raise InputError(f"image of row {row} is {type(value).__name__}; send image bytes or a base64 data URL")
-    data = bytes(value)
-    if not data:
-        raise InputError(f"image of row {row} is empty; send the bytes of a JPEG, PNG or WebP photo")
-    if len(data) > MAX_IMAGE_BYTES:
-        raise InputError(f"image of row {row} has {len(data)} bytes, at most {MAX_IMAGE_BYTES} are taken")
-    return data
+def read_parameters(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the numbers and the format that were given, checked. Raises InputError."""
+    params = params or {}
+    unknown = next((name for name in params if name not in (*BOUNDS, "format")), None)
+    if unknown is not None:
+        raise InputError(f"parameter {unknown[:40]!r} is unknown; use {', '.join(BOUNDS)} or format")
+    try:
+        numbers = read_numbers(params)
+    except RequestError as error:
+        raise InputError(str(error)) from error
+    video_format = params.get("format")
+    if video_format is None:
+        return numbers
+    if video_format not in VIDEO_FORMATS:
+        raise InputError(f"format is {video_format!r:.40}; use {' or '.join(VIDEO_FORMATS)}")
+    return {**numbers, "format": str(video_format)}
 
 
-def prompt_text(value: Any, row: int) -> str:
-    """One prompt. Raises InputError when it is not text, empty, or longer than `MAX_PROMPT_CHARACTERS`."""
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"prompt of row {row} is {value!r:.40}; send a sentence that says what should move")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise InputError(f"prompt of row {row} has {len(value)} characters, at most {MAX_PROMPT_CHARACTERS} are taken")
-    return value.strip()
-
-
-def checked_params(params: dict[str, Any] | None) -> dict[str, Any]:
-    """The parameters that were given, as numbers within `BOUNDS`.
-
-    Raises:
-        InputError: an unknown name, or a value out of bounds.
-    """
-    checked: dict[str, Any] = {}
-    for name, value in (params or {}).items():
-        if value is None:
-            continue
-        if name == "format":
-            if value not in FORMATS:
-                raise InputError(f"format is {value!r}; send one of {', '.join(FORMATS)}")
-            checked[name] = str(value)
-            continue
-        if name not in BOUNDS:
-            raise InputError(f"parameter {name!r} is unknown; there are {', '.join([*BOUNDS, 'format'])}")
-        low, high = BOUNDS[name]
-        try:
-            number = float(value) if isinstance(low, float) else int(value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name} is {value!r}; send a number from {low} to {high}") from error
-        if not math.isfinite(number) or not low <= number <= high:
-            raise InputError(f"{name} is {value!r}; send a number from {low} to {high}")
-        checked[name] = number
-    return checked
+def read_row(image: Any, prompt: Any, row: int) -> tuple[bytes, str]:
+    """Returns photo bytes and prompt of one row, checked. Raises InputError, which names the row."""
+    try:
+        return read_photo(image), read_prompt(prompt)
+    except RequestError as error:
+        raise InputError(f"row {row}: {error}") from error
 
 
 class TripModel(PythonModel):
-    """Image-to-video with TRIP: one video for each row of `image` and `prompt`."""
+    """Image-to-video with TRIP: makes one video for each row of `image` and `prompt`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Builds the pipeline from the model folder that was logged; on the accelerator when there is one."""
+        """Loads the pipeline from the logged model folder, on the GPU when there is one."""
         import torch
 
         from trip_model.pipeline import TripPipeline
@@ -113,41 +67,41 @@ class TripModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """One row out per row in: video (bytes), format, num_frames, fps, width and height in pixels, seed.
+        """Returns one row per input row: video (bytes), format, num_frames, fps, width and height in pixels, seed.
 
-        `image` is the bytes of a photo, or its base64 as text or data URL; it becomes frame 1. Row r draws its noise
-        from `seed + r`, so every row can be made again alone with the seed it came with.
+        `image` contains the bytes of a photo, or its base64 as text or data URL; the photo becomes frame 1. Row r uses
+        the seed `seed + r`, so a row alone with its returned seed gives the same video.
 
         Raises:
-            InputError: an image, prompt or parameter that cannot be used; the sentence names it and the bounds.
+            InputError: an image, prompt or parameter that cannot be used; the message names it and its bounds.
         """
         from trip_model.images import video_bytes
 
-        given = checked_params(params)
-        fps, container = given.pop("fps", 4.0), given.pop("format", "mp4")
-        seed = given.pop("seed", 0)
+        given = read_parameters(params)
+        fps, video_format = given.pop("fps", self.pipe.fps), given.pop("format", VIDEO_FORMATS[0])
+        first_seed = given.pop("seed", 0)
         if not 1 <= len(model_input) <= MAX_ROWS:
             raise InputError(f"{len(model_input)} rows were sent; send 1 to {MAX_ROWS} in one call")
         missing = [column for column in ("image", "prompt") if column not in model_input.columns]
         if missing:
             raise InputError(f"column {missing[0]!r} is missing; send columns image and prompt")
-        images = [image_bytes(value, row) for row, value in enumerate(model_input["image"])]
-        prompts = [prompt_text(value, row) for row, value in enumerate(model_input["prompt"])]
+        cells = zip(model_input["image"], model_input["prompt"], strict=True)
+        inputs = [read_row(image, prompt, row) for row, (image, prompt) in enumerate(cells)]
         rows = []
-        for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        for row, (photo, prompt) in enumerate(inputs):
             try:
-                pixels = self.pipe(image, prompt, seed=seed + row, **given)
+                pixels = self.pipe(photo, prompt, seed=first_seed + row, **given)
             except ValueError as error:
                 raise InputError(f"row {row}: {error}") from error
             rows.append(
                 {
-                    "video": video_bytes(pixels, fps, container),
-                    "format": container,
+                    "video": video_bytes(pixels, fps, video_format),
+                    "format": video_format,
                     "num_frames": int(pixels.shape[0]),
                     "fps": float(fps),
                     "width": int(pixels.shape[2]),
                     "height": int(pixels.shape[1]),
-                    "seed": int(seed + row),
+                    "seed": int(first_seed + row),
                 }
             )
         return pd.DataFrame(rows)

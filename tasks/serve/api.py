@@ -1,4 +1,4 @@
-"""The service over HTTP: POST /v1/animate, its description at /docs, and what those who run it ask for."""
+"""The HTTP API of the service: POST /v1/animate, its documentation at /docs, health, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import logging
 import re
 import uuid
 import zipfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -27,24 +27,33 @@ from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 
-from tasks.serve.gateway import Desk
-from tasks.serve.limits import MAX_BODY_BYTES, Animation, Refusal, read_animation, read_json, too_many_bytes
-from tasks.serve.messages import Clip, Event, Progress
+from tasks.serve.gateway import Gateway
+from tasks.serve.limits import (
+    MAX_BODY_BYTES,
+    Animation,
+    Refusal,
+    animation_schema,
+    body_too_large,
+    read_animation,
+    read_json,
+)
+from tasks.serve.messages import Clip, Progress
 
 MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
 JSON, LINES, MULTIPART = "application/json", "application/x-ndjson", "multipart/form-data"
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-READERS = 2  # bodies that are read at the same time, each in a thread
+READERS = 2  # threads that parse bodies
 _log = logging.getLogger(__name__)
 
 ABOUT = """\
-A photo and a sentence become a short clip that begins with the photo.
+Makes a short clip from a photo and a text prompt. The clip begins with the photo.
 
-The answer is the file itself; with `Accept: application/json` it is JSON with the file in base64, and with
-`Accept: application/x-ndjson` a line of JSON for each denoising step, then one with the result or the error.
-`X-Seed` and `X-Model-Version` say what it takes to make a clip again. Every refusal is JSON with a sentence.
+The response is the file; with `Accept: application/json` it is JSON with the file in base64, and with
+`Accept: application/x-ndjson` one line of JSON for each denoising step, then one with the result or the error.
+The same values, `X-Seed` and `X-Model-Version` give the same clip. Every error is JSON with a message.
 """
 EXAMPLE = {
     "image": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAJUlEQVR4nGO0cctjwAaYsIoSJ7Hsw6Fl"
@@ -54,87 +63,84 @@ EXAMPLE = {
 }
 
 
-def create_app(desk: Desk, key: str | None = None) -> FastAPI:
-    """The application; with a `key`, /v1/animate is for those who send it as bearer token or `X-API-Key`."""
+def create_app(gateway: Gateway, key: str | None = None) -> FastAPI:
+    """Returns the application; with a `key`, /v1/animate requires it as bearer token or `X-API-Key`."""
     app = FastAPIOffline(title="TRIP", version="1", description=ABOUT, redoc_url=None)
     app.state.readers = CapacityLimiter(READERS)
-    # Without origins: no page of another site may read an answer. Gradio, which would let every one, then adds nothing.
+    # Without origins, pages of other sites cannot read responses. Gradio would allow all of them.
     app.add_middleware(CORSMiddleware)
     app.add_middleware(_SameOrigin)
     app.add_middleware(_RequestId)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
-        wait = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-        return JSONResponse(_said(refusal, request.state.request_id), refusal.status, wait)
+        headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
+        return _error_response(refusal, request.state.request_id, headers)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
-        said = Refusal(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}; see /docs")
-        return JSONResponse(_said(said, request.state.request_id), said.status, error.headers)
+        refusal = Refusal(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}; see /docs")
+        return _error_response(refusal, request.state.request_id, error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
         _log.error("request %s failed", request.state.request_id, exc_info=error)
-        said = Refusal(500, "the service failed on this request; give its id to those who run it")
-        return JSONResponse(_said(said, request.state.request_id), 500)
+        refusal = Refusal(500, "the service failed on this request; quote the request id when reporting this")
+        return _error_response(refusal, request.state.request_id)
 
-    # Gives /docs a field for the key; `_authorize` checks it, and takes it as bearer token too.
-    asks = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if key else None
+    # A field for the key in /docs. `_authorize` checks it and also accepts a bearer token.
+    security = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if key else None
 
     @app.post(
         "/v1/animate",
         summary="Animate a photo",
         response_class=Response,
-        openapi_extra=_described(),
-        dependencies=asks,
+        openapi_extra=_openapi(gateway.max_steps),
+        dependencies=security,
     )
     async def animate(request: Request) -> Response:
         try:
             _authorize(request, key)
-            animation = await _read(request)
+            animation = await _read(request, gateway.max_steps)
         except Refusal as refusal:
-            raise desk.refused(refusal) from refusal.__cause__
+            raise gateway.count_refusal(refusal) from refusal.__cause__
         accept = request.headers.get("accept", "")
         if LINES in accept:
-            events = desk.animate(animation)
-            first = await anext(events)
-            if isinstance(first, Refusal):
-                raise first
-            return StreamingResponse(_lines(first, events, request.state.request_id), media_type=LINES)
-        clip = await _waited_for(desk, animation, request)
+            messages = gateway.stream(animation)
+            first = await anext(messages)  # raises the refusal of a request that is not accepted
+            return StreamingResponse(_lines(first, messages, request.state.request_id), media_type=LINES)
+        clip = await _clip(gateway, animation, request)
         if JSON in accept:
             return JSONResponse(_as_json(clip, request.state.request_id), headers=_headers(clip))
         return Response(_file(clip), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
 
     @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", summary="Whether this process answers", response_class=PlainTextResponse)
+    @app.get("/healthz", summary="Whether the process responds", response_class=PlainTextResponse)
     async def healthz() -> str:
         return "ok\n"
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", summary="Whether requests are answered, and with which version")
+    @app.get("/readyz", summary="Whether requests are accepted, and the model version")
     async def readyz() -> Response:
-        status = await desk.animators.status()
-        ready = bool(status.version) and not desk.closing
-        said = {"ready": ready, **dataclasses.asdict(status), "under_way": desk.under_way}
-        if desk.closing:
-            said["trouble"] = "the service is stopping"
-        return JSONResponse(said, 200 if ready else 503)
+        status = await gateway.backend.status()
+        ready = bool(status.version) and not gateway.closing
+        state = {"ready": ready, **dataclasses.asdict(status), "in_flight": gateway.in_flight}
+        if gateway.closing:
+            state["trouble"] = "the service is stopping"
+        return JSONResponse(state, 200 if ready else 503)
 
-    @app.get("/metrics", summary="Prometheus text", response_class=PlainTextResponse)
+    @app.get("/metrics", summary="Metrics in the Prometheus format", response_class=PlainTextResponse)
     async def metrics() -> str:
-        return generate_latest(desk.metrics).decode()
+        return generate_latest(gateway.metrics).decode()
 
     return app
 
 
 class _SameOrigin:
-    """Refuses what a page of another site makes a visitor's browser send, and does not believe what headers say of
-    the service's own address.
+    """Refuses requests that a page of another site makes a browser send; ignores headers about the service's address.
 
-    A browser says where a request comes from in `Sec-Fetch-Site`, and over plain http in `Origin` alone. Programs send
-    neither. GET and HEAD change nothing, and without CORS headers no other page can read their answers.
+    A browser sends the origin of a request in `Sec-Fetch-Site`, and over plain HTTP only in `Origin`. Programs send
+    neither. GET and HEAD change nothing, and without CORS headers no other page can read their responses.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -142,12 +148,12 @@ class _SameOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            # Gradio would make links to any host that is named here.
-            not_believed = (b"x-forwarded-host", b"x-gradio-server")
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in not_believed]
+            # Gradio would write links to any host that these name.
+            ignored = (b"x-forwarded-host", b"x-gradio-server")
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in ignored]
             if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_foreign(Headers(scope=scope)):
-                said = Refusal(403, "the request comes from a page of another site; send it from a program or our page")
-                await JSONResponse(_said(said, scope["state"]["request_id"]), said.status)(scope, receive, send)
+                refusal = Refusal(403, "the request comes from a page of another site; use this site or a program")
+                await _error_response(refusal, scope["state"]["request_id"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -160,7 +166,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 class _RequestId:
-    """Gives every request an id, its own if that is a plain word, and sends it back."""
+    """Gives every request an id, or keeps a valid `X-Request-Id`, and returns it in the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -173,12 +179,12 @@ class _RequestId:
         request_id = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
-        async def answer(message: Message) -> None:
+        async def respond(message: ASGIMessage) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, answer)
+        await self._app(scope, receive, respond)
 
 
 def _authorize(request: Request, key: str | None) -> None:
@@ -186,12 +192,12 @@ def _authorize(request: Request, key: str | None) -> None:
         return
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     sent = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not hmac.compare_digest(sent.encode("latin-1"), key.encode()):  # headers come as latin-1, whatever was sent
+    if not hmac.compare_digest(sent.encode("latin-1"), key.encode()):  # headers are decoded as latin-1
         raise Refusal(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'X-API-Key'")
 
 
-async def _read(request: Request) -> Animation:
-    """The request as JSON or as a form, read in a thread. Raises `Refusal`."""
+async def _read(request: Request, max_steps: int) -> Animation:
+    """Parses the request, JSON or a form, in a thread. Raises `Refusal`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (JSON, MULTIPART):
         raise Refusal(415, f"the content type is {kind!r:.60}; send {JSON} or {MULTIPART}")
@@ -199,32 +205,30 @@ async def _read(request: Request) -> Animation:
 
     def read() -> Animation:
         try:
-            # A loop of its own: the form's parser is a coroutine that computes and never waits.
+            # In its own event loop: the form parser is a coroutine that computes and never waits.
             fields = read_json(body) if kind == JSON else asyncio.run(_form(request.headers, body))
         except (ValueError, MultiPartException) as error:
-            raise Refusal(
-                400, f"the body is not {kind} ({str(error)[:80]}); send photo and prompt as /docs shows"
-            ) from error
+            raise Refusal(400, f"the body is not {kind} ({str(error)[:80]}); see /docs for an example") from error
         if not isinstance(fields, dict):
-            raise Refusal(400, "the body is JSON but no object; send {'image': ..., 'prompt': ...}")
-        return read_animation(fields)
+            raise Refusal(400, "the body is JSON but not an object; send {'image': ..., 'prompt': ...}")
+        return read_animation(fields, max_steps)
 
     return await to_thread.run_sync(read, limiter=request.app.state.readers)
 
 
 async def _body(request: Request) -> bytes:
-    """The body, read no further than a photo may be long."""
+    """Reads the body up to `MAX_BODY_BYTES`. Raises `Refusal`."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise too_many_bytes(int(announced))
+        raise body_too_large(int(announced))
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY_BYTES:
-                raise too_many_bytes(len(body))
+                raise body_too_large(len(body))
     except ClientDisconnect as error:
-        raise Refusal(499, "the caller has gone") from error
+        raise Refusal(499, "the client has disconnected") from error
     return bytes(body)
 
 
@@ -238,46 +242,55 @@ async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
     return fields
 
 
-async def _waited_for(desk: Desk, animation: Animation, request: Request) -> Clip:
-    """The clip. Raises `Refusal`, also as soon as the caller has gone, whether the request waits or is computed."""
+async def _clip(gateway: Gateway, animation: Animation, request: Request) -> Clip:
+    """Returns the clip. Raises `Refusal`, also as soon as the client disconnects."""
 
-    async def clip() -> Clip:
-        async with aclosing(desk.clip(animation)) as events:
-            async for event in events:
-                if isinstance(event, Clip):
-                    return event
+    async def last_message() -> Clip:
+        async with aclosing(gateway.stream(animation)) as messages:
+            async for message in messages:
+                if isinstance(message, Clip):
+                    return message
         raise AssertionError("no clip and no refusal")
 
-    answer = asyncio.ensure_future(clip())
-    gone = asyncio.ensure_future(request.receive())  # the body is read, so only a disconnect can come
+    clip = asyncio.ensure_future(last_message())
+    disconnect = asyncio.ensure_future(request.receive())  # the body is read, so only a disconnect can come
     try:
-        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        raise Refusal(499, "the caller has gone")
+        await asyncio.wait([clip, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        if clip.done():
+            return clip.result()
+        raise Refusal(499, "the client has disconnected")
     finally:
-        for task in (answer, gone):
+        for task in (clip, disconnect):
             task.cancel()
-        await asyncio.wait([answer, gone])
+        await asyncio.wait([clip, disconnect])
 
 
-async def _lines(first: Event, events: AsyncGenerator[Event, None], request_id: str) -> AsyncGenerator[str, None]:
-    async with aclosing(events):
-        yield _line(first, request_id)
-        async for event in events:
-            yield _line(event, request_id)
+async def _lines(
+    first: Progress | Clip, messages: AsyncGenerator[Progress | Clip, None], request_id: str
+) -> AsyncGenerator[str, None]:
+    async with aclosing(messages):
+        try:
+            yield _line(first, request_id)
+            async for message in messages:
+                yield _line(message, request_id)
+        except Refusal as refusal:
+            yield _line(refusal, request_id)
 
 
-def _line(event: Event, request_id: str) -> str:
-    if isinstance(event, Progress):
-        value = dataclasses.asdict(event)
+def _line(message: Progress | Clip | Refusal, request_id: str) -> str:
+    if isinstance(message, Progress):
+        value = dataclasses.asdict(message)
     else:
-        value = _as_json(event, request_id) if isinstance(event, Clip) else _said(event, request_id)
+        value = _as_json(message, request_id) if isinstance(message, Clip) else _error(message, request_id)
     return json.dumps(value) + "\n"
 
 
-def _said(refusal: Refusal, request_id: str) -> dict[str, Any]:
+def _error(refusal: Refusal, request_id: str) -> dict[str, Any]:
     return {"error": {"status": refusal.status, "message": refusal.message, "request_id": request_id}}
+
+
+def _error_response(refusal: Refusal, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_error(refusal, request_id), refusal.status, headers)
 
 
 def _headers(clip: Clip) -> dict[str, str]:
@@ -292,38 +305,40 @@ def _headers(clip: Clip) -> dict[str, str]:
 
 
 def _as_json(clip: Clip, request_id: str) -> dict[str, Any]:
-    """What is known of a clip, and its files: `video`, or `frames` as a list of PNGs, in base64."""
+    """The fields of a clip, with its files in base64: `video`, or `frames` as a list of PNGs."""
     files = [base64.b64encode(file).decode() for file in clip.files]
-    known = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "files"}
-    return {"request_id": request_id, **known} | ({"frames": files} if clip.format == "frames" else {"video": files[0]})
+    values = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "files"}
+    content = {"frames": files} if clip.format == "frames" else {"video": files[0]}
+    return {"request_id": request_id, **values, **content}
 
 
 def _file(clip: Clip) -> bytes:
-    """The video, or a zip of its frames."""
+    """Returns the video, or a zip of its frames."""
     if clip.format != "frames":
         return clip.files[0]
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # a PNG is packed already
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # a PNG is compressed already
         for number, frame in enumerate(clip.files):
-            archive.writestr(zipfile.ZipInfo(f"{number:03d}.png"), frame)  # with no time of day in it
+            archive.writestr(zipfile.ZipInfo(f"{number:03d}.png"), frame)  # without the time of day
     return buffer.getvalue()
 
 
-def _described() -> dict[str, Any]:
-    """The request and its answers for the OpenAPI page."""
-    fields = Animation.model_json_schema()
+def _openapi(max_steps: int) -> dict[str, Any]:
+    """The OpenAPI description of POST /v1/animate."""
+    fields = animation_schema(max_steps)
     upload = {**fields, "properties": {**fields["properties"], "image": {"type": "string", "format": "binary"}}}
     refusals = {
-        "400": "image or body that cannot be read",
-        "401": "API key",
+        "400": "the photo or the body cannot be read",
+        "401": "the API key is missing or wrong",
         "413": "too many bytes or pixels",
-        "415": "another content type",
-        "422": "a value out of bounds or unknown",
-        "429": "too many wait; see Retry-After",
-        "503": "no model yet, or stopping",
-        "504": "out of time",
+        "415": "unsupported content type",
+        "422": "a value is out of bounds or unknown",
+        "429": "the queue is full; see Retry-After",
+        "503": "no model yet, or the service is stopping",
+        "504": "the time limit is reached",
     }
-    error = {"error": {"status": 422, "message": "steps is -1; send a whole number ...", "request_id": "0123abcd"}}
+    message = "steps is -1; use an integer from 1 to 1000 (DDIM steps)"
+    error = {"error": {"status": 422, "message": message, "request_id": "0123abcd"}}
     binary = {"schema": {"type": "string", "format": "binary"}}
     headers = ("X-Seed", "X-Model", "X-Model-Version", "X-Batch", "X-Request-Id")
     return {
@@ -333,7 +348,7 @@ def _described() -> dict[str, Any]:
         },
         "responses": {
             "200": {
-                "description": "the clip",
+                "description": "The clip",
                 "headers": {name: {"schema": {"type": "string"}} for name in headers},
                 "content": {kind: binary for kind in MEDIA_TYPES.values()} | {JSON: {}, LINES: {}},
             },

@@ -1,4 +1,4 @@
-"""Animates photos one batch after another with the version that an alias names, and follows the alias when it moves."""
+"""The engine of a replica: animates photos in batches with the version of an alias, and follows the alias."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tasks.serve.limits import Animation, Refusal
-from tasks.serve.messages import Clip, EngineSpec, Event, Progress, Status
-from tasks.serve.versions import Aliased, AliasedModel, RegistryTrouble
+from tasks.serve.limits import Animation, Refusal, out_of_time
+from tasks.serve.messages import Clip, EngineSpec, Message, Progress, Status
+from tasks.serve.versions import AliasedModel, RegistryTrouble, VersionId
 from trip_model.images import load_image, video_bytes
 from trip_model.pipeline import TripPipeline
 
@@ -26,69 +26,69 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Live:
-    aliased: Aliased
+class _LoadedVersion:
+    id: VersionId
     pipe: TripPipeline
 
     @property
     def version(self) -> str:
-        return self.aliased.number
+        return self.id.number
 
 
 @dataclass(eq=False)
 class _Job:
     animation: Animation
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    over: bool = False  # nobody listens any more: answered, out of time, or gone
+    messages: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
+    done: bool = False  # answered, timed out, or its client has disconnected
 
     @property
     def shape(self) -> tuple[int | None, int | None, float | None]:
         return self.animation.num_frames, self.animation.steps, self.animation.guidance
 
-    def tell(self, event: Event) -> None:
-        """Hands an event to the request's event loop, from any thread."""
-        if self.over:
+    def send(self, message: Message) -> None:
+        """Puts a message into the queue of the request's event loop, from any thread."""
+        if self.done:
             return
-        self.over = not isinstance(event, Progress)
+        self.done = not isinstance(message, Progress)
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self.messages.put_nowait, message)
         except RuntimeError:  # the loop is closed
-            self.over = True
+            self.done = True
 
 
 class _Abandoned(Exception):
-    """Nobody waits for the batch under way."""
+    """No client waits for the current batch."""
 
 
 class Engine:
-    """One pipeline, one thread that runs it, a bounded queue in front, and one thread that follows the alias."""
+    """One pipeline, a bounded queue, one thread that runs batches, and one thread that follows the alias."""
 
-    sent_again = 0  # there is nobody else to send a request to
+    retries = 0  # only `Replicas` retries
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         spec.access.apply()
         self._aliased = AliasedModel(spec.name, spec.alias, spec.tracking_uri, Path(spec.cache))
-        self._live: _Live | None = None
-        self._broken: Aliased | None = None
-        self._silence = ""
+        self._live: _LoadedVersion | None = None
+        self._failed: VersionId | None = None  # the version that did not load
+        self._registry_error = ""
         self._trouble = "the model is being loaded"
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopped = threading.Event()
-        self._seconds = 1.0  # of the last batch, to guess from
+        self._seconds = 1.0  # of the last batch, to estimate waiting times
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._work, self._follow)]
 
     def start(self) -> None:
-        """Loads the model if the registry gives one now, and starts the threads; without one they keep asking."""
+        """Loads the model and starts the threads. If no model can be loaded now, the threads try again."""
         self.refresh()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Ends both threads; what still waits is refused."""
+        """Ends both threads and refuses waiting requests."""
         self._stopped.set()
         with self._changed:
             _refuse(self._waiting, 503, "the service is stopping; send the request again")
@@ -100,60 +100,56 @@ class Engine:
         return all(thread.is_alive() for thread in self._threads)
 
     async def status(self) -> Status:
-        live = self._live
+        loaded = self._live
         return Status(
             self.spec.name,
-            live.version if live else "",
+            loaded.version if loaded else "",
             self._trouble,
             len(self._waiting),
             torch.get_num_threads(),
             self.device,
-            _defaults(live.pipe) if live else {},
+            _defaults(loaded.pipe) if loaded else {},
+            loaded.pipe.model.config.schedule.num_train_timesteps if loaded else 0,
         )
 
     def refresh(self) -> None:
-        """Asks the registry once; loads the alias's version beside the one in use, then puts it in its place.
+        """Looks up the alias once; loads a new version next to the current one, then replaces that.
 
-        A version that does not load is left alone until the alias moves on, and the old one stays.
+        A version that does not load is not tried again until the alias moves, and the current one stays in use.
         """
-        live = self._live
+        current = self._live
         try:
             version = self._version()
-            if live is None or version != live.aliased:
-                if version == self._broken:
+            if current is None or version != current.id:
+                if version == self._failed:
                     return
                 folder = self._aliased.fetch(version)
-                self._broken = version
-                self._live = _Live(version, self._tried(TripPipeline.from_folder(folder, self.device)))
-                self._broken = None
-                self._aliased.forget_all_but(version, live.aliased if live else version)
-            self._trouble = self._silence
+                self._failed = version
+                self._live = _LoadedVersion(version, _tested(TripPipeline.from_folder(folder, self.device)))
+                self._failed = None
+                self._aliased.remove_all_except(version, current.id if current else version)
+            self._trouble = self._registry_error
         except RegistryTrouble as error:
             self._trouble = str(error)
-        except Exception as error:  # whatever is wrong with a version, the one in use stays in use
-            number = self._broken.number if self._broken else "?"
+        except Exception as error:  # a faulty version may raise anything; the current one stays in use
+            number = self._failed.number if self._failed else "?"
             self._trouble = f"version {number} of {self.spec.name} does not load: {error}"
 
-    def _version(self) -> Aliased:
-        """Where the alias points. A replica that starts while the registry is down takes what was in use last."""
+    def _version(self) -> VersionId:
+        """The version of the alias. A replica that starts while the registry is down takes the last one in use."""
         try:
             version = self._aliased.current()
-            self._silence = ""
+            self._registry_error = ""
             return version
         except RegistryTrouble as error:
             known = self._aliased.last_fetched()
             if self._live is not None or known is None:
                 raise
-            self._silence = str(error)
+            self._registry_error = str(error)
             return known
 
-    def _tried(self, pipe: TripPipeline) -> TripPipeline:
-        """One step of the smallest clip: finds a broken model before a person does, and warms a device up."""
-        pipe(np.zeros((pipe.size, pipe.size, 3), np.uint8), "a test", num_frames=2, steps=1)
-        return pipe
-
-    async def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]:
-        """Progress, then one `Clip` or `Refusal`. What is refused at once comes first, so before any progress."""
+    async def stream(self, animation: Animation, seconds: float) -> AsyncGenerator[Message, None]:
+        """Yields progress, then one `Clip` or `Refusal`; only the refusal if the request is not accepted."""
         job = _Job(animation, asyncio.get_running_loop())
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -166,15 +162,15 @@ class Engine:
             return
         try:
             yield Progress(0, animation.steps or 0)
-            event: Event = Progress(0, 0)
-            while isinstance(event, Progress):
+            message: Message = Progress(0, 0)
+            while isinstance(message, Progress):
                 try:
-                    event = await asyncio.wait_for(job.events.get(), deadline - time.monotonic())
+                    message = await asyncio.wait_for(job.messages.get(), deadline - time.monotonic())
                 except TimeoutError:
-                    event = Refusal(504, f"no clip within {seconds:g} s; ask for fewer steps or frames, or later")
-                yield event
-        finally:  # also when the caller is gone
-            job.over = True
+                    message = out_of_time(seconds)
+                yield message
+        finally:  # also when the client has disconnected
+            job.done = True
             with self._changed:
                 if job in self._waiting:
                     self._waiting.remove(job)
@@ -184,7 +180,7 @@ class Engine:
             return Refusal(503, f"there is no model yet: {self._trouble}", retry_after=5)
         if len(self._waiting) >= self.spec.max_queue:
             wait = max(1, round(self._seconds * len(self._waiting) / self.spec.max_batch))
-            return Refusal(429, f"{len(self._waiting)} requests wait already; send it again in {wait} s", wait)
+            return Refusal(429, f"{len(self._waiting)} requests are waiting; send it again in {wait} s", wait)
         return None
 
     def _follow(self) -> None:
@@ -198,62 +194,62 @@ class Engine:
                 if self._stopped.is_set():
                     return
                 first = self._waiting.popleft()
-                mates = [job for job in self._waiting if job.shape == first.shape][: self.spec.max_batch - 1]
-                for job in mates:
+                others = [job for job in self._waiting if job.shape == first.shape][: self.spec.max_batch - 1]
+                for job in others:
                     self._waiting.remove(job)
             assert self._live is not None
             try:
-                self._run(self._live, [first, *mates])
-            except Exception as error:  # this thread outlives whatever a request or a model does
-                _log.exception("a batch of %d failed", 1 + len(mates))
-                _refuse([first, *mates], 500, f"the model failed with {type(error).__name__}; ask for fewer frames")
+                self._run(self._live, [first, *others])
+            except Exception as error:  # a model may raise anything; this thread must not end
+                _log.exception("a batch of %d failed", 1 + len(others))
+                _refuse([first, *others], 500, f"the model failed with {type(error).__name__}; use fewer frames")
 
-    def _run(self, live: _Live, batch: list[_Job]) -> None:
-        """Answers a batch with one version, whatever the alias does meanwhile."""
+    def _run(self, loaded: _LoadedVersion, batch: list[_Job]) -> None:
+        """Answers a batch with one version, also if the alias moves meanwhile."""
         start = time.monotonic()
         ready: list[_Job] = []
         photos: list[np.ndarray] = []
         for job in batch:
-            if job.over:
+            if job.done:
                 continue
             try:
-                photos.append(load_image(job.animation.image, live.pipe.size))
+                photos.append(load_image(job.animation.image, loaded.pipe.size))
                 ready.append(job)
-            except Exception as error:  # decoders of images raise what they like
-                known = isinstance(error, ValueError)  # the rest speaks of the decoder, not of the photo
+            except Exception as error:  # image decoders raise many types
+                known = isinstance(error, ValueError)  # other messages describe the decoder, not the photo
                 reason = str(error) if known else f"its decoder failed with {type(error).__name__}"
-                job.tell(Refusal(400, f"image cannot be used: {reason}"))
+                job.send(Refusal(400, f"image cannot be used: {reason}"))
         if not ready:
             return
 
         def on_step(step: int, steps: int) -> None:
             for job in ready:
-                job.tell(Progress(step, steps))
-            if self._stopped.is_set() or all(job.over for job in ready):
+                job.send(Progress(step, steps))
+            if self._stopped.is_set() or all(job.done for job in ready):
                 raise _Abandoned
 
-        asked = ready[0].animation
+        first = ready[0].animation
         try:
-            videos = live.pipe.generate(
+            videos = loaded.pipe.generate(
                 photos,
                 [job.animation.prompt for job in ready],
                 [job.animation.seed for job in ready],
-                asked.num_frames,
-                asked.steps,
-                asked.guidance,
+                first.num_frames,
+                first.steps,
+                first.guidance,
                 on_step=on_step,
             )
             self._seconds = time.monotonic() - start
             for job, pixels in zip(ready, videos, strict=True):
-                job.tell(self._clip(job.animation, live, pixels, len(ready)))
+                job.send(self._clip(job.animation, loaded, pixels, len(ready)))
         except _Abandoned:
             _refuse(ready, 503, "the service is stopping; send the request again")
         except ValueError as error:
             _refuse(ready, 422, str(error))
 
-    def _clip(self, animation: Animation, live: _Live, pixels: np.ndarray, batch: int) -> Clip:
-        given = animation.model_dump(include={"steps", "guidance", "fps"}, exclude_none=True)
-        used = _defaults(live.pipe) | given
+    def _clip(self, animation: Animation, loaded: _LoadedVersion, pixels: np.ndarray, batch: int) -> Clip:
+        given = {"steps": animation.steps, "guidance": animation.guidance, "fps": animation.fps}
+        used = _defaults(loaded.pipe) | {name: value for name, value in given.items() if value is not None}
         if animation.format == "frames":
             files = tuple(_png(frame) for frame in pixels)
         else:
@@ -269,10 +265,16 @@ class Engine:
             steps=int(used["steps"]),
             guidance=used["guidance"],
             model=self.spec.name,
-            version=live.version,
+            version=loaded.version,
             batch=batch,
             seconds=self._seconds,
         )
+
+
+def _tested(pipe: TripPipeline) -> TripPipeline:
+    """Runs one step of the smallest clip, which finds a broken model before it is used and initialises the device."""
+    pipe(np.zeros((pipe.size, pipe.size, 3), np.uint8), "a test", num_frames=2, steps=1)
+    return pipe
 
 
 def _defaults(pipe: TripPipeline) -> dict[str, float]:
@@ -283,7 +285,7 @@ def _defaults(pipe: TripPipeline) -> dict[str, float]:
 
 def _refuse(jobs: Iterable[_Job], status: int, message: str) -> None:
     for job in jobs:
-        job.tell(Refusal(status, message))
+        job.send(Refusal(status, message))
 
 
 def _png(frame: np.ndarray) -> bytes:

@@ -1,111 +1,119 @@
-"""The desk of the service: takes requests in, counts how they end, and finishes what it has taken before it closes."""
+"""The gateway of the service: receives requests, counts how they end, and completes accepted ones before it closes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from types import FrameType
 from typing import Protocol
 
 import uvicorn
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from tasks.serve.limits import Animation, Refusal
-from tasks.serve.messages import Clip, Event, Progress, Status
+from tasks.serve.messages import Clip, Message, Progress, Status
+from trip_model.request_limits import BOUNDS
 
+MAX_STEPS = int(BOUNDS["steps"].maximum)
 _IDLE_CHECK_SECONDS = 0.1
 
 
-class Animators(Protocol):
-    """Where requests are answered: an `Engine` of this process, or `Replicas` of it."""
+class Backend(Protocol):
+    """Computes clips: an `Engine` in this process, or `Replicas` of it."""
 
-    sent_again: int  # requests that a lost replica had taken
+    retries: int  # requests sent again because their replica was lost
 
-    def animate(self, animation: Animation, seconds: float) -> AsyncGenerator[Event, None]: ...
+    def stream(self, animation: Animation, seconds: float) -> AsyncGenerator[Message, None]: ...
 
     async def status(self) -> Status: ...
 
 
-class Desk:
-    """All requests, whether they came over HTTP or from the page, go through `animate`; each has `seconds`."""
+class Gateway:
+    """Passes all requests, of the API and of the web UI, to a backend.
 
-    def __init__(self, animators: Animators, seconds: float) -> None:
-        self.animators = animators
+    Args:
+        seconds: the time limit of a request.
+        max_steps: the largest number of steps that a request may have.
+    """
+
+    def __init__(self, backend: Backend, seconds: float, max_steps: int = MAX_STEPS) -> None:
+        self.backend = backend
         self.seconds = seconds
+        self.max_steps = max_steps
         self.closing = False
-        self.under_way = 0
+        self.in_flight = 0
         self.metrics = CollectorRegistry()
         ProcessCollector(registry=self.metrics)
-        self._answers = Counter("trip_requests", "Requests by HTTP status", ["status"], registry=self.metrics)
-        Gauge("trip_requests_under_way", "Requests not answered yet", registry=self.metrics).set_function(
-            lambda: self.under_way
-        )
-        Gauge("trip_requests_sent_again", "Requests that a lost replica had", registry=self.metrics).set_function(
-            lambda: self.animators.sent_again
-        )
-        self._seconds = Histogram(
+        self.metrics.register(_Retries(backend))
+        self._requests = Counter("trip_requests", "Requests by HTTP status", ["status"], registry=self.metrics)
+        in_flight = Gauge("trip_requests_in_flight", "Accepted requests without a response", registry=self.metrics)
+        in_flight.set_function(lambda: self.in_flight)
+        self._clip_seconds = Histogram(
             "trip_clip_seconds",
-            "From a request to its clip",
+            "Seconds from a request to its clip",
             buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
             registry=self.metrics,
         )
         self._clips = Counter("trip_clips", "Clips by model and version", ["model", "version"], registry=self.metrics)
 
-    def refused(self, refusal: Refusal) -> Refusal:
-        """Counts a request that is refused."""
-        self._answers.labels(refusal.status).inc()
+    def count_refusal(self, refusal: Refusal) -> Refusal:
+        self._requests.labels(refusal.status).inc()
         return refusal
 
-    async def animate(self, animation: Animation) -> AsyncGenerator[Event, None]:
-        """Progress, then one clip or refusal; a refusal at once comes before any progress."""
+    async def stream(self, animation: Animation) -> AsyncGenerator[Progress | Clip, None]:
+        """Yields progress, then one clip. Raises `Refusal`, before any progress if the request is not accepted."""
         if self.closing:
-            yield self.refused(Refusal(503, "the service is stopping; send the request to another, or later", 5))
-            return
+            raise self.count_refusal(Refusal(503, "the service is stopping; send the request again later", 5))
         start = time.monotonic()
-        self.under_way += 1
+        self.in_flight += 1
         answered = False
         try:
-            async with aclosing(self.animators.animate(animation, self.seconds)) as events:
-                async for event in events:
-                    answered = not isinstance(event, Progress)
-                    if isinstance(event, Refusal):
-                        self.refused(event)
-                    elif isinstance(event, Clip):
-                        self._answers.labels(200).inc()
-                        self._clips.labels(event.model, event.version).inc()
-                        self._seconds.observe(time.monotonic() - start)
-                    yield event
+            async with aclosing(self.backend.stream(animation, self.seconds)) as messages:
+                async for message in messages:
+                    answered = not isinstance(message, Progress)
+                    if isinstance(message, Refusal):
+                        raise self.count_refusal(message)
+                    if isinstance(message, Clip):
+                        self._requests.labels(200).inc()
+                        self._clips.labels(message.model, message.version).inc()
+                        self._clip_seconds.observe(time.monotonic() - start)
+                    yield message
         finally:
-            self.under_way -= 1
-            if not answered:  # the caller has gone
-                self._answers.labels(499).inc()
+            self.in_flight -= 1
+            if not answered:  # the client has disconnected
+                self._requests.labels(499).inc()
 
-    async def clip(self, animation: Animation) -> AsyncGenerator[Progress | Clip, None]:
-        """As `animate`, but raises the `Refusal`."""
-        async with aclosing(self.animate(animation)) as events:
-            async for event in events:
-                if isinstance(event, Refusal):
-                    raise event
-                yield event
+
+class _Retries(Collector):
+    """`trip_request_retries_total`, read from the backend, which counts them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        about = "Requests sent again because their replica was lost"
+        yield CounterMetricFamily("trip_request_retries", about, self._backend.retries)
 
 
 class Server(uvicorn.Server):
-    """At the first signal takes no more requests and finishes those under way; a second one ends it."""
+    """Stops accepting requests at the first signal and completes accepted ones; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
         super().__init__(config)
-        self._desk = desk
+        self._gateway = gateway
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._desk.closing:
+        if self._gateway.closing:
             super().handle_exit(sig, frame)
             return
-        self._desk.closing = True
+        self._gateway.closing = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        while self._desk.under_way:
+        while self._gateway.in_flight:
             await asyncio.sleep(_IDLE_CHECK_SECONDS)
         self.should_exit = True

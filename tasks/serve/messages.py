@@ -1,4 +1,4 @@
-"""What crosses the doors of the service: how a replica is set up, and what it says of a request and of itself."""
+"""The messages between gateway and replicas: the spec of a replica, progress, clips, and status."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tasks.serve.limits import Refusal
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What one replica serves and how.
+    """The model that a replica serves, and its limits.
 
     Args:
         name: the registered model.
         alias: the alias to follow.
         tracking_uri: the registry's address.
-        cache: folder on this machine for the versions that were downloaded.
-        max_batch: requests of equal shape in one pass of the model. More than 1 changes a few values of a clip by one
-            level of 255, by what the request happened to share its batch with (`docs/decisions/serving.md`).
-        max_queue: requests that may wait; one more is refused.
+        cache: folder on this machine for downloaded versions.
+        max_batch: requests of equal shape in one pass of the model. With more than 1, a few values of a clip differ by
+            one level of 255, depending on the other requests of its batch (`docs/decisions/serving.md`).
+        max_queue: requests that may wait; further ones are refused.
         access: the driver's credentials for the registry.
-        poll_seconds: how often the registry is asked where the alias points.
+        poll_seconds: seconds between two look-ups of the alias.
     """
 
     name: str
@@ -36,7 +36,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Progress:
-    """A request is accepted (step 0) or has `step` of `steps` denoising steps behind it."""
+    """`step` of `steps` denoising steps are done; step 0: the request is accepted."""
 
     step: int
     steps: int
@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Clip:
-    """The answer to a request, and what it takes to make it again; `files` is one video, or a PNG for each frame."""
+    """The answer to a request, with every value that reproduces it. `files`: one video, or a PNG for each frame."""
 
     files: tuple[bytes, ...]
     format: str
@@ -57,16 +57,16 @@ class Clip:
     guidance: float
     model: str
     version: str
-    batch: int  # how many requests were computed together with it, itself included
-    seconds: float  # in the model, without the wait
+    batch: int  # number of requests in its batch, itself included
+    seconds: float  # in the model, without waiting
 
 
-Event = Progress | Clip | Refusal
+Message = Progress | Clip | Refusal
 
 
 @dataclass(frozen=True)
 class Status:
-    """`version` is "" while there is no model; `trouble` is what keeps the alias from being followed, "" if nothing."""
+    """The state of a replica. `version` is "" without a model; `trouble` says why the alias is not followed."""
 
     model: str
     version: str
@@ -75,3 +75,4 @@ class Status:
     threads: int
     device: str
     defaults: dict[str, float]  # num_frames, steps, guidance and fps of the model
+    max_steps: int  # time steps of the model, 0 without one

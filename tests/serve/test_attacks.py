@@ -24,11 +24,12 @@ from PIL import Image
 from tasks.register.packaging import drawn_photo
 from tasks.serve.api import create_app
 from tasks.serve.engine import Engine
-from tasks.serve.gateway import Desk
-from tasks.serve.limits import MAX_BODY_BYTES, MAX_IMAGE_BYTES, read_json
+from tasks.serve.gateway import Gateway
+from tasks.serve.limits import MAX_BODY_BYTES, read_json
 from tasks.serve.messages import EngineSpec
-from tasks.serve.web_ui import mount_page
+from tasks.serve.web_ui import mount_web_ui
 from trip_model.images import load_image
+from trip_model.request_limits import MAX_PHOTO_BYTES
 
 PROMPT = "a red circle moving right"
 SECRET = "nobody may read this"
@@ -56,9 +57,9 @@ def gradio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @contextmanager
-def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]:
-    desk = Desk(engine, 60)
-    app = mount_page(create_app(desk, key), desk, key)
+def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Gateway]]:
+    gateway = Gateway(engine, 60)
+    app = mount_web_ui(create_app(gateway, key), gateway, key)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,14 +69,14 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Desk]]
     try:
         while not server.started:
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", desk
+        yield f"http://127.0.0.1:{port}", gateway
     finally:
         server.should_exit = True
         thread.join(20)
 
 
 @pytest.fixture(scope="module")
-def service(engine: Engine) -> Iterator[tuple[str, Desk]]:
+def service(engine: Engine) -> Iterator[tuple[str, Gateway]]:
     with served(engine) as running:
         yield running
 
@@ -176,13 +177,13 @@ def test_an_upload_of_ones_own_becomes_a_clip(client):
 def test_a_file_that_is_no_photo_gets_our_sentence_and_is_opened_by_no_one_else(client, data):
     (path,) = client.post("/gradio_api/upload", files={"files": ("a.bin", data)}).json()
     told = queue(client, [file_data(path, orig_name="a.bin"), PROMPT, "7", 1, 1, 2, 4, None], session="no-photo")
-    assert "image is not one that can be read" in told and "Could not preprocess" not in told
+    assert "image cannot be read" in told and "Could not preprocess" not in told
 
 
 def test_an_upload_and_a_call_of_the_page_have_a_size(client):
-    part = b"0" * (MAX_IMAGE_BYTES // 2)
+    part = b"0" * (MAX_PHOTO_BYTES // 2)
     many = client.post("/gradio_api/upload", files=[("files", (f"{n}.png", part)) for n in range(3)])
-    assert many.status_code == 413 and "the page sends at most" in many.json()["error"]["message"]
+    assert many.status_code == 413 and "bytes; at most" in many.json()["error"]["message"]
     call = client.post("/gradio_api/queue/join", json={"data": ["0" * 10**5], "fn_index": 0, "session_hash": "s"})
     assert call.status_code == 413
     endless = client.post("/gradio_api/queue/join", content=iter([b"{}"]), headers={"Content-Type": "application/json"})
@@ -287,7 +288,7 @@ SHAPES = (
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_huge_body_of_any_shape_is_refused_and_keeps_nobody_waiting(engine, shape):
-    request, app = huge(shape), create_app(Desk(engine, 60))
+    request, app = huge(shape), create_app(Gateway(engine, 60))
 
     async def go() -> tuple[httpx.Response, float]:
         """The answer, and the longest time that another task of the event loop waited meanwhile."""
@@ -388,8 +389,8 @@ def until(what: Any, seconds: float = 20) -> float:
 
 @pytest.mark.parametrize("accept", ["video/mp4", "application/json", "application/x-ndjson"])
 def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, accept):
-    address, desk = service
-    long = {"num_frames": 16, "steps": 250}
+    address, gateway = service
+    long = {"num_frames": 16, "steps": 1000}
     with socket.create_connection(tuple(address.removeprefix("http://").split(":"))) as first:  # type: ignore[arg-type]
         body = json.dumps(good(**long)).encode()
         first.sendall(
@@ -397,7 +398,7 @@ def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, 
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        until(lambda: desk.under_way == 1 and not engine._waiting)
+        until(lambda: gateway.in_flight == 1 and not engine._waiting)
         before = ended(client, 499)
         threads = [threading.Thread(target=hang_up, args=(address, accept), kwargs=long) for _ in range(4)]
         for thread in threads:
@@ -406,8 +407,8 @@ def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, 
         for thread in threads:
             thread.join()
         assert until(lambda: not engine._waiting) < 1
-        assert desk.under_way == 1  # the first is still computed
-    assert until(lambda: not desk.under_way) < 1  # and not any more
+        assert gateway.in_flight == 1  # the first is still computed
+    assert until(lambda: not gateway.in_flight) < 1  # and not any more
     until(lambda: ended(client, 499) == before + 5)
     assert client.post("/v1/animate", json=good()).status_code == 200
 

@@ -165,7 +165,7 @@ def test_callers_who_hang_up_leave_the_replicas_too(running):
     while time.monotonic() < until and waiting():
         time.sleep(0.1)
     status = httpx.get(f"{running.url}/readyz").json()
-    assert waiting() == 0 and status["under_way"] == 0, status
+    assert waiting() == 0 and status["in_flight"] == 0, status
 
 
 def test_an_alias_move_and_a_killed_replica_lose_nothing_and_sigterm_finishes_what_is_under_way(running):

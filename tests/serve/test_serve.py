@@ -25,11 +25,12 @@ from infra.tracking import connect
 from tasks.register.registry import RegisterSpec, register
 from tasks.serve.api import create_app
 from tasks.serve.engine import Engine
-from tasks.serve.gateway import Desk
-from tasks.serve.limits import MAX_IMAGE_BYTES, Refusal, read_animation
+from tasks.serve.gateway import Gateway
+from tasks.serve.limits import Refusal, read_animation
 from tasks.serve.messages import Clip, EngineSpec, Progress
 from tasks.video.decode import read_clip
 from trip_model.pipeline import TripPipeline
+from trip_model.request_limits import MAX_PHOTO_BYTES
 
 PROMPT = "a red circle moving right"
 
@@ -127,12 +128,12 @@ def engine(store: Store, tmp_path_factory: pytest.TempPathFactory):
         yield engine
 
 
-def ask(engine_or_desk, method: str = "POST", path: str = "/v1/animate", key: str | None = None, **request):
+def ask(engine_or_gateway, method: str = "POST", path: str = "/v1/animate", key: str | None = None, **request):
     """One request to the application over an in-process connection."""
-    desk = engine_or_desk if isinstance(engine_or_desk, Desk) else Desk(engine_or_desk, 60)
+    gateway = engine_or_gateway if isinstance(engine_or_gateway, Gateway) else Gateway(engine_or_gateway, 60)
 
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(desk, key), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(create_app(gateway, key), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://trip", timeout=60) as client:
             return await client.request(method, path, **request)
 
@@ -216,31 +217,31 @@ def test_an_unusual_photo_is_animated_as_the_pipeline_does(data, engine, store):
 
 GOOD = {"image": url(photo()), "prompt": PROMPT}
 BAD = {
-    "not an image": ({"image": url(b"%PDF-1.7 no photo")}, 400, "not one that can be read"),
+    "not an image": ({"image": url(b"%PDF-1.7 no photo")}, 400, "image cannot be read"),
     "PostScript": (
         {"image": url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")},
         400,
-        "not one that can be read",
+        "image cannot be read",
     ),
     "cut off": ({"image": url(photo()[:200])}, 400, "damaged"),
     "not base64": ({"image": "a photo of mine"}, 400, "not base64"),
     "another URL": ({"image": "http://127.0.0.1/secret"}, 400, "not base64"),
     "nothing": ({"image": ""}, 400, "empty"),
-    "a number for an image": ({"image": 5}, 422, "image is 5; send a JPEG"),
+    "a number for an image": ({"image": 5}, 422, "image is 5; use a JPEG"),
     "40,000 x 40,000": ({"image": url(bomb())}, 413, "at most 64000000 pixels"),
-    "1x1": ({"image": url(photo(size=(1, 1)))}, 422, "1x1 pixels; send one of at least 8"),
+    "1x1": ({"image": url(photo(size=(1, 1)))}, 422, "1x1 pixels; use at least 8"),
     "a strip": ({"image": url(photo(size=(4000, 8)))}, 422, "at most 20 times"),
-    "too many bytes": ({"image": url(b"\0" * (MAX_IMAGE_BYTES + 1))}, 413, f"at most {MAX_IMAGE_BYTES} bytes"),
-    "far too many bytes": ({"image": url(b"\0" * (MAX_IMAGE_BYTES * 2))}, 413, f"at most {MAX_IMAGE_BYTES} bytes"),
-    "10,000 words": ({"prompt": "word " * 10_000}, 422, "prompt has 49999 characters; send a sentence of 1 to 2000"),
-    "an empty prompt": ({"prompt": "  "}, 422, "send a sentence"),
+    "too many bytes": ({"image": url(b"\0" * (MAX_PHOTO_BYTES + 1))}, 413, f"at most {MAX_PHOTO_BYTES} bytes"),
+    "far too many bytes": ({"image": url(b"\0" * (MAX_PHOTO_BYTES * 2))}, 413, f"at most {MAX_PHOTO_BYTES} bytes"),
+    "10,000 words": ({"prompt": "word " * 10_000}, 422, "prompt has 49999 characters; use a sentence of 1 to 2000"),
+    "an empty prompt": ({"prompt": "  "}, 422, "use a sentence"),
     "no prompt": ({"prompt": None}, 422, "prompt is None"),
-    "steps": ({"steps": -1}, 422, "steps is -1; send a whole number of DDIM steps from 1 to 250"),
-    "frames": ({"num_frames": 1e9}, 422, "num_frames is 1000000000.0; send a whole number from 2 to 64"),
-    "guidance": ({"guidance": "NaN"}, 422, "guidance is 'NaN'; send a number"),
+    "steps": ({"steps": -1}, 422, "steps is -1; use an integer from 1 to 1000"),
+    "frames": ({"num_frames": 1e9}, 422, "num_frames is 1000000000.0; use an integer from 2 to 64"),
+    "guidance": ({"guidance": "NaN"}, 422, "guidance is 'NaN'; use a number"),
     "seed": ({"seed": -5}, 422, "seed is -5"),
-    "format": ({"format": "exe"}, 422, "format is 'exe'; send one of mp4, gif, frames"),
-    "an unknown parameter": ({"strength": 1}, 422, "parameter 'strength' is unknown; there are image, prompt"),
+    "format": ({"format": "exe"}, 422, "format is 'exe'; use mp4, gif or frames"),
+    "an unknown parameter": ({"strength": 1}, 422, "parameter 'strength' is unknown; use image, prompt"),
 }
 
 
@@ -266,7 +267,7 @@ BODIES = {
         400,
         "not application/json",
     ),
-    "a list": ({"json": [1]}, 400, "no object"),
+    "a list": ({"json": [1]}, 400, "not an object"),
     "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "not multipart"),
     "two photos": ({"files": [("image", photo()), ("image", photo())]}, 400, "Too many files"),
     "no image": ({"json": {"prompt": PROMPT}}, 422, "image is missing; send a JPEG"),
@@ -300,7 +301,7 @@ async def events_of(engine: Engine, count: int, **changes) -> list[list]:
 
     async def one(seed: int) -> list:
         fields = {**GOOD, "seed": seed, **changes}
-        return [event async for event in engine.animate(read_animation(fields), 60)]
+        return [event async for event in engine.stream(read_animation(fields), 60)]
 
     return list(await asyncio.gather(*map(one, range(count))))
 
@@ -323,7 +324,7 @@ def test_requests_of_equal_shape_share_a_batch_and_others_do_not(store, tmp_path
 
 
 def test_a_request_out_of_time_gets_504_and_leaves_its_place(engine):
-    answer = ask(Desk(engine, 0.05), json={**GOOD, "steps": 250, "num_frames": 64})
+    answer = ask(Gateway(engine, 0.05), json={**GOOD, "steps": 1000, "num_frames": 64})
     assert answer.status_code == 504 and "no clip within 0.05 s" in answer.json()["error"]["message"]
     assert ask(engine, json={**GOOD, "num_frames": 2}).status_code == 200
 
@@ -338,7 +339,7 @@ def test_an_alias_that_moves_is_followed_and_no_request_is_dropped(store, tmp_pa
                 if seed == 3:
                     store.point("moving", "2")
                 animation = read_animation({**GOOD, "seed": seed, "num_frames": 2, "format": "frames"})
-                clips.append([event async for event in engine.animate(animation, 60)][-1])
+                clips.append([event async for event in engine.stream(animation, 60)][-1])
                 if seed > 5 and clips[-1].version == "2":
                     return clips
             return clips
@@ -406,22 +407,22 @@ def test_an_unknown_alias_and_a_registry_that_is_down_are_said_until_they_are_th
 
 
 def test_metrics_docs_and_description(engine):
-    desk = Desk(engine, 60)
-    ask(desk, json={**GOOD, "num_frames": 2})
-    ask(desk, json={**GOOD, "steps": -1})
-    text = ask(desk, "GET", "/metrics").text
+    gateway = Gateway(engine, 60)
+    ask(gateway, json={**GOOD, "num_frames": 2})
+    ask(gateway, json={**GOOD, "steps": -1})
+    text = ask(gateway, "GET", "/metrics").text
     assert 'trip_requests_total{status="200"} 1.0' in text and 'trip_requests_total{status="422"} 1.0' in text
     assert 'trip_clips_total{model="trip",version="2"} 1.0' in text and "process_resident_memory_bytes" in text
-    described = ask(desk, "GET", "/openapi.json").json()["paths"]["/v1/animate"]["post"]
+    described = ask(gateway, "GET", "/openapi.json").json()["paths"]["/v1/animate"]["post"]
     example = described["requestBody"]["content"]["application/json"]["example"]
-    assert ask(desk, json=example).status_code == 200
-    assert "//cdn" not in ask(desk, "GET", "/docs").text
+    assert ask(gateway, json=example).status_code == 200
+    assert "//cdn" not in ask(gateway, "GET", "/docs").text
 
 
 def test_a_desk_that_closes_takes_no_more(engine):
-    desk = Desk(engine, 60)
-    desk.closing = True
-    assert ask(desk, json=GOOD).status_code == ask(desk, "GET", "/readyz").status_code == 503
+    gateway = Gateway(engine, 60)
+    gateway.closing = True
+    assert ask(gateway, json=GOOD).status_code == ask(gateway, "GET", "/readyz").status_code == 503
 
 
 def test_an_engine_tells_its_first_progress_before_any_step(engine):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tasks.serve.api import create_app
 from tasks.serve.engine import Engine
-from tasks.serve.gateway import Desk
+from tasks.serve.gateway import Gateway
 from tasks.serve.messages import EngineSpec
 from tasks.video.decode import read_clip
 from trip_model.images import load_image
@@ -75,13 +75,13 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @contextmanager
 def served(engine: Engine, key: str | None = None) -> Iterator[str]:
     """The service with its page, in this process; everything but Ray is the real thing."""
-    from tasks.serve.web_ui import mount_page
+    from tasks.serve.web_ui import mount_web_ui
 
-    desk = Desk(engine, 120)
+    gateway = Gateway(engine, 120)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = mount_page(create_app(desk, key), desk, key)
+    app = mount_web_ui(create_app(gateway, key), gateway, key)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -250,7 +250,7 @@ def test_what_cannot_be_animated_is_told_in_a_sentence(visit, photo, tmp_path):
     dot.write_bytes(buffer.getvalue())
     fill(page, dot)
     page.locator("#animate").click()
-    page.get_by_text("1x1 pixels; send one of at least 8").wait_for()
+    page.get_by_text("1x1 pixels; use at least 8").wait_for()
     picture(page, "desktop-refused")
     page.reload()
     page.wait_for_selector("#animate")
