@@ -1,4 +1,4 @@
-"""The model on the command line: python -m trip_model photo.jpg "a sentence" -o out.mp4"""
+"""Command line of the model: python -m trip_model photo.jpg "a prompt" -o out.mp4"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MODEL_VARIABLE = "TRIP_MODEL"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trip_model", description="Animate a photo after a sentence.")
+    parser = argparse.ArgumentParser(prog="python -m trip_model", description="Turn a photo and a prompt into a video.")
     parser.add_argument("image", help="a photo (JPEG, PNG, WebP); its centre square is used")
-    parser.add_argument("prompt", help="what should happen, in a few words")
+    parser.add_argument("prompt", help="description of the video, in a few words")
     parser.add_argument("-o", "--out", default="out.mp4", help="an .mp4, a .gif, or a folder for png frames")
     parser.add_argument(
         "-m", "--model", default=os.environ.get(MODEL_VARIABLE, "runs/demo/model"),
@@ -23,16 +23,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="DDIM steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="text guidance, 1 is off (default: the model's)")
-    parser.add_argument("--num-frames", type=int, help="frames to make (default: the model's)")
+    parser.add_argument("--num-frames", type=int, help="frames of the video (default: the model's)")
     parser.add_argument("--fps", type=float, help="frames per second of the file (default: the model's)")
-    parser.add_argument("--scale", type=int, default=1, help="enlarge the frames by a whole factor (nearest pixel)")
-    parser.add_argument("--regenerate-first-frame", action="store_true", help="show the model's own frame 1")
+    parser.add_argument("--scale", type=int, default=1, help="integer factor that enlarges the frames (nearest)")
+    parser.add_argument(
+        "--regenerate-first-frame",
+        action="store_true",
+        help="decode frame 1, do not copy the photo",
+    )
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 2 after one sentence on what was wrong with the input."""
+    """Writes the video and returns 0; prints one sentence and returns 2 where the input is invalid."""
     options = parse(arguments)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
@@ -49,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         image = load_image(options.image, pipe.size)
         start = time.monotonic()
 
-        def tick(step: int, steps: int) -> None:
-            left = (time.monotonic() - start) / step * (steps - step)
-            print(f"\rstep {step}/{steps}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+        def log_step(step: int, steps: int) -> None:
+            remaining = (time.monotonic() - start) / step * (steps - step)
+            print(f"\rstep {step}/{steps}  {remaining:.0f} s left ", end="", file=sys.stderr, flush=True)
 
         frames = pipe(
             image,
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.steps,
             options.guidance,
             keep_first_frame=not options.regenerate_first_frame,
-            on_step=tick,
+            on_step=log_step,
         )
         print(file=sys.stderr)
         if options.scale > 1:

@@ -32,7 +32,7 @@ from trip_model.folders import resolve_base
 from trip_model.images import video_bytes
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
-from trip_model.schedule import bridged
+from trip_model.schedule import to_base_schedule
 
 Tick = Callable[[dict[str, Any]], None]
 # Asked on every rank after every step, and must say the same on all: go on, write a checkpoint and go on, or and stop.
@@ -124,7 +124,7 @@ class Training:
                 spec.model,
                 residual_std=measure_residual_std(z_0),
                 unet_output=base_unet_output(self.base),
-                schedule=bridged(spec.model.schedule, self.base),
+                schedule=to_base_schedule(spec.model.schedule, self.base),
             )
         torch.manual_seed(spec.seed)  # the first weights of the fusion module and of adapters
         self.trip = Trip.from_base(self.base, config).train()
