@@ -1,4 +1,4 @@
-"""A consumer's day: load the champion from the registry, send a photo and a sentence, write the video.
+"""Loads the champion from the registry, passes a photo and a prompt, and writes the video.
 
 python examples/consumer.py photo.jpg "a red circle moving left" -o out.mp4 --tracking sqlite:///runs/mlflow.db
 """
@@ -19,9 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("prompt")
     parser.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="an .mp4 or .gif file")
     parser.add_argument("--model", default="models:/trip@champion")
-    parser.add_argument("--tracking", default=None, help="address of MLflow; without it MLFLOW_TRACKING_URI")
+    parser.add_argument("--tracking", default=None, help="address of MLflow; default: MLFLOW_TRACKING_URI")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps, by default the model's own")
+    parser.add_argument("--steps", type=int, default=None, help="DDIM steps; default: the model's")
     args = parser.parse_args(arguments)
     if args.tracking:
         mlflow.set_tracking_uri(args.tracking)
@@ -31,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = pd.DataFrame({"image": [args.photo.read_bytes()], "prompt": [args.prompt]})
         model = mlflow.pyfunc.load_model(args.model)
-        answer = model.predict(rows, params=params).iloc[0]
-        args.out.write_bytes(answer["video"])
+        video = model.predict(rows, params=params).iloc[0]
+        args.out.write_bytes(video["video"])
     except (mlflow.MlflowException, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {answer['num_frames']} frames of {answer['width']}x{answer['height']}, seed {answer['seed']}")
+    print(f"{args.out}: {video['num_frames']} frames of {video['width']}x{video['height']}, seed {video['seed']}")
     return 0
 
 

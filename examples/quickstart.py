@@ -1,4 +1,4 @@
-"""Ten lines for a notebook: load the champion by its alias, give it a photo and a sentence, write the video."""
+"""Ten lines for a notebook: load the champion by its alias, pass a photo and a prompt, write the video."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """TRIP: temporal residual learning with image noise prior, for image-to-video diffusion (Zhang et al., CVPR 2024).
 
-The public names load their module at first use, so that `import trip_model` loads neither torch nor diffusers:
+A public name loads its module at first use, so that `import trip_model` loads neither torch nor diffusers:
 
 >>> from trip_model import TripPipeline
 >>> pipe = TripPipeline.from_folder("runs/demo/model")
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` is what Python reads
+if TYPE_CHECKING:  # for type checkers and editors; Python reads `_MODULES`
     from trip_model.checkpoint import load_model, save_model
     from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
     from trip_model.folders import BaseFolderError
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # The module that defines each public name.
-_HOMES = {
+_MODULES = {
     "BaseFolderError": "folders",
     "FusionConfig": "config",
     "NoiseSchedule": "schedule",
@@ -72,10 +72,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # the next access does not come here
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access does not call this function
     return value
 
 

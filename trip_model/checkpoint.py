@@ -22,22 +22,21 @@ FORMAT = 1
 
 
 def config_from_json(data: dict[str, Any]) -> TripConfig:
-    """A `TripConfig` from its JSON form, also from before some fields of its fusion existed."""
+    """Returns the `TripConfig` of its JSON form; fields that older JSON does not have get their older values."""
     schedule: dict[str, Any] = dict(data["schedule"])
     if schedule.get("base") is not None:
         schedule["base"] = BaseSchedule(**schedule["base"])
-    return TripConfig(
-        **data
-        | {
-            "fusion": FusionConfig(**values_before(FusionConfig) | data["fusion"]),
-            "schedule": ScheduleConfig(**schedule),
-            "residual_std": tuple(data["residual_std"]),
-        }
-    )
+    values: dict[str, Any] = {
+        **data,
+        "fusion": FusionConfig(**values_before(FusionConfig) | data["fusion"]),
+        "schedule": ScheduleConfig(**schedule),
+        "residual_std": tuple(data["residual_std"]),
+    }
+    return TripConfig(**values)
 
 
 def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: dict[str, Any] | None = None) -> Path:
-    """Writes the model with the frozen parts of its base; `trip.json` comes last and marks the folder as whole."""
+    """Writes the model and the frozen parts of its base; `trip.json` is written last and marks completion."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_unet(model.unet, folder / "unet")
@@ -54,25 +53,25 @@ def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: di
         "unet": ["diffusers", "UNet3DConditionModel"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    described = {"format": FORMAT, "config": asdict(model.config), "provenance": provenance or {}}
-    (folder / "trip.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    record = {"format": FORMAT, "config": asdict(model.config), "provenance": provenance or {}}
+    (folder / "trip.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     return folder
 
 
 def load_model(folder: str | Path) -> Trip:
-    """Loads what `save_model` wrote, in eval mode, float32.
+    """Loads a folder that `save_model` wrote, in eval mode and float32.
 
     Raises:
-        BaseFolderError: not a TRIP model folder, a newer format, or missing or foreign weights.
+        BaseFolderError: not a TRIP model folder, an unknown format, or weights that are missing or do not fit.
     """
     folder = Path(folder)
     try:
-        described = json.loads((folder / "trip.json").read_text())
+        record = json.loads((folder / "trip.json").read_text())
     except OSError as error:
         raise BaseFolderError(f"{folder} is not a TRIP model folder: it has no trip.json") from error
-    if described.get("format") != FORMAT:
-        raise BaseFolderError(f"{folder}/trip.json has format {described.get('format')!r}, this version reads {FORMAT}")
-    model = Trip(load_unet(folder), config_from_json(described["config"]))
+    if record.get("format") != FORMAT:
+        raise BaseFolderError(f"{folder}/trip.json has format {record.get('format')!r}, expected {FORMAT}")
+    model = Trip(load_unet(folder), config_from_json(record["config"]))
     if model.fusion is not None:
         file = folder / "fusion" / "model.safetensors"
         try:

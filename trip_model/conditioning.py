@@ -11,7 +11,7 @@ from trip_model.config import Condition
 
 
 def unet_input(z_t_BCFHW: torch.Tensor, z_first_BC1HW: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """Joins noised frames and the clean first frame: {z_0^1, z_t^1 .. z_t^N} for TRIP.
+    """Concatenates the noised frames and the clean first frame: {z_0^1, z_t^1 .. z_t^N} for TRIP.
 
     Returns:
         [B, C, F + 1, H, W] for head and tail, [B, 2C, F, H, W] for channel.
@@ -27,7 +27,7 @@ def unet_input(z_t_BCFHW: torch.Tensor, z_first_BC1HW: torch.Tensor, condition: 
 
 
 def drop_condition_slot(output_BCFHW: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """Drops the UNet's output at the clean frame's place: [B, C, F, H, W]."""
+    """Returns the 3D-UNet's output without the conditioning slot: [B, C, F, H, W]."""
     if condition == "head":
         return output_BCFHW[:, :, 1:]
     if condition == "tail":

@@ -1,6 +1,8 @@
-"""The configuration of a TRIP model: every number that tells one model from another, with the paper's as defaults.
+"""The configuration of a TRIP model. Defaults are the paper's values where it gives one (Sections 3.2 to 4.1).
 
-This module imports neither torch nor diffusers, so that recipes and command lines can be read in milliseconds.
+The comment of each field gives its meaning and unit, then the paper's value with its section or "paper silent"; "ours"
+marks what is no part of the paper's method. This module imports neither torch nor diffusers, so that recipes and
+command lines load in milliseconds.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Betas = Literal["linear", "scaled_linear"]
-# head: TRIP, the clean first frame before the noised ones. tail: TRIP_TE, after them. channel: TRIP_C, beside each.
+# Place of the clean first frame. head: before the noised frames (TRIP). tail: after them (TRIP_TE). channel: next to
+# each of them on the channel axis (TRIP_C).
 Condition = Literal["head", "tail", "channel"]
 FusionKind = Literal["tnf", "linear", "none"]
-Fit = Literal["crop", "squash"]  # into the square: the middle of the frame, or all of it without its aspect
-RESIDUAL_ERROR = 0.004  # docs/decisions/fusion.md has the table
-BEFORE = "before"  # metadata of a field that older JSON does not have: what its absence means there
+Fit = Literal["crop", "squash"]  # crop: the central square of the frame. squash: the frame without its aspect ratio
+RESIDUAL_ERROR = 0.004  # mean square error of a trained base's noise; table in docs/decisions/fusion.md
+BEFORE = "before"  # metadata of a field that older JSON does not have: the value that older models used
 
 
 def _added(default: Any, before: Any) -> Any:
@@ -22,44 +25,50 @@ def _added(default: Any, before: Any) -> Any:
 
 
 def values_before(config: type) -> dict[str, Any]:
-    """The values of a config's fields in JSON that was written before these fields existed."""
+    """Returns the values of fields that older JSON does not have, by name."""
     return {f.name: f.metadata[BEFORE] for f in fields(config) if BEFORE in f.metadata}
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How reference and residual noise become the predicted noise. The defaults are the paper's where it names a value.
+    """How the prior and the residual noise are fused into the predicted noise (Sections 3.3 and 3.4).
 
-    `kind` tells the variants of Table 6 apart: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^-.
-
-    Of TNF the paper gives the order of layers, the inputs of each and the output (Section 3.4, Figure 3). It is silent
-    on `width`, `heads`, skips (`residual_skip`) and how [prior, residual] are concatenated (`key_value`: "channel", one
-    token per place with the two next to each other, or "token", twice the tokens).
-
-    Not the paper's but ours: `prediction="shrinkage"` with `residual`, `residual_error` and `local_shrinkage`.
+    For TNF the paper gives the order of the layers, their inputs and the output (Figure 3). It is silent on the width,
+    the heads, the skips and the axis on which [prior, residual] are concatenated. `prediction="shrinkage"` is ours,
+    with the fields `residual`, `residual_error` and `local_shrinkage`, which only it reads.
     """
 
+    # Fusion module: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^- (Table 6). Paper: tnf (3.4).
     kind: FusionKind = "tnf"
+    # Channels of TNF's tokens. Paper silent.
     width: int = 320
+    # Attention heads of TNF; they divide `width`. Paper silent.
     heads: int = 8
+    # Concatenation of [prior, residual] as keys and values: on the channel axis or on the token axis. Paper silent.
     key_value: Literal["channel", "token"] = "channel"
-    local_shrinkage: bool = False  # ours: keep still what the residual path finds still
-    lambda_first: float = 1.0  # Equation 9: lambda^1, the prior's weight in frame 1 (TRIP^W)
-    lambda_last: float = 0.5  # and lambda^N; in between it decays linearly with the frame index
-    # direct, the paper's: TNF's output is the predicted noise, its keys and values read the prior of Equation 8.
-    # shrinkage, ours: TNF corrects Equation 9 with the weight that is best for the time step, the frame and the data.
+    # Shrinks the motion of places where the residual path predicts little motion. Ours.
+    local_shrinkage: bool = False
+    # lambda^1 of Equation 9, the weight of the prior in frame 1, for `linear`; between both the weight decays linearly
+    # with the frame index. Paper silent.
+    lambda_first: float = 1.0
+    # lambda^N of Equation 9, the weight of the prior in the last frame, for `linear`. Paper silent.
+    lambda_last: float = 0.5
+    # What TNF's output is. `direct`: the predicted noise; keys and values read the prior of Equation 8.
+    # `shrinkage`, ours: a correction of Equation 9 whose weight depends on time step, frame and data.
+    # Paper: direct (3.4, Equation 11).
     prediction: Literal["direct", "shrinkage"] = _added("direct", before="shrinkage")
-    # Skips around both attentions, and from the residual noise to the output, which starts as that noise. False: none.
+    # Adds skips around both attention layers and from the residual noise to the output. Paper silent.
     residual_skip: bool = _added(True, before=True)
-    # Under `shrinkage`, what the 3D-UNet's output is: noise, as its base was trained; or `unit`, what the prior leaves
-    # unknown of the noise, in units of its own deviation.
+    # What the 3D-UNet predicts under `shrinkage`: `noise`, or `unit`, the part of the noise that the prior does not
+    # explain, divided by its standard deviation. Ours.
     residual: Literal["noise", "unit"] = _added("noise", before="unit")
-    residual_error: float = _added(RESIDUAL_ERROR, before=RESIDUAL_ERROR)  # mean square error expected of that noise
+    # Expected mean square error of the predicted noise, in units of the noise's variance, under `shrinkage`. Ours.
+    residual_error: float = _added(RESIDUAL_ERROR, before=RESIDUAL_ERROR)
 
     def __post_init__(self) -> None:
         if self.local_shrinkage and (self.prediction, self.residual) != ("shrinkage", "unit"):
             raise ValueError(
-                f"local_shrinkage with prediction {self.prediction!r} and residual {self.residual!r}; it needs"
+                f"local_shrinkage with prediction {self.prediction!r} and residual {self.residual!r}, expected"
                 " prediction 'shrinkage' and residual 'unit'"
             )
         if self.residual_error <= 0:
@@ -68,65 +77,75 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class BaseSchedule:
-    """The schedule that the base's 3D-UNet was trained with, from its `scheduler/scheduler_config.json`."""
+    """The noise schedule of the base's 3D-UNet, from its `scheduler/scheduler_config.json`. Paper silent."""
 
-    beta_start: float
-    beta_end: float
-    beta_schedule: Betas
-    num_train_timesteps: int
+    beta_start: float  # beta of the first time step
+    beta_end: float  # beta of the last time step
+    beta_schedule: Betas  # interpolation between both: of beta (`linear`) or of its square root (`scaled_linear`)
+    num_train_timesteps: int  # T, the number of time steps
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The schedule that a model was trained with; it travels with the model.
+    """The noise schedule of training and the grid of the sampler, saved with the model."""
 
-    The defaults are the paper's (Section 4.1). Spacing is not in the paper: `trailing` starts DDIM at the last trained
-    step and never visits index 0, where the prior's gain is 100 (docs/decisions/schedule.md).
-    """
-
+    # T, the number of time steps. Paper: 1000 (4.1).
     num_train_timesteps: int = 1000
+    # beta of the first time step. Paper: 1e-4 (4.1).
     beta_start: float = 1e-4
+    # beta of the last time step. Paper: 2e-2 (4.1).
     beta_end: float = 2e-2
+    # Interpolation between both betas. Paper: linear (4.1).
     beta_schedule: Betas = "linear"
+    # Grid of DDIM, by diffusers' names. `trailing` starts at the last trained step and never visits step 0, where the
+    # prior amplifies errors by 100 (docs/decisions/schedule.md). Paper silent.
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    # DDIM steps of one video. Paper: 50 (4.1).
     sampling_steps: int = 50
-    # The paper's betas differ from those that its base was trained with. `paper` leaves it at that, `checkpoint` takes
-    # the base's betas instead, `snr` keeps the paper's and tells the 3D-UNet the base's step of equal noise.
+    # Use of the base's betas, which differ from the paper's. `paper`: ignore the difference. `checkpoint`: train
+    # with the base's betas. `snr`: keep the paper's betas and pass the 3D-UNet the base's time step of equal
+    # signal-to-noise ratio. Paper: the paper's betas (4.1); it names no conversion.
     bridge: Literal["paper", "checkpoint", "snr"] = "paper"
-    base: BaseSchedule | None = None  # under `snr`: what the steps are matched to
+    # The base's schedule, set by `to_base_schedule` under `snr`. Ours.
+    base: BaseSchedule | None = None
 
 
 @dataclass(frozen=True)
 class TripConfig:
-    """Everything that tells one TRIP model from another, saved with its weights.
+    """The configuration of a TRIP model, saved with its weights. The defaults are the paper's TRIP.
 
-    The defaults are the paper's TRIP: condition, fusion (Equation 11), schedule, frames, fps and size. Ours, where the
-    paper is silent: guidance, `unet_dropout`, `clean_frame_timestep`, and in the fusion the width, heads, way of
-    concatenation and skips. Ours and not the paper's: `fusion.prediction="shrinkage"` with the fields that it reads
-    (`residual_std` too), and a `schedule.bridge` other than "paper". docs/paper-and-ours.md lists every field.
-
-    Each variant of Tables 5 and 6 differs in one value: `condition` (head TRIP, tail TRIP_TE, channel TRIP_C) or
-    `fusion.kind` (tnf TRIP, linear TRIP^W, none TRIP^-).
+    Each variant of Tables 5 and 6 changes one value: `condition` or `fusion.kind`. docs/paper-and-ours.md lists every
+    field with the values of the recipes.
     """
 
+    # Place of the clean first frame: `head` TRIP, `tail` TRIP_TE, `channel` TRIP_C (Table 5). Paper: head (3.2).
     condition: Condition = "head"
+    # Fusion of the prior and the residual noise. Paper: TNF (3.4).
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    # Noise schedule and sampler. Paper: 4.1.
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # N, frames of one video, the given one included. Paper: 16 (4.1).
     num_frames: int = 16
+    # Frames per second. Paper: 4 (4.1).
     fps: float = 4.0
-    size: int = 256  # side of the square frames, in pixels
-    guidance: float = 1.0  # classifier-free guidance on text when sampling; the paper gives none
-    # s_i by frame, measured on the data set before training; ours, for fusion by shrinkage and the weighting `unit`
+    # Side of the square frames, in pixels. Paper: 256 (4.1).
+    size: int = 256
+    # Scale of classifier-free guidance on the text in sampling; 1 is off. Paper silent.
+    guidance: float = 1.0
+    # s_i by frame, the standard deviation of the residual z_0^i - z_0^1 in units of the final latents, measured on the
+    # data set before training. Only `shrinkage` and the weighting `unit` read it. Ours.
     residual_std: tuple[float, ...] = (0.0, *(0.5,) * 15)
-    unet_output: Literal["noise", "velocity"] = "noise"  # how the base's UNet was trained, from its scheduler
-    unet_dropout: float = 0.0  # in the 3D-UNet's temporal convolutions, the only place where it has any
-    # The time step that the 3D-UNet is told for the clean frame; the paper's text implies one for all frames.
+    # What the base's 3D-UNet predicts, read from the base's scheduler. Paper silent.
+    unet_output: Literal["noise", "velocity"] = "noise"
+    # Dropout probability in the temporal convolutions, the only layers of the 3D-UNet with dropout. Paper silent.
+    unet_dropout: float = 0.0
+    # Time step of the clean frame in the 3D-UNet: that of the noised frames (`shared`) or 0. Paper silent.
     clean_frame_timestep: Literal["shared", "zero"] = "shared"
 
     def __post_init__(self) -> None:
         if self.clean_frame_timestep == "zero" and self.condition == "channel":
             raise ValueError(
-                "clean_frame_timestep 'zero' needs a clean frame: condition 'head' or 'tail', not 'channel'"
+                "clean_frame_timestep 'zero' with condition 'channel', expected condition 'head' or 'tail'"
             )
         if len(self.residual_std) != self.num_frames:
             raise ValueError(
@@ -136,13 +155,12 @@ class TripConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Equation 10 and what it leaves open. The defaults are the paper's where it gives a value.
+    """The training objective (Section 3.3, Equation 10)."""
 
-    weighting: `noise` is Equation 10 as written. `unit`, ours, divides the squared error by 1 - lambda*(t, i), the part
-        of the noise that the prior leaves unknown, so that every time step asks for the motion equally loudly; under
-        `noise` a small model hardly learns it at the noisy end, where sampling starts (docs/decisions/objective.md).
-    text_dropout: share of samples trained with an empty caption, for classifier-free guidance; the paper gives none.
-    """
-
+    # Weight of the squared error. `noise`: 1, as in Equation 10. `unit`, ours: 1 / (1 - lambda*(t, i)), the inverse
+    # of the share of the noise that the prior does not explain, so that every time step weighs motion equally; under
+    # `noise` a small model hardly learns motion at the noisy end, where sampling starts (docs/decisions/objective.md).
+    # Paper: noise (3.3, Equation 10).
     weighting: Literal["noise", "unit"] = "noise"
+    # Share of samples trained with an empty caption, for classifier-free guidance. Paper silent.
     text_dropout: float = 0.1

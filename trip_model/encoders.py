@@ -16,7 +16,7 @@ from trip_model.folders import BaseFolderError
 
 
 def load_vae(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The `AutoencoderKL` of a base folder, frozen, float32, in eval mode."""
+    """Loads the `AutoencoderKL` of a base folder, frozen, in float32 and eval mode."""
     from diffusers import AutoencoderKL
 
     try:
@@ -35,16 +35,16 @@ def vae_factor(vae: Any) -> int:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
-    """Pixels uint8 [F, H, W, 3] to *raw latents* float32 [F, 4, h, w]: the posterior mean, not yet scaled.
+    """Encodes pixels uint8 [F, H, W, 3] to *raw latents* float32 [F, 4, h, w]: the posterior mean, unscaled.
 
-    Every frame is encoded alone, so the image latent of a photo equals frame 1 of the clip that begins with it.
+    Frames are encoded independently: the image latent of a photo equals frame 1 of the clip that starts with it.
     """
     return encode_posterior(vae, pixels, batch)[0]
 
 
 @torch.no_grad()
 def encode_posterior(vae: Any, pixels: np.ndarray, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels uint8 [F, H, W, 3] to the VAE's posterior: mean and log variance, each float32 [F, 4, h, w], unscaled."""
+    """Encodes pixels uint8 [F, H, W, 3] to the posterior's mean and log variance, float32 [F, 4, h, w], unscaled."""
     device = next(vae.parameters()).device
     frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
     parts = [vae.encode(part.to(device, torch.float32) / 127.5 - 1).latent_dist for part in frames.split(batch)]
@@ -54,7 +54,7 @@ def encode_posterior(vae: Any, pixels: np.ndarray, batch: int = 32) -> tuple[tor
 
 @torch.no_grad()
 def decode_latents(vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32) -> np.ndarray:
-    """*Final latents* [F, 4, h, w] to pixels uint8 [F, H, W, 3]."""
+    """Decodes *final latents* [F, 4, h, w] to pixels uint8 [F, H, W, 3]."""
     device = next(vae.parameters()).device
     latents = final_latents_FCHW.to(device, torch.float32) / vae.config.scaling_factor
     frames = torch.cat([vae.decode(part).sample.float().cpu() for part in latents.split(batch)])
@@ -63,7 +63,7 @@ def decode_latents(vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32) 
 
 
 class TextEncoder(nn.Module):
-    """Captions to token ids to text features c (Equation 2), frozen."""
+    """The frozen text encoder: captions to token ids to text features c (Equation 2)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
         self.vocab_size = vocab_size
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids int64 [B, length], padded and cut to the encoder's length."""
+        """Returns token ids int64 [B, length], padded or truncated to the encoder's length."""
         out = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -82,13 +82,13 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, token_ids_BL: torch.Tensor) -> torch.Tensor:
-        """Text features float32 [B, length, width]: the last hidden state, normalised by the encoder."""
+        """Returns text features float32 [B, length, width]: the last hidden state after the final layer norm."""
         device = next(self.model.parameters()).device
         return self.model(token_ids_BL.to(device))[0].float()
 
 
 def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
-    """The text encoder and tokenizer of a base folder.
+    """Loads the text encoder and tokenizer of a base folder.
 
     Raises:
         BaseFolderError: a part that cannot be read.
@@ -98,7 +98,7 @@ def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> T
         from transformers import CLIPTextModel, CLIPTokenizer
 
         model = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except OSError as error:
         raise BaseFolderError(f"the text encoder of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     length = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))

@@ -1,4 +1,4 @@
-"""Base and model folders on disk: their layout, where a base lies, and the hash that identifies a folder's files.
+"""Base and model folders on disk: their layout, the address of a base, and the hash of a folder's files.
 
 A base folder has the layout of `text-to-video-ms-1.7b`: `unet/ vae/ text_encoder/ tokenizer/ scheduler/`. This module
 imports neither torch nor diffusers, so that an address can be resolved in milliseconds.
@@ -13,14 +13,14 @@ BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class BaseFolderError(ValueError):
-    """A base or model folder that cannot be used; the message names the part and the remedy."""
+    """A base or model folder that cannot be used; the message names the part and the fix."""
 
 
 def resolve_base(base: str | Path) -> Path:
-    """The local folder of a base: a path as it is, or a hub name fetched when there is a network.
+    """Returns the local folder of a base: the path itself, or the download of a name on the hub.
 
     Raises:
-        BaseFolderError: no such folder, a missing part, or a hub name that cannot be fetched.
+        BaseFolderError: no such folder, a missing part, or a failed download.
     """
     folder = Path(base)
     if not folder.is_dir():
@@ -39,12 +39,12 @@ def resolve_base(base: str | Path) -> Path:
         folder = Path(fetched)
     missing = [part for part in BASE_PARTS if not (folder / part).is_dir()]
     if missing:
-        raise BaseFolderError(f"base {folder} lacks {', '.join(missing)}; it needs {', '.join(BASE_PARTS)}")
+        raise BaseFolderError(f"base {folder} has no {', '.join(missing)}; it needs {', '.join(BASE_PARTS)}")
     return folder
 
 
 def folder_hash(folder: str | Path, part: str = "") -> str:
-    """sha256 over the names and bytes of a folder's files (or of one part of it): the identity of its weights."""
+    """Returns the sha256 of the names and bytes of all files in a folder, or in one part of it."""
     root = Path(folder) / part if part else Path(folder)
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):

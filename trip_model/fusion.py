@@ -1,7 +1,7 @@
-"""Fusion of reference and residual noise (Sections 3.3 and 3.4): TNF, TRIP^W's linear rule, and none (TRIP^-).
+"""Fusion of the prior and the residual noise (Sections 3.3 and 3.4): TNF, linear (TRIP^W) and none (TRIP^-).
 
 Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, N = B F sequences of
-L = H W spatial tokens, D width. What the paper leaves open is decided in docs/decisions/fusion.md.
+L = H W spatial tokens, D width. docs/decisions/fusion.md explains the choices where the paper is silent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 
 from trip_model.config import FusionConfig
 
-FIRST_THRESHOLD = 0.2  # local shrinkage starts by keeping half of a motion of 45 % of s_i
+FIRST_THRESHOLD = 0.2  # at initialisation, local shrinkage halves a motion of root mean square 0.45 s_i
 
 
 class AdaptiveLayerNorm(nn.Module):
     """Layer norm whose scale and shift come from the time step (Figure 3), one pair for each sequence of the batch.
 
-    diffusers' `AdaLayerNorm` splits scale and shift along the batch axis when time steps are batched, hence our own.
-    Zero-initialised: at the start it is a plain layer norm.
+    diffusers' `AdaLayerNorm` splits scale and shift along the batch axis when time steps are batched, so this class
+    replaces it. The projection starts at zero: at initialisation this is a plain layer norm.
     """
 
     def __init__(self, width: int) -> None:
@@ -39,7 +39,7 @@ class AdaptiveLayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over spatial tokens, queries from one sequence and keys and values from another."""
+    """Multi-head attention over spatial tokens; keys and values come from a context sequence."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Shrinkage(NamedTuple):
-    """Equation 9 with a weight that knows the time step, ours: float32, broadcastable to [B, C, F, H, W]."""
+    """Weights of Equation 9 by time step and frame (ours): float32, broadcastable to [B, C, F, H, W]."""
 
     known: torch.Tensor  # sqrt(lambda)
     unknown: torch.Tensor  # sqrt(1 - lambda)
@@ -73,8 +73,8 @@ class TemporalNoiseFusion(nn.Module):
     As in the paper: adaptive layer norm by time step, self-attention, adaptive layer norm, then cross-attention whose
     query is the in-process feature and whose keys and values are the concatenated prior and residual; the output is the
     predicted noise (`prediction="direct"`). Where the paper is silent: linear layers between latent channels and width,
-    and with `residual_skip` the skips of a transformer and one from the residual noise to the output, whose layer
-    starts at zero, so that training starts at the noise that the 3D-UNet predicts.
+    and with `residual_skip` the skips of a transformer and a skip from the residual noise to the output, whose layer
+    starts at zero, so that training starts from the noise that the 3D-UNet predicts.
 
     Ours, `prediction="shrinkage"`: the output is a correction, in units in which the unknown part of the noise has unit
     variance at every time step, and keys and values read the normalised prior.
@@ -96,7 +96,7 @@ class TemporalNoiseFusion(nn.Module):
             self.context_in = nn.Linear(2 * channels, width)
         else:
             self.prior_in = nn.Linear(channels, width)
-            self.source = nn.Parameter(torch.randn(2, width) * 0.02)  # tells the two halves of the tokens apart
+            self.source = nn.Parameter(torch.randn(2, width) * 0.02)  # distinguishes the two halves of the tokens
         self.norm_self = AdaptiveLayerNorm(width)
         self.attention_self = Attention(width, config.heads)
         self.norm_cross = AdaptiveLayerNorm(width)
@@ -109,7 +109,7 @@ class TemporalNoiseFusion(nn.Module):
             self.log_threshold = nn.Parameter(torch.tensor(math.log(FIRST_THRESHOLD)))
 
     def attend(self, residual_BCFHW: torch.Tensor, prior_BCFHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """The attention's output, [B, C, F, H, W]."""
+        """Returns the output of the attention layers, [B, C, F, H, W]."""
         batch, channels, frames, height, width = residual_BCFHW.shape
 
         def tokens(x_BCFHW: torch.Tensor) -> torch.Tensor:
@@ -139,11 +139,11 @@ class TemporalNoiseFusion(nn.Module):
         t_B: torch.Tensor,
         shrinkage: Shrinkage | None = None,
     ) -> torch.Tensor:
-        """The predicted noise, float32 [B, C, F, H, W].
+        """Returns the predicted noise, float32 [B, C, F, H, W].
 
         Args:
-            residual_BCFHW: the 3D-UNet's output. prior_BCFHW: what keys and values read of the prior.
-            shrinkage: under `prediction="shrinkage"` the weights of both; None under `direct`.
+            residual_BCFHW: the 3D-UNet's output. prior_BCFHW: the prior that keys and values read.
+            shrinkage: the weights of both under `prediction="shrinkage"`, None under `direct`.
         """
         output = self.attend(residual_BCFHW, prior_BCFHW, t_B).float()
         skipped = residual_BCFHW.float() if self.config.residual_skip else None
@@ -161,10 +161,10 @@ class TemporalNoiseFusion(nn.Module):
         return noise + unknown / known * (1 - self.kept_motion(motion)) * motion
 
     def kept_motion(self, motion_BCFHW: torch.Tensor) -> torch.Tensor:
-        """The share of the implied motion that is kept, m / (m + threshold), [B, 1, F, H, W].
+        """Returns the share of the implied motion to keep, m / (m + threshold), [B, 1, F, H, W].
 
-        m is the mean square of the motion over channels and 3 x 3 places: Wiener's rule, with the signal's power
-        measured on the spot. Where m is far below the threshold the frame keeps the first frame's latent.
+        m is the mean square of the motion over channels and 3 x 3 places: a Wiener filter with the local signal power.
+        Where m is far below the threshold, the frame keeps the latent of the first frame.
         """
         power = motion_BCFHW.square().mean(dim=1, keepdim=True)
         power = F.avg_pool3d(power, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
@@ -172,7 +172,7 @@ class TemporalNoiseFusion(nn.Module):
 
 
 def linear_decay(frames: int, first: float, last: float) -> torch.Tensor:
-    """lambda^i of Equation 9 for i = 1..N: a linear decay over the frame index, shaped [1, 1, F, 1, 1]."""
+    """Returns lambda^i of Equation 9 for i = 1..N: a linear decay over the frame index, [1, 1, F, 1, 1]."""
     return torch.linspace(first, last, frames).view(1, 1, frames, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""TRIP itself (Figure 2): the shortcut path beside the residual path, fused into the predicted noise (Equation 11).
+"""The TRIP model (Figure 2): fuses the shortcut path and the residual path into the predicted noise (Equation 11).
 
 Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, L text tokens, D width.
 """
@@ -19,11 +19,11 @@ from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
 
-MIN_RESIDUAL_STD = 0.02  # a data set of stills must not forbid motion for good
+MIN_RESIDUAL_STD = 0.02  # lower bound, so that a data set of still clips cannot make lambda* 1 at every time step
 
 
 class Trip(nn.Module):
-    """Noise prediction eps(z_t, t, c, z_0^1): a 3D-UNet for the residual, the image noise prior, and their fusion."""
+    """Predicts the noise eps(z_t, t, c, z_0^1) from a 3D-UNet, the image noise prior and their fusion."""
 
     def __init__(self, unet: UNet3D, config: TripConfig) -> None:
         super().__init__()
@@ -36,22 +36,22 @@ class Trip(nn.Module):
 
     @classmethod
     def from_base(cls, base: str | Path, config: TripConfig) -> Trip:
-        """A new TRIP on the 3D-UNet of a base folder; what that predicts, `config.unet_output` must say."""
+        """Returns a new model on the 3D-UNet of a base folder; `config.unet_output` must be its prediction type."""
         return cls(load_unet(base), config)
 
     def residual_std(self, frames: int, device: torch.device) -> torch.Tensor:
-        """s_i shaped [1, 1, F, 1, 1]; beyond the trained frames the last value is kept."""
+        """Returns s_i as [1, 1, F, 1, 1]; frames beyond the trained ones repeat the last value."""
         known = self.config.residual_std
         values = [known[min(i, len(known) - 1)] for i in range(frames)]
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, frames, 1, 1)
 
     def shrinkage(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
-        """lambda*(t, i), float32 [B, 1, F, 1, 1]."""
+        """Returns lambda*(t, i), float32 [B, 1, F, 1, 1]."""
         signal, sigma = self.schedule.signal_and_noise(t_B, 5)
         return optimal_shrinkage(signal, sigma, self.residual_std(frames, t_B.device))
 
     def unknown_share(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
-        """1 - lambda*(t, i), the share of the noise that the prior leaves unknown, float32 [B, 1, F, 1, 1]."""
+        """Returns 1 - lambda*(t, i), the share of the noise not explained by the prior, float32 [B, 1, F, 1, 1]."""
         signal, sigma = self.schedule.signal_and_noise(t_B, 5)
         return unknown_share(signal, sigma, self.residual_std(frames, t_B.device))
 
@@ -62,7 +62,7 @@ class Trip(nn.Module):
         t_B: torch.Tensor,
         text_BLD: torch.Tensor,
     ) -> torch.Tensor:
-        """The predicted noise, float32 [B, C, F, H, W].
+        """Returns the predicted noise, float32 [B, C, F, H, W].
 
         Args:
             z_t_BCFHW: noised final latents, float32. z_first_BC1HW: clean final latent of the first frame.
@@ -70,7 +70,7 @@ class Trip(nn.Module):
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
-        t = self.schedule.unet_steps(t_B)
+        t = self.schedule.conditioning_step(t_B)
         if self.config.clean_frame_timestep == "zero":
             t_BF = t[:, None].expand(-1, frames)
             clean_B1 = torch.zeros_like(t_BF[:, :1])
@@ -96,7 +96,7 @@ class Trip(nn.Module):
     def _as_noise(
         self, output_BCFHW: torch.Tensor, z_t_BCFHW: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
     ) -> torch.Tensor:
-        """The 3D-UNet's output as noise, float32: itself, or what a velocity implies."""
+        """Converts the 3D-UNet's output to noise, float32: unchanged, or from velocity."""
         if self.config.unet_output == "noise":
             return output_BCFHW.float()
         return signal * output_BCFHW.float() + sigma * z_t_BCFHW.float()
@@ -109,14 +109,14 @@ class Trip(nn.Module):
         signal: torch.Tensor,
         sigma: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, Shrinkage]:
-        """What TNF reads under `prediction="shrinkage"`: the residual, the normalised prior and the weights of both."""
+        """Returns the inputs of TNF under `prediction="shrinkage"`: residual, normalised prior, weights of both."""
         std = self.residual_std(z_t_BCFHW.shape[2], z_t_BCFHW.device)
         normalised = normalised_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
         if self.config.fusion.residual == "unit":
             known = optimal_shrinkage(signal, sigma, std).sqrt()
             return output_BCFHW, normalised, Shrinkage(known, unknown_share(signal, sigma, std).sqrt(), normalised)
         residual = self._as_noise(output_BCFHW, z_t_BCFHW, signal, sigma)
-        # An error of the velocity is an error of the noise `signal` times as large.
+        # An error of the velocity scales to `signal` times that error of the noise.
         error = self.config.fusion.residual_error * (signal.square() if self.config.unet_output == "velocity" else 1)
         known = optimal_shrinkage(signal, sigma, std, error).sqrt()
         unknown = unknown_share(signal, sigma, std, error).sqrt()
@@ -125,7 +125,7 @@ class Trip(nn.Module):
 
 
 def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:
-    """What a base's 3D-UNet predicts, from `prediction_type` in its `scheduler/scheduler_config.json`.
+    """Returns the prediction type of a base's 3D-UNet, from its `scheduler/scheduler_config.json`.
 
     Raises:
         ValueError: a prediction type other than `epsilon` or `v_prediction`.
@@ -140,7 +140,7 @@ def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:
 
 
 def measure_residual_std(z_0_BCFHW: torch.Tensor) -> tuple[float, ...]:
-    """s_i by frame: root mean square of z_0^i - z_0^1 over clips [B, C, F, H, W]; frame 1 is exactly 0."""
+    """Returns s_i by frame: the root mean square of z_0^i - z_0^1 over clips [B, C, F, H, W]; 0 for frame 1."""
     delta = (z_0_BCFHW - z_0_BCFHW[:, :, :1]).float()
-    values = delta.square().mean(dim=(0, 1, 3, 4)).sqrt().tolist()
+    values: list[float] = delta.square().mean(dim=(0, 1, 3, 4)).sqrt().tolist()
     return (0.0, *(round(max(v, MIN_RESIDUAL_STD), 5) for v in values[1:]))

@@ -1,4 +1,4 @@
-"""The image noise prior (Section 3.2, Equations 3-8); and ours, not the paper's, its optimal shrinkage.
+"""The image noise prior (Section 3.2, Equations 3-8) and its optimal shrinkage (ours, not in the paper).
 
 | paper | here |
 | --- | --- |
@@ -8,8 +8,8 @@
 | epsilon_t^i, epsilon_t^{i->1} | `noise`, `prior` |
 | sqrt(abar_t), sqrt(1 - abar_t) | `signal`, `sigma` |
 
-Everything here is float32, also under autocast: at small t the prior divides the difference of two nearly equal
-numbers by 0.01, and bfloat16 would leave an error as large as the motion. Tensors of frames are [B, C, F, H, W], the
+All functions compute in float32, also under autocast: at small t the prior divides the difference of two nearly equal
+numbers by 0.01, where bfloat16 has an error as large as the motion. Tensors of frames are [B, C, F, H, W], the
 first frame is [B, C, 1, H, W], `signal` and `sigma` broadcast.
 """
 
@@ -21,9 +21,9 @@ import torch
 def one_step_backward(
     z_t: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """One-step backward diffusion (Equations 3 and 7): the clean latent that `noise` implies for `z_t`.
+    """One-step backward diffusion (Equations 3 and 7): returns the clean latent that `noise` implies for `z_t`.
 
-    With the true noise of frame i it gives z_0^i (Equation 3); with the image noise prior it gives z_0^1 (Equation 7).
+    The true noise of frame i gives z_0^i (Equation 3); the image noise prior gives z_0^1 (Equation 7).
     """
     return (z_t.float() - sigma * noise.float()) / signal
 
@@ -56,18 +56,18 @@ def image_noise_prior(
 def optimal_shrinkage(
     signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor, error: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
-    """lambda(t, i): the best weight of the prior next to another estimate of the noise, of mean square error `error`.
+    """Returns lambda(t, i), the best weight of the prior against another noise estimate of mean square error `error`.
 
-    The prior is off by C_t^i, of variance signal^2 s_i^2 / sigma^2 for Delta z^i ~ N(0, s_i^2). So
+    The error of the prior is C_t^i, of variance signal^2 s_i^2 / sigma^2 for Delta z^i ~ N(0, s_i^2). So
 
         lambda = error sigma^2 / (error sigma^2 + signal^2 s_i^2)
 
     minimises E|eps - lambda prior - (1 - lambda) estimate|^2. With `error` 1 the other estimate is zero, the mean of
-    the noise, and lambda is lambda*, the best weight of the prior alone. Ours: the paper's lambda^i of Equation 9 knows
-    the frame and not the time step (docs/decisions/fusion.md).
+    the noise, and lambda is lambda*, the best weight of the prior without another estimate. Ours: the paper's lambda^i
+    of Equation 9 depends on the frame but not on the time step (docs/decisions/fusion.md).
 
     Args:
-        residual_std: s_i, the deviation of the residual item by frame, broadcastable to [B, 1, F, 1, 1].
+        residual_std: s_i, the standard deviation of the residual item by frame, broadcastable to [B, 1, F, 1, 1].
     """
     variance = (signal * residual_std).square()
     reference = error * sigma.square()
@@ -77,7 +77,7 @@ def optimal_shrinkage(
 def unknown_share(
     signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor, error: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
-    """1 - `optimal_shrinkage`, without the cancellation of that difference where lambda is near one."""
+    """Returns 1 - `optimal_shrinkage`, computed without cancellation where lambda is close to 1."""
     variance = (signal * residual_std).square()
     return variance / (error * sigma.square() + variance)
 
@@ -85,10 +85,10 @@ def unknown_share(
 def normalised_prior(
     z_t: torch.Tensor, z_first: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor, residual_std: torch.Tensor
 ) -> torch.Tensor:
-    """The prior divided by its own deviation: (z_t - signal z_first) / sqrt(sigma^2 + signal^2 s_i^2).
+    """Returns the prior with unit variance: (z_t - signal z_first) / sqrt(sigma^2 + signal^2 s_i^2).
 
-    Unit variance at every time step, and it loses nothing. Ours: under `prediction="shrinkage"` the fusion module's
-    attention reads it instead of the prior of Equation 8.
+    Its variance is 1 at every time step. Ours: under `prediction="shrinkage"` the attention of the fusion module reads
+    it instead of the prior of Equation 8.
     """
     deviation = (sigma.square() + (signal * residual_std).square()).sqrt()
     return (z_t.float() - signal * z_first.float()) / deviation

@@ -1,4 +1,4 @@
-"""The training objective (Equations 2 and 10), text dropout, and where every random number of training comes from.
+"""The training objective (Equations 2 and 10), text dropout, and the random numbers of training.
 
 Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, L text tokens, D width.
 """
@@ -14,11 +14,11 @@ import torch
 from trip_model.config import ObjectiveConfig
 from trip_model.model import Trip
 
-MAX_WEIGHT = 1e7  # under `unit`, of one frame; reached where s_i is below 0.05 at the last time steps
+MAX_WEIGHT = 1e7  # upper bound of a frame's weight under `unit`; reached at the last time steps where s_i < 0.05
 
 
 def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generator:
-    """A generator whose stream depends on its address alone, e.g. ("noise", seed, step, sample)."""
+    """Returns a generator whose stream depends only on its address, such as ("noise", seed, step, sample)."""
     key = ":".join([purpose, str(seed), *map(str, address)])
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -30,10 +30,10 @@ class Draw:
 
     t_B: torch.Tensor  # int64 time steps
     noise: torch.Tensor  # float32, shaped like z_0
-    drop_B: torch.Tensor  # bool, captions to leave out
+    drop_B: torch.Tensor  # bool, True replaces the caption by the empty one
 
     def part(self, samples: torch.Tensor) -> Draw:
-        """The draws of some of the samples."""
+        """Returns the draws of the samples at these indices."""
         return Draw(self.t_B[samples], self.noise[samples], self.drop_B[samples])
 
 
@@ -46,12 +46,16 @@ def draw(
     steps_T: int,
     text_dropout: float,
 ) -> Draw:
-    """Draws for the samples at `positions` of a global batch; any split over workers gives the same numbers.
+    """Draws time steps, noise and text dropout for the samples at `positions` of a global batch.
 
-    Time steps are uniform over 0..T-1 and stratified over the global batch: one in each of its equal slices.
+    Any split of the batch over workers gives the same numbers.
+
+    Time steps are uniform over 0..T-1 and stratified: of a global batch of n, one lies in each n-th of that range.
     """
     offset = torch.rand((), generator=addressed_generator("time-step", seed, step), dtype=torch.float64).item()
-    times, noises, drops = [], [], []
+    times: list[int] = []
+    noises: list[torch.Tensor] = []
+    drops: list[bool] = []
     for position in positions:
         generator = addressed_generator("noise", seed, step, position)
         times.append(int((offset + position / global_batch) % 1.0 * steps_T))
@@ -69,11 +73,11 @@ def training_loss(
     config: ObjectiveConfig,
     compute: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective (Equation 10): mean squared error between the drawn noise and the fused prediction.
+    """Returns the objective (Equation 10): the mean squared error between the drawn noise and the fused prediction.
 
     Args:
         model: a `Trip`, or a data-parallel wrapper of one. z_0_BCFHW: final latents, float32; frame 1 is the image.
-        compute: the networks' arithmetic, bfloat16 under autocast; z_t, the prior and the loss are float32 always.
+        compute: autocast data type of the networks, such as bfloat16; z_t, the prior and the loss are always float32.
     Returns:
         (loss, noise error by time step and frame [B, F], detached and unweighted).
     """
@@ -91,6 +95,6 @@ def training_loss(
     if config.weighting == "noise":
         return error_BF.mean(), error_BF.detach()
     unknown_BF = trip.unknown_share(t_B, z_t.shape[2]).flatten(1)
-    # The prior knows frame 1 exactly: its unknown part is zero, and so is its error; it keeps weight one.
+    # The prior of frame 1 is exact: its unknown share and its error are zero, and its weight is one.
     weight_BF = torch.where(unknown_BF > 0, 1 / unknown_BF.clamp_min(1 / MAX_WEIGHT), torch.ones_like(unknown_BF))
     return (weight_BF * error_BF).mean(), error_BF.detach()

@@ -1,4 +1,4 @@
-"""`TripPipeline`: a photo, a sentence and a seed in, frames out (Section 4.1: DDIM, 50 steps)."""
+"""`TripPipeline`: generates frames from a photo, a prompt and a seed (Section 4.1: DDIM, 50 steps)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def sample_latents(
     guidance: float,
     on_step: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """DDIM from `noise_BCFHW` to final latents [B, C, F, H, W], float32 throughout; the prior is new at every step.
+    """Samples final latents [B, C, F, H, W] from `noise_BCFHW` by DDIM, in float32; each step computes the prior again.
 
-    With guidance other than 1 the fused noise is computed with and without text (the image stays in both) and
+    With guidance other than 1, the fused noise is computed with and without text (both with the image) and
     extrapolated after the fusion.
     """
     times = model.schedule.sampling_times(steps)
@@ -68,16 +68,17 @@ class TripPipeline:
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> TripPipeline:
-        """Loads a model folder (`trip_model.checkpoint`); raises `BaseFolderError` when it is not one."""
+        """Loads a model folder (`trip_model.checkpoint`); raises `BaseFolderError` for any other folder."""
         return cls(load_model(folder), load_vae(folder), load_text_encoder(folder), device)
 
     @property
     def size(self) -> int:
-        """Side of the square frames that the model was trained on, in pixels."""
+        """Side of the square frames, in pixels."""
         return self.model.config.size
 
     @property
     def fps(self) -> float:
+        """Frames per second of the videos."""
         return self.model.config.fps
 
     def __call__(
@@ -91,7 +92,7 @@ class TripPipeline:
         keep_first_frame: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Animates one photo: uint8 [F, H, W, 3]. See `generate`."""
+        """Animates one photo and returns uint8 [F, H, W, 3]. See `generate`."""
         return self.generate([image], [prompt], [seed], num_frames, steps, guidance, keep_first_frame, on_step)[0]
 
     @torch.no_grad()
@@ -106,14 +107,15 @@ class TripPipeline:
         keep_first_frame: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Animates a batch of photos: uint8 [B, F, H, W, 3]; every item's noise depends on its own seed alone.
+        """Animates a batch of photos and returns uint8 [B, F, H, W, 3]; each item's noise depends only on its seed.
 
         Args:
-            images: photos, centre-cropped to the model's square. prompts: what should happen. seeds: one for each.
-            num_frames: frames to make, the given one included. steps: DDIM steps. guidance: text guidance, 1 is off.
-            keep_first_frame: frame 1 of the output is the given image itself, not its reconstruction.
+            images: photos, centre-cropped to the model's square. prompts: descriptions. seeds: one for each photo.
+            num_frames: frames of each video, the given one included. steps: DDIM steps. guidance: scale, 1 is off.
+            keep_first_frame: copies the given image to frame 1 instead of decoding frame 1.
+            on_step: called with (finished steps, steps) after each step.
         Raises:
-            ValueError: an empty prompt, an image that is not one, or a number out of bounds.
+            ValueError: an empty prompt, an invalid image, or a number out of bounds.
         """
         config = self.model.config
         num_frames = config.num_frames if num_frames is None else num_frames

@@ -17,18 +17,18 @@ PAPER = ScheduleConfig()  # Section 4.1
 
 
 class NoiseSchedule:
-    """alpha-bar of every time step in float32, and what is computed from it.
+    """alpha-bar of every time step in float32, with forward diffusion and DDIM.
 
-    A time step t is the 0-based index of diffusers: the paper's t = 1..T is t - 1 here.
+    Time steps are 0-based as in diffusers: the paper's t = 1..T is t - 1 here.
     """
 
     def __init__(self, config: ScheduleConfig = PAPER) -> None:
         self.config = config
         self.alphas_cumprod_T: torch.Tensor = self.ddim().alphas_cumprod
-        self._unet_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)
+        self._conditioning_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)
 
     def ddim(self) -> DDIMScheduler:
-        """diffusers' DDIM with the settings that are right for latents: no clipping of x0. `ddim_step` is our own."""
+        """Returns diffusers' DDIM scheduler without clipping of x0. Sampling uses `ddim_step` instead of its `step`."""
         config = self.config
         return DDIMScheduler(
             num_train_timesteps=config.num_train_timesteps,
@@ -43,29 +43,29 @@ class NoiseSchedule:
         )
 
     def sampling_times(self, steps: int) -> list[tuple[int, int | None]]:
-        """The time step of each of `steps` DDIM steps and the one it goes to, None for the clean latent."""
+        """Returns (t, t_next) of each of `steps` DDIM steps; t_next is None for the clean latent."""
         scheduler: Any = self.ddim()
         scheduler.set_timesteps(steps)
-        # For 62 numbers of steps, 61 the first, diffusers' trailing grid has one time more, which is -1.
+        # For 62 values of `steps`, the first is 61, diffusers' trailing grid ends with an additional time step -1.
         times = scheduler.timesteps.tolist()[:steps]
         return list(zip(times, [*times[1:], None], strict=True))
 
     def ddim_step(self, z_t: torch.Tensor, noise: torch.Tensor, t: int, t_next: int | None) -> torch.Tensor:
         """One DDIM step (eta 0) from time step `t` to `t_next`, None for the clean latent.
 
-        diffusers' own goes to t - T // steps, which is not the next time of the grid unless `steps` divides T.
+        diffusers' step goes to t - T // steps, which is the next time step of the grid only if `steps` divides T.
         """
         abar = self.alphas_cumprod_T[t]
         abar_next = torch.ones(()) if t_next is None else self.alphas_cumprod_T[t_next]
         z_0 = (z_t - (1 - abar) ** 0.5 * noise) / abar**0.5
         return abar_next**0.5 * z_0 + (1 - abar_next) ** 0.5 * noise
 
-    def unet_steps(self, t_B: torch.Tensor) -> torch.Tensor:
-        """What the 3D-UNet is told for time steps `t_B`: themselves, or under the bridge `snr` the matched ones."""
-        return t_B if self._unet_steps_T is None else self._unet_steps_T.to(t_B.device)[t_B]
+    def conditioning_step(self, t_B: torch.Tensor) -> torch.Tensor:
+        """Returns the time steps passed to the 3D-UNet: `t_B`, or the base's steps of equal SNR if `bridge="snr"`."""
+        return t_B if self._conditioning_steps_T is None else self._conditioning_steps_T.to(t_B.device)[t_B]
 
     def signal_and_noise(self, t_B: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sqrt(abar_t), sqrt(1 - abar_t)) of Equation 1, float32, shaped [B, 1, ...] to meet a tensor of `ndim`."""
+        """Returns (sqrt(abar_t), sqrt(1 - abar_t)) of Equation 1, float32 [B, 1, ...] with `ndim` dimensions."""
         abar_B = self.alphas_cumprod_T.to(t_B.device)[t_B]
         shape = (-1, *(1,) * (ndim - 1))
         return abar_B.sqrt().view(shape), (1 - abar_B).sqrt().view(shape)
@@ -76,45 +76,46 @@ class NoiseSchedule:
         return signal * z_0.float() + sigma * noise.float()
 
 
-def bridged(config: ScheduleConfig, base: str | Path) -> ScheduleConfig:
-    """The schedule as it is trained with on a base: its `bridge` carried out, and recorded.
+def to_base_schedule(config: ScheduleConfig, base: str | Path) -> ScheduleConfig:
+    """Returns the schedule of a training on this base: applies and records `config.bridge`.
 
     Raises:
-        ValueError: betas that the base's scheduler names and this project does not know.
+        ValueError: the base's scheduler has a `beta_schedule` other than linear or scaled_linear.
     """
     if config.bridge == "paper":
         return config
-    found = read_base_schedule(base)
+    base_schedule = read_base_schedule(base)
     if config.bridge == "snr":
-        return replace(config, base=found)
+        return replace(config, base=base_schedule)
     return replace(
         config,
-        beta_start=found.beta_start,
-        beta_end=found.beta_end,
-        beta_schedule=found.beta_schedule,
-        num_train_timesteps=found.num_train_timesteps,
+        beta_start=base_schedule.beta_start,
+        beta_end=base_schedule.beta_end,
+        beta_schedule=base_schedule.beta_schedule,
+        num_train_timesteps=base_schedule.num_train_timesteps,
     )
 
 
 def read_base_schedule(base: str | Path) -> BaseSchedule:
-    """The schedule of a base folder; what its `scheduler_config.json` leaves out is as diffusers has it."""
+    """Returns the schedule of a base folder; values missing in `scheduler_config.json` are diffusers' defaults."""
     file = Path(base) / "scheduler" / "scheduler_config.json"
-    said = json.loads(file.read_text())
-    if said.get("beta_schedule", "linear") not in ("linear", "scaled_linear") or said.get("trained_betas"):
-        raise ValueError(f"{file}: beta_schedule {said.get('beta_schedule')!r}, expected 'linear' or 'scaled_linear'")
+    settings: dict[str, Any] = json.loads(file.read_text())
+    kind = settings.get("beta_schedule", "linear")
+    if kind not in ("linear", "scaled_linear") or settings.get("trained_betas"):
+        raise ValueError(f"{file}: beta_schedule {kind!r}, expected 'linear' or 'scaled_linear'")
     return BaseSchedule(
-        beta_start=float(said.get("beta_start", 1e-4)),
-        beta_end=float(said.get("beta_end", 2e-2)),
-        beta_schedule=said.get("beta_schedule", "linear"),
-        num_train_timesteps=int(said.get("num_train_timesteps", 1000)),
+        beta_start=float(settings.get("beta_start", 1e-4)),
+        beta_end=float(settings.get("beta_end", 2e-2)),
+        beta_schedule=kind,
+        num_train_timesteps=int(settings.get("num_train_timesteps", 1000)),
     )
 
 
 def matched_steps(alphas_cumprod_T: torch.Tensor, base: BaseSchedule) -> torch.Tensor:
-    """The base's time step of equal signal-to-noise ratio for every step of a schedule, float32 [T], fractional.
+    """Returns the base's fractional time step of equal signal-to-noise ratio for every step of a schedule, float32 [T].
 
-    z_t depends on t through abar_t alone, so at the matched step the 3D-UNet meets exactly what it was trained on.
-    Steps noisier than the base's last one are told as that one: its range ends there.
+    z_t depends on t only through abar_t, so at the matched step the input of the 3D-UNet is distributed as in its
+    training. Steps noisier than the base's last step are clamped to it.
     """
     theirs = NoiseSchedule(replace(ScheduleConfig(), **vars(base))).alphas_cumprod_T.double()
     ours = alphas_cumprod_T.double()

@@ -1,6 +1,6 @@
-"""The 3D-UNet of the residual path: our own forward on the weights and folders of diffusers' `UNet3DConditionModel`.
+"""The 3D-UNet of the residual path: an own forward pass for weights and folders of diffusers' `UNet3DConditionModel`.
 
-Why our own, and what it does differently: docs/decisions/unet.md. Shape suffixes as in `unet_blocks`.
+docs/decisions/unet.md explains the reasons and the differences. Shape suffixes as in `unet_blocks`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIXED = ("downsample_padding", "mid_block_scale_factor", "act_fn", "num_attentio
 class UNetConfig:
     """A 3D-UNet's `config.json`, with diffusers' names; the defaults are those of text-to-video-ms-1.7b."""
 
-    sample_size: int | None = None  # latent side that it was trained at; any other works
+    sample_size: int | None = None  # latent side of the training; other sides work too
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock3D",) * 3, "DownBlock3D")
@@ -69,7 +69,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UNetConfig:
-        """From the contents of a `config.json`; keys with a leading underscore say who wrote it and are passed over."""
+        """Reads the contents of a `config.json`; keys that start with an underscore are metadata and ignored."""
         known = {name: value for name, value in data.items() if not name.startswith("_")}
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         unknown = sorted(settings.keys() - {f.name for f in fields(cls)})
@@ -78,7 +78,7 @@ class UNetConfig:
         return cls(**settings)
 
     def to_json(self) -> str:
-        """The text of its `config.json`, as diffusers writes it."""
+        """Returns the text of `config.json` as diffusers writes it."""
         named = {"_class_name": CLASS_NAME, "_diffusers_version": diffusers.__version__, **asdict(self)}
         return json.dumps(named, indent=2, sort_keys=True) + "\n"
 
@@ -109,7 +109,7 @@ class Level(nn.Module):
         text_BLD: torch.Tensor,
         skip_NCHW: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One layer of the level, joined by the skip of the way down on the way up."""
+        """Runs one layer of the level; on the way up its input is concatenated with the skip from the way down."""
         frames = len(x_NCHW) // len(text_BLD)
         x = x_NCHW if skip_NCHW is None else torch.cat([x_NCHW, skip_NCHW], dim=1)
         x = self.temp_convs[layer](self.resnets[layer](x, time_NT), frames)
@@ -121,8 +121,8 @@ class Level(nn.Module):
 class UNet3D(nn.Module):
     """The 3D-UNet eps(x, t, c), with the state dict of diffusers' `UNet3DConditionModel`, name for name.
 
-    `recompute_activations` keeps only what enters each layer and computes the rest again in the backward pass (a third
-    more work, the same numbers bit by bit, dropout included); diffusers' class refuses it.
+    `recompute_activations` stores only the input of each layer and recomputes the rest in the backward pass (a third
+    more computation, bitwise equal results, dropout included); diffusers' class does not support it.
     """
 
     recompute_activations = False
@@ -192,7 +192,7 @@ class UNet3D(nn.Module):
         return x.unflatten(0, (batch, frames)).transpose(1, 2)
 
     def layers(self) -> Iterator[nn.Module]:
-        """The parts that hold nearly all weights; a forward pass calls each once."""
+        """Yields the layers that hold nearly all weights; a forward pass calls each once."""
         kinds = (ResnetBlock, TemporalConvLayer, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return (module for module in self.modules() if isinstance(module, kinds))
 
@@ -209,10 +209,10 @@ def _levels(blocks: nn.ModuleList) -> Iterator[Level]:
 
 
 def load_unet(base: str | Path) -> UNet3D:
-    """The 3D-UNet of a base or model folder (its `unet/`), float32; weights in one file or in shards with an index.
+    """Loads the 3D-UNet of a base or model folder (`unet/`) in float32, from one file or from shards with an index.
 
     Raises:
-        BaseFolderError: no such folder, another kind of network, or weights that are not its own.
+        BaseFolderError: no such folder, another kind of network, or weights that do not fit.
     """
     folder = Path(base) / "unet"
     try:
@@ -253,7 +253,7 @@ def widen_input(unet: UNet3D) -> UNet3D:
 
 
 def set_dropout(unet: nn.Module, probability: float) -> None:
-    """Sets the dropout of the 3D-UNet's temporal convolutions, its only one; the base was trained with 0.1."""
+    """Sets the dropout probability of the temporal convolutions; the base was trained with 0.1."""
     for module in unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -1,8 +1,8 @@
-"""The layers of the 3D-UNet: ResNet block, temporal convolution, spatial and temporal transformer, and their level.
+"""The layers of the 3D-UNet: ResNet block, temporal convolution, spatial and temporal transformer, resampling.
 
-They follow ModelScope's text-to-video network (arXiv 2308.06571, Section 3) and bear the parameter names of diffusers'
+They follow ModelScope's text-to-video network (arXiv 2308.06571, Section 3) with the parameter names of diffusers'
 `UNet3DConditionModel`. Activations are images, [N, C, H, W] with N = B F, channels last: in memory one array ordered
-(B, F, H, W, C), so that what each layer works on is a view of it:
+(B, F, H, W, C), so that the input of each layer is a view of it:
 
     images_NCHW   convolution and normalisation of each frame
     clip_BCFS     convolution along time, normalisation over all frames
@@ -20,29 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DROPOUT = 0.1  # of the temporal convolutions, as the text-to-video weights were trained; `unet.set_dropout` sets it
-SHORT = 64  # up to this length the scores are small and PyTorch's fused CPU kernel is all overhead
-MAX_HEADS = 65_535  # CUDA's attention kernels lay the heads along a grid axis of this length
+DROPOUT = 0.1  # of the temporal convolutions, as in the training of the text-to-video weights; see `unet.set_dropout`
+SHORT = 64  # up to this length plain products are faster on a CPU than PyTorch's fused kernel
+MAX_HEADS = 65_535  # CUDA's attention kernels map the heads to a grid axis of this length
 
 
 def to_tokens(x_NCHW: torch.Tensor) -> torch.Tensor:
-    """Images as tokens [N, S, C]."""
+    """Reshapes images to tokens [N, S, C]."""
     return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_clip(x_NCHW: torch.Tensor, frames: int) -> torch.Tensor:
-    """Images as a clip [B, C, F, S]."""
+    """Reshapes images to a clip [B, C, F, S]."""
     return to_tokens(x_NCHW).unflatten(0, (-1, frames)).permute(0, 3, 1, 2)
 
 
 def to_images(tokens: torch.Tensor, like_NCHW: torch.Tensor) -> torch.Tensor:
-    """Tokens [N, S, C] or [B, F, S, C] as images [N, C, H, W], with the height and width of `like_NCHW`."""
+    """Reshapes tokens [N, S, C] or [B, F, S, C] to images [N, C, H, W] with the height and width of `like_NCHW`."""
     count, _, height, width = like_NCHW.shape
     return tokens.reshape(count, height, width, -1).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions of each frame, the time embedding added between them, and a skip around both."""
+    """Two convolutions per frame with the time embedding added between them, and a skip around both."""
 
     def __init__(self, channels_in: int, channels_out: int, time_width: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ResnetBlock(nn.Module):
 
 
 class TemporalConv(nn.Conv3d):
-    """A (3, 1, 1) convolution, run as a (3, 1) convolution of a clip [B, C, F, S]: same weights, same numbers.
+    """A (3, 1, 1) convolution, computed as a (3, 1) convolution of a clip [B, C, F, S] with the same weights.
 
     CPU kernels for Conv3d fall back to im2col, and several GPU releases had slow or wrong bfloat16 Conv3d.
     """
@@ -74,7 +74,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class TemporalConvLayer(nn.Module):
-    """Four convolutions along time and a skip around them; the last starts at zero, so a new layer changes nothing."""
+    """Four convolutions along time with a skip around them; the last starts at zero, so a new layer is the identity."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class TemporalConvLayer(nn.Module):
 
 
 def attend(q_BHLD: torch.Tensor, k_BHMD: torch.Tensor, v_BHMD: torch.Tensor) -> torch.Tensor:
-    """Softmax attention [B, H, L, D]; on a CPU, sequences as short as a clip's frames go by plain products (4x)."""
+    """Softmax attention [B, H, L, D]; on a CPU, sequences up to `SHORT` use plain matrix products (4 times as fast)."""
     if q_BHLD.device.type == "cpu" and max(q_BHLD.shape[2], k_BHMD.shape[2]) <= SHORT:
         q, k, v = (x.contiguous() for x in (q_BHLD * q_BHLD.shape[3] ** -0.5, k_BHMD, v_BHMD))
         return (q @ k.transpose(2, 3)).softmax(dim=3) @ v
@@ -106,10 +106,10 @@ def attend(q_BHLD: torch.Tensor, k_BHMD: torch.Tensor, v_BHMD: torch.Tensor) -> 
 
 
 class Attention(nn.Module):
-    """Multi-head attention along axis 1 of [batch, sequence, ..., width]; axes between those two act as more heads.
+    """Multi-head attention along axis 1 of [batch, sequence, ..., width]; the axes in between act as additional heads.
 
-    So tokens [N, S, C] attend over space, and tokens [B, F, S, C] over time, each place by itself, without a copy.
-    Keys and values of a context [B, L, D] are projected once a sample and shared by its frames.
+    Tokens [N, S, C] attend over space; tokens [B, F, S, C] attend over time, separately at each place, without a copy.
+    Keys and values of a context [B, L, D] are projected once per sample and shared by its frames.
     """
 
     def __init__(self, width: int, head_width: int, context_width: int | None = None) -> None:
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class _GatedGELU(torch.autograd.Function):
-    """value * gelu(gate) of [..., value | gate]; it keeps its input alone, and joins no gradients."""
+    """value * gelu(gate) of [..., value | gate]; saves only its input and writes both gradients into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, joined: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class _GatedGELU(torch.autograd.Function):
 
 
 class GatedGELU(nn.Module):
-    """A linear layer whose one half gates the other (arXiv 2002.05202)."""
+    """A linear layer, half of whose output gates the other half (arXiv 2002.05202)."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class GatedGELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The token-wise layers of a transformer block, four times as wide inside."""
+    """The feed-forward layers of a transformer block, with 4 times the width inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention within each frame and to the text where there is one, else twice over time; then a feed-forward."""
+    """Self-attention, cross-attention to the text (self-attention if there is none), then a feed-forward."""
 
     def __init__(self, width: int, head_width: int, text_width: int | None) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the places of each frame, with cross-attention to the text, and a skip around it."""
+    """One transformer block over the places of each frame with cross-attention to the text, and a skip around it."""
 
     def __init__(self, channels: int, head_width: int, groups: int, text_width: int) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """One transformer block over the frames of each place, and a skip around it; it knows no order of the frames."""
+    """One transformer block over the frames of each place without position embedding, and a skip around it."""
 
     def __init__(self, channels: int, heads: int, head_width: int, groups: int) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class TemporalTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a convolution of stride 2."""
+    """Halves height and width with a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to a given height and width, then a convolution."""
+    """Nearest-neighbour interpolation to a given height and width, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Makes the demo's base: a small tokenizer, VAE, CLIP text encoder and text-to-video 3D-UNet, trained on drawn shapes.
+"""Trains the base of the demo: a small tokenizer, VAE, CLIP text encoder and text-to-video 3D-UNet.
 
     python examples/demo_base/make.py --out examples/demo_base/weights
 
-The folder it writes has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Four steps, each kept
-as it finishes: `tokenizer`, `vae`, `decoder` (the VAE's, made steady), `denoiser` (text encoder and 3D-UNet together,
-from the denoising loss). The last step may run on several cores:
+The output folder has the layout of `text-to-video-ms-1.7b`, so that one loader reads both. Four steps, each saved when
+it finishes: `tokenizer`, `vae`, `decoder` (the VAE's, trained against flicker), `denoiser` (text encoder and 3D-UNet
+jointly, with the denoising loss). The last step can run in several processes:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/demo_base/make.py --only denoiser
 
@@ -43,14 +43,14 @@ from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropou
 
 SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
 TEXT_LENGTH, TEXT_WIDTH = 32, 64
-UNET_RATE, TEXT_RATE = 1.8e-3, 5e-4  # one rate for both, and the text is learned late or never
+UNET_RATE, TEXT_RATE = 1.8e-3, 5e-4  # with one rate for both, the text is learned late or not at all
 FIRST_FRAME_SHARE = 0.75
-LATENT_NOISE = 0.03  # in final latents: what a sampler of this size leaves in them
+LATENT_NOISE = 0.03  # standard deviation in final latents, as left by a sampler of this size
 HELD_OUT_SCENES = range(990_000, 990_016)
 
 
 def make_tokenizer(out: Path) -> None:
-    """A byte-pair tokenizer in CLIP's files whose merges cover the captions' words; other words fall into letters."""
+    """Trains a byte-pair tokenizer in CLIP's format on the captions' words; other words become letters."""
     captions = [f"a {c} {s} moving {d} {p}" for c in COLOURS for s in SHAPES for d in DIRECTIONS for p in SPEEDS]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def make_tokenizer(out: Path) -> None:
 
 
 def textured_frame(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
-    """A random picture (waves, patches, lines) that keeps the VAE from knowing shapes only: uint8 [size, size, 3]."""
+    """Draws a random picture (waves, patches, lines), so that the VAE sees more than shapes: uint8 [size, size, 3]."""
     grid = (np.arange(size) + 0.5) / size
     x, y = np.meshgrid(grid, grid)
     image = np.zeros((size, size, 3))
@@ -102,7 +102,7 @@ def textured_frame(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
 
 
 def vae_frames(seed: int, batch: int) -> Iterator[torch.Tensor]:
-    """Endless batches [B, 3, 64, 64] in [-1, 1]: seven drawn shapes at random times to one texture."""
+    """Yields batches [B, 3, 64, 64] in [-1, 1]: seven drawn shapes at random times per texture."""
     rng = np.random.default_rng([seed, 1])
     while True:
         frames = []
@@ -123,9 +123,9 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 
 
 def identity_start(vae: AutoencoderKL) -> None:
-    """Starts the VAE as a plain pyramid: residual branches silent, samplers averaging and repeating.
+    """Initialises the VAE as a plain pyramid: residual branches are zero, resampling averages and repeats.
 
-    From the default start this small network needs ten times the steps to learn so much as the colours.
+    With the default initialisation this small network needs ten times the steps to learn the colours.
     """
     with torch.no_grad():
         for module in vae.modules():
@@ -147,7 +147,7 @@ def identity_start(vae: AutoencoderKL) -> None:
 
 
 def make_vae(out: Path, steps: int, seed: int, batch: int = 4) -> None:
-    """Trains the VAE on L1 + gradient + a faint KL, and sets its scaling factor so that latents have unit deviation."""
+    """Trains the VAE on L1, gradient and a small KL loss; the scaling factor gives latents unit standard deviation."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 32, 64),
@@ -188,7 +188,7 @@ def make_vae(out: Path, steps: int, seed: int, batch: int = 4) -> None:
 
 
 def frame_pairs(seed: int, batch: int) -> Iterator[torch.Tensor]:
-    """Endless batches [B, 2, 3, 64, 64] in [-1, 1]: a drawn shape and itself a frame later, or one texture twice."""
+    """Yields batches [B, 2, 3, 64, 64] in [-1, 1]: two consecutive frames of a drawn shape, or one texture twice."""
     rng = np.random.default_rng([seed, 3])
     while True:
         pairs = []
@@ -202,9 +202,9 @@ def frame_pairs(seed: int, batch: int) -> Iterator[torch.Tensor]:
 
 
 def steady_decoder(out: Path, steps: int, seed: int, steadiness: float, batch: int = 4) -> None:
-    """Trains the VAE's decoder alone to keep still what stands still, also under faint noise on the latents.
+    """Trains only the VAE's decoder, against flicker of still regions and with small noise on the latents.
 
-    A VAE of single frames flickers: what moves shifts the colours of what does not. The latents stay as they are.
+    A VAE of single frames flickers: moving objects shift the colours of still regions. The latents do not change.
     """
     torch.manual_seed(seed + 1)
     vae = load_vae(out).float().train()
@@ -285,13 +285,13 @@ def _score(out: Path, name: str, value: float) -> None:
 
 
 def clip_pixels(seed: int) -> tuple[np.ndarray, str]:
-    """The 16 frames at 4 fps of one scene, and its caption."""
+    """Draws the 16 frames at 4 fps of one scene and returns them with its caption."""
     scene = draw_scene(seed)
     return np.stack([draw_frame(scene, k / FPS, SIZE) for k in range(NUM_FRAMES)]), scene.caption
 
 
 def load_training_clips(out: Path, scenes: range) -> tuple[torch.Tensor, list[str]]:
-    """Final latents [N, F, C, H, W] and captions of these scenes."""
+    """Returns final latents [N, F, C, H, W] and captions of these scenes."""
     vae, start = load_vae(out), time.time()
     latents, captions = [], []
     for index, scene in enumerate(scenes):
@@ -352,11 +352,11 @@ class Denoiser(torch.nn.Module):
 
 
 def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool) -> None:
-    """Trains text encoder and 3D-UNet on velocity under the paper's schedule, captions dropped in one clip of ten.
+    """Trains text encoder and 3D-UNet on velocity with the paper's schedule and a text dropout of 0.1.
 
-    In FIRST_FRAME_SHARE of the steps the clean first frame stands before the noised ones (Figure 1 (a), without prior
+    In FIRST_FRAME_SHARE of the steps the clean first frame precedes the noised ones (Figure 1 (a), without prior
     or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
-    and gradients are averaged. `go_on` takes up the pair in `out`, at half the rates.
+    and gradients are averaged. `go_on` continues from the pair in `out` at half the rates.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     z_NFCHW, captions = load_training_clips(out, range(rank, clips, world))
@@ -437,7 +437,7 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
 
 @torch.no_grad()
 def preview(out: Path, seed: int = 0) -> None:
-    """Samples four clips from text alone, to look at."""
+    """Samples four clips from text for visual inspection."""
     vae, text = load_vae(out), load_text_encoder(out)
     unet = load_unet(out).eval()
     scheduler = DDIMScheduler.from_pretrained(out / "scheduler")

@@ -71,14 +71,14 @@ def load_base(base: UntrainedBase, frames: int, device: str) -> TripPipeline:
     from trip_model.encoders import load_text_encoder, load_vae
     from trip_model.model import Trip, base_unet_output
     from trip_model.pipeline import TripPipeline
-    from trip_model.schedule import bridged
+    from trip_model.schedule import to_base_schedule
 
     folder = resolve_base(base.address)
     spacing: Any = base.timestep_spacing
     config = TripConfig(
         condition="head",
         fusion=FusionConfig(kind="none"),
-        schedule=bridged(ScheduleConfig(timestep_spacing=spacing, bridge="checkpoint"), folder),
+        schedule=to_base_schedule(ScheduleConfig(timestep_spacing=spacing, bridge="checkpoint"), folder),
         num_frames=frames,
         size=base.size,
         residual_std=(0.0,) * frames,  # of the prior, which TRIP^- does not have

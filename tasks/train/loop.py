@@ -39,7 +39,7 @@ from trip_model.folders import resolve_base
 from trip_model.images import video_bytes
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
-from trip_model.schedule import bridged
+from trip_model.schedule import to_base_schedule
 
 Tick = Callable[[dict[str, Any]], None]
 # Called on every rank after every step, with the same result on all: continue, checkpoint and continue, or checkpoint
@@ -137,7 +137,7 @@ class Training:
                 spec.model,
                 residual_std=measure_residual_std(z_0),
                 unet_output=base_unet_output(self.base),
-                schedule=bridged(spec.model.schedule, self.base),
+                schedule=to_base_schedule(spec.model.schedule, self.base),
             )
         torch.manual_seed(spec.seed)  # initialises the fusion module and adapters
         self.trip = Trip.from_base(self.base, config).train()

@@ -1,1 +1,1 @@
-"""Videos: decoded in processes of their own, only the frames that are needed, upright and in RGB."""
+"""Video decoding in separate processes: decodes only the needed frames and returns upright RGB squares."""

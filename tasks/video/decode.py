@@ -1,7 +1,7 @@
-"""Decodes videos into clips, on a time grid (Section 4.1) or with a stride.
+"""Decodes videos into clips on a time grid (Section 4.1) or with a stride.
 
-*Pixels* are always uint8 [F, H, W, 3] RGB, centre-cropped to a square after resizing the shorter side, unless a clip
-is asked for with `fit="squash"`.
+*Pixels* are uint8 [F, H, W, 3] RGB: the shorter side is resized and the centre cropped, or with `fit="squash"` the
+entire frame is resized to the square.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from tasks.video.frame import frame_box, has_full_range, to_square
-from tasks.video.selective_decode import can_spare, needed_frames
+from tasks.video.selective_decode import can_skip_frames, selected_frames
 from trip_model.config import Fit
 
-# Containers that carry their own frames. A playlist among the clips would make the decoder open what it names.
+# Containers that hold their own frames. A playlist would make the decoder open the addresses it lists.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
 
 
 class ClipError(ValueError):
-    """A video that cannot become a clip: `reason` is a word to count by, `detail` a sentence for a person."""
+    """A video that cannot become a clip: `reason` is a word to count by, `detail` a sentence for the user."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -37,10 +37,10 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded window of a video, or the whole of it as a track."""
+    """A decoded window of a video, or all of its frames as a track."""
 
     pixels: np.ndarray  # uint8 [F, H, W, 3]
-    times: np.ndarray  # float32 [F], seconds since the video's first shown frame, the true stamps
+    times: np.ndarray  # float32 [F], presentation stamps in seconds since the first displayed frame
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,25 +56,24 @@ def read_windows(
 ) -> list[Clip]:
     """Decodes up to `windows` non-overlapping clips from one video, each of `num_frames` frames on a time grid.
 
-    The grid lies on presentation stamps relative to the first shown frame: grid point k takes the frame on show at
-    `start + k / fps` (the last one stamped at or before it), so variable frame rates and late starts come out right.
-    Every frame is converted at most once and only when a grid point needs it; one that nothing needs may not even be
-    decoded, and what is wrong with it then goes unnoticed. A file that breaks off gives the windows before the break,
-    and `info` says what broke; `info` also counts frames that the decoder had to mend (of all those that it decoded,
-    shown or not) and stamps that run backwards.
+    The grid uses presentation stamps relative to the first displayed frame: grid point k takes the frame displayed at
+    `start + k / fps` (the last one stamped at or before it), also for variable frame rates and late starts. Each frame
+    is converted at most once and only if a grid point needs it; frames that no grid point needs may not be decoded, so
+    that their damage goes unnoticed. A truncated file gives the windows before the break, and `info["broken"]` names
+    the error; `info` also counts the decoded frames that are corrupt and the stamps that run backwards.
 
-    With a stride there is no grid: frames 0, stride, 2 * stride .. of all that the decoder gives are taken, whatever
-    their stamps say.
+    With a stride there is no grid: the clip takes frames 0, stride, 2 * stride .. of the decoder's output and ignores
+    their stamps.
 
     Args:
         source: the bytes of a video file, or its path.
         num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
-        windows: how many clips at most; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
+        windows: maximum number of clips; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
             frame `w * num_frames * stride`.
-        fit: what of a frame comes into the square. stride: None takes the grid; there is no `start_seconds` with it.
+        fit: how a frame fills the square. stride: in frames; None uses the grid. Needs `start_seconds` 0.
     Raises:
-        ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the first window was
-            whole) or `too_short`. MemoryError: the frames do not fit.
+        ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the end of the
+            first window) or `too_short`. MemoryError: the frames do not fit.
     """
     chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, size, start_seconds, fit, stride)
     return [
@@ -92,22 +91,22 @@ def read_track(
     fit: Fit = "crop",
     stride: int | None = None,
 ) -> list[Clip]:
-    """Decodes a whole video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
+    """Decodes all frames of a video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
 
     Args:
-        num_frames: frames that the track has at least. longest: frames after which it is cut off; `info` then says so.
+        num_frames: minimum number of frames. longest: maximum number of frames; `info["cut_off_at"]` records a cut.
     Returns:
-        The track alone, a list as `read_windows` gives it.
+        A list with the track as its only clip.
     Raises:
         ClipError, MemoryError: as `read_windows`.
     """
-    # One more tells whether the video goes on.
+    # One more frame shows whether the video continues.
     chosen, info = _read_grid(source, num_frames, longest + 1, fps, size, 0.0, fit, stride)
     return [_clip(chosen[:longest], info | ({"cut_off_at": longest} if len(chosen) > longest else {}))]
 
 
 def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int, start_seconds: float = 0.0) -> Clip:
-    """The first clip of a video, see `read_windows`."""
+    """Decodes the first clip of a video, see `read_windows`."""
     return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
 
 
@@ -125,14 +124,14 @@ def _read_grid(
     start_seconds: float = 0.0,
     fit: Fit = "crop",
     stride: int | None = None,
-    sparing: bool = True,
+    selective: bool = True,
 ) -> tuple[list[tuple[float, np.ndarray]], dict[str, Any]]:
-    """`least` to `wanted` frames as `read_windows` takes them, (time, pixels), and what the decoder says of them.
+    """Returns `least` to `wanted` frames (time, pixels) as `read_windows` takes them, and the `info` of a clip.
 
-    `sparing`: decodes only what is needed; a file for which that cannot be told, or damaged, is then read anew in full.
+    `selective` decodes only the frames needed, with a full decode if the file is damaged or its references are unknown.
     """
     if stride is not None and (stride < 1 or start_seconds):
-        raise ValueError(f"stride {stride} from {start_seconds:g} s on, expected at least 1 and from 0 s on")
+        raise ValueError(f"stride {stride} from {start_seconds:g} s on, expected at least 1 from 0 s on")
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     step, half_step = 1.0 / fps, 0.5 / fps
     chosen: list[tuple[float, np.ndarray]] = []
@@ -144,11 +143,11 @@ def _read_grid(
     try:
         with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
             if not container.streams.video:
-                raise ClipError("no_video_stream", "the file holds no video stream")
+                raise ClipError("no_video_stream", "the file has no video stream")
             stream = container.streams.video[0]
             aspect = float(stream.sample_aspect_ratio or 1)
             stream.thread_type = "SLICE"
-            stream.codec_context.thread_count = 1  # automatic threads under many workers can hang for good
+            stream.codec_context.thread_count = 1  # automatic threads under many workers can deadlock
             info = {
                 "codec": stream.codec_context.name,
                 "container": container.format.name,
@@ -157,55 +156,55 @@ def _read_grid(
                 "height": stream.codec_context.height,
             }
             first: float | None = None
-            shown: av.VideoFrame | None = None
-            shown_time = 0.0
+            displayed: av.VideoFrame | None = None
+            displayed_time = 0.0
 
             def take() -> None:
-                assert shown is not None
-                if stride is None and chosen and chosen[-1][0] == shown_time:
+                assert displayed is not None
+                if stride is None and chosen and chosen[-1][0] == displayed_time:
                     chosen.append(chosen[-1])
                 else:
-                    chosen.append((shown_time, to_square(shown, size, aspect, reformatter, fit)))
+                    chosen.append((displayed_time, to_square(displayed, size, aspect, reformatter, fit)))
                 if len(chosen) == 1:
                     info.update(
-                        pixel_format=shown.format.name,
-                        range="full" if has_full_range(shown) else "limited",
-                        rotation=shown.rotation,
+                        pixel_format=displayed.format.name,
+                        range="full" if has_full_range(displayed) else "limited",
+                        rotation=displayed.rotation,
                         pixel_aspect=aspect,
-                        resize_crop=list(frame_box(shown, size, aspect, fit)),
+                        resize_crop=list(frame_box(displayed, size, aspect, fit)),
                     )
 
-            sparing = sparing and stride is None and can_spare(stream)  # frames are counted as they come
-            some = needed_frames(container, stream, wanted, step, start_seconds)
-            for count, frame in enumerate(some if sparing else container.decode(stream)):
+            selective = selective and stride is None and can_skip_frames(stream)  # a stride counts every frame
+            selected = selected_frames(container, stream, wanted, step, start_seconds)
+            for count, frame in enumerate(selected if selective else container.decode(stream)):
                 if frame.pts is None or frame.time is None:
-                    raise ClipError("no_timestamps", "a frame carries no presentation stamp")
+                    raise ClipError("no_timestamps", "a frame has no presentation stamp")
                 corrupt += bool(frame.is_corrupt)
-                backward += shown is not None and frame.time < shown.time
+                backward += displayed is not None and frame.time < displayed.time
                 first = frame.time if first is None else first
                 now = frame.time - first - start_seconds
                 if stride is not None:
-                    shown, shown_time = frame, now
+                    displayed, displayed_time = frame, now
                     if count % stride == 0:
                         take()
                 else:
-                    while shown is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
+                    while displayed is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
                         take()
                 duration = max(duration, now)
                 if len(chosen) == wanted:
                     break
                 if frame.time >= first:
-                    shown, shown_time = frame, now
-            # The last frame stays on show for its own length; half a grid step of grace covers a rounded-down end.
+                    displayed, displayed_time = frame, now
+            # The last frame is displayed for its own duration, at most one grid step; unknown rates count half a step.
             rate = float(stream.average_rate or fps)
             end = duration + min(1.0 / rate if rate > 0 else half_step, step)
-            while stride is None and shown is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
+            while stride is None and displayed is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
                 take()
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError | MemoryError):
             raise
-        if sparing:
-            return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, sparing=False)
+        if selective:
+            return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, selective=False)
         broken = f"{type(error).__name__} after {len(chosen)} {'grid ' if stride is None else ''}frames"
         if len(chosen) < least:
             raise ClipError("damaged" if chosen else "undecodable", broken) from error
@@ -214,7 +213,7 @@ def _read_grid(
         raise ClipError(
             "too_short",
             f"{max(duration, 0):.2f} s give {len(chosen)} frames at "
-            f"{f'{fps:g} fps' if stride is None else f'a stride of {stride}'}, {least} are needed",
+            f"{f'{fps:g} fps' if stride is None else f'a stride of {stride}'}, expected at least {least}",
         )
     info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
     if broken:

@@ -1,8 +1,8 @@
-"""Decodes clips in processes of their own, ahead of the encoder: a video that crashes or hangs a decoder costs one row.
+"""Decodes clips in child processes ahead of the encoder: a video that crashes or hangs a decoder costs one row.
 
-A child is `python -m tasks.video.decode_pool`: PyAV and numpy only, one thread, ended with its parent. Its pipes carry
-a length, a JSON head and raw bytes, nothing pickled: a child that a video has taken over can send wrong pixels or
-nonsense, never code.
+A child is `python -m tasks.video.decode_pool`: PyAV and numpy only, one thread, and it ends with its parent. Its pipes
+carry a length, a JSON head and raw bytes, never pickles: a child compromised by a video can send wrong pixels or a
+malformed reply, but no code.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Reader = Callable[..., list[Clip]]  # takes the bytes of a video and named argum
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
-_START_SECONDS = 120.0  # for imports, on a machine that is short of everything
+_START_SECONDS = 120.0  # limit of a child's imports, for a machine under heavy load
 
 
 class DecoderPool:
-    """Processes that decode one video each at a time; they start with the first videos and end with `close`.
+    """A pool of decoder processes; they start with the first videos and end with `close`.
 
     Args:
         arguments: what the reader gets by name beside the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
@@ -58,15 +58,15 @@ class DecoderPool:
         self._threads = ThreadPoolExecutor(processes, "decoder")
 
     def submit(self, data: bytes) -> Future[list[Clip]]:
-        """The clips of a video, as soon as a process is free for it.
+        """Returns a future of the clips of a video; it waits for an idle process.
 
-        The result raises ClipError: the reader's reasons; `decoder_crash` where the process died over this video,
-        `decoder_timeout` where it had to be killed, `out_of_memory` where the frames did not fit.
+        The result raises ClipError with the reader's reason, `decoder_crash` if the process died on this video,
+        `decoder_timeout` if it was killed, or `out_of_memory` if the frames did not fit.
         """
         return self._threads.submit(self._decode, data)
 
     def close(self) -> None:
-        """Ends the processes at once; videos that are being decoded are dropped."""
+        """Kills the processes and drops the videos that they decode."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self._children:
             child.kill()
@@ -87,7 +87,7 @@ class DecoderPool:
 
 
 def check_decoding(spec: DecodeSpec) -> None:
-    """Raises UserError for a number that no video can be decoded with."""
+    """Raises UserError for an invalid value."""
     for name, least in (("processes", 1), ("ahead", 1), ("seconds", 0.1), ("memory_bytes", 1 << 29)):
         value = getattr(spec, name)
         if value is not None and value < least:
@@ -95,20 +95,20 @@ def check_decoding(spec: DecodeSpec) -> None:
 
 
 class _Child:
-    """One decoder process, replaced after it died. Of use to one thread at a time, but for `kill`."""
+    """One decoder process, restarted after it died. Only `kill` is safe to call from another thread."""
 
     def __init__(self, spec: DecodeSpec, arguments: dict[str, Any], reader: str) -> None:
         self._spec = spec
         self._command = [sys.executable, "-m", __name__, reader, json.dumps(arguments)]
         self._command += [str(spec.seconds), str(spec.memory_bytes)]
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock, self._over = threading.Lock(), False
+        self._lock, self._closed = threading.Lock(), False
 
     def decode(self, data: bytes) -> list[Clip]:
         process, requests, replies = self._running()
-        began = time.monotonic()
-        late = threading.Timer(self._spec.seconds, process.kill)
-        late.start()
+        started_at = time.monotonic()
+        timeout = threading.Timer(self._spec.seconds, process.kill)
+        timeout.start()
         try:
             requests.write(_LENGTH.pack(len(data)))
             requests.write(data)
@@ -118,33 +118,33 @@ class _Child:
             raise
         except (OSError, EOFError):
             status = _end(process)
-            if status == -signal.SIGKILL and time.monotonic() - began >= self._spec.seconds:
+            if status == -signal.SIGKILL and time.monotonic() - started_at >= self._spec.seconds:
                 raise ClipError("decoder_timeout", f"killed after {self._spec.seconds:g} s") from None
             raise ClipError("decoder_crash", f"the decoder ended with {_name(status)}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             process.kill()
             _end(process)
-            raise ClipError("decoder_crash", f"the decoder sent nonsense ({type(error).__name__})") from None
+            raise ClipError("decoder_crash", f"malformed reply from the decoder ({type(error).__name__})") from None
         finally:
-            late.cancel()
+            timeout.cancel()
 
     def kill(self) -> None:
-        """Ends the process for good."""
+        """Kills the process; it does not start again."""
         with self._lock:
-            self._over = True
+            self._closed = True
             if self._process is not None:
                 self._process.kill()
                 self._process.wait()
 
     def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-        """The process and its pipes; a fresh one where there is none, or where it died."""
+        """Returns the process and its pipes; starts a new process if there is none or it died."""
         with self._lock:
             process = self._process
-            if self._over:
+            if self._closed:
                 raise RuntimeError("the decoders are closed")
-            fresh = process is None or process.poll() is not None
-            if fresh:
-                # A child can import what this process can, wherever Ray has unpacked the checkout.
+            is_new = process is None or process.poll() is not None
+            if is_new:
+                # The child gets the import path of this process, which Ray may have unpacked anywhere.
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
                 process = subprocess.Popen(
@@ -152,33 +152,33 @@ class _Child:
                 )
                 self._process = process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        if fresh:
+        if is_new:
             slow = threading.Timer(_START_SECONDS, process.kill)
             slow.start()
             started = process.stdout.read(1)
             slow.cancel()
             if started != _READY:
-                raise RuntimeError(f"a decoder process did not start, it ended with {_name(_end(process))}")
+                raise RuntimeError(f"a decoder process did not start; it ended with {_name(_end(process))}")
         return process, process.stdin, process.stdout
 
 
-def _receive(pipe: IO[bytes], most_bytes: int) -> list[Clip]:
-    """What a child answers. Raises ClipError for its reason, EOFError at its end, ValueError or kin for nonsense."""
+def _receive(pipe: IO[bytes], max_bytes: int) -> list[Clip]:
+    """Reads a child's reply. Raises ClipError for its reason, EOFError at its end, ValueError for a malformed reply."""
     (length,) = _LENGTH.unpack(_exactly(pipe, _LENGTH.size))
     if length > _MAX_HEAD_BYTES:
-        raise ValueError(f"a head of {length} bytes")
+        raise ValueError(f"a head of {length} bytes, expected at most {_MAX_HEAD_BYTES}")
     head = json.loads(_exactly(pipe, length))
-    json.dumps(head, allow_nan=False, ensure_ascii=False).encode()  # what a shard's manifest could not say is nonsense
+    json.dumps(head, allow_nan=False, ensure_ascii=False).encode()  # a manifest could not store it
     if "reason" in head:
         if not re.fullmatch(r"[a-z_]{1,40}", head["reason"]):
-            raise ValueError("a reason that is no word")
+            raise ValueError(f"reason {head['reason']!r:.50}, expected lower-case letters and underscores")
         raise ClipError(head["reason"], str(head["detail"])[:500])
-    clips, left = [], most_bytes
+    clips, remaining_bytes = [], max_bytes
     for shape, info in head["clips"]:
         frames, height, width = (int(side) for side in shape)
         size = frames * (height * width * 3 + 4)
-        left -= size
-        if min(frames, height, width) < 1 or left < 0:
+        remaining_bytes -= size
+        if min(frames, height, width) < 1 or remaining_bytes < 0:
             raise ValueError(f"frames of shape {shape}")
         times = np.frombuffer(_exactly(pipe, 4 * frames), np.float32)
         pixels = np.frombuffer(_exactly(pipe, size - 4 * frames), np.uint8).reshape(frames, height, width, 3)
@@ -194,13 +194,13 @@ def _exactly(pipe: IO[bytes], size: int) -> bytearray:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Exit status of a process whose pipe has closed; one that lives on regardless is killed."""
+    """Returns the exit status of a process whose pipe has closed; kills it if it still runs after 5 s."""
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
         process.kill()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what is left of a request has nowhere to go
+        with contextlib.suppress(OSError):  # the rest of a request cannot be flushed
             pipe.close()  # type: ignore[union-attr]
     return process.wait()
 
@@ -210,33 +210,33 @@ def _name(status: int) -> str:
 
 
 def _serve(reader: str, arguments: str, seconds: str, memory_bytes: str) -> None:
-    """The life of a child: videos in, clips out, until the parent closes the pipe."""
+    """Main loop of a child: reads videos and writes clips until the parent closes the pipe."""
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody is left to answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends the child when the parent has died
     module, function = reader.split(":")
     read = getattr(importlib.import_module(module), function)
-    named = json.loads(arguments)
+    keywords = json.loads(arguments)
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies.write(_READY)
     replies.flush()
     while head := requests.read(_LENGTH.size):
         data = requests.read(*_LENGTH.unpack(head))
-        # Should the parent be gone and the decoder hang, the kernel ends it: no thread of ours would get a turn.
+        # If the parent has died and the decoder hangs, the kernel ends this process: no Python thread would run.
         signal.setitimer(signal.ITIMER_REAL, float(seconds) + 5)
-        answer: dict[str, Any] = {}
+        reply: dict[str, Any] = {}
         clips: list[Clip] = []
         try:
-            clips = read(data, **named)
-            answer["clips"] = [(clip.pixels.shape[:3], clip.info) for clip in clips]
+            clips = read(data, **keywords)
+            reply["clips"] = [(clip.pixels.shape[:3], clip.info) for clip in clips]
         except ClipError as error:
-            answer = {"reason": error.reason, "detail": error.detail}
+            reply = {"reason": error.reason, "detail": error.detail}
         except MemoryError:
-            answer = {"reason": "out_of_memory", "detail": f"more than {memory_bytes} bytes to decode it"}
+            reply = {"reason": "out_of_memory", "detail": f"decoding needs more than {memory_bytes} bytes"}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        line = json.dumps(answer).encode()
+        line = json.dumps(reply).encode()
         replies.write(_LENGTH.pack(len(line)) + line)
         for clip in clips:
             replies.write(clip.times.data)

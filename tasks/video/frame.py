@@ -1,4 +1,4 @@
-"""One decoded frame as an upright RGB square: its range, transparency, pixel shape and turn, all applied."""
+"""Converts a decoded frame to an upright RGB square: applies range, transparency, pixel aspect and rotation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from trip_model.config import Fit
 from trip_model.images import square_box
 
-# Luma 16 to 235 spread over 0 to 255; the scaler does so for colour, but takes every gray frame for full.
+# Expands luma 16..235 to 0..255; swscale does so for colour but treats every gray frame as full range.
 _SPREAD = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
 
 
 def frame_box(frame: av.VideoFrame, size: int, aspect: float, fit: Fit = "crop") -> tuple[int, int, int, int]:
-    """`square_box` of a frame whose pixels are `aspect` times as wide as high; squashed, the square is all of it."""
+    """Returns `square_box` of a frame with pixel aspect ratio `aspect`; under "squash" the box is the square."""
     if fit == "squash":
         return size, size, 0, 0
     return square_box(max(1, round(frame.width * aspect)), frame.height, size)
@@ -26,15 +26,15 @@ def frame_box(frame: av.VideoFrame, size: int, aspect: float, fit: Fit = "crop")
 def to_square(
     frame: av.VideoFrame, size: int, aspect: float, reformatter: VideoReformatter, fit: Fit = "crop"
 ) -> np.ndarray:
-    """One decoded frame as uint8 [size, size, 3]; `aspect` is a pixel's width over its height.
+    """Converts a decoded frame to uint8 [size, size, 3]; `aspect` is a pixel's width over its height.
 
-    What is transparent lies on white, as in a photo. A frame that does not name its range has its format's usual one.
+    Transparency is composited on white, as in a photo. A frame without a range has the default range of its format.
     """
     full, gray = has_full_range(frame), frame.format.name.startswith("gray")
     opaque = _on_white(frame) if any(part.is_alpha for part in frame.format.components) else frame
     width, height, left, top = frame_box(frame, size, aspect, fit)
-    # The scaler's planes take a third of the time of its packed pixels, and are equal to them where it interpolates
-    # chroma in full: in packed pixels it does so for odd widths alone. At the frame's own height it has other ways.
+    # swscale writes planes in a third of the time of packed pixels. Both are equal where it interpolates chroma at full
+    # resolution, which for packed pixels is only at odd widths. It takes a different path when the height is unchanged.
     planes = width % 2 == 1 and height != frame.height
     rgb: Any = reformatter.reformat(
         opaque,
@@ -49,12 +49,12 @@ def to_square(
     square = rgb[top : top + size, left : left + size]
     if gray and not full:
         square = _SPREAD[square]
-    # The crop is centred, or all there is, so the turn of the square is the square of the turned frame.
+    # The crop is centred or the entire frame, so rotation and crop commute.
     return np.ascontiguousarray(_upright(square, frame))
 
 
 def has_full_range(frame: av.VideoFrame) -> bool:
-    """Whether all of 0 to 255 carries the picture, rather than the 16 to 235 of broadcast."""
+    """Returns True for full range (0 to 255), False for limited range (16 to 235)."""
     name = frame.format.name
     if name.startswith("yuvj") or frame.format.is_rgb:
         return True
@@ -64,9 +64,9 @@ def has_full_range(frame: av.VideoFrame) -> bool:
 
 
 def _on_white(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame without its transparency; an opaque one comes back untouched."""
+    """Composites the frame on white; returns an opaque frame unchanged."""
     source = ColorRange.JPEG if has_full_range(frame) else ColorRange.MPEG
-    # Packed pixels of an odd width would lack their last column: the scaler leaves there what the memory held.
+    # For packed pixels of an odd width swscale does not write the last column, which keeps uninitialised memory.
     rgba = frame.reformat(
         format="gbrap" if frame.width % 2 else "rgba",
         src_color_range=source,
@@ -81,8 +81,8 @@ def _on_white(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def _upright(square: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors pixels [S, S, 3] as the container's display matrix says, to the nearest quarter turn."""
-    side_data: Any = frame.side_data  # typed as if its keys were strings alone
+    """Rotates and mirrors pixels [S, S, 3] by the container's display matrix, to the nearest quarter turn."""
+    side_data: Any = frame.side_data  # its type stub allows only string keys
     try:
         matrix = side_data[Type.DISPLAYMATRIX]
     except KeyError:

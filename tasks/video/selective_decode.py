@@ -1,8 +1,8 @@
-"""Decodes what a time grid shows and what that refers to, and leaves out the rest (Section 4.1).
+"""Decodes the frames of a time grid and their reference frames, and skips the others (Section 4.1).
 
-The stamps of the packets say which frames will be on show before any is decoded. H.264 marks frames to which no other
-refers; of these the decoder passes over those that no grid point shows. What it gives is bit for bit what it gives of a
-file decoded whole.
+The presentation stamps of the packets determine the displayed frames before any frame is decoded. H.264 marks frames
+that no other frame references; the decoder skips those of them that no grid point displays. The result is bitwise equal
+to a full decode.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-_PROGRESSIVE = (0, 1)  # AVFieldOrder: not said, progressive
+_PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 
 
-class OddFileError(ValueError):
-    """What the packets say of this file is not what comes out of the decoder: every frame has to be decoded."""
+class SelectiveDecodeError(ValueError):
+    """The packets do not describe the decoder's output; the file needs a full decode."""
 
 
-def can_spare(stream: VideoStream) -> bool:
-    """Whether the coding lets frames be passed over one by one. Of two fields the second may be one that can, alone."""
+def can_skip_frames(stream: VideoStream) -> bool:
+    """Returns True if unreferenced frames can be skipped. In interlaced streams only one of two fields can be one."""
     codec = stream.codec_context
     return codec.name == "h264" and codec.field_order in _PROGRESSIVE
 
 
-def needed_frames(
+def selected_frames(
     container: InputContainer, stream: VideoStream, wanted: int, step: float, start: float
 ) -> Iterator[av.VideoFrame]:
-    """Frames up to the one after the last grid point, all among them that are on show at `start + k * step` seconds.
+    """Yields the frames displayed at `start + k * step` seconds, up to the frame after the last grid point.
 
-    The first frame comes too, and the last one where the file ends within the grid, for it says how long the file is.
+    Also yields the first frame, and the last one where the file ends within the grid: it gives the duration.
 
     Args:
-        wanted: grid points. step: seconds from one to the next. start: seconds from the first frame to the first point.
+        wanted: number of grid points. step: seconds between them. start: seconds from the first frame to point 0.
     Raises:
-        OddFileError: before the first frame or after some; what was chosen from those before is not to be used.
+        SelectiveDecodeError: at any frame; discard the frames yielded before it.
         av.FFmpegError: the file is damaged.
     """
     codec, base = stream.codec_context, stream.time_base
@@ -50,39 +50,39 @@ def needed_frames(
         if packet.pts is None:
             break  # the empty packet at the end, or a file without stamps
         stamps.append(packet.pts)
-        decoded = packet.pts if packet.dts is None else packet.dts  # Matroska does not know it of the first ones
+        decoded = packet.pts if packet.dts is None else packet.dts  # Matroska has none for the first packets
         if packet.is_corrupt or packet.is_discard or packet.pts < decoded:
-            raise OddFileError("a packet is broken, not to be shown, or to be shown before it is decoded")
+            raise SelectiveDecodeError("a packet is corrupt, marked as discarded, or displayed before it is decoded")
         if packet.dts is not None and (decoded - stamps[0]) * float(base) > start + wanted * step:
             break
     known = set(stamps)
     if not stamps or len(known) < len(stamps) or (packets[-1].size and packets[-1].pts is None):
-        raise OddFileError("not every packet has a presentation stamp of its own")
+        raise SelectiveDecodeError("some packets have no presentation stamp or the same one")
     if min(known) < stamps[0] or not packets[0].is_keyframe:
-        raise OddFileError("the file begins amid pictures that refer to what is not there")
-    needed = _on_show(sorted(known), base, wanted, step, start)
+        raise SelectiveDecodeError("the stream starts with frames that reference missing frames")
+    needed = _displayed(sorted(known), base, wanted, step, start)
     due = sorted(needed, reverse=True)
     before = stamps[0] - 1
     for packet in itertools.chain(packets, container.demux(stream)):
         codec.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
         for frame in packet.decode():
             if frame.pts not in known or not before < frame.pts <= due[-1]:
-                raise OddFileError(f"a frame came with the stamp {frame.pts}, expected was {due[-1]}")
+                raise SelectiveDecodeError(f"the decoder returned the frame stamped {frame.pts}, expected {due[-1]}")
             if frame.is_corrupt or frame.interlaced_frame:
-                raise OddFileError(f"the frame stamped {frame.pts} is mended, or made of two fields")
+                raise SelectiveDecodeError(f"the frame stamped {frame.pts} is corrupt or interlaced")
             before = frame.pts
             yield frame
             if frame.pts == due[-1]:
                 due.pop()
             if not due:
                 return
-    raise OddFileError(f"{len(due)} frames did not come")
+    raise SelectiveDecodeError(f"the decoder returned {len(due)} fewer frames than expected")
 
 
-def _on_show(stamps: list[int], base: Fraction, wanted: int, step: float, start: float) -> set[int]:
-    """Of the stamps, which ascend: the first, those on show at grid points, and the next one or the last."""
+def _displayed(stamps: list[int], base: Fraction, wanted: int, step: float, start: float) -> set[int]:
+    """Returns, of ascending stamps, the first, those displayed at grid points, and the following one or the last."""
     needed, point = {stamps[0]}, 0
-    # The sums and comparisons by which the reader chooses, to the last bit.
+    # The same sums and comparisons as in the reader, so that both agree to the last bit.
     first, *later = (float(stamp) * base.numerator / base.denominator for stamp in stamps)
     for shown, following, time in zip(stamps, stamps[1:], later, strict=False):
         while point < wanted and point * step < time - first - start - 1e-6:

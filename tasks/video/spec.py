@@ -1,4 +1,4 @@
-"""How many processes decode, and what one video may cost."""
+"""Options of the decoder processes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """How many processes decode, how far ahead, and what one video may cost. None of it changes a sample."""
+    """Number, queue and limits of the decoder processes. No field changes a sample."""
 
-    processes: int | None = None  # None: one for each CPU of the worker
-    ahead: int = 4  # clips per process that are being decoded or wait for the encoder
-    seconds: float = 60.0  # wall clock, one video
-    memory_bytes: int = 2 << 30  # address space of one process, and the most that it may send for one video
+    processes: int | None = None  # decoder processes; None: one for each CPU of the worker
+    ahead: int = 4  # videos per process that are being decoded or wait for the encoder
+    seconds: float = 60.0  # wall-clock limit of one video
+    memory_bytes: int = 2 << 30  # limit of one process's address space and of its reply for one video

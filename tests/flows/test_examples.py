@@ -94,7 +94,7 @@ def test_a_batch_makes_what_the_model_makes_and_names_what_it_cannot(home, tmp_p
     arguments = (str(table), str(out), "--param", "num_frames=3", "--seed", "5")
     done = batch(home, *arguments)
     assert done.returncode == 3, done.stderr
-    assert "2 rows have their video, 4 failed" in done.stdout
+    assert "2 rows have a video, 4 failed" in done.stdout
     lines = results(out)
     assert [line["state"] for line in lines] == ["made", "failed", "failed", "failed", "failed", "made"]
     for line, words in zip(
@@ -113,19 +113,19 @@ def test_a_batch_makes_what_the_model_makes_and_names_what_it_cannot(home, tmp_p
         assert Path(line["video"]).read_bytes() == expected
     torch.set_num_threads(threads)
 
-    # A moved alias does not mix two models; the version that the folder was begun with goes on.
+    # A moved alias does not mix two models; the recorded version continues.
     client = connect(registry(home))
     other = client.create_model_version("trip", client.get_model_version("trip", "1").source, run_id="0123abcd")
     before = videos(out)
     try:
         client.set_registered_model_alias("trip", "champion", other.version)
         refused = batch(home, *arguments)
-        assert refused.returncode == 1 and "go on with --model models:/trip/1" in refused.stderr
+        assert refused.returncode == 1 and "continue with --model models:/trip/1" in refused.stderr
         (table.parent / "absent.png").write_bytes(drawn_photo(32))
         again = batch(home, *arguments, "--model", "models:/trip/1")
     finally:
         client.set_registered_model_alias("trip", "champion", "1")
-    assert "6 rows, 4 videos to make" in again.stdout and "3 rows have their video, 3 failed" in again.stdout
+    assert "6 rows, 4 videos to generate" in again.stdout and "3 rows have a video, 3 failed" in again.stdout
     assert {name: written for name, written in videos(out).items() if name in before} == before
 
 
@@ -133,17 +133,17 @@ def test_a_batch_makes_what_the_model_makes_and_names_what_it_cannot(home, tmp_p
     ("arguments", "words"),
     [
         (("absent.csv", "out"), "absent.csv"),
-        (("runs/demo/photo.png", "out"), "none of .csv, .parquet, .jsonl"),
+        (("runs/demo/photo.png", "out"), "expected .csv, .parquet or .jsonl"),
         (("bare.csv", "out"), "has no column 'prompt', only photo"),
         (("good.csv", "out", "--model", "models:/trip@nobody"), "nobody"),
         (("good.csv", "out", "--model", "trip"), "give models:/NAME@ALIAS or models:/NAME/VERSION"),
-        (("good.csv", "out", "--param", "step=5"), "parameter 'step' is unknown; there are num_frames"),
+        (("good.csv", "out", "--param", "step=5"), "parameter 'step' is unknown, expected one of num_frames"),
         pytest.param(
             ("good.csv", "out", "--cpus", "1000"), "a worker needs 1000 processors", marks=pytest.mark.slow, id="cpus"
         ),
     ],
 )
-def test_a_batch_that_cannot_start_says_why_without_a_traceback(home, arguments, words, monkeypatch, capsys):
+def test_a_batch_that_cannot_start_reports_the_reason_without_a_traceback(home, arguments, words, monkeypatch, capsys):
     import runpy
 
     import ray
@@ -186,13 +186,13 @@ def test_a_batch_that_is_stopped_goes_on_where_it_was(home, tmp_path):
         before = after
     done = batch(home, *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"12 rows, {12 - len(before)} videos to make" in done.stdout
+    assert f"12 rows, {12 - len(before)} videos to generate" in done.stdout
     after = videos(out)
     assert len(after) == 12 and {name: after[name] for name in before} == before
     assert {line["state"] for line in results(out)} == {"made"}
     assert not list(out.glob("*.tmp"))
     assert len({(out / name).read_bytes() for name in after}) == 12, "each seed has a clip of its own"
-    assert "0 videos to make" in batch(home, *arguments).stdout
+    assert "0 videos to generate" in batch(home, *arguments).stdout
 
 
 @pytest.mark.slow
@@ -215,4 +215,4 @@ def test_a_batch_whose_machine_is_lost_makes_all_videos_on_the_other(home, tmp_p
         words = started.communicate(timeout=300)[0].decode()
     finally:
         cluster.shutdown()
-    assert started.returncode == 0 and "8 rows have their video, 0 failed" in words
+    assert started.returncode == 0 and "8 rows have a video, 0 failed" in words

@@ -1,4 +1,4 @@
-"""Conditioning, fusion and the whole model (Equations 9 and 11, Figures 2 and 3, Tables 5 and 6)."""
+"""Conditioning, fusion and the complete model (Equations 9 and 11, Figures 2 and 3, Tables 5 and 6)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trip_model.schedule import NoiseSchedule
 from trip_model.unet import load_unet, widen_input
 
 SMALL = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2))
-UNITS = FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit")  # as the demo's
+UNITS = FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit")  # as in the demo
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
     return z_t, z_first, torch.tensor([10, 700]), torch.randn(2, 32, 16, generator=generator)
 
 
-def test_the_clean_frame_stands_at_the_head_tail_or_beside() -> None:
+def test_the_conditioning_slot_is_head_tail_or_channels() -> None:
     z_t, z_first, _, _ = batch()
     head, tail, channel = (unet_input(z_t, z_first, c) for c in ("head", "tail", "channel"))
     assert torch.equal(head[:, :, :1], z_first) and torch.equal(head[:, :, 1:], z_t)
@@ -56,15 +56,15 @@ def test_linear_fusion_is_equation_nine() -> None:
     assert linear_fusion(prior, residual, decay).flatten().tolist() == [2.0, 4.0, 6.0]
 
 
-def test_adaptive_layer_norm_treats_each_time_step_of_a_batch_alone() -> None:
+def test_adaptive_layer_norm_uses_the_time_step_of_each_sample() -> None:
     torch.manual_seed(0)
     norm = AdaptiveLayerNorm(8)
     torch.nn.init.normal_(norm.to_scale_shift.weight)
     x, time = torch.randn(3, 5, 8), torch.randn(3, 8)
-    whole = norm(x, time)
+    normed = norm(x, time)
     for index in range(3):
-        torch.testing.assert_close(whole[index : index + 1], norm(x[index : index + 1], time[index : index + 1]))
-    assert not torch.allclose(whole[0], norm(x[:1], time[1:2])[0])
+        torch.testing.assert_close(normed[index : index + 1], norm(x[index : index + 1], time[index : index + 1]))
+    assert not torch.allclose(normed[0], norm(x[:1], time[1:2])[0])
 
 
 @pytest.mark.parametrize("key_value", ["channel", "token"])
@@ -92,7 +92,7 @@ def test_tnf_reads_prior_residual_and_time(key_value: Any) -> None:
     assert not torch.allclose(out, tnf.attend(residual, prior + 1, t))
     assert not torch.allclose(out, tnf.attend(residual + 1, prior, t))
     assert not torch.allclose(out, tnf.attend(residual, prior, t.flip(0)))
-    # Equation 11 fuses frame by frame: another frame's noise changes nothing here.
+    # Equation 11 fuses frame by frame: the noise of another frame has no effect.
     other = prior.clone()
     other[:, :, 1] += 1
     torch.testing.assert_close(tnf.attend(residual, other, t)[:, :, 0], out[:, :, 0])
@@ -121,7 +121,7 @@ def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
     closed_form = TemporalNoiseFusion(UNITS, 4)(residual, unit_prior, t_B, weights)
     torch.testing.assert_close(fused(-40.0), closed_form)
     torch.testing.assert_close(fused(40.0), prior, rtol=1e-4, atol=1e-4)
-    # In between it is the same rule as Equation 9, with a weight of its own at every place.
+    # In between it is Equation 9 with a separate weight at every place.
     between = fused(0.0)
     kept = (between - prior)[:, :, 1:] / (closed_form - prior)[:, :, 1:]
     assert 0 < kept.min() and kept.max() < 1
@@ -171,7 +171,7 @@ def test_each_variant_differs_from_trip_in_exactly_one_value(name: str, tiny_bas
 
 
 class PriorOnly(Trip):
-    """A TRIP whose prediction is the prior alone (lambda = 1)."""
+    """A TRIP that predicts the prior (lambda = 1)."""
 
     def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):  # noqa: N803
         signal, sigma = self.schedule.signal_and_noise(t_B, 5)
@@ -185,7 +185,7 @@ def test_prior_only_ddim_returns_the_still_image(tiny_base: Path) -> None:
     torch.testing.assert_close(z, z_first.expand_as(z), rtol=0, atol=2e-4)
 
 
-def test_velocity_base_is_read_as_velocity(tiny_velocity_base: Path) -> None:
+def test_the_output_of_a_velocity_base_is_converted_to_noise(tiny_velocity_base: Path) -> None:
     base = tiny_velocity_base
     assert base_unet_output(base) == "velocity"
     config = replace(SMALL, fusion=replace(SMALL.fusion, kind="none"))
@@ -197,22 +197,22 @@ def test_velocity_base_is_read_as_velocity(tiny_velocity_base: Path) -> None:
     torch.testing.assert_close(as_velocity(z_t, z_first, t, text), expected)
 
 
-def test_measured_deviation_is_zero_for_frame_one_and_right_elsewhere() -> None:
+def test_the_measured_residual_std_is_zero_for_frame_one_and_exact_elsewhere() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(8, 4, 1, 16, 16, generator=generator)
     moved = torch.cat([first, first + 0.3 * torch.randn(8, 4, 1, 16, 16, generator=generator), first], dim=2)
     std = measure_residual_std(moved)
-    assert std[0] == 0 and abs(std[1] - 0.3) < 0.02 and std[2] == 0.02  # the floor of a still frame
+    assert std[0] == 0 and abs(std[1] - 0.3) < 0.02 and std[2] == 0.02  # the lower bound for a still frame
 
 
 @pytest.mark.parametrize("residual", ["noise", "unit"])
 def test_under_shrinkage_the_fusion_reads_the_normalised_prior(tiny_base: Path, residual: str) -> None:
     trip = Trip.from_base(tiny_base, replace(SMALL, fusion=replace(UNITS, residual=residual))).eval()
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     assert trip.fusion is not None
-    trip.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    trip.fusion.register_forward_pre_hook(lambda _, args: inputs.append(args[1]))
     z_t, z_first, t, text = batch()
     trip(z_t, z_first, t, text)
     signal, sigma = trip.schedule.signal_and_noise(t, 5)
     expected = normalised_prior(z_t, z_first, signal, sigma, trip.residual_std(16, t.device))
-    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(inputs[0], expected)

@@ -1,4 +1,4 @@
-"""DDIM on clips whose law is known: the exact noise prediction, no network (Section 4.1)."""
+"""DDIM with the exact noise prediction on clips of a known distribution, without a network (Section 4.1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = [1, 7, 20, 50, 61, 64, 128, 150, 1000]
 
 
 class GaussianClips:
-    """Frames of an AR(1) process, given the first: each place is N(mean, covariance) over the frames, in float64."""
+    """Frames of an AR(1) process given the first frame: N(mean, covariance) at each place, in float64."""
 
     def __init__(self, z_first_BC1HW: torch.Tensor) -> None:
         index = torch.arange(FRAMES, dtype=torch.float64)
@@ -35,11 +35,13 @@ class GaussianClips:
 
     def noise(self, z_t: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
         """E[eps | z_t, first frame], at one abar."""
-        off = self.to_modes(z_t.double() - abar.sqrt() * self.mean)
-        return torch.einsum("bcmhw,fm->bcfhw", off * (1 - abar).sqrt() / (abar * self.variances + 1 - abar), self.modes)
+        centred = self.to_modes(z_t.double() - abar.sqrt() * self.mean)
+        return torch.einsum(
+            "bcmhw,fm->bcfhw", centred * (1 - abar).sqrt() / (abar * self.variances + 1 - abar), self.modes
+        )
 
     def ddim(self, z: torch.Tensor, abars: list[torch.Tensor]) -> torch.Tensor:
-        """DDIM in closed form: each mode is scaled by one factor a step, from each abar to the next."""
+        """DDIM in closed form: each step from one abar to the next scales each mode by one factor."""
         x = self.to_modes(z.double() - abars[0].sqrt() * self.mean)
         v = self.variances
         for a, b in zip(abars[:-1], abars[1:], strict=True):
@@ -47,21 +49,21 @@ class GaussianClips:
         return self.mean + torch.einsum("bcmhw,fm->bcfhw", x, self.modes)
 
     def flow(self, z: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
-        """Where the probability flow takes z from abar to the clean latent."""
+        """Returns the clean latent of the probability flow from z at abar."""
         x = self.to_modes(z.double() - abar.sqrt() * self.mean)
         x = x * (self.variances / (abar * self.variances + 1 - abar)).sqrt()
         return self.mean + torch.einsum("bcmhw,fm->bcfhw", x, self.modes)
 
 
 def exact_abars(steps: int) -> list[torch.Tensor]:
-    """abar of the trailing grid, from its definition, and 1 at the end."""
+    """Returns abar of the trailing grid from its definition, and 1 at the end."""
     abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), dim=0)
     times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     return [*(abar[t] for t in times), torch.ones((), dtype=torch.float64)]
 
 
 class ExactNet(torch.nn.Module):
-    """The 3D-UNet of a model, replaced by what it would have to predict for its fusion to be exact."""
+    """Replaces the 3D-UNet: returns the output for which the fused noise is exact."""
 
     def __init__(self, unet: torch.nn.Module, trip: Trip, clips: GaussianClips) -> None:
         super().__init__()
@@ -76,10 +78,10 @@ class ExactNet(torch.nn.Module):
             signal = abar * self.clips.std.view(1, 1, -1, 1, 1).square()
             error = 1.0 if fusion.residual == "unit" else fusion.residual_error
             weight = error * (1 - abar) / (error * (1 - abar) + signal)
-            left = signal / (error * (1 - abar) + signal)
-            # Frame 1 is known: nothing is left for the residual path, and any output will do.
-            left[:, :, 0] = 1.0
-            noise = (noise - weight * prior) / (left.sqrt() if fusion.residual == "unit" else left)
+            share = signal / (error * (1 - abar) + signal)
+            # The prior of frame 1 is exact: the output of the residual path has no effect there.
+            share[:, :, 0] = 1.0
+            noise = (noise - weight * prior) / (share.sqrt() if fusion.residual == "unit" else share)
         output = noise.float()
         return torch.cat([output[:, :, :1], output], dim=2)
 
@@ -110,12 +112,12 @@ def test_sampler_and_fusion_are_ddim_on_its_own_grid(tiny_base: Path, steps: int
     clips = GaussianClips(z_first)
     trip = exact_model(tiny_base, clips, PATHS[path])
     text = torch.zeros(2, 32, 16)
-    found = sample_latents(trip, z_first, text, text[:1], start, steps, guidance=1.0)
+    sampled = sample_latents(trip, z_first, text, text[:1], start, steps, guidance=1.0)
     abars = exact_abars(steps)
-    torch.testing.assert_close(found.double(), clips.ddim(start, abars), rtol=0, atol=1e-3)
-    # And DDIM comes near the probability flow as its steps grow, for every number of them.
-    off = (found.double() - clips.flow(start, abars[0])).square().mean().sqrt()
-    assert off < 2 / steps + 2e-3
+    torch.testing.assert_close(sampled.double(), clips.ddim(start, abars), rtol=0, atol=1e-3)
+    # DDIM approaches the probability flow as the number of steps grows.
+    error = (sampled.double() - clips.flow(start, abars[0])).square().mean().sqrt()
+    assert error < 2 / steps + 2e-3
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

@@ -1,4 +1,4 @@
-"""The bridge between the paper's schedule and the one that the base was trained with (docs/decisions/schedule.md)."""
+"""Conversion of the paper's schedule to the schedule of the base (docs/decisions/schedule.md)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffusers import DDIMScheduler
 from trip_model.checkpoint import config_from_json
 from trip_model.config import BaseSchedule, ScheduleConfig, TripConfig
 from trip_model.model import Trip
-from trip_model.schedule import NoiseSchedule, bridged, matched_steps, read_base_schedule
+from trip_model.schedule import NoiseSchedule, matched_steps, read_base_schedule, to_base_schedule
 
 MS_1_7B = BaseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
 
 
-def base_with(folder: Path, said: dict[str, object]) -> Path:
+def base_with(folder: Path, settings: dict[str, object]) -> Path:
     (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -42,40 +42,40 @@ def test_a_schedule_matched_to_itself_is_itself() -> None:
     torch.testing.assert_close(steps, torch.arange(1000.0), rtol=0, atol=1e-2)
 
 
-def test_each_bridge_does_what_it_says_and_is_recorded(tmp_path: Path) -> None:
+def test_each_bridge_is_applied_and_recorded(tmp_path: Path) -> None:
     base = base_with(tmp_path, asdict(MS_1_7B) | {"prediction_type": "epsilon", "steps_offset": 1})
     plain = ScheduleConfig()
-    assert bridged(plain, base) == plain
-    checkpoint = bridged(replace(plain, bridge="checkpoint"), base)
+    assert to_base_schedule(plain, base) == plain
+    checkpoint = to_base_schedule(replace(plain, bridge="checkpoint"), base)
     torch.testing.assert_close(
         NoiseSchedule(checkpoint).alphas_cumprod_T, DDIMScheduler(**vars(MS_1_7B)).alphas_cumprod, rtol=0, atol=0
     )
-    matched = bridged(replace(plain, bridge="snr"), base)
+    matched = to_base_schedule(replace(plain, bridge="snr"), base)
     assert matched.base == MS_1_7B
     assert torch.equal(NoiseSchedule(matched).alphas_cumprod_T, NoiseSchedule(plain).alphas_cumprod_T)
     config = TripConfig(schedule=matched)
     assert config_from_json(json.loads(json.dumps(asdict(config)))) == config
     assert read_base_schedule(base_with(tmp_path, {})) == BaseSchedule(1e-4, 2e-2, "linear", 1000)
     with pytest.raises(ValueError, match="beta_schedule 'squaredcos_cap_v2', expected"):
-        bridged(replace(plain, bridge="snr"), base_with(tmp_path, {"beta_schedule": "squaredcos_cap_v2"}))
+        to_base_schedule(replace(plain, bridge="snr"), base_with(tmp_path, {"beta_schedule": "squaredcos_cap_v2"}))
 
 
-def test_the_unet_is_told_the_matched_step_and_the_prior_keeps_its_own(tiny_base: Path) -> None:
+def test_the_unet_gets_the_matched_step_and_the_prior_keeps_its_own(tiny_base: Path) -> None:
     config = TripConfig(size=32)
     plain = Trip.from_base(tiny_base, config).eval()
     matched = Trip.from_base(tiny_base, replace(config, schedule=ScheduleConfig(bridge="snr", base=MS_1_7B))).eval()
     matched.load_state_dict(plain.state_dict())
-    told: dict[str, torch.Tensor] = {}
+    steps: dict[str, torch.Tensor] = {}
     for name, trip in (("plain", plain), ("matched", matched)):
 
         def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-            told[name] = args[1]
+            steps[name] = args[1]
 
         trip.unet.register_forward_pre_hook(note)
     z, t_B = torch.randn(2, 4, 16, 4, 4), torch.tensor([300, 999])
     with torch.no_grad():
         for trip in (plain, matched):
             assert torch.isfinite(trip(z, z[:, :, :1], t_B, torch.zeros(2, 32, 16))).all()
-    assert told["plain"].tolist() == [300, 999]
-    assert told["matched"].round().tolist() == [419, 999]
+    assert steps["plain"].tolist() == [300, 999]
+    assert steps["matched"].round().tolist() == [419, 999]
     assert torch.equal(plain.shrinkage(t_B, 16), matched.shrinkage(t_B, 16))

@@ -1,4 +1,4 @@
-"""The 3D-UNet's own forward against diffusers' `UNet3DConditionModel`: numbers, gradients, folders, size and FLOPs."""
+"""The 3D-UNet against diffusers' `UNet3DConditionModel`: outputs, gradients, folders, size and FLOPs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = UNetConfig(
 
 
 def diffusers_unet(config: UNetConfig, seed: int = 0) -> UNet3DConditionModel:
-    """diffusers' network with every parameter off its initial value: fresh temporal convolutions end in zeros."""
+    """Returns diffusers' network with noise on every parameter; new temporal convolutions end in zeros."""
     torch.manual_seed(seed)
     theirs = UNet3DConditionModel(**{k: v for k, v in json.loads(config.to_json()).items() if not k.startswith("_")})
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def ours_with(theirs: UNet3DConditionModel, config: UNetConfig) -> UNet3D:
 
 
 def batch(side: int = 8, frames: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x [2, 4, F, side, side + 1], t, text [2, 7, 16]); no side that halves twice fits, as in some real videos."""
+    """(x [2, 4, F, side, side + 1], t, text [2, 7, 16]); no side is divisible by 4, as in some real videos."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, frames, side, side + 1, generator=generator)
     return x, torch.tensor([3, 700]), torch.randn(2, 7, 16, generator=generator)
@@ -60,27 +60,27 @@ def gradients(unet: torch.nn.Module, output: torch.Tensor) -> list[torch.Tensor]
     return list(torch.autograd.grad((output * weights).sum(), list(unet.parameters())))
 
 
-def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The difference, relative to the size of what it should be."""
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Returns the relative difference."""
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_output_and_every_gradient_are_diffusers_own(mode: str, recompute: bool) -> None:
+def test_output_and_every_gradient_equal_those_of_diffusers(mode: str, recompute: bool) -> None:
     theirs = diffusers_unet(SMALL).train(mode == "train")
     set_dropout(theirs, 0.0)
     ours = ours_with(theirs, SMALL).train(mode == "train")
     set_dropout(ours, 0.0)
     ours.recompute_activations = recompute
     x, t, text = batch()
-    # In double precision the two are the same function: what is left in single is the rounding of either.
+    # In double precision both agree to 1e-12: the difference in single precision is rounding.
     for kind, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         theirs.to(kind), ours.to(kind)
-        expected, found = theirs(x.to(kind), t, text.to(kind)).sample, ours(x.to(kind), t, text.to(kind))
-        assert off(found, expected) < limit
-        pairs = zip(gradients(ours, found), gradients(theirs, expected), strict=True)
-        assert max(off(a, b) for a, b in pairs) < limit
+        expected, actual = theirs(x.to(kind), t, text.to(kind)).sample, ours(x.to(kind), t, text.to(kind))
+        assert relative_error(actual, expected) < limit
+        pairs = zip(gradients(ours, actual), gradients(theirs, expected), strict=True)
+        assert max(relative_error(a, b) for a, b in pairs) < limit
 
 
 def test_fused_kernels_in_parts_give_the_numbers_of_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_fused_kernels_in_parts_give_the_numbers_of_plain_products(monkeypatch: 
     torch.testing.assert_close(unet_blocks.attend(q, k, v), plain)
 
 
-def test_recomputation_draws_the_same_dropout_and_keeps_far_less() -> None:
+def test_recomputation_draws_the_same_dropout_and_stores_less() -> None:
     unet = ours_with(diffusers_unet(SMALL), SMALL).train()
     x, t, text = batch()
 
@@ -126,13 +126,13 @@ def test_a_time_step_for_each_frame_is_the_shared_one_when_all_are_equal() -> No
     x, t, text = batch()
     shared = unet(x, t, text)
     by_frame = t[:, None].repeat(1, x.shape[2])
-    assert off(unet(x, by_frame, text), shared) < 1e-5
+    assert relative_error(unet(x, by_frame, text), shared) < 1e-5
     by_frame[:, 0] = 0
-    assert off(unet(x, by_frame, text), shared) > 1e-3
+    assert relative_error(unet(x, by_frame, text), shared) > 1e-3
 
 
 class ByFrame(torch.Tensor):
-    """Time embeddings that are one for each frame already: diffusers repeats a clip's over its frames."""
+    """Time embeddings by frame: diffusers would repeat the embedding of a clip over its frames."""
 
     def repeat_interleave(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)
@@ -144,28 +144,28 @@ def test_a_different_time_step_for_each_frame_is_diffusers_network_with_these_em
     x, _, text = batch(frames=6)
     t_BF = torch.tensor([[0, 3, 40, 200, 701, 999], [999, 500, 0, 1, 2, 3]])
     with torch.no_grad():
-        found = ours(x, t_BF, text)
+        actual = ours(x, t_BF, text)
         embeddings = theirs.time_embedding(theirs.time_proj(t_BF.flatten())).as_subclass(ByFrame)
         theirs.time_embedding.register_forward_hook(lambda *_: embeddings)
-        assert off(found, theirs(x, t_BF[:, 0], text).sample) < 1e-5
-        assert off(ours(x, t_BF.flip(1), text), found) > 1e-3
+        assert relative_error(actual, theirs(x, t_BF[:, 0], text).sample) < 1e-5
+        assert relative_error(ours(x, t_BF.flip(1), text), actual) > 1e-3
 
 
 @pytest.mark.parametrize(("condition", "place"), [("head", 0), ("tail", -1)])
 def test_the_clean_frame_can_have_time_step_zero(tiny_base: Path, condition: Any, place: int) -> None:
     config = TripConfig(size=32, fusion=FusionConfig(width=16, heads=2), condition=condition)
-    seen: list[torch.Tensor] = []
+    time_steps: list[torch.Tensor] = []
 
     def predict(clean_frame_timestep: Any) -> torch.Tensor:
         trip = Trip.from_base(tiny_base, replace(config, clean_frame_timestep=clean_frame_timestep)).eval()
-        trip.unet.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        trip.unet.register_forward_pre_hook(lambda _, args: time_steps.append(args[1]))
         z_t = torch.randn(2, 4, 16, 4, 4, generator=torch.Generator().manual_seed(0))
         return trip(z_t, z_t[:, :, :1], torch.tensor([10, 700]), torch.zeros(2, 32, 16))
 
     shared, zero = predict("shared"), predict("zero")
-    assert seen[0].tolist() == [10, 700]
-    assert seen[1][:, place].tolist() == [0, 0] and sorted(set(seen[1].flatten().tolist())) == [0, 10, 700]
-    assert seen[1].shape == (2, 17) and not torch.equal(shared, zero)
+    assert time_steps[0].tolist() == [10, 700]
+    assert time_steps[1][:, place].tolist() == [0, 0] and sorted(set(time_steps[1].flatten().tolist())) == [0, 10, 700]
+    assert time_steps[1].shape == (2, 17) and not torch.equal(shared, zero)
     with pytest.raises(ValueError, match="clean_frame_timestep"):
         replace(config, condition="channel", clean_frame_timestep="zero")
 
@@ -185,7 +185,7 @@ def test_folders_go_to_diffusers_and_back_unchanged(tmp_path: Path, shard: str) 
         assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
 
 
-def test_a_folder_that_is_not_such_a_unet_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_unet_folder_is_rejected_in_one_sentence(tmp_path: Path) -> None:
     save_unet(UNet3D(SMALL), tmp_path / "unet")
     file = tmp_path / "unet" / "config.json"
     good = json.loads(file.read_text())

@@ -70,7 +70,7 @@ def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "tasks.video.decode_pool" in " ".join(p.cmdline())]
 
 
-def test_a_process_gives_what_the_reader_gives() -> None:
+def test_a_process_returns_the_clips_of_the_reader() -> None:
     with DecoderPool(2, SPEC, ARGUMENTS) as pool:
         videos = [drawn(seed) for seed in range(6)]
         for video, future in zip(videos, [pool.submit(video) for video in videos], strict=True):
@@ -91,7 +91,7 @@ def test_a_process_gives_what_the_reader_gives() -> None:
         (b"hoard", "out_of_memory", "1073741824 bytes"),
     ],
 )
-def test_what_a_video_does_to_its_process_is_its_reason_and_the_next_one_is_fine(
+def test_a_crash_is_the_reason_of_its_video_and_the_next_video_decodes(
     odd: DecoderPool, word: bytes, reason: str, detail: str
 ) -> None:
     error = failure(odd, word)
@@ -105,10 +105,10 @@ def test_a_video_that_hangs_is_killed_over_and_its_neighbours_go_on(word: bytes)
         futures = [pool.submit(data) for data in (VIDEO, word, VIDEO, VIDEO, VIDEO)]
         for place in (0, 2, 3, 4):
             assert len(futures[place].result()) == 2
-        began = time.monotonic()
+        started_at = time.monotonic()
         with pytest.raises(ClipError, match="decoder_timeout: killed after 3 s"):
             futures[1].result()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - started_at < 10
         assert len(pool.submit(VIDEO).result()) == 2
 
 
@@ -133,17 +133,17 @@ def reply(head: object, rest: bytes = b"") -> bytes:
         reply(b'{"clips": [[[1, 1, 1], {"average_fps": 1e999}]]}', b"\0" * 7),
     ],
 )
-def test_an_answer_that_is_none_is_a_crash_of_that_video(odd: DecoderPool, forged: bytes) -> None:
+def test_a_malformed_reply_is_a_crash_of_that_video(odd: DecoderPool, forged: bytes) -> None:
     error = failure(odd, forged)
-    assert error.reason == "decoder_crash" and "nonsense" in error.detail
+    assert error.reason == "decoder_crash" and "malformed" in error.detail
     assert len(odd.submit(VIDEO).result()) == 2
 
 
-def test_what_a_library_prints_does_not_get_into_the_answer(odd: DecoderPool) -> None:
+def test_output_of_libraries_stays_out_of_the_reply(odd: DecoderPool) -> None:
     assert_equal(odd.submit(b"print" + VIDEO).result(), read_windows(VIDEO, **ARGUMENTS))
 
 
-def test_a_process_that_died_while_idle_is_nobodys_failure(odd: DecoderPool) -> None:
+def test_a_process_that_died_while_idle_fails_no_video(odd: DecoderPool) -> None:
     odd.submit(VIDEO).result()
     [child] = children()
     child.kill()
@@ -151,7 +151,7 @@ def test_a_process_that_died_while_idle_is_nobodys_failure(odd: DecoderPool) -> 
     assert len(odd.submit(VIDEO).result()) == 2
 
 
-def test_rows_come_in_order_and_never_more_ahead_than_asked() -> None:
+def test_rows_keep_their_order_and_the_queue_its_limit() -> None:
     taken: list[int] = []
 
     def rows() -> Iterator[tuple[ClipRef, Fetched] | Failure]:
@@ -178,9 +178,9 @@ def test_closing_does_not_wait_for_a_video() -> None:
     pool.submit(VIDEO).result()
     pool.submit(b"sleep")
     pool.submit(VIDEO)
-    began = time.monotonic()
+    started_at = time.monotonic()
     pool.close()
-    assert time.monotonic() - began < 5 and children() == others
+    assert time.monotonic() - started_at < 5 and children() == others
 
 
 @pytest.mark.parametrize("busy_with", ["", "stuck"])
@@ -207,7 +207,7 @@ def test_a_process_ends_with_its_parent(busy_with: str) -> None:
         time.sleep(0.1)
 
 
-def test_a_number_that_cannot_be_is_told() -> None:
+def test_an_invalid_value_is_rejected() -> None:
     for spec in (DecodeSpec(processes=0), DecodeSpec(ahead=0), DecodeSpec(seconds=0), DecodeSpec(memory_bytes=1)):
         with pytest.raises(UserError, match=r"decode\.\w+ [0-9]+, expected at least"):
             check_decoding(spec)

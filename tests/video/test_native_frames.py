@@ -1,6 +1,6 @@
-"""Is a clip by a stride of native frames, or squashed, what a plain decoder gives; and is cINN's protocol its own?
+"""Clips by stride and squashed clips equal a plain decode, and the protocol `cinn-exact` evaluates the right frames.
 
-From folders of frames to the report of `cinn-exact`, and from the report back to the frames.
+The last test goes from folders of frames to the report and from the report back to the frames.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def frames_of(data: bytes) -> list[av.VideoFrame]:
 
 
 def squares(data: bytes, size: int, fit: Fit = "crop") -> np.ndarray:
-    """All frames of a video as squares, none passed over."""
+    """Returns all frames of a video as squares."""
     return np.stack([to_square(frame, size, 1.0, VideoReformatter(), fit) for frame in frames_of(data)])
 
 
 @pytest.mark.parametrize("size", [32, 33, 128])
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("gif", "gif")])
-def test_a_squashed_frame_is_the_whole_frame_as_the_scaler_makes_it(container: str, codec: str, size: int) -> None:
+def test_a_squashed_frame_is_the_entire_frame_rescaled(container: str, codec: str, size: int) -> None:
     data = moving(container, codec)  # 98 x 64
     full = ColorRange.JPEG
     plain = [
@@ -86,14 +86,12 @@ def test_a_squashed_frame_is_the_whole_frame_as_the_scaler_makes_it(container: s
         ("matroska", {"stamps": PAUSES}),  # a rate that varies
         ("mp4", {"stamps": [7 + stamp for stamp in PAUSES]}),
         ("mpegts", {}),
-        ("avi", {}),  # its stamps are made up
+        ("avi", {}),  # its stamps are synthetic
         ("mp4", {"params": ":open-gop=1"}),
         ("gif", {"codec": "gif"}),
     ],
 )
-def test_a_stride_takes_every_nth_frame_that_the_decoder_gives(
-    container: str, options: dict[str, Any], stride: int
-) -> None:
+def test_a_stride_takes_every_nth_decoded_frame(container: str, options: dict[str, Any], stride: int) -> None:
     data = moving(container, **options)
     expected = squares(data, 32)[::stride]
     windows = read_windows(data, 4, 4.0, 32, windows=2, stride=stride)
@@ -103,7 +101,8 @@ def test_a_stride_takes_every_nth_frame_that_the_decoder_gives(
     np.testing.assert_allclose(np.concatenate([clip.times for clip in windows]), (times - times[0])[:8], atol=1e-5)
     [track] = read_track(data, 4, 4.0, 32, longest=999, stride=stride)
     np.testing.assert_array_equal(track.pixels, expected)
-    with pytest.raises(ClipError, match=f"too_short: .* {len(expected)} frames at a stride of {stride}, 999 are"):
+    message = f"too_short: .* {len(expected)} frames at a stride of {stride}, expected at least 999"
+    with pytest.raises(ClipError, match=message):
         read_windows(data, 999, 4.0, 32, stride=stride)
 
 
@@ -125,7 +124,7 @@ def test_two_frames_of_one_stamp_are_two_frames() -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_frames_of_a_folder_come_out_of_one_file_as_they_went_in(suffix: str, tmp_path: Path) -> None:
-    """What `ffmpeg -framerate 25 -i VIDEO/frame_%04d.jpg -c copy VIDEO.mov` does, by the same libraries."""
+    """Equivalent to `ffmpeg -framerate 25 -i VIDEO/frame_%04d.jpg -c copy VIDEO.mov`, with the same libraries."""
     images = []
     for k, pixels in enumerate(draw_clip(3, 96)[0][:20], 1):
         Image.fromarray(pixels[:64]).save(path := tmp_path / f"frame_{k:04d}.{suffix}")
@@ -143,17 +142,17 @@ def test_frames_of_a_folder_come_out_of_one_file_as_they_went_in(suffix: str, tm
     for fit in ("crop", "squash"):
         [clip] = read_windows(buffer.getvalue(), 20, 4.0, 32, stride=1, fit=fit)
         np.testing.assert_array_equal(clip.pixels, np.concatenate([squares(image, 32, fit) for image in images]))
-    if suffix == "png":  # also what a photo's reader sees, where nothing has to be scaled
-        [whole] = read_windows(buffer.getvalue(), 20, 4.0, 64, stride=1)
-        np.testing.assert_array_equal(whole.pixels, [load_image(image, 64) for image in images])
+    if suffix == "png":  # equal to `load_image` where no scaling is needed
+        [track] = read_windows(buffer.getvalue(), 20, 4.0, 64, stride=1)
+        np.testing.assert_array_equal(track.pixels, [load_image(image, 64) for image in images])
 
 
-def test_a_recipe_names_fit_and_stride_where_they_are_not_the_usual_ones(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_has_fit_and_stride_only_if_not_default(tiny_base: Path, tmp_path: Path) -> None:
     table = write_demo_corpus(tmp_path / "corpus", clips=2, size=32)
     spec = PrepareSpec(SourceSpec(table), str(tmp_path / "out"), str(tiny_base), size=32, num_frames=4, workers=0)
-    usual = fingerprint_of(spec)
-    assert not {"fit", "stride"} & set(usual)  # data sets from before they existed are still of their recipe
-    assert fingerprint_of(replace(spec, fit="squash", stride=2)) == usual | {"fit": "squash", "stride": 2}
+    default = fingerprint_of(spec)
+    assert not {"fit", "stride"} & set(default)  # older data sets keep their fingerprint
+    assert fingerprint_of(replace(spec, fit="squash", stride=2)) == default | {"fit": "squash", "stride": 2}
     prepare(spec)
     for change in ({"fit": "squash"}, {"stride": 1}):
         with pytest.raises(UserError, match=f"{next(iter(change))} .* -> .*another output"):
@@ -163,13 +162,13 @@ def test_a_recipe_names_fit_and_stride_where_they_are_not_the_usual_ones(tiny_ba
             check_spec(replace(PrepareSpec(), **{name: value}))
 
 
-def test_a_protocol_says_how_its_data_set_is_prepared() -> None:
-    usual = PrepareSpec(SourceSpec("t.csv"), "out", "base", size=64, windows_per_clip=8)
-    cinn = prepared_for(usual, "cinn-exact")
-    assert cinn == replace(usual, num_frames=17, stride=1, size=128, fit="squash", keep_pixels=True)
-    clean = prepared_for(usual, "dtdb-clean")
-    assert clean == replace(usual, num_frames=16, fps=4.0, size=256, keep_pixels=True)
-    assert prepared_for(usual, "folder") == replace(usual, keep_pixels=True)
+def test_a_protocol_defines_how_its_data_set_is_prepared() -> None:
+    default = PrepareSpec(SourceSpec("t.csv"), "out", "base", size=64, windows_per_clip=8)
+    cinn = prepared_for(default, "cinn-exact")
+    assert cinn == replace(default, num_frames=17, stride=1, size=128, fit="squash", keep_pixels=True)
+    clean = prepared_for(default, "dtdb-clean")
+    assert clean == replace(default, num_frames=16, fps=4.0, size=256, keep_pixels=True)
+    assert prepared_for(default, "folder") == replace(default, keep_pixels=True)
     assert parse(["prepare-latents", "--source", "dtdb", "--protocol", "cinn-exact"])["protocol"] == "cinn-exact"
 
 
@@ -183,31 +182,31 @@ def cluster() -> Iterator[None]:
 def test_cinns_protocol_from_videos_to_the_report(
     cluster: None, tiny_base: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Its numbers are those of real frames 1 to 16 and made frames 2 to 17 as they lie on the disk."""
+    """Its metrics are those of real frames 1 to 16 and generated frames 2 to 17 on disk."""
     categories = load_preset("cinn-exact").categories
     for number in range(16):
         (folder := tmp_path / "dtdb" / categories[number % 4]).mkdir(parents=True, exist_ok=True)
-        # An object that wanders over 96 x 64, ever faster.
+        # A picture that moves with increasing speed.
         video = moving("mp4", stamps=[k + k * k // (number + 2) for k in range(19)], params=f":qp={5 + number}")
         (folder / f"video{number}.mp4").write_bytes(video)
     source = SourceSpec(str(tmp_path / "dtdb"), format="classes")
     spec = PrepareSpec(source, str(tmp_path / "data"), str(tiny_base), size=32, workers=0)
-    made = prepare(prepared_for(spec, "cinn-exact"))
-    data = ShardDataset(made.dataset)
+    prepared = prepare(prepared_for(spec, "cinn-exact"))
+    data = ShardDataset(prepared.dataset)
     items = load_protocol("cinn-exact", data, 1.0, 1, seed=0).items
     assert len(items) == 80 and len({item.seed for item in items}) == 80
     first = next(item for item in items if "-video5-" in item.clip)
     video = (tmp_path / "dtdb" / first.category / "video5.mp4").read_bytes()
     np.testing.assert_array_equal(generate.real_pixels(data, first, 17), squares(video, 128, "squash")[:17])
 
-    spec = EvaluateSpec(str(tiny_model), made.dataset, str(tmp_path / "out"), protocol="cinn-exact", steps=1)
+    spec = EvaluateSpec(str(tiny_model), prepared.dataset, str(tmp_path / "out"), protocol="cinn-exact", steps=1)
     report = evaluate(replace(spec, held_out_fraction=1.0, bootstrap=50, examples=1, batch=10), lambda line: None)
     content = storage.read_json(storage.join(report.uri, "report.json"))
     assert (report.items, report.clips) == (80, 16)
     assert content["counts"]["clips_by_category"] == dict.fromkeys(sorted(categories), 4)
-    assert len(content["curves"]["consecutive"]["trip"]) == 16  # k = 2..17: what is no set of clips is not shifted
-    said = " ".join(content["notes"])
-    assert "80 items of 16 unique clips" in said and "17 frames at a stride of 1 native frames, 128 pixels" in said
+    assert len(content["curves"]["consecutive"]["trip"]) == 16  # k = 2..17: the curve is not shifted
+    notes = " ".join(content["notes"])
+    assert "80 items of 16 unique clips" in notes and "17 frames at a stride of 1 native frames, 128 pixels" in notes
 
     extractor = load_extractors(ExtractorFiles())[1]
     found = []
@@ -215,11 +214,11 @@ def test_cinns_protocol_from_videos_to_the_report(
         features: dict[str, list[np.ndarray]] = {"real": [], "trip": []}
         for item in (item for item in items if item.category == category):
             (path,) = Path(report.uri).glob(f"generations/*/{item.key}.npz")
-            seen = {
+            frames = {
                 "real": generate.real_pixels(data, item, 17)[:16],
                 "trip": generate.load_arrays(str(path))["frames"][1:],
             }
-            for row, pixels in seen.items():
+            for row, pixels in frames.items():
                 assert pixels.shape == (16, 128, 128, 3)
                 features[row].append(extractor.features(pixels, item.caption)["rfd_app"])
         trip, real = (Moments.of(np.concatenate(features[row])) for row in ("trip", "real"))

@@ -1,4 +1,4 @@
-"""Is what a time grid shows the same, bit for bit, when the frames that nothing needs are not decoded?"""
+"""Selective decoding returns bitwise the clips of a full decode."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 
 from tasks.video import decode as video
 from tasks.video.decode import ClipError
-from tasks.video.selective_decode import OddFileError, needed_frames
+from tasks.video.selective_decode import SelectiveDecodeError, selected_frames
 
 GRIDS = [
     {"least": 16, "wanted": 16, "fps": 4.0},
     {"least": 1, "wanted": 99, "fps": 4.0},
     {"least": 1, "wanted": 7, "fps": 2.3, "start_seconds": 0.7},
-    {"least": 99, "wanted": 99, "fps": 8.0},  # more than there is
+    {"least": 99, "wanted": 99, "fps": 8.0},  # more than the file has
     {"least": 8, "wanted": 8, "fps": 4.0, "fit": "squash"},
     {"least": 1, "wanted": 9, "fps": 4.0, "stride": 3},
 ]
@@ -28,7 +28,7 @@ EVEN = list(range(96))
 
 
 def moving(container: str, codec: str = "libx264", stamps: list[int] = EVEN, params: str = "", **options: Any) -> bytes:
-    """A picture that wanders, frame k shown from stamps[k] / 24 s on, with three B-frames between two others."""
+    """A moving picture, frame k displayed from stamps[k] / 24 s on, with three B-frames between two others."""
     ground = np.random.default_rng(3).integers(0, 255, (8, 98, 3), dtype=np.uint8).repeat(8, 0)
     if codec == "libx264":
         options |= {"preset": "veryfast", "g": "30", "x264-params": f"bframes=3:b-adapt=0:scenecut=0{params}"}
@@ -47,9 +47,9 @@ def moving(container: str, codec: str = "libx264", stamps: list[int] = EVEN, par
     return buffer.getvalue()
 
 
-def outcome(source: bytes | Path, sparing: bool, grid: dict[str, Any]) -> Any:
+def outcome(source: bytes | Path, selective: bool, grid: dict[str, Any]) -> Any:
     try:
-        chosen, info = video._read_grid(source, size=32, sparing=sparing, **grid)
+        chosen, info = video._read_grid(source, size=32, selective=selective, **grid)
     except ClipError as error:
         return str(error)
     return [(time, pixels.tobytes()) for time, pixels in chosen], info
@@ -60,27 +60,27 @@ def assert_the_same(source: bytes | Path) -> None:
         assert outcome(source, True, grid) == outcome(source, False, grid), grid
 
 
-class Watch:
-    """How many frames came of the sparing way, and whether it was given up."""
+class DecodeCounter:
+    """Counts the frames of selective decoding and its fallbacks."""
 
     def __init__(self) -> None:
-        self.frames, self.odd = 0, 0
+        self.frames, self.fallbacks = 0, 0
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         try:
-            for frame in needed_frames(*given):
+            for frame in selected_frames(*arguments):
                 self.frames += 1
                 yield frame
-        except (OddFileError, av.FFmpegError):
-            self.odd += 1
+        except (SelectiveDecodeError, av.FFmpegError):
+            self.fallbacks += 1
             raise
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    watch = Watch()
-    monkeypatch.setattr(video, "needed_frames", watch)
-    return watch
+def counter(monkeypatch: pytest.MonkeyPatch) -> DecodeCounter:
+    counter = DecodeCounter()
+    monkeypatch.setattr(video, "selected_frames", counter)
+    return counter
 
 
 PAUSES = [0, 1, 2, 3, 9, 10, 11, 12, 13, 40, 41, 42, 43, 44, 45, 46, 90, 91, 92, 93, 94, 95, 99, 101, 103, 105, 107]
@@ -102,20 +102,22 @@ PAUSES = [0, 1, 2, 3, 9, 10, 11, 12, 13, 40, 41, 42, 43, 44, 45, 46, 90, 91, 92,
         ("mp4", {"stamps": [7 + stamp for stamp in PAUSES]}),
     ],
 )
-def test_frames_that_nothing_needs_are_passed_over(container: str, options: dict[str, Any], watch: Watch) -> None:
+def test_frames_that_no_grid_point_needs_are_skipped(
+    container: str, options: dict[str, Any], counter: DecodeCounter
+) -> None:
     data = moving(container, **options)
     assert_the_same(data)
-    assert not watch.odd
-    watch.frames = 0
+    assert not counter.fallbacks
+    counter.frames = 0
     video.read_clip(data, 8, 4.0, 32)
-    assert 8 <= watch.frames <= 36  # of 42 frames up to the last grid point
+    assert 8 <= counter.frames <= 36  # of 42 frames up to the last grid point
 
 
 @pytest.mark.parametrize(
     ("container", "codec", "options"),
     [
         ("mp4", "libx264", {"params": ":tff=1"}),
-        ("avi", "libx264", {}),  # its packets carry no stamps of presentation, or made-up ones
+        ("avi", "libx264", {}),  # its packets have no presentation stamps or synthetic ones
         ("mp4", "libx265", {"x265-params": "log-level=none"}),
         ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
         ("avi", "mpeg4", {"bf": "2"}),
@@ -124,39 +126,41 @@ def test_frames_that_nothing_needs_are_passed_over(container: str, options: dict
         ("gif", "gif", {}),
     ],
 )
-def test_other_codings_are_decoded_whole(container: str, codec: str, options: dict[str, Any], watch: Watch) -> None:
+def test_other_codecs_are_decoded_in_full(
+    container: str, codec: str, options: dict[str, Any], counter: DecodeCounter
+) -> None:
     assert_the_same(moving(container, codec, **options))
-    assert watch.odd or not watch.frames
+    assert counter.fallbacks or not counter.frames
 
 
-def test_a_stream_that_is_joined_in_its_middle_is_decoded_whole(watch: Watch) -> None:
+def test_a_stream_without_its_start_is_decoded_in_full(counter: DecodeCounter) -> None:
     data = moving("mpegts")
     for packet in range(20, 120, 9):  # of 188 bytes each
         assert_the_same(data[188 * packet :])
-    assert watch.odd
+    assert counter.fallbacks
 
 
-def test_a_damaged_file_gives_what_it_gives_decoded_whole() -> None:
-    """Except where the damage lies in a frame that nothing needs: then nothing is wrong with the clip."""
+def test_a_damaged_file_gives_the_clip_of_a_full_decode() -> None:
+    """Except for damage in a frame that no grid point needs, which leaves the clip intact."""
     rng = np.random.default_rng(0)
     data = moving("mp4", movflags="faststart")
-    noticed = 0
+    detected = 0
     for share in rng.uniform(0.1, 0.99, 12):
         assert_the_same(data[: int(len(data) * share)])
     for _ in range(12):
-        hurt = bytearray(data)
-        hurt[rng.integers(data.index(b"mdat") + 2000, len(data))] ^= 255
-        spared, whole = (outcome(bytes(hurt), sparing, GRIDS[0]) for sparing in (True, False))
-        if spared != whole:
-            assert isinstance(spared, tuple) and spared[1]["corrupt_frames"] == 0
-            assert spared == outcome(data, False, GRIDS[0])
-        noticed += spared == whole != outcome(data, False, GRIDS[0])
-    assert noticed
+        damaged = bytearray(data)
+        damaged[rng.integers(data.index(b"mdat") + 2000, len(data))] ^= 255
+        selected, full = (outcome(bytes(damaged), selective, GRIDS[0]) for selective in (True, False))
+        if selected != full:
+            assert isinstance(selected, tuple) and selected[1]["corrupt_frames"] == 0
+            assert selected == outcome(data, False, GRIDS[0])
+        detected += selected == full != outcome(data, False, GRIDS[0])
+    assert detected
 
 
 @pytest.mark.slow
-def test_real_clips_are_the_same(real_clips: Path, watch: Watch) -> None:
+def test_real_clips_are_the_same(real_clips: Path, counter: DecodeCounter) -> None:
     with real_clips.open() as table:
         for row in csv.DictReader(table):
             assert_the_same(real_clips.parent / row["contentUrl"])
-    assert watch.frames and not watch.odd
+    assert counter.frames and not counter.fallbacks

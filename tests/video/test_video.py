@@ -1,4 +1,4 @@
-"""Are clips decoded on the time grid, photos read as they should be, and bad files refused with a reason?"""
+"""Clips follow the time grid, photos are read in every format, and invalid files are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def levels(pixels: np.ndarray) -> list[int]:
 
 def test_frames_lie_on_the_time_grid() -> None:
     clip = read_clip(ramp_video(list(range(0, 240, 10))), num_frames=8, fps=4.0, size=32)
-    # At 10 frames a second the grid points 0, 0.25, 0.5 .. show the frames on display then.
+    # At 10 frames per second the grid points 0, 0.25, 0.5 .. show the frames displayed then.
     assert levels(clip.pixels) == [0, 2, 5, 7, 10, 12, 15, 17]
     np.testing.assert_allclose(clip.times, [0, 0.2, 0.5, 0.7, 1.0, 1.2, 1.5, 1.7], atol=1e-6)
     assert clip.pixels.shape == (8, 32, 32, 3) and clip.pixels.dtype == np.uint8
@@ -60,7 +60,7 @@ def test_windows_follow_each_other_without_overlap() -> None:
     assert [levels(c.pixels) for c in clips] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
 
 
-def test_a_clip_that_starts_between_two_frames_begins_with_the_one_on_show() -> None:
+def test_a_clip_that_starts_between_two_frames_begins_with_the_displayed_one() -> None:
     clip = read_clip(ramp_video(list(range(0, 240, 10))), num_frames=2, fps=4.0, size=32, start_seconds=0.55)
     assert levels(clip.pixels) == [5, 8]
     np.testing.assert_allclose(clip.times, [0.5, 0.8], atol=1e-6)
@@ -111,7 +111,7 @@ def corners(pixels: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("codec", "pixel_format", "container", "color_range", "said"),
+    ("codec", "pixel_format", "container", "color_range", "expected_range"),
     [
         ("libx264", "yuv420p", "mp4", None, "limited"),
         ("libx264", "yuv420p", "matroska", 1, "limited"),
@@ -130,16 +130,16 @@ def corners(pixels: np.ndarray) -> list[int]:
         ("png", "rgb24", "mov", None, "full"),
     ],
 )
-def test_black_and_white_stay_so_in_every_coding(
-    codec: str, pixel_format: str, container: str, color_range: int | None, said: str
+def test_gray_levels_are_kept_in_every_codec(
+    codec: str, pixel_format: str, container: str, color_range: int | None, expected_range: str
 ) -> None:
     settings = {"color_range": color_range} if color_range else {}
     source = STEPS
-    if pixel_format == "gray" and codec == "libx264":  # becomes limited yuv420p, so its levels must be given so
+    if pixel_format == "gray" and codec == "libx264":  # becomes limited yuv420p, so its levels are limited
         source = (16 + STEPS * (219 / 255)).round().astype(np.uint8)
     clip = read_clip(coded(codec, pixel_format, container, source, **settings), 4, 4.0, 64)
     np.testing.assert_allclose(corners(clip.pixels[0]), [0, 70, 140, 255], atol=4)
-    assert clip.info["range"] == said and clip.info["corrupt_frames"] == 0
+    assert clip.info["range"] == expected_range and clip.info["corrupt_frames"] == 0
 
 
 def test_gray_of_limited_range_is_spread_as_colour_is() -> None:
@@ -155,7 +155,7 @@ def test_gray_of_limited_range_is_spread_as_colour_is() -> None:
     ("codec", "pixel_format", "container"),
     [("qtrle", "argb", "mov"), ("png", "rgba", "mov"), ("ffv1", "yuva420p", "matroska"), ("ffv1", "bgra", "matroska")],
 )
-def test_what_is_transparent_lies_on_white_as_in_a_photo(codec: str, pixel_format: str, container: str) -> None:
+def test_transparency_is_composited_on_white_as_in_a_photo(codec: str, pixel_format: str, container: str) -> None:
     picture = np.zeros((64, 64, 4), np.uint8)
     picture[:32, :32] = (200, 0, 0, 255)
     picture[:32, 32:] = (0, 0, 0, 0)
@@ -177,7 +177,7 @@ def test_the_last_column_of_an_odd_width_is_as_transparent_as_the_others(pixel_f
 @pytest.mark.parametrize("aspect", [1.0, 1.5])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj420p", "yuv422p", "yuv420p10le", "gray", "nv12", "bgr0"])
 def test_planes_and_packed_pixels_are_the_same_squares(pixel_format: str, aspect: float, width: int) -> None:
-    """`to_square` takes whichever the scaler makes faster; a data set must not tell which."""
+    """`to_square` uses whichever is faster; the pixels are the same."""
     picture = np.random.default_rng(width).integers(0, 255, (90, width, 3), dtype=np.uint8)
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
     reformatter, packed = VideoReformatter(), Packed()
@@ -185,17 +185,17 @@ def test_planes_and_packed_pixels_are_the_same_squares(pixel_format: str, aspect
 
 
 class Packed:
-    """The scaler, for packed pixels alone."""
+    """A reformatter that returns only packed pixels."""
 
     def __init__(self) -> None:
         self._scaler = VideoReformatter()
 
-    def reformat(self, *args: Any, **given: Any) -> Any:
-        return self._scaler.reformat(*args, **given | {"format": "rgb24"})
+    def reformat(self, *args: Any, **options: Any) -> Any:
+        return self._scaler.reformat(*args, **options | {"format": "rgb24"})
 
 
 @pytest.mark.parametrize("size", [(65, 63), (33, 97), (1, 1), (2, 64)])
-def test_odd_sides_are_no_trouble(size: tuple[int, int]) -> None:
+def test_odd_sides_are_decoded(size: tuple[int, int]) -> None:
     picture = np.full((*size, 3), 90, np.uint8)
     pixels = read_clip(coded("ffv1", "yuv420p", "matroska", picture), 4, 4.0, 32).pixels
     assert pixels.shape == (4, 32, 32, 3) and np.abs(pixels.astype(int) - 90).max() <= 3
@@ -223,7 +223,7 @@ def test_turned_and_mirrored_videos_come_out_upright(matrix: tuple[int, int, int
     np.testing.assert_allclose(corners(clip.pixels[0]), shown, atol=4)
 
 
-def test_a_clip_says_how_it_was_decoded() -> None:
+def test_info_records_how_a_clip_was_decoded() -> None:
     info = read_clip(coded("libx264", "yuv420p", "mp4", STEPS.repeat(2, 1)), 4, 4.0, 32).info
     assert info["pixel_format"] == "yuv420p" and info["pixel_aspect"] == 1.0 and info["rotation"] == 0
     assert info["resize_crop"] == [64, 32, 16, 0] and info["backward_stamps"] == 0 and "broken" not in info
@@ -247,10 +247,10 @@ def noise_video(frames: int = 100) -> bytes:
     return video_bytes(np.stack([np.roll(picture, k, axis=1) for k in range(frames)]), 25.0)
 
 
-def test_a_file_that_breaks_off_gives_the_windows_before_the_break() -> None:
-    whole = noise_video()
-    cut = whole[: len(whole) // 2]
-    want = read_windows(whole, 4, 5.0, 32, 9)
+def test_a_truncated_file_gives_the_windows_before_the_break() -> None:
+    complete = noise_video()
+    cut = complete[: len(complete) // 2]
+    want = read_windows(complete, 4, 5.0, 32, 9)
     got = read_windows(cut, 4, 5.0, 32, 9)
     assert 0 < len(got) < len(want) and got[0].info["broken"].startswith("InvalidDataError after")
     for clip, wanted in zip(got, want, strict=False):
@@ -259,7 +259,7 @@ def test_a_file_that_breaks_off_gives_the_windows_before_the_break() -> None:
         read_clip(cut, 16, 5.0, 32)
 
 
-def test_frames_that_the_decoder_had_to_mend_are_counted() -> None:
+def test_corrupt_frames_are_counted() -> None:
     data = bytearray(noise_video())
     start = data.index(b"mdat") + 2000
     for place in np.random.default_rng(1).integers(start, len(data) - 1, 10):
@@ -269,7 +269,7 @@ def test_frames_that_the_decoder_had_to_mend_are_counted() -> None:
 
 
 @pytest.mark.parametrize("playlist", ["#EXTM3U\n#EXTINF:3.0,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"])
-def test_a_playlist_is_no_container(playlist: str, tmp_path: Path) -> None:
+def test_a_playlist_is_rejected(playlist: str, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(video_bytes(np.zeros((8, 32, 32, 3), np.uint8), 4.0))
     (tmp_path / "list").write_text(playlist.format("a.mp4"))
     for source in (tmp_path / "list", (tmp_path / "list").read_bytes()):
@@ -277,14 +277,14 @@ def test_a_playlist_is_no_container(playlist: str, tmp_path: Path) -> None:
             read_clip(source, 2, 4.0, 32)
 
 
-def test_too_short_a_video_is_refused_with_its_length() -> None:
+def test_a_short_video_is_rejected_with_its_length() -> None:
     with pytest.raises(ClipError, match="too_short: 0.90 s give 4 frames") as caught:
         read_clip(ramp_video(list(range(0, 100, 10))), num_frames=16, fps=4.0, size=32)
     assert caught.value.reason == "too_short"
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>" * 50, ramp_video([0, 10, 20])[:200]])
-def test_what_is_no_video_is_undecodable(data: bytes) -> None:
+def test_a_file_that_is_not_a_video_is_undecodable(data: bytes) -> None:
     with pytest.raises(ClipError) as caught:
         read_clip(data, 2, 4.0, 32)
     assert caught.value.reason in ("undecodable", "too_short")
@@ -296,7 +296,7 @@ def test_square_box_keeps_the_shorter_side_and_the_middle() -> None:
 
 
 @pytest.mark.parametrize("format", ["mp4", "gif"])
-def test_what_is_written_can_be_read_back(format: str, tmp_path: Path) -> None:
+def test_a_written_video_can_be_read(format: str, tmp_path: Path) -> None:
     pixels = np.stack([np.full((32, 32, 3), 20 * k, np.uint8) for k in range(8)])
     path = write_video(tmp_path / f"clip.{format}", pixels, 4.0)
     back = read_clip(path, 8, 4.0, 32).pixels
@@ -395,7 +395,7 @@ def test_16_bits_are_scaled_by_257_and_keep_their_turn_and_their_transparent_val
         (np.zeros((0, 80, 3), np.uint8), r"shape \[0, 80, 3\]"),
     ],
 )
-def test_an_array_that_is_no_photo_is_one_clear_sentence(photo: Image.Image | np.ndarray, message: str) -> None:
+def test_an_invalid_array_is_rejected_in_one_sentence(photo: Image.Image | np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_image(photo, 32)
 
@@ -423,7 +423,7 @@ def test_a_photo_equals_the_video_frame_of_the_same_picture() -> None:
         (as_bytes(Image.new("1", (1, 100_000))), "at most 20 times as long"),
     ],
 )
-def test_what_is_no_photo_is_one_clear_sentence(photo: bytes | str, message: str) -> None:
+def test_a_file_that_is_not_a_photo_is_rejected_in_one_sentence(photo: bytes | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_image(photo, 32)
 
@@ -452,6 +452,6 @@ def test_every_photo_format_is_read(format: str) -> None:
     assert np.abs(square[16, 16].astype(int) - (200, 10, 10)).max() <= 5
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked() -> None:
+def test_a_decompression_bomb_is_rejected_before_it_is_decoded() -> None:
     with pytest.raises(ValueError, match="at most|not an image"):
         load_image(as_bytes(Image.new("1", (40_000, 40_000))), 32)
