@@ -27,7 +27,7 @@ from tasks.records import UserError
 from tasks.shards import OPTIONAL, Sample, ShardDataset, publish_dataset, write_shard
 from tasks.train.loader import TrainingData
 from tasks.train.loop import run_training
-from tasks.train.preflight import check_before_start
+from tasks.train.preflight import preflight
 from tasks.train.spec import TrainSpec, spec_digest
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 from trip_model.encoders import encode_posterior, load_text_encoder, load_vae
@@ -306,7 +306,7 @@ def test_text_of_another_encoder_is_refused(training: TrainSpec, tiny_base: Path
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "text_encoder" / "more.txt").write_text("another")
     with pytest.raises(UserError, match="is not by the text encoder of"):
-        check_before_start(replace(training, base=str(base)))
+        preflight(replace(training, base=str(base)))
 
 
 def test_what_is_read_of_a_sample_is_part_of_a_trainings_identity() -> None:
