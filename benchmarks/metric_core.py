@@ -114,7 +114,7 @@ def distances(real: Features, first: Features, second: Features, names: list[str
 
 
 def measured(work: Callable[[], Any]) -> dict[str, Any]:
-    """Seconds of a part and the largest resident memory meanwhile, which Linux counts anew when told so."""
+    """Seconds of a part and the largest resident memory meanwhile, which Linux resets on request."""
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     steps = work()

@@ -54,7 +54,7 @@ tick() {
 }
 
 # uv unpacks and links the same wheels on all cores, which halves the wait; pip does the work where uv cannot.
-# Byte code is written here, once: every Ray worker imports torch and diffusers anew, and where the environment forbids
+# Byte code is written here, once: every Ray worker imports torch and diffusers again, and where the environment forbids
 # writing byte code later (PYTHONDONTWRITEBYTECODE, read-only images) each import would take three times as long.
 uv_install() {
     "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "$(grep '^uv==' constraints.txt)" \

@@ -81,12 +81,13 @@ def check_number(name: str, value: Any, maximum: float | None = None) -> int | f
     """
     bound = BOUNDS[name]
     largest = bound.maximum if maximum is None else min(bound.maximum, maximum)
-    if isinstance(value, Real) and not isinstance(value, bool) and bound.minimum <= value <= largest:
-        number = float(value)
+    exact: Any = value  # pyright narrows `value` to Real, which has no order
+    if isinstance(value, Real) and not isinstance(value, bool) and bound.minimum <= exact <= largest:
+        number = float(exact)
         if not bound.integer:
             return number
         if number.is_integer():
-            return int(value)
+            return int(exact)
     raise RequestError(f"{name} is {_shown(value)}; use {bound.description(largest)}")
 
 

@@ -74,7 +74,7 @@ def generate_batch(
     """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
 
     Frame 1 is stored as the model itself returns it, not replaced by the given image, so that its fidelity can be
-    measured; whoever looks at the clip puts the given image back (`shown`).
+    measured; `shown` puts the given image back.
 
     Args:
         scaled: a model of another size than the data set's gets the frame at its own, and its clip is scaled back.

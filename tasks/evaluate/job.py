@@ -108,8 +108,8 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     key stands already, it is the answer.
 
     Raises:
-        UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are lacking
-            where the protocol allows none, or an output that cannot be written.
+        UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are missing
+            although the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
     for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker"):
@@ -246,7 +246,7 @@ def _run_stages(
     own = [method.name for method, _ in models]
     given = [row for row in table if row.method is not None and row.name not in own]
 
-    def lacking() -> dict[str, dict[str, str]]:
+    def missing_items() -> dict[str, dict[str, str]]:
         found = {}
         for row in given:
             assert row.method is not None
@@ -265,13 +265,13 @@ def _run_stages(
         with ray_session(spec.ray_address):
             if given:
                 extract("methods", given)
-                without_missing(protocol, lacking())
+                without_missing(protocol, missing_items())
             for (method, base), batches in zip(models, missing, strict=True):
                 label, arguments = "base" if base else "generate", (method.folder, protocol.rules.scaled, base)
                 done = len(protocol.items) - sum(map(len, batches))
                 _drive(label, Generator, arguments, spec, protocol, [(batch,) for batch in batches], done, progress)
             extract("judge", table)
-    items, excluded = without_missing(protocol, lacking())
+    items, excluded = without_missing(protocol, missing_items())
     found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
     return {name: [records[item.key] for item in items] for name, records in found.items()}, items, excluded
 

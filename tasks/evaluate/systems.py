@@ -102,7 +102,7 @@ def look(
 ) -> None:
     """Measures the clips of a batch in one row and stores their features; equal clips are seen once.
 
-    A video that cannot be used is recorded with its reason: whoever sums up decides what that means.
+    A video that cannot be used is recorded with its reason: the aggregation decides what that means.
     """
     records: dict[str, dict[str, Any]] = {}
     for item, real in zip(batch, reals, strict=True):

@@ -150,19 +150,19 @@ def test_a_video_that_cannot_be_used_says_why(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_an_error_or_leaves_all_rows_and_is_counted() -> None:
-    lacking = {"A": {item.key: "missing" for item in ITEMS[:6]}, "B": {"clip6_000": "too_short"}, "C": {}}
+    missing_items = {"A": {item.key: "missing" for item in ITEMS[:6]}, "B": {"clip6_000": "too_short"}, "C": {}}
     with pytest.raises(UserError) as caught:
-        without_missing(PROTOCOL, lacking)
+        without_missing(PROTOCOL, missing_items)
     said = str(caught.value)
     assert "method A lacks 6 of 7 items: clip0_000 (missing), " in said and "clip4_000 (missing), ...;" in said
     assert (
         "clip5_000" not in said and "method B lacks 1 of 7 items: clip6_000 (too_short);" in said and "\n" not in said
     )
     forgiving = replace(PROTOCOL, rules=replace(PROTOCOL.rules, missing="exclude"))
-    left, counts = without_missing(forgiving, {"A": {ITEMS[0].key: "missing"}, "B": lacking["B"], "C": {}})
+    left, counts = without_missing(forgiving, {"A": {ITEMS[0].key: "missing"}, "B": missing_items["B"], "C": {}})
     assert left == ITEMS[1:6] and counts == {"A": {"missing": 1}, "B": {"too_short": 1}}
     with pytest.raises(UserError, match="no item of protocol folder is left"):
-        without_missing(forgiving, lacking)
+        without_missing(forgiving, missing_items)
 
 
 def test_a_method_is_named_once_and_by_a_word(tmp_path: Path) -> None:

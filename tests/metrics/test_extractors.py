@@ -77,7 +77,7 @@ def test_random_tower_is_the_same_every_time_whatever_the_global_generator_holds
 
 
 def test_random_weights_have_not_changed():
-    """Numbers compare only within these hashes; whoever changes a net changes the name of its metric."""
+    """Numbers compare only within these hashes; a changed network changes the name of its metric."""
     names = identify_extractors(ExtractorFiles())
     assert [name.metric for name in names] == ["rfc-clip-random@db8a3869", "rfd-app@2c1eb077", "rfd-motion@5eab684f"]
     assert [name.kernel_metric for name in names[1:]] == ["rkd-app@2c1eb077", "rkd-motion@5eab684f"]

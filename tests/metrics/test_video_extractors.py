@@ -253,7 +253,7 @@ def test_video_mae_folder_gives_pooled_tokens(tmp_path: Path):
         VideoMAE(str(tmp_path / "mae"))
     model.videomae.save_pretrained(tmp_path / "bare")
     bare = VideoMAE(str(tmp_path / "bare"), sha256_of(tmp_path / "bare" / "model.safetensors"))
-    with pytest.raises(ExtractorError, match="lacks classifier.bias"):
+    with pytest.raises(ExtractorError, match="has no classifier.bias"):
         bare.features(pixels, "")
 
 

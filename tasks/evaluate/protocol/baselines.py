@@ -103,7 +103,7 @@ def find_champion(address: str, protocol: Protocol) -> Method:
         found = storage.read_json(storage.join(address, REPORT))
         folder, sha = storage.join(storage.absolute(address), found["generations"]), found["provenance"]["protocol_sha"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no report of schema {SCHEMA_VERSION} at {address}; evaluate the champion anew") from error
+        raise UserError(f"no report of schema {SCHEMA_VERSION} at {address}; evaluate the champion again") from error
     if sha != protocol.sha:
         raise UserError(
             f"the champion's report at {address} is of other items; evaluate it with --protocol of this evaluation"
@@ -213,20 +213,22 @@ def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
 
 
 def without_missing(
-    protocol: Protocol, lacking: Mapping[str, Mapping[str, str]]
+    protocol: Protocol, missing_items: Mapping[str, Mapping[str, str]]
 ) -> tuple[tuple[Item, ...], dict[str, dict[str, int]]]:
     """The items that every method has, and how many each method lacked, by reason; an item leaves all rows at once.
 
     Args:
-        lacking: by method and item key, the reason.
+        missing_items: by method and item key, the reason.
     Raises:
-        UserError: something is lacking and the protocol says that this is an error, or too little is left.
+        UserError: items are missing although the protocol allows none, or too little is left.
     """
-    counts = {name: dict(sorted(Counter(reasons.values()).items())) for name, reasons in lacking.items() if reasons}
-    gone = {key for reasons in lacking.values() for key in reasons}
+    counts = {
+        name: dict(sorted(Counter(reasons.values()).items())) for name, reasons in missing_items.items() if reasons
+    }
+    gone = {key for reasons in missing_items.values() for key in reasons}
     if gone and protocol.rules.missing == "error":
         raise UserError(
-            "; ".join(_told(name, reasons, len(protocol.items)) for name, reasons in lacking.items() if reasons)
+            "; ".join(_told(name, reasons, len(protocol.items)) for name, reasons in missing_items.items() if reasons)
             + '; make them, or state missing = "exclude" in a copy of the protocol'
         )
     left = tuple(item for item in protocol.items if item.key not in gone)

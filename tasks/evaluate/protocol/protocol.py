@@ -98,7 +98,7 @@ class Protocol:
         return _sampling(self.frames, self.fps, self.rules.stride)
 
     def manifest(self) -> dict[str, Any]:
-        """The protocol as JSON that `load_protocol` takes again, for whoever holds the same clips."""
+        """The protocol as JSON that `load_protocol` takes again; another lab with the same clips can use it."""
         lines = tuple(_Line(i.key, i.clip, i.caption, i.seed, i.category, i.start) for i in self.items)
         open_ = Manifest(SCHEMA, self.name, self.rules, self.frames, self.fps, self.size, lines)
         return _content(replace(open_, sha256=_sha256(open_)))
@@ -191,12 +191,12 @@ def resolve(
     excluded = []
     if isinstance(rules.number, int):
         held = dict.fromkeys(item.clip for item in found)
-        lacking = rules.number - len(held)
-        if lacking > 0:
+        missing_items = rules.number - len(held)
+        if missing_items > 0:
             what = f"protocol {name} asks for {rules.number} clips, {dataset.uri} holds {len(held)}"
             if rules.missing == "error":
                 raise UserError(f'{what}; prepare the others, or state missing = "exclude" in a copy of the protocol')
-            excluded = [("not in the data set", lacking)]
+            excluded = [("not in the data set", missing_items)]
         taken = set(list(held)[: rules.number])
         found = tuple(item for item in found if item.clip in taken)
     return check_clips(Protocol(name, rules, found, frames, fps, size, tuple(excluded)))
@@ -273,19 +273,19 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
     except ValueError as error:
         raise UserError(f"{address} is no protocol of schema {SCHEMA} ({error}); give that of a report") from error
     if manifest.schema != SCHEMA or manifest.sha256 != _sha256(manifest):
-        raise UserError(f"{address} is not of schema {SCHEMA} or was changed after it was written; write it anew")
+        raise UserError(f"{address} is not of schema {SCHEMA} or was changed after it was written; write it again")
     place = {key: i for i, key in enumerate(dataset.keys)}
     found = {line.key: place.get(line.key.partition(".")[0]) for line in manifest.items}  # behind the dot: its repeat
-    lacking = [key for key, i in found.items() if i is None]
-    if lacking and manifest.rules.missing == "error":
+    missing_items = [key for key, i in found.items() if i is None]
+    if missing_items and manifest.rules.missing == "error":
         raise UserError(
-            f"{dataset.uri} lacks {len(lacking)} of {len(manifest.items)} items of {address}: {', '.join(lacking[:5])}"
-            f"{', ...' if len(lacking) > 5 else ''}; prepare them too"
+            f"{dataset.uri} lacks {len(missing_items)} of {len(manifest.items)} items of {address}: {', '.join(missing_items[:5])}"
+            f"{', ...' if len(missing_items) > 5 else ''}; prepare them too"
         )
     items = [Item(index=i, **asdict(line)) for line in manifest.items if (i := found[line.key]) is not None]
     rules = replace(manifest.rules, frames=manifest.frames, fps=manifest.fps, size=manifest.size)
     _frames(manifest.name, rules, dataset, [item.index for item in items])
-    excluded = (("not in the data set", len(lacking)),) if lacking else ()
+    excluded = (("not in the data set", len(missing_items)),) if missing_items else ()
     return check_clips(
         Protocol(manifest.name, manifest.rules, tuple(items), manifest.frames, manifest.fps, manifest.size, excluded)
     )

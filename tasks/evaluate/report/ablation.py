@@ -104,13 +104,13 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     variants = tuple(dict.fromkeys(arm.variant for arm in arms))
     seeds = tuple(dict.fromkeys(arm.seed for arm in arms))
     found = {(arm.variant, arm.seed): _read(arm) for arm in arms}
-    lacking = [f"{variant} with seed {seed}" for variant in variants for seed in seeds if (variant, seed) not in found]
-    if REFERENCE not in variants or lacking:
-        raise UserError(f"an ablation needs {REFERENCE} and every variant under every seed; missing: {lacking}")
+    missing = [f"{variant} with seed {seed}" for variant in variants for seed in seeds if (variant, seed) not in found]
+    if REFERENCE not in variants or missing:
+        raise UserError(f"an ablation needs {REFERENCE} and every variant under every seed; missing: {missing}")
     keys, clusters, reference, _, _ = found[REFERENCE, seeds[0]]
     for (variant, seed), (others, *_) in found.items():
         if others != keys:
-            raise UserError(f"{variant} with seed {seed} was judged on other clips than {REFERENCE}; evaluate it anew")
+            raise UserError(f"{variant} with seed {seed} was judged on other clips than {REFERENCE}; evaluate it again")
     table = {
         variant: {name: np.stack([found[variant, seed][3][name] for seed in seeds]) for name in METRICS}
         for variant in variants

@@ -66,7 +66,7 @@ def summarise(
     bootstrap: int = 2000,
     excluded: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Summary:
-    """Sums up all rows in the items' order; deterministic, whoever made records and features and when.
+    """Aggregates all systems in the order of the items; deterministic.
 
     Intervals are 95 % bootstrap intervals that draw whole clips. Frechet distances carry none: a percentile interval of
     a Frechet distance is biased to the point of missing its own estimate. Their differences do; the real row holds the

@@ -44,8 +44,8 @@ class VideoMAE:
             raise ExtractorError(f"{self.path} cannot be read as a VideoMAE of transformers") from error
         absent = sorted(told["missing_keys"])
         if absent or net.fc_norm is None:  # transformers would go on with random ones
-            lacking = absent[0] if absent else "fc_norm (use_mean_pooling in config.json)"
-            raise ExtractorError(f"{self.path} lacks {lacking}; give a fine-tuned VideoMAE with its classifier")
+            part = absent[0] if absent else "fc_norm (use_mean_pooling in config.json)"
+            raise ExtractorError(f"{self.path} has no {part}; give a fine-tuned VideoMAE with its classifier")
         return net.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
