@@ -279,8 +279,8 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
     missing_items = [key for key, i in found.items() if i is None]
     if missing_items and manifest.rules.missing == "error":
         raise UserError(
-            f"{dataset.uri} lacks {len(missing_items)} of {len(manifest.items)} items of {address}: {', '.join(missing_items[:5])}"
-            f"{', ...' if len(missing_items) > 5 else ''}; prepare them too"
+            f"{dataset.uri} lacks {len(missing_items)} of {len(manifest.items)} items of {address}:"
+            f" {', '.join(missing_items[:5])}{', ...' if len(missing_items) > 5 else ''}; prepare them too"
         )
     items = [Item(index=i, **asdict(line)) for line in manifest.items if (i := found[line.key]) is not None]
     rules = replace(manifest.rules, frames=manifest.frames, fps=manifest.fps, size=manifest.size)
