@@ -18,7 +18,7 @@ PUBLIC = [name for name in trip_model.__all__ if name != "__version__"]
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_the_object_of_its_module(name: str) -> None:
-    module = importlib.import_module(f"trip_model.{trip_model._HOMES[name]}")
+    module = importlib.import_module(f"trip_model.{trip_model._MODULES[name]}")
     value = getattr(trip_model, name)
     assert value is getattr(module, name)
     assert value.__module__ == module.__name__ and value.__doc__
@@ -29,7 +29,7 @@ def test_type_checkers_see_the_same_names_in_the_same_modules() -> None:
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     typed = {alias.name: node.module for node in imports for alias in node.names}
-    assert typed == {name: f"trip_model.{module}" for name, module in trip_model._HOMES.items()}
+    assert typed == {name: f"trip_model.{module}" for name, module in trip_model._MODULES.items()}
     assert sorted(typed) == sorted(PUBLIC)
 
 
