@@ -26,6 +26,19 @@ REAL_CLIPS = REPOSITORY.parent / "shared" / "data" / "clips" / "manifest.csv"
 DEMO_BASE = REPOSITORY / "examples" / "demo_base" / "weights"
 
 
+@pytest.fixture(autouse=True)
+def environment_of_mlflow() -> Iterator[None]:
+    """Restores the variables of MLflow's address: its client writes them, and the next test must not find them."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_REGISTRY_URI")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
     """The table of 25 real captioned videos, where the checkout has them beside it."""

@@ -20,7 +20,7 @@ from tasks.video.decode import read_clip
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
 
-TINY = Path(__file__).with_name("tiny_cli.py")
+TINY = Path(__file__).resolve().parents[1] / "support" / "tiny_cli.py"
 
 
 def command(base: Path, root: Path, *flags: str) -> list[str]:
