@@ -20,7 +20,7 @@ from tests.train.test_train import dataset, spec, train_until  # noqa: F401 - fi
 from trip_model.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("shard_worker.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "shard_worker.py"
 
 
 def run_all(folder: Path, runs: list[tuple[TrainSpec, int | None]]) -> list[list[dict[str, Any]]]:

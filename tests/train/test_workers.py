@@ -18,7 +18,7 @@ from tasks.train.spec import TrainSpec
 from tests.support.train_worker import STOP, WORLD
 from tests.train.test_train import dataset, spec, train_until  # noqa: F401 - fixtures
 
-SCRIPT = Path(__file__).with_name("train_worker.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "train_worker.py"
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
