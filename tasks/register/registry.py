@@ -89,13 +89,14 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     report = read_report(spec.report)
     folder = _model_folder(spec.model)
     settings = packaging.read_model_json(folder, "trip.json")
-    if report.model not in ("", folder_hash(folder)):
+    model_sha256 = folder_hash(folder)  # the check at the registry's door; nothing after it hashes the folder again
+    if report.model not in ("", model_sha256):
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
     with addresses(spec.tracking_uri):
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
-        package_digest = _package_digest(folder)
+        package_digest = _package_digest(model_sha256)
         key = f"register-{spec.name}-{package_digest}-{report.digest}"
         run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
         status = "FAILED"
@@ -180,10 +181,10 @@ def _photo(uri: str | None, size: int) -> bytes:
     return data
 
 
-def _package_digest(folder: Path) -> str:
+def _package_digest(model_sha256: str) -> str:
     """The identity of a package: a digest of the exported weights and the code."""
     caller = hashlib.sha256(packaging.CODE_FILE.read_bytes()).hexdigest()
-    return digest({"model": folder_hash(folder), "wheel": packaging.package_code(), "caller": caller})
+    return digest({"model": model_sha256, "wheel": packaging.package_code(), "caller": caller})
 
 
 def _size_mb(folder: Path) -> float:

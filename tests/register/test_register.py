@@ -20,12 +20,14 @@ from PIL import Image
 
 from infra.tracking import connect
 from tasks.records import UserError
+from tasks.register import packaging, registry
 from tasks.register.model_card import write_model_card
 from tasks.register.packaging import drawn_photo
 from tasks.register.promotion import promote
 from tasks.register.registry import RegisterSpec, register
 from tasks.register.report_facts import read_report
 from tasks.video.decode import read_clip
+from trip_model.folders import folder_hash
 
 CONSUMER = Path(__file__).resolve().parents[2] / "examples" / "consumer.py"
 ROWS = {
@@ -109,6 +111,20 @@ def test_registering_the_same_model_and_report_again_creates_nothing(registered)
     assert register(spec, silent) == report
     client = connect(spec.tracking_uri)
     assert len(client.search_model_versions("name = 'trip'")) == 1
+
+
+def test_a_registration_hashes_the_model_folder_once(registered, monkeypatch):
+    spec, _, _ = registered
+    hashed: list[Path] = []
+
+    def counted(folder: Path, part: str = "") -> str:
+        hashed.append(Path(folder))
+        return folder_hash(folder, part)
+
+    monkeypatch.setattr(registry, "folder_hash", counted)
+    monkeypatch.setattr(packaging, "folder_hash", counted)
+    register(spec, silent)
+    assert hashed == [Path(spec.model)]
 
 
 def test_a_registration_that_was_killed_is_completed_under_the_same_version(registered):
