@@ -268,7 +268,7 @@ def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all
 ) -> None:
     base: Path = request.getfixturevalue("tiny_base" if prediction == "noise" else "tiny_velocity_base")
     schedule, output = ScheduleConfig(sampling_steps=3), cast(Any, prediction)
-    fusion = FusionConfig(width=16, heads=2)
+    fusion = FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit")
     config = TripConfig(size=32, fusion=fusion, schedule=schedule, unet_output=output, guidance=2.0)
     with_prior = exported(tmp_path / "with_prior", base, config)
     minus = exported(tmp_path / "minus", base, replace(config, fusion=FusionConfig(kind="none")))
