@@ -28,7 +28,7 @@ from tasks.evaluate.report.tables import Table, all_tables, own_table, paper_tab
 from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluate.systems import measure
 from tasks.ingest.drawing import draw_clip
-from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, extract_features
+from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind, extract_features
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import kernel_distance
@@ -204,9 +204,9 @@ def written(*metrics: str, categories: dict[str, int] | None = None) -> Summary:
 
 
 OFFICIAL = [
-    ExtractorInfo("F-Consistency", True, "0" * 64, ("clip_frames",), ""),
-    ExtractorInfo("FVD", True, "1" * 64, ("i3d",), "", 16),
-    ExtractorInfo("FID", True, "2" * 64, ("inception",), ""),
+    ExtractorInfo("F-Consistency", True, "0" * 64, ("clip_frames",), "", MetricKind.CONSISTENCY),
+    ExtractorInfo("FVD", True, "1" * 64, ("i3d",), "", MetricKind.CLIP_SETS, 16),
+    ExtractorInfo("FID", True, "2" * 64, ("inception",), "", MetricKind.FRAME_SETS),
 ]
 
 

@@ -18,6 +18,7 @@ from tasks.metrics.extractors.clip import Clip
 from tasks.metrics.extractors.extractor import (
     KNOWN_FILES,
     ExtractorError,
+    MetricKind,
     checked_sha256,
     extract_features,
     extractor_info,
@@ -196,14 +197,18 @@ def test_missing_weights_are_an_error_and_not_random_ones(tmp_path: Path):
 @pytest.mark.parametrize("kind", KNOWN_FILES)
 def test_published_names_belong_to_the_known_files_alone(tmp_path: Path, kind: str):
     published = KNOWN_FILES[kind]
-    named = extractor_info(kind, f"x-{kind}", published.sha256.ljust(64, "0"), ("feature",), "as it is")
+    named = extractor_info(
+        kind, f"x-{kind}", published.sha256.ljust(64, "0"), ("feature",), "as it is", MetricKind.CLIP_SETS
+    )
     assert named.official and named.metric == published.metric and named.mark == ""
     path = tmp_path / "weights"
     path.write_bytes(b"others")
     with pytest.raises(ExtractorError, match=f"that of .* is {published.sha256}.* as {kind}_sha256"):
         checked_sha256(path, kind, None)
     found = hashlib.sha256(b"others").hexdigest()
-    other = extractor_info(kind, f"x-{kind}", checked_sha256(path, kind, found.upper()), ("feature",), "as it is")
+    other = extractor_info(
+        kind, f"x-{kind}", checked_sha256(path, kind, found.upper()), ("feature",), "as it is", MetricKind.CLIP_SETS
+    )
     assert not other.official and other.metric == f"x-{kind}@{found[:8]}" and other.mark == f"@{found[:8]}"
     with pytest.raises(ExtractorError, match="no file .* give "):
         checked_sha256(tmp_path / "nothing", kind, None)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tasks.metrics.extractors.extractor import ExtractorError, ExtractorInfo, file_sha256, state_sha256
+from tasks.metrics.extractors.extractor import ExtractorError, ExtractorInfo, MetricKind, file_sha256, state_sha256
 
 
 class Custom:
@@ -54,7 +54,9 @@ class Custom:
             identity += state_sha256(self._extractor)
         sha256 = hashlib.sha256(identity.encode()).hexdigest()
         metric = f"cfd-{module_name}.{word}".lower()
-        self.info = ExtractorInfo(f"{metric}@{sha256[:8]}", False, sha256, ("custom",), f"as {address} does")
+        self.info = ExtractorInfo(
+            f"{metric}@{sha256[:8]}", False, sha256, ("custom",), f"as {address} does", MetricKind.CLIP_SETS
+        )
 
     @torch.no_grad()
     def features(self, pixels: NDArray[np.uint8], caption: str) -> dict[str, NDArray[np.float32]]:

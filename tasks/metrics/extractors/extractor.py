@@ -76,8 +76,8 @@ class ExtractorInfo:
         sha256: hash of the weights, in hex.
         features: names of the arrays that it returns; `metric` is computed from the first.
         geometry: how frames are resized and normalised for the network.
-        least_frames: the least number of frames of a clip.
         kind: how `metric` is computed.
+        least_frames: the least number of frames of a clip.
     """
 
     metric: str
@@ -85,8 +85,8 @@ class ExtractorInfo:
     sha256: str
     features: tuple[str, ...]
     geometry: str
+    kind: MetricKind
     least_frames: int = 1
-    kind: MetricKind = MetricKind.CLIP_SETS
 
     @property
     def id(self) -> str:
@@ -183,15 +183,15 @@ def extractor_info(
     sha256: str,
     features: tuple[str, ...],
     geometry: str,
+    kind: MetricKind,
     least_frames: int = 1,
-    kind: MetricKind = MetricKind.CLIP_SETS,
     variant: str = "",
 ) -> ExtractorInfo:
     """The identity of weights: with the published name for the known file, else with `otherwise` and the hash."""
     known = KNOWN_FILES.get(file)
     official = known is not None and sha256.startswith(known.sha256)
     metric = f"{known.metric}{variant}" if known and official else f"{otherwise}{variant}@{sha256[:8]}"
-    return ExtractorInfo(metric, official, sha256, features, geometry, least_frames, kind)
+    return ExtractorInfo(metric, official, sha256, features, geometry, kind, least_frames)
 
 
 def file_sha256(path: Path) -> str:

@@ -41,7 +41,7 @@ def identify_clip(path: str | None = None, sha256: str | None = None) -> Extract
     if path is None:
         found = RANDOM_SHA256["clip_frames"]
         metric = f"rfc-clip-random@{found[:8]}"
-        return ExtractorInfo(metric, False, found, ("clip_frames",), _CLIP_GEOMETRY, kind=MetricKind.CONSISTENCY)
+        return ExtractorInfo(metric, False, found, ("clip_frames",), _CLIP_GEOMETRY, MetricKind.CONSISTENCY)
     features, geometry = ("clip_frames", "clip_text"), _CLIP_GEOMETRY
     weights = folder = Path(path)
     if folder.is_dir():
@@ -60,20 +60,23 @@ def identify_clip(path: str | None = None, sha256: str | None = None) -> Extract
     elif not weights.is_file():
         raise ExtractorError(f"no CLIP weights at {weights}; give OpenAI's ViT-L-14.pt or an open_clip folder")
     found = checked_sha256(weights, "clip", sha256)
-    return extractor_info("clip", "rfc-clip", found, features, geometry, kind=MetricKind.CONSISTENCY)
+    return extractor_info("clip", "rfc-clip", found, features, geometry, MetricKind.CONSISTENCY)
 
 
 def identify_random(feature: str) -> ExtractorInfo:
     """The identity of the random network of a feature, `rfd_app` or `rfd_motion`."""
     sha256 = RANDOM_SHA256[feature]
     metric = f"{feature.replace('_', '-')}@{sha256[:8]}"
-    return ExtractorInfo(metric, False, sha256, (feature,), _RANDOM_GEOMETRY[feature], least_frames=2)
+    return ExtractorInfo(
+        metric, False, sha256, (feature,), _RANDOM_GEOMETRY[feature], MetricKind.CLIP_SETS, least_frames=2
+    )
 
 
 def identify_i3d(path: str, sha256: str | None = None) -> ExtractorInfo:
     """The identity of I3D. Raises ExtractorError on no file, or another hash than the known or the stated one."""
     geometry = "all frames, squashed to 224x224 (bilinear) and mapped to [-1, 1] by the file itself; logits"
-    return extractor_info("i3d", "fvd-i3d", checked_sha256(Path(path), "i3d", sha256), ("i3d",), geometry, 16)
+    found = checked_sha256(Path(path), "i3d", sha256)
+    return extractor_info("i3d", "fvd-i3d", found, ("i3d",), geometry, MetricKind.CLIP_SETS, 16)
 
 
 def identify_inception(path: str, sha256: str | None = None, clean: bool = False) -> ExtractorInfo:
@@ -83,7 +86,7 @@ def identify_inception(path: str, sha256: str | None = None, clean: bool = False
     geometry = f"each frame squashed to 299x299 ({kernel}), (x - 128) / 128; 2048 pooled features"
     found = checked_sha256(Path(path), "inception", sha256)
     return extractor_info(
-        "inception", "fid-inception", found, (feature,), geometry, kind=MetricKind.FRAME_SETS, variant=variant
+        "inception", "fid-inception", found, (feature,), geometry, MetricKind.FRAME_SETS, variant=variant
     )
 
 
@@ -98,11 +101,11 @@ def identify_video_mae(path: str, sha256: str | None = None) -> ExtractorInfo:
         " deviation; mean of the tokens, normalised by the head's layer"
     )
     found = checked_sha256(weights, "videomae", sha256)
-    return extractor_info("videomae", "fvd-videomae", found, ("videomae",), geometry, 16)
+    return extractor_info("videomae", "fvd-videomae", found, ("videomae",), geometry, MetricKind.CLIP_SETS, 16)
 
 
 def identify_raft(path: str, sha256: str | None = None) -> ExtractorInfo:
     """The identity of RAFT. Raises ExtractorError on no file, or another hash than the known or the stated one."""
     geometry = "shorter side to 256 (bilinear with antialias), sides multiples of 8; 12 updates"
     found = checked_sha256(Path(path), "raft", sha256)
-    return extractor_info("raft", "flow_ratio", found, ("flow",), geometry, 2, MetricKind.FLOW_RATIO)
+    return extractor_info("raft", "flow_ratio", found, ("flow",), geometry, MetricKind.FLOW_RATIO, 2)
