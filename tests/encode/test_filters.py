@@ -300,7 +300,7 @@ def test_a_later_clip_that_shows_the_same_is_removed_and_stays_so(tiny_base: Pat
     again = prepared(folder, tiny_base, output, bounds)
     assert again.failed == {"dark_start": 1, "duplicate": 1, "near_static": 1}
     assert again.manifest_sha == removal.manifest_sha == deduplicate(str(output)).manifest_sha
-    with pytest.raises(UserError, match="holds no hashes of its clips"):
+    with pytest.raises(UserError, match="contains no hashes of its clips"):
         deduplicate(prepared(folder, tiny_base, tmp_path / "off", FilterSpec()).dataset)
 
 

@@ -128,7 +128,7 @@ def test_latents_that_are_not_finite_are_a_failure(tiny_base: Path, corpus: str,
 
 
 def test_a_size_that_the_vae_cannot_halve_is_rejected(tiny_base: Path) -> None:
-    with pytest.raises(UserError, match="size 36 is no multiple of"):
+    with pytest.raises(UserError, match="size 36, expected a multiple of"):
         ClipEncoder(tiny_base, PrepareSpec(size=36))
 
 
@@ -240,7 +240,7 @@ def test_what_a_worker_finds_wrong_reaches_the_person_as_one_sentence(
 ) -> None:
     spec = spec_for(corpus, tiny_base, tmp_path / "odd", workers=1)
     for bad, sentence in (
-        (replace(spec, size=36), "size 36 is no multiple of 8"),
+        (replace(spec, size=36), "size 36, expected a multiple of 8"),
         (replace(spec, output=str(tmp_path / "big"), cpus_per_worker=64), "does not fit the Ray session"),
     ):
         with pytest.raises(UserError, match=sentence) as caught:
@@ -281,7 +281,7 @@ def test_bad_input_is_one_sentence(tiny_base: Path, corpus: str, tmp_path: Path)
         "clips_per_shard 0": replace(spec, clips_per_shard=0),
         "decode.processes 0": replace(spec, decode=DecodeSpec(processes=0)),
         "frames_per_batch 0": replace(spec, frames_per_batch=0),
-        "size 36 is no multiple": replace(spec, output=str(tmp_path / "odd"), size=36),
+        "size 36, expected a multiple": replace(spec, output=str(tmp_path / "odd"), size=36),
     }
     for sentence, bad in cases.items():
         with pytest.raises(UserError, match=sentence) as caught:

@@ -200,7 +200,7 @@ def test_prepare_completes_a_removal_that_was_cut_off(
         kill_at(patch, 1)
         with pytest.raises(Killed):
             forget(spec.output, [str(FIRST_SEED + 3)])
-    with pytest.raises(UserError, match="repeat that command"):
+    with pytest.raises(UserError, match="repeat the command forget"):
         ShardDataset(spec.output)
     prepare(spec)
     assert contents(spec.output) == contents(str(tmp_path / "whole"))
