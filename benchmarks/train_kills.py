@@ -149,8 +149,8 @@ def run_calmly(job: TrainJob, folder: Path) -> Calm:
         if 0 < step < job.spec.steps:
             seen[:] = [seen[0] or run.seconds, run.seconds]
 
-    ended = run.wait(400, poll)
-    assert ended.report is not None, f"the undisturbed run failed: {ended.said}"
+    ended = run.wait(400, look)
+    assert ended.report is not None, f"the undisturbed run failed: {ended.last_line}"
     return Calm(run.seconds, (seen[0], seen[1]), outcome(job, ended.report))
 
 
@@ -202,7 +202,7 @@ def kill_and_repeat(job: TrainJob, calm: Calm, kind: str, share: float, folder: 
     step, stage = steps_done(folder), strike(kind, run, job, rng)
     killed = time.monotonic()
     ended = run.wait(run.seconds + limit)
-    told = {"status": ended.status, "seconds_after_kill": round(time.monotonic() - killed, 1), "said": ended.said}
+    told = {"status": ended.status, "seconds_after_kill": round(time.monotonic() - killed, 1), "said": ended.last_line}
     left, reruns, warned = Leftovers(), 0, (folder / "stderr").read_text()
     cut = cut_newest(job, left) if kind == "truncated" else None
     while ended.status != 0 and reruns < _MOST_RERUNS:
@@ -220,7 +220,7 @@ def kill_and_repeat(job: TrainJob, calm: Calm, kind: str, share: float, folder: 
         "stage": stage,
         "first": told,
         "reruns": reruns,
-        "last": {"status": ended.status, "said": ended.said},
+        "last": {"status": ended.status, "said": ended.last_line},
         "recovery_seconds": round(recovered, 1),
         **_compared(job, ended, calm.outcome),
         **({"walked_back_and_said_so": f"{cut} is damaged" in warned} if cut else {}),

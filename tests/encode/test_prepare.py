@@ -281,7 +281,7 @@ def test_bad_input_is_one_sentence(tiny_base: Path, corpus: str, tmp_path: Path)
         "clips_per_shard 0": replace(spec, clips_per_shard=0),
         "decode.processes 0": replace(spec, decode=DecodeSpec(processes=0)),
         "frames_per_batch 0": replace(spec, frames_per_batch=0),
-        "size 36 is no multiple": replace(spec, output=str(tmp_path / "odd"), size=36),
+        "size 36, expected a multiple": replace(spec, output=str(tmp_path / "odd"), size=36),
     }
     for sentence, bad in cases.items():
         with pytest.raises(UserError, match=sentence) as caught:
