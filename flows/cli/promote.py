@@ -1,4 +1,4 @@
-"""The commands `promote`, `rollback` and `live`: which version of a registered model is in use, and why."""
+"""The commands `promote`, `rollback` and `live`: change and show which version of a registered model is in use."""
 
 from __future__ import annotations
 
@@ -15,72 +15,74 @@ from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
 
 if TYPE_CHECKING:
-    from tasks.register.promotion import Entry, Standing
+    from tasks.register.promotion import Entry, PromotionState
 
-LAST = 10  # entries of the log that are shown
-JUDGED = "trip"  # the row of a report that is the model's own
+SHOWN_ENTRIES = 10  # of the log
+MODEL_ROW = "trip"  # the model under evaluation in a report
 
 
 def promote(
     version: int, reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip"
 ) -> None:
-    """Make a version champion if the gate of its report passed; the champion of before becomes `previous`.
+    """Make a version champion if the gate of its report passed; the former champion becomes `previous`.
 
     Args:
         version: its number in the registry.
-        reason: why, in words; needed only for a version that was rolled back.
-        root: folder whose MLflow store is asked, unless another is named.
-        tracking_uri: where MLflow keeps models.
+        reason: the reason as text; required for a version that was rolled back.
+        root: the root whose MLflow store is used, unless tracking_uri is given.
+        tracking_uri: address of the MLflow registry.
         name: the model's name in the registry.
     """
     from tasks.register import promotion
 
     with _registry(root, tracking_uri) as client:
-        _say(name, promotion.promote(client, name, str(version), reason))
+        _log_champion(name, promotion.promote(client, name, str(version), reason))
 
 
 def rollback(reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
-    """Make the champion of before champion again; repeated, it goes back one further.
+    """Make the previous champion the champion again; repeated, it goes back one version further.
 
     Args:
-        reason: why, in words; kept in the log and on the version that was champion.
-        root: folder whose MLflow store is asked, unless another is named.
-        tracking_uri: where MLflow keeps models.
+        reason: the reason as text, written to the log and to the former champion.
+        root: the root whose MLflow store is used, unless tracking_uri is given.
+        tracking_uri: address of the MLflow registry.
         name: the model's name in the registry.
     """
     from tasks.register import promotion
 
     with _registry(root, tracking_uri) as client:
-        _say(name, promotion.rollback(client, name, reason))
+        _log_champion(name, promotion.rollback(client, name, reason))
 
 
 def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
-    """Print what is live, since when and why, its scores, what it was trained on, and the last promotions.
+    """Print the champion, since when and why, its scores, its training data, and the last promotions.
 
     Args:
-        root: folder whose MLflow store is asked, unless another is named.
-        tracking_uri: where MLflow keeps models.
+        root: the root whose MLflow store is used, unless tracking_uri is given.
+        tracking_uri: address of the MLflow registry.
         name: the model's name in the registry.
     """
     from tasks.register import promotion
 
     with _registry(root, tracking_uri) as client:
-        standing = promotion.settle(client, name)
-        if standing.champions and not standing.champion:
+        state = promotion.sync_aliases(client, name)
+        if state.champions and not state.champion:
             raise UserError(
-                f"version {standing.champions[-1].number} of {name}, which the log says is live, was deleted; promote"
+                f"version {state.champions[-1].number} of {name}, live according to the log, was deleted; promote"
                 " another, or roll back"
             )
-        if not standing.champion:
-            raise UserError(f"no version of {name} is live; its versions are {', '.join(standing.versions) or 'none'}")
-        results(f"{name}: version {standing.champion} is live", _why(standing))
-        found = standing.versions[standing.champion]
-        origin = {tag.removeprefix("lineage."): of for tag, of in found.tags.items() if tag.startswith("lineage.")}
+        if not state.champion:
+            raise UserError(f"no version of {name} is live; its versions are {', '.join(state.versions) or 'none'}")
+        results(f"{name}: version {state.champion} is live", _why(state))
+        champion = state.versions[state.champion]
+        origin = {
+            tag.removeprefix("lineage."): value for tag, value in champion.tags.items() if tag.startswith("lineage.")
+        }
         if origin:
             results("Trained on", dict(sorted(origin.items())))
-        results("Scores", _scores(client, found.run_id or "") or {"none": "the run of this version holds no report"})
-    if standing.entries:
-        results("Log", {str(entry.number): _told(entry) for entry in reversed(standing.entries[-LAST:])})
+        results("Scores", _scores(client, champion.run_id or "") or {"none": "the run of this version has no report"})
+    if state.entries:
+        results("Log", {str(entry.number): _entry_line(entry) for entry in reversed(state.entries[-SHOWN_ENTRIES:])})
 
 
 @contextlib.contextmanager
@@ -93,30 +95,30 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
         yield open_registry(uri)
     except TROUBLE as error:
         reason = (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"the registry at {uri} failed ({reason}); the same command continues") from error
+        raise UserError(f"the registry at {uri} failed ({reason}); run the same command again") from error
 
 
-def _say(name: str, standing: Standing) -> None:
-    earlier = f"; previous is version {standing.earlier[-1].number}" if standing.earlier else ""
-    log(f"version {standing.champion} of {name} is champion{earlier}")
+def _log_champion(name: str, state: PromotionState) -> None:
+    earlier = f"; previous is version {state.earlier[-1].number}" if state.earlier else ""
+    log(f"version {state.champion} of {name} is champion{earlier}")
 
 
-def _why(standing: Standing) -> dict[str, str]:
-    """Since when and why the champion is champion: the log's last word, and why it was promoted at first."""
+def _why(state: PromotionState) -> dict[str, str]:
+    """Returns since when and why the champion is champion, from the last entry of the log and from its promotion."""
     rows = {"since": "before the log began", "why": "the alias was set without a promotion"}
-    if standing.entries:
-        last = standing.entries[-1]
+    if state.entries:
+        last = state.entries[-1]
         rows = {"since": _time(last), "why": f"{last.action}: {last.reasons}"}
-        promoted = [entry for entry in standing.entries if (entry.action, entry.promoted) == ("promote", last.promoted)]
+        promoted = [entry for entry in state.entries if (entry.action, entry.promoted) == ("promote", last.promoted)]
         if promoted and promoted[-1] != last:
             rows["promoted"] = f"{_time(promoted[-1])}, {promoted[-1].reasons}"
-    rows["previous"] = f"version {standing.earlier[-1].number}" if standing.earlier else "none"
-    rows["candidate"] = f"version {standing.aliases['candidate']}" if "candidate" in standing.aliases else "none"
+    rows["previous"] = f"version {state.earlier[-1].number}" if state.earlier else "none"
+    rows["candidate"] = f"version {state.aliases['candidate']}" if "candidate" in state.aliases else "none"
     return rows
 
 
 def _scores(client: Any, run_id: str) -> dict[str, str]:
-    """The model's own row of the report that the run keeps, with intervals; empty where there is none."""
+    """Returns the model's scores of the run's report, with intervals; empty without a report."""
     from infra.tracking import TROUBLE
     from tasks.register.report_facts import REPORT, read_report
 
@@ -126,10 +128,10 @@ def _scores(client: Any, run_id: str) -> dict[str, str]:
             scores = read_report(os.path.dirname(report)).scores
         except (*TROUBLE, UserError):
             return {}
-    return {metric: value for row, metric, value in scores if row == JUDGED}
+    return {metric: value for row, metric, value in scores if row == MODEL_ROW}
 
 
-def _told(entry: Entry) -> str:
+def _entry_line(entry: Entry) -> str:
     instead = f" instead of {entry.replaced}" if entry.replaced else ""
     return f"{_time(entry)}  {entry.action} version {entry.version}{instead}: {entry.reasons}"
 

@@ -1,4 +1,4 @@
-"""What a consumer of a registered model does: load it by its address, send a photo and a sentence, play the video."""
+"""Calls a registered model as a consumer does: loads it by address, sends a photo and a prompt, decodes the video."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trip_model.images import load_image
 
 
 def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> str:
-    """Loads a model by its address, sends a photo and a sentence, and decodes the mp4 that comes back.
+    """Loads a model by its address, sends a photo and a prompt, and decodes the returned mp4.
 
-    The address is looked up where `mlflow.set_tracking_uri` points, as for any consumer. Returns a sentence of what
-    came back. Raises ClipError or ValueError when it is not a playable video.
+    The address is looked up at `mlflow.set_tracking_uri`, as for any consumer. Returns a sentence that describes the
+    video. Raises ClipError or ValueError when it is not a playable video.
     """
     model = mlflow.pyfunc.load_model(model_uri)
     rows = pd.DataFrame({"image": [photo], "prompt": [prompt]})
@@ -33,9 +33,9 @@ def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> s
 
 @contextmanager
 def addresses(uri: str) -> Iterator[None]:
-    """Points MLflow's module-wide addresses to one store for a while.
+    """Sets MLflow's module-wide addresses to one store during a `with` block.
 
-    `load_model` reads them, and so does the SQL registry when it looks a logged model up, whatever client asked.
+    `load_model` reads them, and so does the SQL registry for logged models, whichever client calls it.
     """
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
@@ -46,7 +46,7 @@ def addresses(uri: str) -> Iterator[None]:
     finally:
         mlflow.set_tracking_uri(before[0])
         mlflow.set_registry_uri(before[1])
-        for name, value in variables.items():  # MLflow sets them, and a later flow would take them for a person's
+        for name, value in variables.items():  # MLflow sets them, and a later flow would read them as the user's
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -1,4 +1,4 @@
-"""Writes the model card: what the model is, where it comes from, how it scored, its limits, and whose terms hold."""
+"""Writes the model card: origin, data and its terms, configuration, scores, gate, limits, licences and use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.register.pyfunc_model import MAX_ROWS
 from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, VIDEO_FORMATS
 
 BASE_TERMS = (
-    "Base weights keep the licence of whoever published them; weights fine-tuned from them inherit it. "
+    "Base weights keep the licence of their publisher; weights fine-tuned from them inherit it. "
     "`text-to-video-ms-1.7b` is CC-BY-NC-4.0: non-commercial, for research. "
     "The demo base in `examples/demo_base` was trained by this project on drawn shapes and is Apache-2.0."
 )
@@ -18,12 +18,12 @@ DATA_TERMS = (
     "their distribution has ended; drawn demo clips are free of terms."
 )
 LIMITS = (
-    "Clips are as long, as small and as varied as the training data: a photo unlike it will move badly or not at all.",
+    "Clips have the length, size and variety of the training data; photos unlike it move badly or not at all.",
     "Frame 1 is the photo after a centre crop to a square; what the crop cuts off is not in the video.",
-    "F-Consistency rewards clips that hardly move. Read it beside the motion ratio and the rows `frozen` and `real`.",
-    "What training adds is the difference from the row `base`, the base not trained; not from the row `frozen`.",
-    "Trained on clips with a stock watermark, a model may draw traces of it.",
-    "There is no filter on photos, prompts or results, and results carry no mark that says they are generated.",
+    "F-Consistency rewards clips that hardly move. Read it with the motion ratio and the rows `frozen` and `real`.",
+    "The effect of training is the difference from the row `base`, the base without training; not from `frozen`.",
+    "A model trained on clips with a stock watermark may draw traces of it.",
+    "Photos, prompts and results are not filtered, and results carry no mark that they are generated.",
 )
 SCHEDULE_KEYS = (
     "_class_name",
@@ -48,16 +48,16 @@ def write_model_card(
     notes: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as Markdown.
+    """Returns the card as Markdown.
 
     Args:
-        lineage: words of origin; `data_terms` and `base_terms` replace the standing paragraphs, the rest is a table.
+        lineage: the origin; `data_terms` and `base_terms` replace the default paragraphs, the rest is a table.
         configuration: the model's own settings (trip.json), dotted names to plain values.
         schedule: the scheduler's configuration.
         scores: (row, metric, value with its interval) as text.
         gate: whether the evaluation's gate passed, and its reasons.
-        notes: the evaluation's remarks on what may be compared with what.
-        defaults: the model's own values of the parameters of a call.
+        notes: the evaluation's notes on comparability.
+        defaults: the model's default parameters.
     """
     origin = {k: v for k, v in lineage.items() if k not in ("data_terms", "base_terms")}
     passed, reasons = gate
@@ -66,10 +66,10 @@ def write_model_card(
     values["format"] = " or ".join(VIDEO_FORMATS)
     parts = [
         f"# {name}",
-        "Image-to-video: a photo and a sentence become a short clip that begins with the photo. "
+        "Image-to-video: makes a short clip from a photo and a prompt. The clip begins with the photo. "
         "TRIP (Temporal Residual Learning with Image Noise Prior, CVPR 2024), an independent implementation.",
         "## Origin",
-        _table(("what", "value"), origin.items()) or "Nothing was recorded.",
+        _table(("key", "value"), origin.items()) or "Not recorded.",
         "## Data and its terms",
         lineage.get("data_terms", DATA_TERMS),
         "## Configuration",
@@ -77,7 +77,7 @@ def write_model_card(
         "## Noise schedule",
         _table(("setting", "value"), [(k, schedule[k]) for k in SCHEDULE_KEYS if k in schedule]),
         "## Scores",
-        _table(("row", "metric", "value"), scores) or "No scores were reported.",
+        _table(("row", "metric", "value"), scores) or "The report has no scores.",
         *(f"- {note}" for note in notes),
         "## Gate",
         f"{'Passed' if passed else 'Not passed'}." + "".join(f"\n- {reason}" for reason in reasons),
@@ -101,7 +101,7 @@ def write_model_card(
 
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; "" when there are no rows."""
+    """Returns a Markdown table; "" without rows."""
     lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     if not lines:
         return ""

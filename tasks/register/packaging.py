@@ -1,4 +1,4 @@
-"""Packs an exported model folder as an MLflow model from code: wheel, pinned requirements, signature, no paths."""
+"""Packages an exported model folder as an MLflow model from code: wheel, pinned requirements, signature, no paths."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent
 DESCRIPTIONS = ("trip.json", "model_index.json")
 REQUIREMENTS = ("torch", "diffusers", "transformers", "av", "numpy", "pandas", "pillow", "safetensors")
-# What the wheel is built from besides the package: settings, and the texts that they name.
+# Files for the wheel in addition to the package: settings, and the texts that they name.
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 WHEELS = "wheels"
 
 
 def read_model_json(folder: Path, *parts: str) -> dict[str, Any]:
-    """One JSON file of a model folder; {} when it is not there."""
+    """Returns the content of a JSON file of a model folder; {} without the file."""
     file = folder.joinpath(*parts)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict of dotted names."""
+    """Returns nested dicts as one dict with dotted names."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def package_code() -> dict[str, str]:
-    """sha256 of each file of `trip_model`, by its name: the identity of the code that consumers will run.
+    """Returns the sha256 of each file of `trip_model` by name: the identity of the code that consumers run.
 
     Raises:
         UserError: `trip_model` was installed without its checkout, so that no wheel can be built from it.
@@ -62,8 +62,8 @@ def package_code() -> dict[str, str]:
     absent = [name for name in BUILD_FILES if not (root / name).is_file()]
     if absent:
         raise UserError(
-            f"{root} holds trip_model without {', '.join(absent)}; a registered model carries the trip-i2v wheel, which"
-            " is built from a checkout: register from one"
+            f"{root} contains trip_model without {', '.join(absent)}; a registered model contains the trip-i2v wheel,"
+            " which is built from a checkout: register from one"
         )
     files = sorted([*PACKAGE_FOLDER.rglob("*.py"), PACKAGE_FOLDER / "py.typed"])
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -72,9 +72,9 @@ def package_code() -> dict[str, str]:
 def build_wheel(folder: Path) -> str:
     """Builds the wheel of `trip_model` into `folder` and returns the requirement that names exactly this wheel.
 
-    The hash of the code is part of the version (`0.1.0+sha…`): pip can neither take another build of 0.1.0 that is
-    installed for it nor a package of that name from an index, since an index takes no local versions. The same
-    sources give the same bytes. The sources are built in a copy, because a build leaves folders behind.
+    The hash of the code is part of the version (`0.1.0+sha…`), so pip accepts neither another installed build of 0.1.0
+    nor a package of that name from an index, which cannot have local versions. The same sources give the same bytes.
+    The wheel is built in a copy of the sources, because a build leaves folders behind.
 
     Raises:
         UserError: no checkout, or a build that failed.
@@ -87,7 +87,7 @@ def build_wheel(folder: Path) -> str:
             copy.write_bytes((PACKAGE_FOLDER.parent / name).read_bytes())
             copy.chmod(0o644)  # a wheel records the modes, which a checkout's umask decides
         Path(scratch, "setup.cfg").write_text(f"[egg_info]\ntag_build = +sha{digest(code)[:12]}\n")
-        done = subprocess.run(
+        build = subprocess.run(
             [sys.executable, "-c", BUILD, str(folder.resolve())],
             cwd=scratch,
             env=os.environ | {"SOURCE_DATE_EPOCH": "315532800"},  # 1980, the first date that a zip can hold
@@ -95,15 +95,15 @@ def build_wheel(folder: Path) -> str:
             capture_output=True,
             text=True,
         )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"the trip-i2v wheel could not be built ({reason}); install setuptools 77 or newer")
+    if build.returncode:
+        reason = (build.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"the trip-i2v wheel cannot be built ({reason}); install setuptools 77 or newer")
     (wheel,) = folder.glob("*.whl")
     return f"trip-i2v=={wheel.name.split('-')[1]}"
 
 
 def signature(defaults: dict[str, Any]) -> ModelSignature:
-    """Photo and prompt in, video out, and the parameters with this model's own defaults.
+    """Returns the signature: photo and prompt, video, and the parameters with this model's defaults.
 
     `image` has type `any`, because MLflow would decode the text of a `binary` column itself and fail on a data URL;
     `request_limits.read_photo` takes bytes, base64 and data URLs, and rejects the rest.
@@ -134,18 +134,18 @@ def signature(defaults: dict[str, Any]) -> ModelSignature:
 
 
 def bounds() -> dict[str, dict[str, Any]]:
-    """What each parameter may be, in the words of JSON Schema; MLflow's signature has no place for it."""
+    """Returns the bounds of each parameter as JSON Schema; MLflow's signature cannot contain them."""
     numbers = {name: {"minimum": bound.minimum, "maximum": bound.maximum} for name, bound in BOUNDS.items()}
     return {**numbers, "format": {"enum": list(VIDEO_FORMATS)}}
 
 
 def requirements() -> list[str]:
-    """The installed versions of what `trip_model` needs, without local build marks such as `+cpu`."""
+    """Returns the installed versions of the requirements of `trip_model`, without local labels such as `+cpu`."""
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
 def drawn_photo(size: int) -> bytes:
-    """A stand-in photo as PNG bytes: a red disc on a soft gradient, `size` pixels square."""
+    """Returns a drawn photo as PNG bytes: a red disc on a gradient, `size` pixels square."""
     y, x = np.mgrid[0:size, 0:size] / size
     pixels = np.stack([40 + 40 * x, 50 + 40 * y, 90 + 30 * x], axis=-1)
     pixels[(x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.15**2] = (226, 54, 48)
@@ -157,11 +157,11 @@ def drawn_photo(size: int) -> bytes:
 def save_package(
     model_folder: Path, target: Path, photo: bytes, prompt: str, defaults: dict[str, Any], record: Model
 ) -> str:
-    """Writes the MLflow model into `target`, a folder that does not exist yet; returns the hash of the model within.
+    """Writes the MLflow model to `target`, a new folder; returns the hash of its model folder.
 
-    `record` carries the ids under which the model will be logged. What MLflow and the training noted about this
-    machine (the paths of the code file, the artifact folder, the base) is replaced by names relative to the model;
-    the hash is over what is left, the files that a consumer downloads.
+    `record` has the ids of the logged model. Paths of this machine that MLflow and the training wrote (the code file,
+    the artifact folder, the base) are replaced by names relative to the model. The hash is computed after that, over
+    the files that a consumer downloads.
     """
     example = pd.DataFrame({"image": [photo], "prompt": [prompt]})
     with tempfile.TemporaryDirectory() as wheels:
@@ -169,7 +169,7 @@ def save_package(
             path=str(target),
             python_model=str(CODE_FILE),
             artifacts={"model": str(model_folder)},
-            # pip reads a file's name from its working directory, but this option from the folder of requirements.txt.
+            # pip resolves a file name in its working directory, but this option in the folder of requirements.txt.
             pip_requirements=[f"--find-links {WHEELS}", build_wheel(Path(wheels)), *requirements()],
             signature=signature(defaults),
             input_example=(example, {"seed": 0, "steps": int(defaults["steps"])}),
@@ -178,10 +178,10 @@ def save_package(
         shutil.copytree(wheels, target / WHEELS)
     for file in (target / "artifacts").rglob("*.json"):
         if file.name not in DESCRIPTIONS and not file.name.endswith("config.json"):
-            continue  # a tokenizer's vocabulary and merges hold slashes of their own
-        noted = json.loads(file.read_text(encoding="utf-8"))
-        neutral = without_local_paths(noted)
-        if neutral != noted:
+            continue  # the vocabulary and merges of a tokenizer contain slashes
+        content = json.loads(file.read_text(encoding="utf-8"))
+        neutral = without_local_paths(content)
+        if neutral != content:
             file.write_text(json.dumps(neutral, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     saved = Model.load(str(target))
     flavor = saved.flavors["python_function"]
@@ -192,13 +192,13 @@ def save_package(
     saved.metadata = {"bounds": bounds(), "model_sha256": model_hash}
     saved.artifact_path = None
     saved.save(str(target / "MLmodel"))
-    left = mentions(target, [str(model_folder), str(PACKAGE_FOLDER.parent), str(target.parent), sys.prefix])
-    assert not left, f"{left} name folders of this machine"
+    remaining = mentions(target, [str(model_folder), str(PACKAGE_FOLDER.parent), str(target.parent), sys.prefix])
+    assert not remaining, f"{remaining} name folders of this machine"
     return model_hash
 
 
 def without_local_paths(value: Any) -> Any:
-    """JSON with every absolute path replaced by its last part; diffusers notes one in each config it saves."""
+    """Replaces every absolute path in JSON by its last part; diffusers writes one to each config it saves."""
     if isinstance(value, dict):
         return {name: without_local_paths(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -208,7 +208,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def mentions(package: Path, paths: list[str]) -> list[str]:
-    """Names of the files of a package, weights aside, that mention one of `paths`."""
+    """Returns the names of the files of a package, except weights, that contain one of `paths`."""
     needles = [path.encode() for path in paths if len(path) > 1]
     files = [p for p in package.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
     return sorted(str(p.relative_to(package)) for p in files if any(n in p.read_bytes() for n in needles))

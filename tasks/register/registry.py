@@ -1,4 +1,4 @@
-"""Registers a model with its evaluation: run, package, version, a consumer's call, and the gate to `champion`."""
+"""Registers a model with its evaluation report: MLflow run, package, version, consumer check and promotion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from tasks.records import UserError, digest
 from tasks.register import packaging
 from tasks.register.consumer import addresses, call_as_consumer
 from tasks.register.model_card import write_model_card
-from tasks.register.promotion import CANDIDATE, CHAMPION, Refused, named, open_registry, promote, settle
+from tasks.register.promotion import (
+    CANDIDATE,
+    CHAMPION,
+    PromotionRefused,
+    open_registry,
+    promote,
+    sync_aliases,
+    version_ref,
+)
 from tasks.register.report_facts import ReportFacts, read_report
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
@@ -29,12 +37,16 @@ from trip_model.request_limits import check_photo
 
 @dataclass(frozen=True)
 class RegisterSpec:
-    """What to register and where.
+    """The model to register, and the registry.
 
-    `model` is the address of an exported model folder, `report` of the evaluation's folder with report.json.
-    `lineage` says where the model comes from (data_uri, data_digest, data_terms, recipe, recipe_hash, base, base_hash,
-    base_terms, code_version, train_run...). `photo` and `prompt` are what the version is tried with, and its input
-    example; without a photo a drawn one is used. `check_steps` denoising steps are enough to see that it answers.
+    Args:
+        model: address of an exported model folder.
+        report: address of the evaluation's folder with report.json.
+        lineage: the origin of the model (data_uri, data_digest, data_terms, recipe, recipe_hash, base, base_hash,
+            base_terms, code_version, train_run...).
+        photo: photo of the consumer check and the input example; by default a drawn one.
+        prompt: prompt of the consumer check and the input example.
+        check_steps: denoising steps of the consumer check.
     """
 
     model: str
@@ -51,7 +63,7 @@ class RegisterSpec:
 
 @dataclass(frozen=True)
 class RegisterReport:
-    """The version that was made, or found again, and what happened when it was called by alias as a consumer would."""
+    """The registered version, new or existing, its aliases and the result of its consumer check."""
 
     name: str
     version: str
@@ -65,10 +77,10 @@ class RegisterReport:
 
 
 def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> RegisterReport:
-    """Registers one model with one report; repeated with the same two, it finds what it made and completes it.
+    """Registers one model with one report; repeated with both, it completes and returns the existing version.
 
-    `candidate` points to the version always. `champion` does only after the version answered a consumer's call and if
-    nothing speaks against its promotion (`promotion.promote`).
+    `candidate` points to the version in any case; `champion` only after its consumer check and if `promotion.promote`
+    accepts it.
 
     Raises:
         UserError: a model folder, report or photo that is missing or malformed, a report of another model, or a
@@ -78,7 +90,7 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     folder = _model_folder(spec.model)
     settings = packaging.read_model_json(folder, "trip.json")
     if report.model not in ("", folder_hash(folder)):
-        raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this one")
+        raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
     with addresses(spec.tracking_uri):
@@ -88,13 +100,13 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
         run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
         status = "FAILED"
         try:
-            done = _register(
+            result = _register(
                 client, experiment, run_id, spec, report, folder, settings, photo, package_digest, progress
             )
             status = "FINISHED"
         finally:
             client.set_terminated(run_id, status)
-    return done
+    return result
 
 
 def _register(
@@ -120,8 +132,8 @@ def _register(
         progress(f"register: version {version.version} of {spec.name}")
     if version.tags.get("trip.done") != "yes":
         client.set_registered_model_alias(spec.name, CANDIDATE, version.version)
-        # By its number: another registration may move the alias meanwhile.
-        progress(f"register: calling models:/{spec.name}/{version.version} as a consumer would")
+        # By number: another registration may move the alias meanwhile.
+        progress(f"register: calling models:/{spec.name}/{version.version} as a consumer")
         check = call_as_consumer(f"models:/{spec.name}/{version.version}", photo, spec.prompt, spec.check_steps)
         for tag, value in {**report.origin(), "trip.consumer_check": check}.items():
             client.set_model_version_tag(spec.name, version.version, tag, value)
@@ -132,12 +144,12 @@ def _register(
 
 
 def _promote_once(client: MlflowClient, name: str, version: ModelVersion, progress: Callable[[str], None]) -> None:
-    """Promotes a new version; one that the log knows was promoted before a kill, and others may have come since."""
-    if any(entry.promoted == named(version) for entry in settle(client, name).entries):
+    """Promotes a new version. One in the log was promoted before a kill, and others may have replaced it since."""
+    if any(entry.promoted == version_ref(version) for entry in sync_aliases(client, name).entries):
         return
     try:
         promote(client, name, str(version.version))
-    except Refused as error:
+    except PromotionRefused as error:
         progress(f"register: {error}")
 
 
@@ -152,7 +164,7 @@ def _model_folder(uri: str) -> Path:
         raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
     for part in ("model_index.json", "trip.json"):
         if not (folder / part).is_file():
-            raise UserError(f"the model folder {uri!r} lacks {part}; give the folder that training exported")
+            raise UserError(f"the model folder {uri!r} has no {part}; give the folder that training exported")
     return folder.resolve()
 
 
@@ -169,7 +181,7 @@ def _photo(uri: str | None, size: int) -> bytes:
 
 
 def _package_digest(folder: Path) -> str:
-    """The identity of what consumers will run: the exported weights and the code that goes with them."""
+    """The identity of a package: a digest of the exported weights and the code."""
     caller = hashlib.sha256(packaging.CODE_FILE.read_bytes()).hexdigest()
     return digest({"model": folder_hash(folder), "wheel": packaging.package_code(), "caller": caller})
 
@@ -207,7 +219,7 @@ def _log_run(
     if "data_digest" in spec.lineage:
         uri = spec.lineage.get("data_uri", "")
         tracking.log_dataset(client, run_id, "latents", spec.lineage["data_digest"], uri, "training")
-    # Step and time are fixed, so that a repeated registration writes the same points instead of more.
+    # Step and time are fixed, so that a repeated registration adds no points.
     points = [Metric(name, value, 0, 0) for name, value in report.metrics.items()]
     for start in range(0, len(points), 900):
         client.log_batch(run_id, metrics=points[start : start + 900])
@@ -227,11 +239,10 @@ def _log_model(
     photo: bytes,
     package_digest: str,
 ) -> str:
-    """Logs the package, or finds the one that an interrupted registration has logged whole; returns the model's id."""
-    whole = client.search_logged_models([experiment], f"tags.`trip.package` = '{package_digest}'")
-    for found in whole:
-        if found.status == "READY":
-            return found.model_id
+    """Logs the package, unless an interrupted registration has logged it; returns the id of the logged model."""
+    for existing in client.search_logged_models([experiment], f"tags.`trip.package` = '{package_digest}'"):
+        if existing.status == "READY":
+            return existing.model_id
     tags = {"trip.package": package_digest}
     logged = client.create_logged_model(experiment, spec.name, run_id, tags, model_type="image-to-video")
     record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
@@ -246,7 +257,7 @@ def _log_model(
 
 
 def sampling_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """num_frames, steps, guidance and fps that the model records of itself in trip.json."""
+    """Returns num_frames, steps, guidance and fps of a model's trip.json."""
     config = settings["config"]
     steps = config["schedule"]["sampling_steps"]
     return {"num_frames": config["num_frames"], "steps": steps, "guidance": config["guidance"], "fps": config["fps"]}
@@ -262,7 +273,9 @@ def _create_version(
     report: ReportFacts,
 ) -> ModelVersion:
     try:
-        client.create_registered_model(spec.name, description="Image-to-video with TRIP: photo and sentence to clip.")
+        client.create_registered_model(
+            spec.name, description="Image-to-video with TRIP: makes a clip from a photo and a prompt."
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -271,7 +284,7 @@ def _create_version(
         tracking.MODEL_HASH: client.get_logged_model(model_id).tags[tracking.MODEL_HASH],
         "trip.report": report.digest,
         "trip.gate": "passed" if report.passed else "not passed",
-        "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "nothing against it",
+        "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "none",
         **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
     }
     return client.create_model_version(

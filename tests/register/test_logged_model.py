@@ -1,4 +1,4 @@
-"""The logged model: what lies in it, whose weights the service takes, and a fresh environment made from it alone."""
+"""The logged model: its files, the check of its weights by the service, and a new environment from its requirements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print(sys.prefix, trip_model.__file__, importlib.metadata.version("trip-i2v"), a
 
 @pytest.fixture(scope="module")
 def spec(tiny_model, tmp_path_factory) -> RegisterSpec:
-    """What was registered: version 1 of a registry of its own, and its champion."""
+    """The spec of version 1 of a new registry, which is its champion."""
     home = tmp_path_factory.mktemp("registry")
     (home / "report.json").write_text(json.dumps({"rows": {}, "gate": {"passed": True}}))
     spec = RegisterSpec(str(tiny_model), str(home), f"sqlite:///{home}/mlflow.db", check_steps=2)
@@ -93,7 +93,7 @@ def test_a_package_without_its_checkout_cannot_be_registered(spec, tmp_path, mon
         register(spec)
 
 
-def test_the_service_takes_only_the_weights_that_were_registered(spec, package, tmp_path):
+def test_the_service_loads_only_the_registered_weights(spec, package, tmp_path):
     aliased = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
     client, version = connect(spec.tracking_uri), aliased.current()
     model_hash = client.get_model_version("trip", "1").tags["trip.model_sha256"]
@@ -101,14 +101,14 @@ def test_the_service_takes_only_the_weights_that_were_registered(spec, package, 
     assert Model.load(str(package)).metadata["model_sha256"] == model_hash
     aliased.remove_all_except()
     weights = package / "artifacts" / "model" / "fusion" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
         for _ in range(2):  # the second time without a download
             with pytest.raises(RegistryTrouble, match=f"expected {model_hash[:12]}"):
                 aliased.fetch(version)
     finally:
-        weights.write_bytes(whole)
+        weights.write_bytes(content)
     assert list((tmp_path / "cache").iterdir()) == []
     again = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
     client.delete_model_version_tag("trip", "1", "trip.model_sha256")
@@ -120,8 +120,8 @@ def test_the_service_takes_only_the_weights_that_were_registered(spec, package, 
 
 
 def test_paths_in_a_config_are_cut_to_their_names_and_nothing_else_changes():
-    noted = {"_name_or_path": "/home/me/base/unet", "list": ["file:///data/x", "/", "a/b"], "beta": 1e-4, "ok": None}
-    assert without_local_paths(noted) == {"_name_or_path": "unet", "list": ["x", "/", "a/b"], "beta": 1e-4, "ok": None}
+    config = {"_name_or_path": "/home/me/base/unet", "list": ["file:///data/x", "/", "a/b"], "beta": 1e-4, "ok": None}
+    assert without_local_paths(config) == {"_name_or_path": "unet", "list": ["x", "/", "a/b"], "beta": 1e-4, "ok": None}
 
 
 def test_the_signature_names_inputs_outputs_and_parameters_with_defaults(package):
@@ -144,7 +144,7 @@ def test_the_signature_names_inputs_outputs_and_parameters_with_defaults(package
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("python", sorted(set(PYTHONS)))
-def test_an_environment_of_the_models_own_requirements_gives_a_video_that_begins_with_the_photo(
+def test_an_environment_from_the_models_requirements_gives_a_video_that_begins_with_the_photo(
     python: str, spec: RegisterSpec, tmp_path: Path
 ) -> None:
     if not shutil.which(python) or subprocess.run([python, "--version"], capture_output=True).returncode:
@@ -154,13 +154,13 @@ def test_an_environment_of_the_models_own_requirements_gives_a_video_that_begins
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"MLFLOW_TRACKING_URI": spec.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment |= {"PIP_NO_COMPILE": "1"}  # what is imported is compiled then; the rest need not be
-    desk, home = tmp_path / "desk", tmp_path / "environment"
-    desk.mkdir()
+    work, home = tmp_path / "work", tmp_path / "environment"
+    work.mkdir()
 
-    def run(what: str, *command: str) -> str:
+    def run(step: str, *command: str) -> str:
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
-        print(f"{python}: {what} in {time.perf_counter() - start:.0f} s", flush=True)
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+        print(f"{python}: {step} in {time.perf_counter() - start:.0f} s", flush=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
@@ -171,16 +171,16 @@ def test_an_environment_of_the_models_own_requirements_gives_a_video_that_begins
         run("mlflow installed", *install, f"mlflow=={importlib.metadata.version('mlflow')}")
         listed = run("requirements asked for", inside, "-c", DEPENDENCIES).split()[-1]
         run("requirements installed", *install, "-r", listed)
-        (desk / "photo.png").write_bytes(drawn_photo(48))
-        (desk / "consumer.py").write_text(CONSUMER)
-        said = run("loaded, predicted, written", inside, "consumer.py").splitlines()
-        prefix, module, version, frames = said[-4:]
+        (work / "photo.png").write_bytes(drawn_photo(48))
+        (work / "consumer.py").write_text(CONSUMER)
+        printed = run("loaded, predicted, written", inside, "consumer.py").splitlines()
+        prefix, module, version, frames = printed[-4:]
     finally:
         shutil.rmtree(home, ignore_errors=True)  # about 6 GB with the CUDA build of torch
     assert Path(prefix) == home
     assert Path(module).is_relative_to(home / "lib") and "site-packages" in module
     assert "+sha" in version
-    clip = read_clip(desk / "out.mp4", int(frames), 4.0, 32)
+    clip = read_clip(work / "out.mp4", int(frames), 4.0, 32)
     assert clip.pixels.shape == (int(frames), 32, 32, 3)
     difference = np.abs(clip.pixels[0].astype(int) - load_image(drawn_photo(48), 32).astype(int)).mean()
     print(f"{python}: trip-i2v {version}, frame 1 differs from the photo by {difference:.2f} of 255")

@@ -1,4 +1,4 @@
-"""Promotion: through the gate, one winner of a race, back again, and whole after a kill between any two calls."""
+"""Promotion: the gate, one winner of a race, rollback, and a consistent log after a kill between any two calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from flows.cli import promote as commands
 from infra.tracking import connect
 from tasks.records import UserError, digest
-from tasks.register.promotion import Refused, log_name, promote, rollback, settle
+from tasks.register.promotion import PromotionRefused, log_name, promote, rollback, sync_aliases
 from tasks.register.report_facts import read_report
 from tests.register.test_register import silent, write_report
 from tests.support.kills import Killed
@@ -33,7 +33,7 @@ def name(request):
 
 
 def make(client, name, *tags):
-    """A model with one version for every dict of tags that are added to those of a passed gate."""
+    """Registers a model with one version for each dict of tags, which are added to those of a passed gate."""
     client.create_registered_model(name)
     for number, more in enumerate(tags, 1):
         client.create_model_version(name, f"s3://models/{name}/{number}", tags={**PASSED, **more})
@@ -43,12 +43,12 @@ def aliases(client, name):
     return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
 
 
-def told(client, name):
-    return [(entry.action, entry.replaced, entry.version) for entry in settle(client, name).entries]
+def entries_of(client, name):
+    return [(entry.action, entry.replaced, entry.version) for entry in sync_aliases(client, name).entries]
 
 
 class Watched:
-    """A client that calls `at` before its call number `n`, and knows how many there were."""
+    """A client that calls `at` before its call number `n`, and counts its calls."""
 
     def __init__(self, client, n, at):
         self.client, self.n, self.at, self.calls = client, n, at, 0
@@ -56,7 +56,7 @@ class Watched:
     def __getattr__(self, method):
         def call(*args, **kwargs):
             if self.calls == self.n:
-                self.calls += 1  # what `at` does is not watched again
+                self.calls += 1  # the calls of `at` are not counted
                 self.at()
             else:
                 self.calls += 1
@@ -69,25 +69,25 @@ def kill():
     raise Killed
 
 
-def test_a_promotion_says_on_the_version_when_and_why_and_again_changes_nothing(client, name):
+def test_a_promotion_tags_the_version_with_time_and_reason_and_a_repetition_changes_nothing(client, name):
     make(client, name, {"trip.report": "0123abcd"}, {})
     promote(client, name, "1")
-    standing = promote(client, name, "1")
-    assert told(client, name) == [("promote", "", "1")] and aliases(client, name) == {"champion": "1"}
-    tags = standing.versions["1"].tags
-    assert tags["trip.promoted_at"] == standing.entries[0].time.isoformat(timespec="seconds")
+    state = promote(client, name, "1")
+    assert entries_of(client, name) == [("promote", "", "1")] and aliases(client, name) == {"champion": "1"}
+    tags = state.versions["1"].tags
+    assert tags["trip.promoted_at"] == state.entries[0].time.isoformat(timespec="seconds")
     assert "report 0123abcd passed" in tags["trip.promotion_reasons"] and "16 frames" in tags["trip.promotion_reasons"]
     promote(client, name, "2", "a better prior")
     assert aliases(client, name) == {"champion": "2", "previous": "1"}
-    assert settle(client, name).entries[-1].reasons.endswith("a better prior")
+    assert sync_aliases(client, name).entries[-1].reasons.endswith("a better prior")
 
 
-def test_what_the_gate_or_the_consumer_did_not_pass_is_refused_with_every_reason(client, name):
+def test_a_version_without_a_passed_gate_or_consumer_check_is_refused_with_every_reason(client, name):
     weak = {"trip.gate": "not passed", "trip.gate_reasons": "motion ratio 0.1", "trip.consumer_check": ""}
     make(client, name, weak)
-    with pytest.raises(Refused, match=r"version 1 of .*motion ratio 0\.1\); it has not answered"):
+    with pytest.raises(PromotionRefused, match=r"version 1 of .*motion ratio 0\.1\); its consumer check is missing"):
         promote(client, name, "1")
-    assert aliases(client, name) == {} and told(client, name) == []
+    assert aliases(client, name) == {} and entries_of(client, name) == []
     assert "motion ratio" in client.get_model_version(name, "1").tags["trip.promotion_refused"]
     with pytest.raises(UserError, match="has no version 5; it has 1"):
         promote(client, name, "5")
@@ -101,7 +101,7 @@ def test_a_report_that_compared_with_another_champion_is_refused(client, name):
     make(client, name, first, second, by_report, by_model)
     promote(client, name, "2")
     for version in ("3", "4"):
-        with pytest.raises(Refused, match="another model than version 2, which is champion now"):
+        with pytest.raises(PromotionRefused, match="another model than version 2, which is champion now"):
             promote(client, name, version)
     promote(client, name, "1")
     promote(client, name, "3")
@@ -110,7 +110,7 @@ def test_a_report_that_compared_with_another_champion_is_refused(client, name):
     assert aliases(client, name) == {"champion": "4", "previous": "1"}
 
 
-def test_a_report_knows_which_model_it_judged_and_which_champion_it_was_compared_with(tmp_path):
+def test_a_report_names_its_model_and_the_champion_of_the_comparison(tmp_path):
     def report(folder, model, champion=None):
         uri = write_report(tmp_path / folder)
         content = json.loads((tmp_path / folder / "report.json").read_text())
@@ -127,9 +127,9 @@ def test_a_report_knows_which_model_it_judged_and_which_champion_it_was_compared
     assert read_report(new).origin() == {"trip.judged_model": "m2", "trip.compared_report": "cannot be read"}
 
 
-def test_rollbacks_go_back_one_by_one_past_what_was_deleted_and_then_say_that_there_is_no_more(client, name):
+def test_rollbacks_skip_deleted_versions_and_end_with_an_error(client, name):
     make(client, name, {}, {}, {}, {})
-    with pytest.raises(Refused, match="no champion, so there is nothing to roll back"):
+    with pytest.raises(PromotionRefused, match="no champion, so there is nothing to roll back"):
         rollback(client, name)
     for version in "1234":
         promote(client, name, version)
@@ -139,15 +139,15 @@ def test_rollbacks_go_back_one_by_one_past_what_was_deleted_and_then_say_that_th
     client.delete_model_version(name, "2")
     rollback(client, name)
     assert aliases(client, name) == {"champion": "1"}
-    with pytest.raises(Refused, match="before version 1 no other version"):
+    with pytest.raises(PromotionRefused, match="before version 1 no other version"):
         rollback(client, name)
-    with pytest.raises(Refused, match=r"rolled back on .* \(blurred faces\); give a --reason"):
+    with pytest.raises(PromotionRefused, match=r"rolled back on .* \(blurred faces\); give a --reason"):
         promote(client, name, "4")
     promote(client, name, "4", "the faces were the data's")
     assert aliases(client, name) == {"champion": "4", "previous": "1"}
 
 
-def test_aliases_of_before_the_log_are_gone_back_to(client, name):
+def test_a_rollback_returns_to_aliases_that_are_older_than_the_log(client, name):
     make(client, name, {}, {}, {})
     client.set_registered_model_alias(name, "previous", "1")
     client.set_registered_model_alias(name, "champion", "2")
@@ -156,19 +156,19 @@ def test_aliases_of_before_the_log_are_gone_back_to(client, name):
     assert aliases(client, name) == {"champion": "2", "previous": "1"}
 
 
-def test_an_alias_moved_by_hand_and_an_entry_deleted_by_hand_do_no_lasting_harm(client, name):
+def test_an_alias_moved_by_hand_and_an_entry_deleted_by_hand_are_repaired(client, name):
     make(client, name, {}, {}, {})
     for version in "123":
         promote(client, name, version)
     client.set_registered_model_alias(name, "champion", "1")
-    assert settle(client, name).champion == aliases(client, name)["champion"] == "3"
+    assert sync_aliases(client, name).champion == aliases(client, name)["champion"] == "3"
     client.delete_model_version(log_name(name), "3")
     promote(client, name, "1")
     assert aliases(client, name) == {"champion": "1", "previous": "2"}
 
 
 def start_over(client, name, *tags):
-    """Deletes a model, and makes another of its name with versions of the same numbers."""
+    """Deletes a model and registers another one with the same name and version numbers."""
     client.delete_registered_model(name)
     make(client, name, *tags)
 
@@ -176,37 +176,37 @@ def start_over(client, name, *tags):
 FAILED = {"trip.gate": "not passed", "trip.gate_reasons": "motion ratio 0.1"}
 
 
-def test_a_model_that_is_made_again_has_nothing_of_what_the_log_says_of_the_deleted_one(client, name):
+def test_a_model_registered_again_inherits_nothing_from_the_log_of_the_deleted_one(client, name):
     make(client, name, {}, {})
     promote(client, name, "1")
     promote(client, name, "2")
     rollback(client, name, "blurred faces")
     start_over(client, name, FAILED, {})
-    standing = settle(client, name)
-    assert standing.champion == "" and standing.earlier == () and aliases(client, name) == {}
-    with pytest.raises(Refused, match="motion ratio"):
+    state = sync_aliases(client, name)
+    assert state.champion == "" and state.earlier == () and aliases(client, name) == {}
+    with pytest.raises(PromotionRefused, match="motion ratio"):
         promote(client, name, "1")
-    with pytest.raises(Refused, match="no other version"):
+    with pytest.raises(PromotionRefused, match="no other version"):
         rollback(client, name)
     assert aliases(client, name) == {} and "trip.promoted_at" not in client.get_model_version(name, "1").tags
-    promote(client, name, "2")  # it was not this one that was rolled back
-    assert aliases(client, name) == {"champion": "2"} and told(client, name)[-1] == ("promote", "1", "2")
-    with pytest.raises(Refused, match="no other version"):
+    promote(client, name, "2")  # the rolled back version was another one
+    assert aliases(client, name) == {"champion": "2"} and entries_of(client, name)[-1] == ("promote", "1", "2")
+    with pytest.raises(PromotionRefused, match="no other version"):
         rollback(client, name)
-    assert settle(client, name).champion == "2"
+    assert sync_aliases(client, name).champion == "2"
 
 
-def test_entries_without_times_name_no_version_that_is_younger(client, name):
+def test_entries_without_times_do_not_name_newer_versions(client, name):
     make(client, name, {}, FAILED)
     client.create_registered_model(log_name(name))
     tags = {"action": "promote", "after": "0", "champions": "1", "replaced": " ", "reasons": "good"}
     client.create_model_version(log_name(name), f"models:/{name}/1", tags=tags)
-    assert settle(client, name).champion == aliases(client, name)["champion"] == "1"
+    assert sync_aliases(client, name).champion == aliases(client, name)["champion"] == "1"
     start_over(client, name, FAILED)
-    assert settle(client, name).champion == "" and aliases(client, name) == {}
+    assert sync_aliases(client, name).champion == "" and aliases(client, name) == {}
 
 
-def test_a_version_registered_again_after_its_model_was_deleted_goes_through_the_gate_itself(
+def test_a_version_registered_again_after_its_model_was_deleted_needs_its_own_passed_gate(
     client, name, tiny_model, tmp_path
 ):
     from tasks.register.registry import RegisterSpec, register
@@ -221,18 +221,18 @@ def test_a_version_registered_again_after_its_model_was_deleted_goes_through_the
     assert register(good, silent).promoted  # of the same model and report as the deleted one, and a version of its own
 
 
-def test_live_does_not_say_that_a_deleted_version_is_live(tmp_path):
+def test_live_fails_for_a_deleted_version(tmp_path):
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     make(client, "trip", {}, {})
     for version in "12":
         promote(client, "trip", version)
     client.delete_model_version("trip", "2")
-    with pytest.raises(UserError, match="version 2 of trip, which the log says is live, was deleted; promote another"):
+    with pytest.raises(UserError, match="version 2 of trip, live according to the log, was deleted; promote another"):
         commands.live(root=str(tmp_path))
     rollback(client, "trip")
     assert aliases(client, "trip") == {"champion": "1"}
     start_over(client, "trip", {})
-    with pytest.raises(UserError, match="version 1 of trip, which the log says is live, was deleted"):
+    with pytest.raises(UserError, match="version 1 of trip, live according to the log, was deleted"):
         commands.live(root=str(tmp_path))
 
 
@@ -241,19 +241,19 @@ def act(client, name, action):
 
 
 @pytest.mark.parametrize("action", ["promote", pytest.param("rollback", marks=pytest.mark.slow)])
-def test_killed_between_any_two_calls_it_is_finished_by_whoever_comes_next(client, name, action):
+def test_a_kill_between_any_two_calls_is_completed_by_the_next_caller(client, name, action):
     make(client, name, {}, {}, {})
     promote(client, name, "1")
     written = set()
     for n in range(100):
         promote(client, name, "2", "again")
-        before = settle(client, name).entries
+        before = sync_aliases(client, name).entries
         watched = Watched(client, n, kill)
         try:
             act(watched, name, action)
         except Killed:
             pass
-        after = settle(client, name).entries
+        after = sync_aliases(client, name).entries
         new = [(entry.action, entry.replaced) for entry in after[len(before) :]]
         assert new in ([], [(action, "2")])
         written.add(len(new))
@@ -277,21 +277,21 @@ def test_a_rival_between_any_two_calls_leaves_one_winner_and_aliases_that_agree_
         watched = Watched(client, n, lambda: promote(client, name, "4", "again"))
         try:
             act(watched, name, action)
-        except Refused as error:
+        except PromotionRefused as error:
             sentences.append(str(error))
-        held, standing = aliases(client, name), settle(client, name)  # read before it could be healed
-        earlier = {"previous": standing.earlier[-1].number} if standing.earlier else {}
-        assert held == {"champion": standing.champion, **earlier}
+        actual, state = aliases(client, name), sync_aliases(client, name)  # read before they are synchronised
+        earlier = {"previous": state.earlier[-1].number} if state.earlier else {}
+        assert actual == {"champion": state.champion, **earlier}
         if watched.calls <= n:
             break
-    remedy = {"promote": "evaluate version 3 against version 4", "rollback": "look at what is live"}[action]
-    said = f"version 4 of {name} was promoted meanwhile; {remedy}"
-    assert sentences and all(sentence.startswith(said) for sentence in sentences)
-    entries = standing.entries
+    remedy = {"promote": "evaluate version 3 against version 4", "rollback": "run `live`"}[action]
+    message = f"version 4 of {name} was promoted meanwhile; {remedy}"
+    assert sentences and all(sentence.startswith(message) for sentence in sentences)
+    entries = state.entries
     assert [entry.replaced for entry in entries[1:]] == [entry.version for entry in entries[:-1]]
 
 
-def test_the_commands_say_what_is_live_and_what_is_wrong(tmp_path, capsys):
+def test_the_commands_show_the_champion_and_errors(tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match="no MLflow store at .*register-trip first"):
         commands.live(root=str(tmp_path))
@@ -311,12 +311,12 @@ def test_the_commands_say_what_is_live_and_what_is_wrong(tmp_path, capsys):
 
 
 # Reads rounds from its input: forks a promoter for each version, lets all of them read before the first writes, kills
-# one of them, and prints what each was told. Forked, so that a promoter costs no imports.
+# one of them, and prints the result of each. Forks need no imports.
 PROMOTERS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from infra.tracking import connect
-from tasks.register.promotion import Refused, promote
+from tasks.register.promotion import PromotionRefused, promote
 
 class Together:
     def __init__(self, client, marks, own, all):
@@ -339,13 +339,13 @@ for line in sys.stdin:
         if not child:
             try:
                 promote(Together(connect(sys.argv[1]), marks, version, versions), "trip", version)
-                told = "promoted"
-            except Refused as error:
-                told = str(error)
+                result = "promoted"
+            except PromotionRefused as error:
+                result = str(error)
             except BaseException as error:
-                told = f"{type(error).__name__}: {error}"
+                result = f"{type(error).__name__}: {error}"
                 (marks / version).touch()  # the others need not wait
-            os.write(1, (json.dumps([version, told]) + "\\n").encode())
+            os.write(1, (json.dumps([version, result]) + "\\n").encode())
             os._exit(0)
         children[version] = child
     while late and not all((marks / mark).exists() for mark in versions):
@@ -382,14 +382,14 @@ def test_eight_processes_at_once_on_postgresql_make_one_champion_a_round(mlflow_
             promoters.stdin.write(json.dumps(order) + "\n")
             promoters.stdin.flush()
             answers = [json.loads(line) for line in iter(promoters.stdout.readline, "null\n")]
-            held = aliases(client, "trip")  # as the promoters left them
-            entries = settle(client, "trip").entries
+            actual = aliases(client, "trip")  # before `sync_aliases`
+            entries = sync_aliases(client, "trip").entries
             assert len(entries) == turn + 1 and len(answers) in (7, 8)
             winner = entries[-1].version
-            assert held["champion"] == winner and held.get("previous", "") == entries[-1].replaced
-            for version, told in answers:
+            assert actual["champion"] == winner and actual.get("previous", "") == entries[-1].replaced
+            for version, result in answers:
                 lost = f"version {winner} of trip was promoted meanwhile; evaluate version {version} against"
-                assert told.startswith("promoted" if version == winner else lost), (version, winner, told)
+                assert result.startswith("promoted" if version == winner else lost), (version, winner, result)
             assert winner in [version for version, _ in answers] or winner == versions[turn]
     finally:
         promoters.kill()
@@ -420,7 +420,7 @@ def test_from_registration_to_rollback_on_postgresql_and_s3(mlflow_server, s3_fo
         "champion": second.version,
         "previous": first.version,
     }
-    with pytest.raises(Refused, match="motion ratio"):
+    with pytest.raises(PromotionRefused, match="motion ratio"):
         promote(client, "trip", weak.version)
     rollback(client, "trip", "blurred faces")
     assert aliases(client, "trip") == {"candidate": weak.version, "champion": first.version}

@@ -1,4 +1,4 @@
-"""Registration: one version per model and report, the gate to champion, and a consumer who knows only the alias."""
+"""Registration: one version per model and report, promotion by the gate, and a consumer that knows only the alias."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = {
 }
 
 
-def write_report(folder: Path, passed: bool = True, note: str = "judge is not the paper's, not comparable") -> str:
+def write_report(folder: Path, passed: bool = True, note: str = "another extractor, not comparable") -> str:
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     reasons = [] if passed else ["motion ratio 0.1 lies outside 0.5 to 1.5"]
     files = ["report.md", "consistency.png", "videos/a.mp4"]
@@ -70,7 +70,7 @@ def registered(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def champion(registered):
-    """What `mlflow.pyfunc.load_model` gives a consumer who knows the alias."""
+    """The model that `mlflow.pyfunc.load_model` returns for the alias."""
     spec, _, _ = registered
     mlflow.set_tracking_uri(spec.tracking_uri)
     mlflow.set_registry_uri(spec.tracking_uri)
@@ -104,7 +104,7 @@ def test_the_run_holds_scores_plots_clips_card_and_data(registered):
     assert "0.9 [0.8, 1]" in card and "not comparable" in card and "CC-BY-NC-4.0" in card
 
 
-def test_registering_the_same_model_and_report_again_makes_nothing_new(registered):
+def test_registering_the_same_model_and_report_again_creates_nothing(registered):
     spec, report, _ = registered
     assert register(spec, silent) == report
     client = connect(spec.tracking_uri)
@@ -136,7 +136,7 @@ def test_bytes_base64_and_data_url_of_one_photo_give_one_video(champion):
     assert abs(clip.pixels[0].astype(int) - given).mean() < 8
 
 
-def test_every_row_can_be_made_again_alone_with_its_seed(champion):
+def test_a_row_alone_with_its_seed_gives_the_same_video(champion):
     rows = pd.DataFrame({"image": [drawn_photo(32)] * 2, "prompt": ["a red circle moving left"] * 2})
     both = champion.predict(rows, params={"steps": 2, "seed": 8})
     alone = champion.predict(rows[1:].reset_index(drop=True), params={"steps": 2, "seed": int(both["seed"][1])})
@@ -159,7 +159,7 @@ def test_every_row_can_be_made_again_alone_with_its_seed(champion):
         (None, "a cat", {"format": "avi"}, "format is 'avi'"),
     ],
 )
-def test_a_request_that_cannot_be_used_is_refused_in_one_sentence(champion, image, prompt, params, sentence):
+def test_an_invalid_request_is_rejected_with_one_sentence(champion, image, prompt, params, sentence):
     rows = pd.DataFrame({"image": [drawn_photo(32) if image is None else image], "prompt": [prompt]})
     with pytest.raises(ValueError, match=sentence):
         champion.predict(rows, params=params)
@@ -172,13 +172,13 @@ def test_a_consumer_outside_the_checkout_loads_by_alias_and_gets_a_playable_vide
     environment |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, str(CONSUMER), "photo.png", "a red circle moving left", "-o", "out.mp4"]
     command += ["--tracking", spec.tracking_uri, "--steps", "2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "out.mp4: " in done.stdout
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "out.mp4: " in result.stdout
     assert read_clip(tmp_path / "out.mp4", 2, 4.0, 32).pixels.shape == (2, 32, 32, 3)
 
 
-def test_the_consumer_says_what_is_wrong_without_a_traceback(registered, tmp_path, capsys):
+def test_the_consumer_reports_errors_without_a_traceback(registered, tmp_path, capsys):
     spec, _, _ = registered
     main = runpy.run_path(str(CONSUMER))["main"]
     (tmp_path / "photo.png").write_bytes(drawn_photo(48))
@@ -189,7 +189,7 @@ def test_the_consumer_says_what_is_wrong_without_a_traceback(registered, tmp_pat
     assert "nobody" in capsys.readouterr().err
 
 
-def test_a_gate_not_passed_leaves_the_champion_and_names_the_reasons(registered):
+def test_a_gate_that_did_not_pass_keeps_the_champion_and_names_the_reasons(registered):
     spec, first, home = registered
     report = register(replace(spec, report=write_report(home / "weak", passed=False)), silent)
     assert report.version != first.version
@@ -201,7 +201,7 @@ def test_a_gate_not_passed_leaves_the_champion_and_names_the_reasons(registered)
     assert client.get_model_version("trip", report.version).source == client.get_model_version("trip", "1").source
 
 
-def test_a_new_champion_leaves_the_old_one_as_previous(registered):
+def test_a_new_champion_makes_the_old_one_previous(registered):
     spec, first, home = registered
     report = register(replace(spec, report=write_report(home / "next", note="a second evaluation")), silent)
     client = connect(spec.tracking_uri)
@@ -218,11 +218,11 @@ def test_registering_an_old_version_again_does_not_take_the_champion_back(regist
     assert version_of(spec, "champion") == newer.version
 
 
-def test_what_is_missing_is_named_with_its_remedy(registered, tmp_path):
+def test_an_error_names_what_is_missing_and_the_fix(registered, tmp_path):
     spec, _, _ = registered
     with pytest.raises(UserError, match="no model folder at"):
         register(replace(spec, model=str(tmp_path / "absent")), silent)
-    with pytest.raises(UserError, match="lacks model_index.json"):
+    with pytest.raises(UserError, match="has no model_index.json"):
         register(replace(spec, model=str(tmp_path)), silent)
     with pytest.raises(UserError, match="no report.json at"):
         register(replace(spec, report=str(tmp_path)), silent)
@@ -236,13 +236,13 @@ def test_what_is_missing_is_named_with_its_remedy(registered, tmp_path):
         register(replace(spec, photo=str(tmp_path / "report.json")), silent)
     with pytest.raises(UserError, match="does not answer"):
         register(replace(spec, tracking_uri="http://127.0.0.1:9"), silent)
-    wall = tmp_path / "wall"
-    wall.write_text("a file where the folder should be")
+    file = tmp_path / "file"
+    file.write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot be used"):
-        register(replace(spec, tracking_uri=f"sqlite:///{wall}/mlflow.db"), silent)
+        register(replace(spec, tracking_uri=f"sqlite:///{file}/mlflow.db"), silent)
 
 
-def test_the_card_says_origin_terms_scores_gate_and_limits():
+def test_the_card_contains_origin_terms_scores_gate_and_limits():
     card = write_model_card(
         "trip",
         {"recipe": "demo", "data_terms": "Drawn shapes, free of terms."},
