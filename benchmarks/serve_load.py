@@ -1,9 +1,9 @@
-"""Loads the service with good and bad requests while the alias moves and a replica is killed; the result is JSON.
+"""Sends valid and invalid requests to the service while the alias moves and a replica is killed; prints JSON.
 
     python -m benchmarks.serve_load runs/demo/train/.../model --requests 200 --clients 16
 
 It registers the model twice (the second with another guidance), starts `python -m flows serve` on loopback, and
-compares every clip, frame by frame, with what the pipeline makes of the same photo, sentence, seed and version here.
+compares every clip, frame by frame, with the pipeline's for the same photo, prompt, seed and version.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from trip_model.pipeline import TripPipeline
 
 NAME = "trip"
 PROMPT = "a red circle moving right slowly"
-SEEDS = 6  # good requests repeat these, so that few clips have to be made to compare with
+SEEDS = 6  # of the valid requests; few, because the pipeline computes each clip for the comparison
 START_SECONDS = 300
-BAD: list[tuple[dict[str, Any], int]] = [
+INVALID: list[tuple[dict[str, Any], int]] = [
     ({"steps": -1}, 422),
     ({"image": "bm8gaW1hZ2U="}, 400),
     ({"prompt": "word " * 10_000}, 422),
@@ -68,9 +68,9 @@ class Service:
         return [p for p in psutil.Process(self.process.pid).children(True) if "ServeReplica" in _title(p)]
 
     def memory_mb(self) -> dict[int, float]:
-        """Resident memory of the door and of each replica."""
-        found = [psutil.Process(self.process.pid), *self.replicas()]
-        return {p.pid: round(p.memory_info().rss / 2**20, 1) for p in found}
+        """Resident memory of the gateway and of each replica."""
+        processes = [psutil.Process(self.process.pid), *self.replicas()]
+        return {p.pid: round(p.memory_info().rss / 2**20, 1) for p in processes}
 
     def point(self, version: str) -> None:
         connect(self.registry).set_registered_model_alias(NAME, CHAMPION, version)
@@ -84,18 +84,18 @@ def _title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def service(model: Path, *flags: str) -> Iterator[Service]:
-    """Registers a model and its twin in a registry of their own, and serves version 1."""
+    """Registers a model and a variant of it in a new registry, and serves version 1."""
     with tempfile.TemporaryDirectory(prefix="trip-load-", ignore_cleanup_errors=True) as scratch:
         home = Path(scratch)
-        twin = home / "twin"
-        shutil.copytree(model, twin)
-        about = json.loads((twin / "trip.json").read_text())
+        variant = home / "variant"
+        shutil.copytree(model, variant)
+        about = json.loads((variant / "trip.json").read_text())
         about["config"]["guidance"] += 2.0
-        (twin / "trip.json").write_text(json.dumps(about))
+        (variant / "trip.json").write_text(json.dumps(about))
         (home / "report.json").write_text(json.dumps({"rows": {}, "gate": {"passed": True, "reasons": []}}))
         registry = f"sqlite:///{home}/mlflow.db"
         folders = {}
-        for folder in (model, twin):
+        for folder in (model, variant):
             spec = RegisterSpec(str(folder), str(home), registry, NAME, check_steps=1)
             folders[register(spec, lambda _: None).version] = folder
         connect(registry).set_registered_model_alias(NAME, CHAMPION, "1")
@@ -103,7 +103,7 @@ def service(model: Path, *flags: str) -> Iterator[Service]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "flows", "serve", "--name", NAME, "--tracking-uri", registry]
-        # Threads decide the last bits of a clip: one here, and one in each replica.
+        # The number of threads changes the last bits of a clip: one here and one in each replica.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([*command, "--port", str(port), *flags], cwd=CHECKOUT, env=environment)
         try:
@@ -131,22 +131,22 @@ def _wait_until_ready(running: Service) -> None:
 
 @dataclass
 class Tally:
-    """How the requests ended."""
+    """The results of the requests."""
 
     answers: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     versions: Counter[str] = field(default_factory=Counter)
-    oddities: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
-    def odd(self, kind: str, what: str) -> None:
+    def problem(self, kind: str, text: str) -> None:
         self.answers[kind] += 1
-        self.oddities.append(what[:300])
+        self.problems.append(text[:300])
 
 
 def load(running: Service, requests: int, clients: int, num_frames: int, steps: int) -> dict[str, Any]:
-    """Sends the requests; after a third the alias moves, after a half a replica is killed with signal 9."""
+    """Sends the requests; after a third of them the alias moves, after a half a replica is killed with signal 9."""
     photo = drawn_photo(48)
-    good = {
+    valid = {
         "image": base64.b64encode(photo).decode(), "prompt": PROMPT, "format": "frames",
         "num_frames": num_frames, "steps": steps,
     }  # fmt: skip
@@ -166,36 +166,41 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
     memory = {"start": running.memory_mb()}
     draw = random.Random(0)
     plan = [
-        (number, draw.choice(BAD) if draw.random() < 0.25 else None, draw.randrange(SEEDS))
+        (number, draw.choice(INVALID) if draw.random() < 0.25 else None, draw.randrange(SEEDS))
         for number in range(requests)
     ]
 
     def send(item: tuple[int, tuple[dict[str, Any], int] | None, int]) -> None:
-        number, bad, seed = item
+        number, invalid, seed = item
         if number in events:
             events[number]()
         if number == requests // 4:
             memory["warm"] = running.memory_mb()
         start = time.monotonic()
         try:
-            answer = client.post(f"{running.url}/v1/animate", json={**good, "seed": seed, **(bad[0] if bad else {})})
+            values = {**valid, "seed": seed, **(invalid[0] if invalid else {})}
+            answer = client.post(f"{running.url}/v1/animate", json=values)
         except httpx.HTTPError as error:
-            tally.odd("lost", f"request {number}: {error!r}")
+            tally.problem("lost", f"request {number}: {error!r}")
             return
-        if bad is not None:
-            right = answer.status_code == bad[1] and answer.json()["error"]["message"]
-            tally.answers.update(["bad, refused as due"]) if right else tally.odd("bad, wrong answer", answer.text)
+        if invalid is not None:
+            right = answer.status_code == invalid[1] and answer.json()["error"]["message"]
+            tally.answers.update(["invalid, refused"]) if right else tally.problem(
+                "invalid, wrong response", answer.text
+            )
         elif answer.status_code == 429:
-            tally.answers["good, refused with 429"] += 1
-            time.sleep(int(answer.headers["retry-after"]))  # before this client's next request, as it was told
+            tally.answers["valid, refused with 429"] += 1
+            time.sleep(int(answer.headers["retry-after"]))  # before the next request of this client
         elif answer.status_code != 200:
-            tally.odd("lost", f"request {number}: {answer.status_code} {answer.text}")
+            tally.problem("lost", f"request {number}: {answer.status_code} {answer.text}")
         else:
             version = answer.headers["x-model-version"]
             same = np.array_equal(_frames(answer.content), expected(version, int(answer.headers["x-seed"])))
             tally.seconds.append(time.monotonic() - start)
             tally.versions[version] += 1
-            tally.answers.update(["good, right"]) if same else tally.odd("wrong", f"request {number}: other frames")
+            tally.answers.update(["valid, right"]) if same else tally.problem(
+                "wrong", f"request {number}: other frames"
+            )
 
     with httpx.Client(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
         start = time.monotonic()
@@ -214,22 +219,22 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
         "answers": dict(tally.answers),
         "versions": dict(tally.versions),
         "retries": retries,
-        "oddities": tally.oddities,
+        "problems": tally.problems,
         "wall_seconds": round(wall, 1),
         "median_seconds": round(float(np.median(tally.seconds)), 2),
         "longest_seconds": round(max(tally.seconds), 2),
         "memory_mb": memory,
-        "drained": drained(running, good),
+        "drained": drained(running, valid),
     }
 
 
-def drained(running: Service, good: dict[str, Any]) -> bool:
-    """Whether a request under way at SIGTERM is answered, and the service then ends well."""
+def drained(running: Service, valid: dict[str, Any]) -> bool:
+    """Whether a request in flight at SIGTERM is completed, and the service then exits with 0."""
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(httpx.post, f"{running.url}/v1/animate", json={**good, "steps": 40}, timeout=120)
+        request = pool.submit(httpx.post, f"{running.url}/v1/animate", json={**valid, "steps": 40}, timeout=120)
         time.sleep(0.5)
         running.process.send_signal(signal.SIGTERM)
-        answered = asked.result().status_code == 200
+        answered = request.result().status_code == 200
     return answered and running.process.wait(60) == 0
 
 
@@ -257,13 +262,13 @@ def main(
 
     Args:
         model: an exported model folder.
-        requests: how many in all; a quarter of them are bad.
-        clients: how many send at the same time.
-        replicas: processes that hold the model, a processor each.
-        max_queue: requests that may wait at each.
+        requests: number of requests; a quarter of them are invalid.
+        clients: number of concurrent clients.
+        replicas: processes with the model, one processor each.
+        max_queue: requests that may wait at each replica.
         num_frames: frames of a clip.
         steps: DDIM steps of a clip.
-        output: file for the result, besides the console.
+        output: file for the result, in addition to the console.
     """
     import torch
 

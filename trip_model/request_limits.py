@@ -81,9 +81,8 @@ def check_number(name: str, value: Any, maximum: float | None = None) -> int | f
     """
     bound = BOUNDS[name]
     largest = bound.maximum if maximum is None else min(bound.maximum, maximum)
-    exact: Any = value  # pyright narrows `value` to Real, which has no order
-    if isinstance(value, Real) and not isinstance(value, bool) and bound.minimum <= exact <= largest:
-        number = float(exact)
+    if _is_number(value) and bound.minimum <= value <= largest:
+        number = float(value)
         if not bound.integer:
             return number
         if number.is_integer():
@@ -169,6 +168,10 @@ def check_photo(photo: bytes) -> None:
 
 def too_many_bytes(count: int) -> RequestError:
     return RequestError(f"image has {count} bytes; use a photo of at most {MAX_PHOTO_BYTES} bytes", "too_large")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _decode_base64(text: str) -> bytes:

@@ -1,6 +1,6 @@
 """Promotion and rollback of model versions: an append-only log decides which version is champion; aliases follow it.
 
-The log is a registered model of its own, `NAME-promotions`; each of its versions is one promotion or rollback
+The log is a separate registered model, `NAME-promotions`; each of its versions is one promotion or rollback
 (`docs/decisions/promotion.md`).
 """
 

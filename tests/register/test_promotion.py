@@ -218,7 +218,7 @@ def test_a_version_registered_again_after_its_model_was_deleted_needs_its_own_pa
     weak = replace(good, report=write_report(tmp_path / "weak", passed=False))
     again = register(weak, silent)
     assert again.version == "1" and not again.promoted and again.aliases == ("candidate",)
-    assert register(good, silent).promoted  # of the same model and report as the deleted one, and a version of its own
+    assert register(good, silent).promoted  # a new version, of the same model and report as the deleted one
 
 
 def test_live_fails_for_a_deleted_version(tmp_path):

@@ -1,4 +1,4 @@
-"""What strangers send to the service over a real connection: files by name, other sites, huge bodies, calls cut off."""
+"""Hostile requests over a real connection: files by name, other sites, huge bodies, broken connections."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trip_model.images import load_image
 from trip_model.request_limits import MAX_PHOTO_BYTES
 
 PROMPT = "a red circle moving right"
-SECRET = "nobody may read this"
+SECRET = "confidential"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def file_data(path: str, **more: Any) -> dict[str, Any]:
 
 
 def queue(client: httpx.Client, data: list[Any], fn_index: int = 0, session: str = "s") -> str:
-    """What Gradio tells of one call through its queue."""
+    """Returns the messages of Gradio's queue about one call."""
     body = {"data": data, "fn_index": fn_index, "session_hash": session}
     joined = client.post("/gradio_api/queue/join", json=body)
     if joined.status_code != 200:
@@ -107,7 +107,7 @@ def queue(client: httpx.Client, data: list[Any], fn_index: int = 0, session: str
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files that the process can read: a database's and a picture's among them."""
+    """Files that the process can read, among them a database and an image."""
     folder = tmp_path_factory.mktemp("private")
     (folder / "mlflow.db").write_text(SECRET)
     Image.new("RGB", (64, 64), "red").save(folder / "private.png")
@@ -130,9 +130,9 @@ def test_a_file_that_was_not_uploaded_is_not_read_by_any_function_of_the_page(cl
         ]
         for shape, data in enumerate(shapes):
             for fn, count in inputs.items():
-                told = queue(client, (data + [forged] * count)[:count], fn, f"s{number}{shape}{fn}")
-                assert "trip-7.mp4" not in told and SECRET not in told, (path, shape, fn, told)
-        # Gradio gives what lies here to everybody.
+                events = queue(client, (data + [forged] * count)[:count], fn, f"s{number}{shape}{fn}")
+                assert "trip-7.mp4" not in events and SECRET not in events, (path, shape, fn, events)
+        # Gradio serves every file in this folder.
         assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob(Path(path).name)), path
 
 
@@ -161,11 +161,13 @@ def test_every_route_of_gradio_that_the_page_does_not_need_is_absent(client):
         assert answer.status_code == 404 and answer.json()["error"]["status"] == 404, route
 
 
-def test_an_upload_of_ones_own_becomes_a_clip(client):
+def test_an_own_upload_becomes_a_clip(client):
     (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", drawn_photo(48))}).json()
-    told = queue(client, [file_data(path, orig_name="a.png"), PROMPT, "7", 1, 1, 2, 4, None], session="own")
-    assert "trip-7.mp4" in told and '"success":true' in told
-    file = next(json.loads(line[6:]) for line in told.splitlines() if "process_completed" in line)["output"]["data"][0]
+    events = queue(client, [file_data(path, orig_name="a.png"), PROMPT, "7", 1, 1, 2, 4, None], session="own")
+    assert "trip-7.mp4" in events and '"success":true' in events
+    file = next(json.loads(line[6:]) for line in events.splitlines() if "process_completed" in line)["output"]["data"][
+        0
+    ]
     assert client.get(f"/gradio_api/file={(file.get('video') or file)['path']}").status_code == 200
 
 
@@ -174,13 +176,13 @@ def test_an_upload_of_ones_own_becomes_a_clip(client):
     [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\0\x18ftypheic\0\0\0\0", b"hello"],
     ids=["PostScript", "HEIC", "text"],
 )
-def test_a_file_that_is_no_photo_gets_our_sentence_and_is_opened_by_no_one_else(client, data):
+def test_a_file_that_is_not_a_photo_gets_our_message_and_is_not_opened_by_gradio(client, data):
     (path,) = client.post("/gradio_api/upload", files={"files": ("a.bin", data)}).json()
-    told = queue(client, [file_data(path, orig_name="a.bin"), PROMPT, "7", 1, 1, 2, 4, None], session="no-photo")
-    assert "image cannot be read" in told and "Could not preprocess" not in told
+    events = queue(client, [file_data(path, orig_name="a.bin"), PROMPT, "7", 1, 1, 2, 4, None], session="no-photo")
+    assert "image cannot be read" in events and "Could not preprocess" not in events
 
 
-def test_an_upload_and_a_call_of_the_page_have_a_size(client):
+def test_uploads_and_calls_of_the_web_ui_have_a_maximum_size(client):
     part = b"0" * (MAX_PHOTO_BYTES // 2)
     many = client.post("/gradio_api/upload", files=[("files", (f"{n}.png", part)) for n in range(3)])
     assert many.status_code == 413 and "bytes; at most" in many.json()["error"]["message"]
@@ -201,8 +203,8 @@ def test_a_page_of_another_site_reads_nothing_and_starts_nothing(client, host, o
         ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
         for method, more in (("GET", {}), ("OPTIONS", ask), ("POST", {})):
             answer = client.request(method, path, headers=headers | more)
-            told = {name for name in answer.headers if name.startswith("access-control-allow-")}
-            assert not told & {"access-control-allow-origin", "access-control-allow-credentials"}, (method, path)
+            allowed = {name for name in answer.headers if name.startswith("access-control-allow-")}
+            assert not allowed & {"access-control-allow-origin", "access-control-allow-credentials"}, (method, path)
             if method == "POST":
                 assert answer.status_code == 403 and "another site" in answer.json()["error"]["message"]
     form = client.post("/v1/animate", data={"prompt": PROMPT}, files={"image": drawn_photo(48)}, headers=headers)
@@ -219,7 +221,7 @@ def test_a_page_of_another_site_reads_nothing_and_starts_nothing(client, host, o
     ],
     ids=["own page", "behind a proxy that changes Host", "the browser says cross-site", "a program"],
 )
-def test_our_page_and_programs_are_answered(client, headers, status):
+def test_our_page_and_programs_are_accepted(client, headers, status):
     assert client.post("/v1/animate", json=good(), headers=headers).status_code == status
 
 
@@ -287,11 +289,11 @@ SHAPES = (
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_huge_body_of_any_shape_is_refused_and_keeps_nobody_waiting(engine, shape):
+def test_a_huge_body_of_any_shape_is_refused_and_does_not_block_the_event_loop(engine, shape):
     request, app = huge(shape), create_app(Gateway(engine, 60))
 
     async def go() -> tuple[httpx.Response, float]:
-        """The answer, and the longest time that another task of the event loop waited meanwhile."""
+        """Returns the response and the longest time that another task of the event loop waited."""
         longest, over = 0.0, False
 
         async def watch() -> None:
@@ -309,7 +311,7 @@ def test_a_huge_body_of_any_shape_is_refused_and_keeps_nobody_waiting(engine, sh
         return answer, longest
 
     waits = []
-    for _ in range(4):  # a busy machine may take the processor away
+    for _ in range(4):  # a busy machine may delay the process
         answer, longest = asyncio.run(go())
         assert answer.status_code in (400, 413, 422), answer.text
         assert len(answer.json()["error"]["message"]) < 300
@@ -319,7 +321,7 @@ def test_a_huge_body_of_any_shape_is_refused_and_keeps_nobody_waiting(engine, sh
     assert min(waits) < 0.2, waits
 
 
-def test_the_photo_is_cut_out_of_json_and_comes_back_whole():
+def test_the_photo_is_cut_out_of_json_and_restored():
     photo = base64.b64encode(np.random.default_rng(1).bytes(200_000)).decode()
     for fields in ({"image": photo, "prompt": 'say "hi", [now]'}, {"prompt": photo, "image": "a"}, {"a": [photo]}):
         body = json.dumps(fields).encode()
@@ -344,7 +346,7 @@ def bad_exif() -> bytes:
     return buffer.getvalue()
 
 
-def test_malformed_exif_turns_nothing_and_the_photo_is_taken(client):
+def test_malformed_exif_is_ignored(client):
     pixels = load_image(bad_exif(), 32)
     assert pixels.shape == (32, 32, 3) and (pixels == (20, 120, 220)).all()
     answer = client.post("/v1/animate", json=good(image=base64.b64encode(bad_exif()).decode()))
@@ -352,7 +354,7 @@ def test_malformed_exif_turns_nothing_and_the_photo_is_taken(client):
 
 
 @pytest.mark.parametrize("place", ["load_image", "generate", "_clip"])
-def test_whatever_a_request_raises_it_is_answered_and_the_engine_lives(client, engine, monkeypatch, place):
+def test_a_request_that_raises_gets_a_response_and_the_engine_continues(client, engine, monkeypatch, place):
     def fail(*_: Any, **__: Any) -> None:
         raise RecursionError("a decoder went wrong")
 
@@ -370,7 +372,7 @@ def test_whatever_a_request_raises_it_is_answered_and_the_engine_lives(client, e
 
 
 def hang_up(address: str, accept: str, **changes: Any) -> None:
-    """Sends a request and closes the connection without waiting for its answer."""
+    """Sends a request and closes the connection without waiting for the response."""
     body = json.dumps(good(**changes)).encode()
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -388,7 +390,7 @@ def until(what: Any, seconds: float = 20) -> float:
 
 
 @pytest.mark.parametrize("accept", ["video/mp4", "application/json", "application/x-ndjson"])
-def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, accept):
+def test_a_client_that_disconnects_leaves_the_queue_at_once(service, engine, client, accept):
     address, gateway = service
     long = {"num_frames": 16, "steps": 1000}
     with socket.create_connection(tuple(address.removeprefix("http://").split(":"))) as first:  # type: ignore[arg-type]
@@ -414,12 +416,12 @@ def test_a_caller_who_hangs_up_frees_the_place_at_once(service, engine, client, 
 
 
 def ended(client: httpx.Client, status: int) -> float:
-    """How many requests ended with a status, as /metrics says."""
+    """The number of requests that ended with a status, from /metrics."""
     lines = client.get("/metrics").text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith(f'trip_requests_total{{status="{status}"}}'))
 
 
-def test_an_upload_that_is_broken_off_is_counted_and_no_error(service, client, caplog):
+def test_an_interrupted_upload_is_counted_and_logs_no_error(service, client, caplog):
     host, port = service[0].removeprefix("http://").split(":")
     before = ended(client, 499)
     with socket.create_connection((host, int(port))) as connection:

@@ -1,4 +1,4 @@
-"""The service on Ray Serve: nothing lost or wrong through a move and a kill; the frames of `mlflow models serve`."""
+"""The service on Ray Serve: no clip lost or wrong after an alias move and a kill; frames of `mlflow models serve`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def running(tiny_model):
-    """Two replicas of two versions; as many threads here as a replica has, since they decide a clip's last bits."""
+    """Two replicas and two versions. Threads as in a replica, because they change the last bits of a clip."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with service(tiny_model, "--replicas", "2", "--cpus", "1", "--max-queue", "16", "--no-page") as running:
@@ -64,7 +64,7 @@ def mlflow_server(registry: str, version: str):
         process.wait(30)
 
 
-# Serves by the names that it is given until its input ends; prints an answer to each line, or why it does not serve.
+# Serves under the given name until its input ends; prints the status for each line, or why it does not serve.
 DRIVER = """
 import asyncio, sys
 from tasks.records import UserError
@@ -99,7 +99,7 @@ class Driver:
         return self.process.stdout.readline().strip()
 
     def answers(self) -> bool:
-        """Whether a replica of it does; they have no model, and say so."""
+        """Whether a replica responds; the replicas have no model."""
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -109,7 +109,7 @@ class Driver:
         self.process.communicate(timeout=120)
 
 
-def test_services_on_one_cluster_have_names_of_their_own_and_delete_nothing_of_each_other(tmp_path):
+def test_services_on_one_cluster_have_unique_names_and_do_not_delete_each_other(tmp_path):
     with ray_session(num_cpus=4):
         address = ray.get_runtime_context().gcs_address
         first = Driver(address, tmp_path)
@@ -121,7 +121,7 @@ def test_services_on_one_cluster_have_names_of_their_own_and_delete_nothing_of_e
         assert second.line() == "serves" and second.answers() and first.answers()
         first.end()
         assert second.answers()
-        second.process.kill()  # what it leaves is taken over by the next of its name
+        second.process.kill()  # the next service of its name replaces what it leaves
         second.process.wait()
         third = Driver(address, tmp_path, "second")
         assert third.line() == "serves" and third.answers()
@@ -129,7 +129,7 @@ def test_services_on_one_cluster_have_names_of_their_own_and_delete_nothing_of_e
         assert serve.status().applications == {}
 
 
-def test_the_frames_are_those_of_mlflow_models_serve(running):
+def test_the_frames_equal_those_of_mlflow_models_serve(running):
     photo = base64.b64encode(drawn_photo(48)).decode()
     numbers = {"seed": 11, "steps": 5, "num_frames": 6, "guidance": 2.0, "fps": 8.0, "format": "mp4"}
     ours = httpx.post(f"{running.url}/v1/animate", json={"image": photo, "prompt": PROMPT, **numbers}, timeout=120)
@@ -142,11 +142,11 @@ def test_the_frames_are_those_of_mlflow_models_serve(running):
     np.testing.assert_array_equal(*frames)
 
 
-def test_callers_who_hang_up_leave_the_replicas_too(running):
-    long = {"image": base64.b64encode(drawn_photo(48)).decode(), "prompt": PROMPT, "num_frames": 64, "steps": 250}
+def test_clients_that_disconnect_leave_the_queues_of_the_replicas(running):
+    long = {"image": base64.b64encode(drawn_photo(48)).decode(), "prompt": PROMPT, "num_frames": 64, "steps": 1000}
 
     def waiting() -> int:
-        """Requests that wait at any replica; each answer is of one of the two."""
+        """The largest number of requests that wait at a replica; each response is of one of the two."""
         return max(httpx.get(f"{running.url}/readyz", timeout=20).json()["waiting"] for _ in range(6))
 
     def hang_up(_: int) -> None:
@@ -161,16 +161,16 @@ def test_callers_who_hang_up_leave_the_replicas_too(running):
         assert waiting() >= 2
         for call in calls:
             call.result()
-    until = time.monotonic() + 5  # a second on a machine at rest
+    until = time.monotonic() + 5  # one second on an idle machine
     while time.monotonic() < until and waiting():
         time.sleep(0.1)
     status = httpx.get(f"{running.url}/readyz").json()
     assert waiting() == 0 and status["in_flight"] == 0, status
 
 
-def test_an_alias_move_and_a_killed_replica_lose_nothing_and_sigterm_finishes_what_is_under_way(running):
+def test_an_alias_move_and_a_killed_replica_lose_nothing_and_sigterm_completes_accepted_requests(running):
     result = load(running, requests=60, clients=8, num_frames=4, steps=4)
-    assert result["oddities"] == []
-    assert set(result["answers"]) <= {"good, right", "good, refused with 429", "bad, refused as due"}
+    assert result["problems"] == []
+    assert set(result["answers"]) <= {"valid, right", "valid, refused with 429", "invalid, refused"}
     assert set(result["versions"]) == {"1", "2"}
     assert result["drained"]

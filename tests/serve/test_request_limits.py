@@ -111,7 +111,7 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
 
     def web_ui(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
         (tmp_path / "upload").write_bytes(image)
-        submit = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
+        submit: Any = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
         given = {"seed": "", "steps": 50, "guidance": 1, "num_frames": 16, "fps": 4, **numbers}
         given["seed"] = str(given["seed"])  # a text field
         try:

@@ -1,4 +1,4 @@
-"""The service in one process: a registry, an engine that follows its alias, and the HTTP application in front."""
+"""The service in one process: a registry, an engine that follows its alias, and the HTTP application."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT = "a red circle moving right"
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (48, 40), format: str = "PNG", **options) -> bytes:
-    """Noise as a photo, so that no two frames of a clip look alike by accident."""
+    """Returns a photo of noise, so that no two frames of a clip are equal by chance."""
     rng = np.random.default_rng(5)
     bands = Image.new(mode, (1, 1)).getbands()
     pixels = rng.integers(0, 255, (size[1], size[0], len(bands)), dtype=np.uint8)
@@ -47,7 +47,7 @@ def photo(mode: str = "RGB", size: tuple[int, int] = (48, 40), format: str = "PN
 
 
 def bomb() -> bytes:
-    """A PNG of 40,000 x 40,000 pixels as far as its header goes."""
+    """Returns a PNG whose header states 40,000 x 40,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -62,7 +62,7 @@ def bomb() -> bytes:
 
 
 def animated() -> bytes:
-    """A gif whose second frame is black."""
+    """Returns a gif whose second frame is black."""
     buffer = io.BytesIO()
     first = Image.open(io.BytesIO(photo()))
     first.save(buffer, "GIF", save_all=True, append_images=[Image.new("RGB", first.size)], duration=100)
@@ -70,7 +70,7 @@ def animated() -> bytes:
 
 
 def turned() -> bytes:
-    """A photo that lies on its side, and says so in its EXIF."""
+    """Returns a photo that is rotated by 90 degrees, according to its EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return photo(format="JPEG", exif=exif)
@@ -94,7 +94,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A registry with two versions that draw different clips; `champion` is the second."""
+    """A registry with two versions that give different clips; `champion` is the second."""
     home = tmp_path_factory.mktemp("serve")
     report = home / "report"
     report.mkdir()
@@ -145,7 +145,7 @@ def frames_of(answer: httpx.Response) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in sorted(archive.namelist())])
 
 
-def test_a_photo_as_json_becomes_the_mp4_that_the_pipeline_makes(engine, store):
+def test_a_photo_as_json_gives_an_mp4_of_the_pipelines_frames(engine, store):
     answer = ask(engine, json={"image": url(photo()), "prompt": PROMPT, "seed": 7}, headers={"X-Request-Id": "abc-1"})
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
     assert (answer.headers["x-seed"], answer.headers["x-model-version"]) == ("7", "2")
@@ -181,7 +181,7 @@ def test_a_form_gives_the_same_frames_as_json_and_as_the_pipeline(engine, store)
     assert (as_json["seed"], as_json["steps"], as_json["version"], as_json["batch"]) == (9, 3, "2", 1)
 
 
-def test_a_seed_that_was_drawn_makes_the_clip_again(engine):
+def test_the_returned_seed_gives_the_same_clip(engine):
     request = {"image": url(photo()), "prompt": PROMPT, "format": "frames", "num_frames": 2}
     first = ask(engine, json=request)
     again = ask(engine, json=request | {"seed": int(first.headers["x-seed"])})
@@ -189,7 +189,7 @@ def test_a_seed_that_was_drawn_makes_the_clip_again(engine):
     assert ask(engine, json=request).headers["x-seed"] != first.headers["x-seed"]
 
 
-def test_lines_tell_each_step_and_then_the_clip(engine):
+def test_lines_contain_each_step_and_then_the_clip(engine):
     request = {"image": url(photo()), "prompt": PROMPT, "steps": 3, "format": "gif"}
     answer = ask(engine, json=request, headers={"Accept": "application/x-ndjson"})
     *steps, last = [json.loads(line) for line in answer.text.splitlines()]
@@ -246,7 +246,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "status", "words"), BAD.values(), ids=BAD.keys())
-def test_a_bad_value_gets_a_status_and_a_sentence(change, status, words, engine):
+def test_an_invalid_value_gets_a_status_and_a_message(change, status, words, engine):
     answer = ask(engine, json={**GOOD, **change})
     error = answer.json()["error"]
     assert (answer.status_code, error["status"]) == (status, status), error
@@ -275,7 +275,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize(("request_", "status", "words"), BODIES.values(), ids=BODIES.keys())
-def test_a_bad_body_gets_a_status_and_a_sentence(request_, status, words, engine):
+def test_an_invalid_body_gets_a_status_and_a_message(request_, status, words, engine):
     answer = ask(engine, **request_)
     assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
 
@@ -289,25 +289,25 @@ def test_a_bad_body_gets_a_status_and_a_sentence(request_, status, words, engine
         ({"Authorization": "bearer ключ"}, 200),
     ],
 )
-def test_with_a_key_only_those_who_send_it_are_answered(headers, status, engine):
+def test_with_a_key_a_request_for_a_clip_requires_it(headers, status, engine):
     raw = {name: value.encode() for name, value in headers.items()}
     request = GOOD | {"num_frames": 2, "steps": 1}
     assert ask(engine, key="ключ", json=request, headers=raw).status_code == status
     assert ask(engine, "GET", "/readyz", key="a").status_code == 200
 
 
-async def events_of(engine: Engine, count: int, **changes) -> list[list]:
-    """The events of `count` requests that are sent at once, seeds 0 to count - 1."""
+async def messages_of(engine: Engine, count: int, **changes) -> list[list]:
+    """The messages of `count` requests that are sent at once, seeds 0 to count - 1."""
 
     async def one(seed: int) -> list:
         fields = {**GOOD, "seed": seed, **changes}
-        return [event async for event in engine.stream(read_animation(fields), 60)]
+        return [message async for message in engine.stream(read_animation(fields), 60)]
 
     return list(await asyncio.gather(*map(one, range(count))))
 
 
-def test_what_finds_the_queue_full_is_refused_and_told_when_to_come_again(engine):
-    ends = [events[-1] for events in asyncio.run(events_of(engine, 12))]
+def test_a_full_queue_refuses_requests_with_a_retry_time(engine):
+    ends = [messages[-1] for messages in asyncio.run(messages_of(engine, 12))]
     refused = [end for end in ends if isinstance(end, Refusal)]
     assert 6 <= len(refused) <= 8 and len([end for end in ends if isinstance(end, Clip)]) == 12 - len(refused)
     assert {end.status for end in refused} == {429} and all((end.retry_after or 0) >= 1 for end in refused)
@@ -315,21 +315,21 @@ def test_what_finds_the_queue_full_is_refused_and_told_when_to_come_again(engine
 
 def test_requests_of_equal_shape_share_a_batch_and_others_do_not(store, tmp_path):
     with engine_of(store, tmp_path, max_batch=3) as engine:
-        clips = [events[-1] for events in asyncio.run(events_of(engine, 5, num_frames=4, format="frames"))]
+        clips = [messages[-1] for messages in asyncio.run(messages_of(engine, 5, num_frames=4, format="frames"))]
     assert sorted(clip.batch for clip in clips) in ([1, 1, 3, 3, 3], [2, 2, 3, 3, 3])
     for seed, clip in enumerate(clips):
         frames = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in clip.files])
         expected = store.expected("2", photo(), seed, num_frames=4)
-        assert np.abs(frames.astype(int) - expected).max() <= 1, f"the clip of seed {seed} is another's"
+        assert np.abs(frames.astype(int) - expected).max() <= 1, f"the clip of seed {seed} has other frames"
 
 
-def test_a_request_out_of_time_gets_504_and_leaves_its_place(engine):
+def test_a_request_over_its_time_limit_gets_504_and_leaves_the_queue(engine):
     answer = ask(Gateway(engine, 0.05), json={**GOOD, "steps": 1000, "num_frames": 64})
     assert answer.status_code == 504 and "no clip within 0.05 s" in answer.json()["error"]["message"]
     assert ask(engine, json={**GOOD, "num_frames": 2}).status_code == 200
 
 
-def test_an_alias_that_moves_is_followed_and_no_request_is_dropped(store, tmp_path):
+def test_an_alias_that_moves_is_followed_and_no_request_is_lost(store, tmp_path):
     store.point("moving", "1")
     with engine_of(store, tmp_path, alias="moving", poll_seconds=0.05, max_queue=64) as engine:
 
@@ -339,7 +339,7 @@ def test_an_alias_that_moves_is_followed_and_no_request_is_dropped(store, tmp_pa
                 if seed == 3:
                     store.point("moving", "2")
                 animation = read_animation({**GOOD, "seed": seed, "num_frames": 2, "format": "frames"})
-                clips.append([event async for event in engine.stream(animation, 60)][-1])
+                clips.append([message async for message in engine.stream(animation, 60)][-1])
                 if seed > 5 and clips[-1].version == "2":
                     return clips
             return clips
@@ -352,7 +352,7 @@ def test_an_alias_that_moves_is_followed_and_no_request_is_dropped(store, tmp_pa
     store.point("moving", "1")
 
 
-def test_a_version_that_does_not_load_leaves_the_old_one_in_place(store, tmp_path):
+def test_a_version_that_does_not_load_keeps_the_old_one_in_use(store, tmp_path):
     store.point("moving", "1")
     with engine_of(store, tmp_path, alias="moving", poll_seconds=3600) as engine:
         store.point("moving", "2")
@@ -366,13 +366,13 @@ def test_a_version_that_does_not_load_leaves_the_old_one_in_place(store, tmp_pat
         assert asyncio.run(engine.status()).trouble == ""
 
 
-def test_a_version_of_the_same_number_in_a_model_made_again_takes_the_place_of_the_deleted_one(store, tmp_path):
+def test_a_version_of_a_model_registered_again_replaces_the_deleted_one_of_the_same_number(store, tmp_path):
     client = connect(store.uri)
 
     def make(version: str) -> None:
-        found = client.get_model_version("trip", version)
+        existing = client.get_model_version("trip", version)
         client.create_registered_model("again")
-        client.create_model_version("again", found.source, tags=found.tags, model_id=found.model_id)
+        client.create_model_version("again", existing.source, tags=existing.tags, model_id=existing.model_id)
         client.set_registered_model_alias("again", "champion", "1")
 
     make("1")
@@ -387,7 +387,7 @@ def test_a_version_of_the_same_number_in_a_model_made_again_takes_the_place_of_t
     client.delete_registered_model("again")
 
 
-def test_an_unknown_alias_and_a_registry_that_is_down_are_said_until_they_are_there(store, tmp_path, monkeypatch):
+def test_an_unknown_alias_and_a_registry_that_is_down_are_reported_until_they_exist(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with engine_of(store, tmp_path / "a", alias="nobody", poll_seconds=3600) as engine:
         for answer in (ask(engine, "GET", "/readyz"), ask(engine, json=GOOD)):
@@ -413,18 +413,20 @@ def test_metrics_docs_and_description(engine):
     text = ask(gateway, "GET", "/metrics").text
     assert 'trip_requests_total{status="200"} 1.0' in text and 'trip_requests_total{status="422"} 1.0' in text
     assert 'trip_clips_total{model="trip",version="2"} 1.0' in text and "process_resident_memory_bytes" in text
+    assert "trip_requests_in_flight 0.0" in text
+    assert "# TYPE trip_request_retries_total counter\ntrip_request_retries_total 0.0" in text
     described = ask(gateway, "GET", "/openapi.json").json()["paths"]["/v1/animate"]["post"]
     example = described["requestBody"]["content"]["application/json"]["example"]
     assert ask(gateway, json=example).status_code == 200
     assert "//cdn" not in ask(gateway, "GET", "/docs").text
 
 
-def test_a_desk_that_closes_takes_no_more(engine):
+def test_a_closing_gateway_refuses_requests(engine):
     gateway = Gateway(engine, 60)
     gateway.closing = True
     assert ask(gateway, json=GOOD).status_code == ask(gateway, "GET", "/readyz").status_code == 503
 
 
-def test_an_engine_tells_its_first_progress_before_any_step(engine):
-    first, *_ = asyncio.run(events_of(engine, 1, num_frames=2))[0]
+def test_an_engine_sends_its_first_progress_before_any_step(engine):
+    first, *_ = asyncio.run(messages_of(engine, 1, num_frames=2))[0]
     assert first == Progress(0, 0)

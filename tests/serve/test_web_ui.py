@@ -1,4 +1,4 @@
-"""The page in a real browser: a photo goes in, steps go by, a clip comes out.
+"""The web UI in a browser: photo, progress, clip, keyboard, phone, errors, login.
 
 Screenshots go to `runs/screenshots`, or below TRIP_ARTIFACTS where that is set.
 """
@@ -74,7 +74,7 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @contextmanager
 def served(engine: Engine, key: str | None = None) -> Iterator[str]:
-    """The service with its page, in this process; everything but Ray is the real thing."""
+    """The service with its web UI in this process, without Ray."""
     from tasks.serve.web_ui import mount_web_ui
 
     gateway = Gateway(engine, 120)
@@ -102,7 +102,7 @@ def address(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def visit(address: str):
-    """Opens a page in a window of a named size; at the end nothing but the service may have been asked."""
+    """Opens a page in a window of a named size; at the end, all requests must be to the service."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         asked: list[tuple[str, str]] = []
@@ -143,7 +143,7 @@ def shown_clip(page, count: int) -> bytes:
 
 
 def fits(page) -> bool:
-    """Whether nothing has to be scrolled to sideways."""
+    """Whether the page is no wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -153,7 +153,7 @@ def picture(page, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-def test_a_photo_becomes_a_clip_step_by_step_and_its_seed_makes_it_again(visit, photo):
+def test_a_photo_becomes_a_clip_with_progress_and_its_seed_gives_it_again(visit, photo):
     page = visit()
     picture(page, "desktop-empty")
     fill(page, photo, seed=7, steps=100, frames=16)
@@ -172,7 +172,7 @@ def test_a_photo_becomes_a_clip_step_by_step_and_its_seed_makes_it_again(visit, 
     picture(page, "desktop-clip")
 
 
-def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
+def test_all_controls_are_reached_by_keyboard_with_visible_focus(visit, photo):
     page = visit()
     order, choosers = [], []
     page.on("filechooser", lambda chooser: choosers.append(chooser))
@@ -183,7 +183,7 @@ def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
             " return [e.closest('#photo, #prompt, #animate, #settings')?.id, getComputedStyle(e).outline] }"
         )
         if focus[0] == "photo" and "photo" not in order:
-            for _ in range(60):  # Gradio shows the button before it listens: as a person does, press again
+            for _ in range(60):  # Gradio shows the button before it reacts to it
                 page.keyboard.press("Enter")
                 page.wait_for_timeout(1000)
                 if choosers:
@@ -213,11 +213,11 @@ def test_everything_is_reached_by_keyboard_and_the_focus_is_seen(visit, photo):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme):
+def test_a_phone_shows_the_page_without_horizontal_scrolling(visit, photo, scheme):
     page = visit("phone", scheme)
     fill(page, photo, steps=2)
     page.locator("#animate").click()
-    page.wait_for_function(  # the window goes to the clip by itself
+    page.wait_for_function(  # the window scrolls to the clip
         "() => { const box = document.getElementById('clip').getBoundingClientRect();"
         " return box.top >= 0 && box.bottom <= window.innerHeight + 1 }",
         timeout=10_000,
@@ -226,7 +226,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     page.locator("#animate").click()
     shown_clip(page, 2)
     first, second = page.locator("#history figcaption").all_inner_texts()
-    assert first != second, "without a seed each clip has its own"
+    assert first != second, "without a seed each clip has another one"
     page.locator("#keep").click()
     page.locator("#animate").click()
     shown_clip(page, 3)
@@ -240,7 +240,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit, photo, scheme
     picture(page, f"phone-{scheme}")
 
 
-def test_what_cannot_be_animated_is_told_in_a_sentence(visit, photo, tmp_path):
+def test_a_rejected_request_shows_a_message(visit, photo, tmp_path):
     page = visit()
     page.locator("#animate").click()
     page.get_by_text("Choose a photo first").wait_for()
@@ -259,7 +259,7 @@ def test_what_cannot_be_animated_is_told_in_a_sentence(visit, photo, tmp_path):
     shown_clip(page, 1)
 
 
-def test_with_a_key_the_page_asks_for_it_and_shows_nothing_without(visit, engine, photo):
+def test_with_a_key_the_web_ui_requires_a_login(visit, engine, photo):
     with served(engine, KEY) as locked:
         page = visit("phone", at=locked, until="input[type=password]")
         picture(page, "phone-login")
