@@ -149,7 +149,7 @@ def run_calmly(job: TrainJob, folder: Path) -> Calm:
         if 0 < step < job.spec.steps:
             seen[:] = [seen[0] or run.seconds, run.seconds]
 
-    ended = run.wait(400, look)
+    ended = run.wait(400, poll)
     assert ended.report is not None, f"the undisturbed run failed: {ended.last_line}"
     return Calm(run.seconds, (seen[0], seen[1]), outcome(job, ended.report))
 

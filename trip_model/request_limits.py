@@ -86,7 +86,7 @@ def check_number(name: str, value: Any, maximum: float | None = None) -> int | f
         if not bound.integer:
             return number
         if number.is_integer():
-            return int(exact)
+            return int(value)
     raise RequestError(f"{name} is {_shown(value)}; use {bound.description(largest)}")
 
 

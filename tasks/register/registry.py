@@ -89,7 +89,8 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     report = read_report(spec.report)
     folder = _model_folder(spec.model)
     settings = packaging.read_model_json(folder, "trip.json")
-    if report.model not in ("", folder_hash(folder)):
+    model_sha256 = folder_hash(folder)  # the check at the registry's door; nothing after it hashes the folder again
+    if report.model not in ("", model_sha256):
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
@@ -180,7 +181,7 @@ def _photo(uri: str | None, size: int) -> bytes:
     return data
 
 
-def _package_digest(folder: Path) -> str:
+def _package_digest(model_sha256: str) -> str:
     """The identity of a package: a digest of the exported weights and the code."""
     caller = hashlib.sha256(packaging.CODE_FILE.read_bytes()).hexdigest()
     return digest({"model": model_sha256, "wheel": packaging.package_code(), "caller": caller})
