@@ -15,7 +15,7 @@ import time
 import pytest
 from mlflow.tracking import MlflowClient
 
-from infra import tracking as tracking_module
+from infra import telemetry
 from infra.telemetry import Tracking
 from infra.tracking import connect, experiment_id
 
@@ -171,7 +171,7 @@ def test_a_document_is_a_json_file_of_the_run(store, tmp_path):
 
 
 def test_the_machine_is_watched_at_the_step_of_the_training(store, monkeypatch):
-    monkeypatch.setattr(tracking_module, "_SYSTEM_METRICS_SECONDS", 0.2)
+    monkeypatch.setattr(telemetry, "_SYSTEM_METRICS_SECONDS", 0.2)
     tracking = Tracking(store, "exp")
     run_id = tracking.start_run("n")
     for step in (1, 2):
