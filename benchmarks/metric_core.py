@@ -1,4 +1,4 @@
-"""What the metric core costs alone, features given: 2,048 clips of 16 frames, issue 5's last bar.
+"""What the metric core costs alone, features given: 2,048 clips of 16 frames.
 
     python -m benchmarks.metric_core [--clips 2048]
 

@@ -1,4 +1,4 @@
-"""Which metric sees which fault: windows of real clips against themselves, spoiled in five ways, issue 5's fourth bar.
+"""Which metric sees which fault: windows of real clips against themselves, spoiled in five ways.
 
     python -m benchmarks.sensitivity --clips manifest.csv [--windows 4] [--output FOLDER]
 

@@ -27,6 +27,10 @@ RETRY_CLASSES = {
 }
 
 
+# The file that marks an evaluation as complete, in its folder; evaluation writes it and registration reads it.
+EVALUATION_REPORT = "report.json"
+
+
 class UserError(ValueError):
     """An error the user can fix, shown without a traceback: the value, what was expected, and what to do.
 

@@ -25,7 +25,6 @@ from tasks.evaluate.protocol.protocol import Item, Protocol, load_protocol
 from tasks.evaluate.report import aggregate as score
 from tasks.evaluate.report import page as report
 from tasks.evaluate.spec import (
-    REPORT,
     SCHEMA_VERSION,
     EvaluateReport,
     EvaluateSpec,
@@ -36,7 +35,7 @@ from tasks.evaluate.spec import (
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP, Row
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
-from tasks.records import UserError, digest
+from tasks.records import EVALUATION_REPORT, UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
@@ -206,7 +205,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             "generations": generations,
             "provenance": provenance,
         }
-        storage.write_json(storage.join(output, REPORT), content)
+        storage.write_json(storage.join(output, EVALUATION_REPORT), content)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {spec.ray_address!r}; give its address or none") from error
     except OSError as error:

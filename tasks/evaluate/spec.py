@@ -15,7 +15,7 @@ from infra.redaction import redact
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.metrics.extractors.files import ExtractorFiles
-from tasks.records import Artifact, UserError
+from tasks.records import EVALUATION_REPORT, Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
 
 SCHEMA_VERSION = 3
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class EvaluateReport:
 def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
     """The report at an address, if it is whole and of this key; `start` is when somebody began to ask for it."""
     try:
-        content = storage.read_json(storage.join(output, REPORT))
+        content = storage.read_json(storage.join(output, EVALUATION_REPORT))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     if not isinstance(content, dict) or content.get("key") != key:
@@ -102,7 +101,7 @@ def finished_report(output: str, key: str, start: float) -> EvaluateReport | Non
         gate=Gate(content["gate"]["passed"], tuple(content["gate"]["reasons"])),
         clips=content["clips"],
         items=content["items"],
-        files=(*content["files"], REPORT),
+        files=(*content["files"], EVALUATION_REPORT),
         seconds=time.monotonic() - start,
     )
 

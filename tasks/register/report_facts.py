@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infra import storage
-from tasks.records import UserError, digest
+from tasks.records import EVALUATION_REPORT, UserError, digest
 
-REPORT = "report.json"
 _METRIC_NAME = re.compile(r"[^\w./ :-]")
 
 
@@ -55,7 +54,7 @@ def read_report(uri: str) -> ReportFacts:
         UserError: no report there, or one without rows or a gate.
     """
     try:
-        report = storage.read_json(storage.join(uri, REPORT))
+        report = storage.read_json(storage.join(uri, EVALUATION_REPORT))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no report.json at {uri!r}; give the folder that the evaluation wrote") from error
     except ValueError as error:
@@ -75,7 +74,7 @@ def read_report(uri: str) -> ReportFacts:
         passed=gate["passed"],
         reasons=tuple(str(reason) for reason in gate.get("reasons", ())),
         notes=tuple(str(note) for note in report.get("notes", ())),
-        files=(*files, REPORT),
+        files=(*files, EVALUATION_REPORT),
         model=_model(report),
         champion=_champion(report),
     )
@@ -90,7 +89,7 @@ def _champion(report: dict[str, Any]) -> tuple[str, str] | None:
     if address is None:
         return None
     try:
-        compared = storage.read_json(storage.join(address, REPORT))
+        compared = storage.read_json(storage.join(address, EVALUATION_REPORT))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return "cannot be read", ""  # which is the report of no champion
     return digest(compared), _model(compared)

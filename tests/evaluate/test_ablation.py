@@ -114,7 +114,7 @@ def test_what_does_not_match_is_refused() -> None:
     with pytest.raises(UserError, match="needs TRIP"):
         compare([one for one in whole if one.variant != "TRIP"])
     other = arm("memory://ablation-refused-other", "TRIP^W", 1, clips=CLIPS - 1)
-    with pytest.raises(UserError, match=r"TRIP\^W with seed 1 was judged on other clips"):
+    with pytest.raises(UserError, match=r"TRIP\^W with seed 1 was evaluated on other clips"):
         compare([*whole[:-1], other])
 
 

@@ -18,7 +18,7 @@ from tasks.evaluate.report.page import REPORT_STYLE
 from tasks.evaluate.report.tables import Table, number
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.statistics import Estimate, mean_over_clips, student_quantile
-from tasks.records import UserError
+from tasks.records import EVALUATION_REPORT, UserError
 
 SCHEMA_VERSION = 1
 REFERENCE = "TRIP"
@@ -110,7 +110,9 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     keys, clusters, reference, _, _ = found[REFERENCE, seeds[0]]
     for (variant, seed), (others, *_) in found.items():
         if others != keys:
-            raise UserError(f"{variant} with seed {seed} was judged on other clips than {REFERENCE}; evaluate it again")
+            raise UserError(
+                f"{variant} with seed {seed} was evaluated on other clips than {REFERENCE}; evaluate it again"
+            )
     table = {
         variant: {name: np.stack([found[variant, seed][3][name] for seed in seeds]) for name in METRICS}
         for variant in variants
@@ -169,7 +171,7 @@ def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], 
         [line["clip"] for line in lines],
         {"real": means("real", list(METRICS)[2:]), "base": base},
         column,
-        storage.read_json(storage.join(arm.report, "report.json")),
+        storage.read_json(storage.join(arm.report, EVALUATION_REPORT)),
     )
 
 
