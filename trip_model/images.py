@@ -101,7 +101,7 @@ def _from_array(values: np.ndarray, transparent: int | None = None) -> Image.Ima
 
 
 def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 16) -> bytes:
-    """Encodes pixels uint8 [F, H, W, 3] as an H.264 mp4 (web-playable, yuv420p) or a looping gif.
+    """Encodes pixels uint8 [F, H, W, 3] as an H.264 mp4 (web-playable, yuv420p, tagged BT.709) or a looping gif.
 
     Raises:
         ValueError: a format other than `mp4` or `gif`, or odd sides for mp4.
@@ -119,6 +119,7 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
     import av  # only to write an mp4
+    from av.video.reformatter import ColorRange, Colorspace
 
     # `faststart` reopens the file to move its index to the front, so that a browser plays it while it loads.
     with tempfile.TemporaryDirectory(prefix="trip-mp4-") as folder:
@@ -136,8 +137,18 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
                 "rc-lookahead": "0",
             }
             stream.codec_context.thread_count = 1
+            # Without tags a player guesses the matrix from the size. The numbers are BT.709's in ITU-T H.273.
+            stream.codec_context.color_range = ColorRange.MPEG
+            stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
             for frame in pixels:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                yuv = rgb.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    src_color_range=ColorRange.JPEG,
+                    dst_color_range=ColorRange.MPEG,
+                )
+                container.mux(stream.encode(yuv))
             container.mux(stream.encode())
         return path.read_bytes()
 

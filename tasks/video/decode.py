@@ -15,10 +15,14 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from tasks.video.frame import frame_box, has_full_range, to_square
+from tasks.video.colour import UnsupportedColourError, colour_of
+from tasks.video.frame import frame_box, to_square
 from tasks.video.selective_decode import can_skip_frames, selected_frames
+from tasks.video.streams import alpha_decoder, decoded_frames, deinterlaced, has_display_stamps, main_stream
 from trip_model.config import Fit
 
+# In the meta of samples whose pixels or times version 1 decoded otherwise: colour, fields, alpha, stream or stamps.
+VERSION = 2
 # Containers that hold their own frames. A playlist would make the decoder open the addresses it lists.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
 
@@ -72,8 +76,8 @@ def read_windows(
             frame `w * num_frames * stride`.
         fit: how a frame fills the square. stride: in frames; None uses the grid. Needs `start_seconds` 0.
     Raises:
-        ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the end of the
-            first window) or `too_short`. MemoryError: the frames do not fit.
+        ClipError: `undecodable`, `no_video_stream`, `no_frames`, `no_timestamps`, `unsupported_colour`, `damaged`
+            (broken before the end of the first window) or `too_short`. MemoryError: the frames do not fit.
     """
     chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, size, start_seconds, fit, stride)
     return [
@@ -136,15 +140,17 @@ def _read_grid(
     step, half_step = 1.0 / fps, 0.5 / fps
     chosen: list[tuple[float, np.ndarray]] = []
     reformatter = VideoReformatter()
-    corrupt = backward = 0
+    corrupt = backward = interlaced = 0
     broken = ""
     info: dict[str, Any] = {}
     duration = 0.0
+    first: float | None = None
+    changed = False
     try:
         with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
-            if not container.streams.video:
+            stream = main_stream(container)
+            if stream is None:
                 raise ClipError("no_video_stream", "the file has no video stream")
-            stream = container.streams.video[0]
             aspect = float(stream.sample_aspect_ratio or 1)
             stream.thread_type = "SLICE"
             stream.codec_context.thread_count = 1  # automatic threads under many workers can deadlock
@@ -155,7 +161,9 @@ def _read_grid(
                 "width": stream.codec_context.width,
                 "height": stream.codec_context.height,
             }
-            first: float | None = None
+            changed = alpha_decoder(stream) is not None or not has_display_stamps(container)
+            if len(container.streams.video) > 1:
+                info["video_stream"] = container.streams.video.index(stream)
             displayed: av.VideoFrame | None = None
             displayed_time = 0.0
 
@@ -168,15 +176,20 @@ def _read_grid(
                 if len(chosen) == 1:
                     info.update(
                         pixel_format=displayed.format.name,
-                        range="full" if has_full_range(displayed) else "limited",
+                        **colour_of(displayed).record(),
                         rotation=displayed.rotation,
                         pixel_aspect=aspect,
                         resize_crop=list(frame_box(displayed, size, aspect, fit)),
                     )
 
-            selective = selective and stride is None and can_skip_frames(stream)  # a stride counts every frame
-            selected = selected_frames(container, stream, wanted, step, start_seconds)
-            for count, frame in enumerate(selected if selective else container.decode(stream)):
+            # A stride counts every frame.
+            selective = selective and stride is None and has_display_stamps(container) and can_skip_frames(stream)
+            if selective:
+                frames = selected_frames(container, stream, wanted, step, start_seconds)
+            else:
+                frames = decoded_frames(container, stream)
+            for count, (frame, was_interlaced) in enumerate(deinterlaced(frames)):
+                interlaced += was_interlaced
                 if frame.pts is None or frame.time is None:
                     raise ClipError("no_timestamps", "a frame has no presentation stamp")
                 corrupt += bool(frame.is_corrupt)
@@ -200,15 +213,21 @@ def _read_grid(
             end = duration + min(1.0 / rate if rate > 0 else half_step, step)
             while stride is None and displayed is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
                 take()
+    except UnsupportedColourError as error:
+        raise ClipError("unsupported_colour", str(error)) from error
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError | MemoryError):
             raise
         if selective:
             return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, selective=False)
+        if isinstance(error, av.EOFError) and first is None:
+            raise ClipError("no_frames", "the file ends before its first frame") from error
         broken = f"{type(error).__name__} after {len(chosen)} {'grid ' if stride is None else ''}frames"
         if len(chosen) < least:
             raise ClipError("damaged" if chosen else "undecodable", broken) from error
 
+    if first is None:
+        raise ClipError("no_frames", "the video stream has no frame that can be decoded")
     if len(chosen) < least:
         raise ClipError(
             "too_short",
@@ -216,6 +235,11 @@ def _read_grid(
             f"{f'{fps:g} fps' if stride is None else f'a stride of {stride}'}, expected at least {least}",
         )
     info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
+    if interlaced:
+        info["deinterlaced_frames"] = interlaced
+    guessed = "matrix" in info.get("assumed", ()) and info["matrix"] != "smpte170m"
+    if changed or interlaced or guessed or "colour_conversion" in info or info.get("video_stream"):
+        info["decode_version"] = VERSION
     if broken:
         info["broken"] = broken
     return chosen, info

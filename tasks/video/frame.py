@@ -1,4 +1,4 @@
-"""Converts a decoded frame to an upright RGB square: applies range, transparency, pixel aspect and rotation."""
+"""Converts a decoded frame to an upright RGB square: applies colour, transparency, pixel aspect and rotation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
+from tasks.video.colour import Colour, colour_of, has_full_range, to_bt709
 from trip_model.config import Fit
 from trip_model.images import square_box
 
@@ -28,10 +29,14 @@ def to_square(
 ) -> np.ndarray:
     """Converts a decoded frame to uint8 [size, size, 3]; `aspect` is a pixel's width over its height.
 
-    Transparency is composited on white, as in a photo. A frame without a range has the default range of its format.
+    Transparency is composited on white, as in a photo. Wide gamuts and HDR become BT.709 (`tasks.video.colour`).
+
+    Raises:
+        UnsupportedColourError: as `colour_of`.
     """
     full, gray = has_full_range(frame), frame.format.name.startswith("gray")
-    opaque = _on_white(frame) if any(part.is_alpha for part in frame.format.components) else frame
+    colour = colour_of(frame)
+    opaque = _on_white(frame, colour) if any(part.is_alpha for part in frame.format.components) else frame
     width, height, left, top = frame_box(frame, size, aspect, fit)
     # swscale writes planes in a third of the time of packed pixels. Both are equal where it interpolates chroma at full
     # resolution, which for packed pixels is only at odd widths. It takes a different path when the height is unchanged.
@@ -40,35 +45,29 @@ def to_square(
         opaque,
         width=width,
         height=height,
-        format="gbrp" if planes else "rgb24",
+        format="rgb48le" if colour.conversion else "gbrp" if planes else "rgb24",
+        src_colorspace=None if opaque.format.is_rgb else colour.source_matrix,
         interpolation=Interpolation.BICUBIC,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         threads=1,
     ).to_ndarray()
     square = rgb[top : top + size, left : left + size]
-    if gray and not full:
+    if colour.conversion:
+        square = to_bt709(square / 65535, colour)
+    elif gray and not full:
         square = _SPREAD[square]
     # The crop is centred or the entire frame, so rotation and crop commute.
     return np.ascontiguousarray(_upright(square, frame))
 
 
-def has_full_range(frame: av.VideoFrame) -> bool:
-    """Returns True for full range (0 to 255), False for limited range (16 to 235)."""
-    name = frame.format.name
-    if name.startswith("yuvj") or frame.format.is_rgb:
-        return True
-    if frame.color_range in (ColorRange.MPEG, ColorRange.JPEG):
-        return frame.color_range == ColorRange.JPEG
-    return name.startswith(("gray", "ya", "mono", "pal"))
-
-
-def _on_white(frame: av.VideoFrame) -> av.VideoFrame:
+def _on_white(frame: av.VideoFrame, colour: Colour) -> av.VideoFrame:
     """Composites the frame on white; returns an opaque frame unchanged."""
-    source = ColorRange.JPEG if has_full_range(frame) else ColorRange.MPEG
+    source = ColorRange.JPEG if colour.range == "full" else ColorRange.MPEG
     # For packed pixels of an odd width swscale does not write the last column, which keeps uninitialised memory.
     rgba = frame.reformat(
         format="gbrap" if frame.width % 2 else "rgba",
+        src_colorspace=None if frame.format.is_rgb else colour.source_matrix,
         src_color_range=source,
         dst_color_range=ColorRange.JPEG,
         threads=1,

@@ -97,7 +97,8 @@ def test_a_stride_takes_every_nth_decoded_frame(container: str, options: dict[st
     windows = read_windows(data, 4, 4.0, 32, windows=2, stride=stride)
     assert len(windows) == 2
     np.testing.assert_array_equal(np.concatenate([clip.pixels for clip in windows]), expected[:8])
-    times = np.array([frame.time for frame in frames_of(data)])[::stride]
+    times = np.array([frame.time for frame in frames_of(data)])
+    times = (np.sort(times) if container == "avi" else times)[::stride]  # FFmpeg guesses the stamps of B-frames in AVI
     np.testing.assert_allclose(np.concatenate([clip.times for clip in windows]), (times - times[0])[:8], atol=1e-5)
     [track] = read_track(data, 4, 4.0, 32, longest=999, stride=stride)
     np.testing.assert_array_equal(track.pixels, expected)
