@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, metavar="N", help=f"{bound.description()}; default: {default}")
     parser.add_argument("--scale", type=int, default=1, help="enlarge the frames by an integer factor (nearest pixel)")
     parser.add_argument("--regenerate-first-frame", action="store_true", help="show the model's own frame 1")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is a GPU (default)")
     return parser.parse_args(arguments)
 
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         photo = _photo(Path(options.image))
         from trip_model.pipeline import TripPipeline
 
-        pipe = TripPipeline.from_folder(options.model, options.device)
+        pipe = TripPipeline.from_folder(options.model, _device(options.device))
         fps = numbers.pop("fps", pipe.fps)
         start = time.monotonic()
 
@@ -78,6 +78,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(out)
     return 0
+
+
+def _device(name: str) -> str:
+    """Returns the device of `--device`. Raises ValueError for one that this machine does not have."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a build without CUDA
+        raise ValueError(f"--device {name} is not available here; use cpu, cuda or auto") from error
+    return name
 
 
 def _photo(path: Path) -> bytes:

@@ -12,9 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from trip_model.request_limits import MAX_ASPECT, MAX_PHOTO_PIXELS
+from trip_model.request_limits import MAX_ASPECT, MAX_PHOTO_PIXELS, readable_formats, without_png_text
 
 # Pillow's names of the formats that `load_image` reads. Never EPS: Pillow opens it by running Ghostscript.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
@@ -31,7 +31,8 @@ def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
     """Reads a photo as uint8 [size, size, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
 
-    Files and bytes are read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
+    Colours of an embedded ICC profile become sRGB; a profile that cannot be applied is ignored. Files and bytes are
+    read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
     Pillow's modes `I;16` and `I`) from 0..65535, floats from 0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels
     (gray, gray and alpha, RGB, RGBA). An array that is uint8 [size, size, 3] already is returned as it is.
 
@@ -48,9 +49,8 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     else:
         name = "the given bytes" if isinstance(source, bytes) else str(source)
         try:
-            Image.init()  # registers every format of this Pillow build; AVIF and HEIF can be missing
-            formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            image = Image.open(io.BytesIO(without_png_text(data)), formats=readable_formats(PHOTO_FORMATS))
             if image.width * image.height > MAX_PHOTO_PIXELS:
                 raise ValueError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PHOTO_PIXELS}")
             image.load()
@@ -68,8 +68,11 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
         image = ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF is ignored; Pillow documents no errors for it (SyntaxError, struct.error, ...)
         pass
+    profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
         image = _from_array(np.asarray(image), image.info.get("transparency"))
+    if profile or image.mode == "LAB":
+        image = _to_srgb(image, profile)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -77,6 +80,30 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     width, height, left, top = square_box(image.width, image.height, size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Converts an image to sRGB by its ICC profile; returns it unchanged if the profile cannot be applied."""
+    if image.mode in ("P", "PA", "1"):
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+    has_alpha = image.mode in ("RGBA", "LA")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
+        if profile and ImageCms.getProfileDescription(source).startswith("sRGB"):
+            return image
+        opaque = image.convert("RGB" if image.mode == "RGBA" else "L") if has_alpha else image
+        if "transparency" in image.info and not has_alpha:  # a colour of the source, which the conversion changes
+            image = image.convert("RGBA")
+            opaque, has_alpha = image.convert("RGB" if opaque.mode == "RGB" else "L"), True
+        srgb = ImageCms.profileToProfile(
+            opaque, source, ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # malformed, or of another colour space
+        return image
+    assert srgb is not None
+    if has_alpha:
+        srgb.putalpha(image.getchannel("A"))
+    return srgb
 
 
 def _from_array(values: np.ndarray, transparent: int | None = None) -> Image.Image:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -21,11 +22,11 @@ MAX_PHOTO_PIXELS = 64_000_000  # read from the header, before the photo is unpac
 MIN_PHOTO_SIDE = 8  # pixels
 MAX_ASPECT = 20  # longer over shorter side: the shorter one is resized to the frame, and the longer one with it
 # By name: Pillow opens many more formats, among them PostScript, which it passes to an external program.
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")
 MAX_PROMPT_CHARACTERS = 2000
 VIDEO_FORMATS = ("mp4", "gif")
 
-PHOTO = "a JPEG, PNG, WebP, GIF or BMP photo"
+PHOTO = "a JPEG, PNG, WebP, GIF, BMP or AVIF photo"
 PROMPT = f"a sentence of 1 to {MAX_PROMPT_CHARACTERS} characters that describes what should move"
 
 _MAX_NUMBER_CHARACTERS = 40
@@ -151,8 +152,8 @@ def check_photo(photo: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()  # `formats` accepts only formats whose plugin is loaded
-            width, height = Image.open(io.BytesIO(photo), formats=PHOTO_FORMATS).size
+            formats = readable_formats(PHOTO_FORMATS)
+            width, height = Image.open(io.BytesIO(without_png_text(photo)), formats=formats).size
     except Image.DecompressionBombError as error:
         raise RequestError(f"image has too many pixels; use at most {MAX_PHOTO_PIXELS} pixels", "too_large") from error
     except Exception as error:  # image decoders raise many types
@@ -164,6 +165,34 @@ def check_photo(photo: bytes) -> None:
         raise RequestError(f"{size}; use at least {MIN_PHOTO_SIDE} pixels for each side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"{size}; the longer side may be at most {MAX_ASPECT} times the shorter side")
+
+
+def readable_formats(names: Sequence[str]) -> list[str]:
+    """Returns the formats that this installation reads; HEIF (HEIC) needs the package `pillow-heif`."""
+    from PIL import Image
+
+    if "HEIF" in names and "HEIF" not in Image.OPEN:
+        with contextlib.suppress(ImportError):
+            import pillow_heif  # type: ignore[import-not-found]
+
+            pillow_heif.register_heif_opener()
+    Image.init()  # registers every format of this Pillow build
+    return [name for name in names if name in Image.OPEN]
+
+
+def without_png_text(data: bytes) -> bytes:
+    """Returns a PNG without its text chunks, which Pillow rejects from 1 MiB on; other data unchanged."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, position, removed = [data[:8]], 8, False
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if data[position + 4 : position + 8] in (b"tEXt", b"zTXt", b"iTXt"):
+            removed = True
+        else:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept) if removed else data
 
 
 def too_many_bytes(count: int) -> RequestError:

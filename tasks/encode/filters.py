@@ -19,7 +19,7 @@ from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
 from tasks.video.decode import Clip, ClipError, read_track, read_windows
 
-VERSION = 1  # part of the fingerprint; increases when the definition of a score changes
+VERSION = 2  # part of the fingerprint; increases when the definition of a score changes
 GRID = 32  # cells per side of a frame; averaging over them removes noise and compression
 # By reason, in the order of the checks: the bound in FilterSpec, whose second half is the name of the score.
 REASONS = {
@@ -33,6 +33,7 @@ REASONS = {
 }
 SCORES = ("side", "brightness", "contrast", "bars", "cut", "motion")
 _BLACK = 32  # of 255: the brightest pixel of a bar after compression
+_PLAIN = 0.01  # standard deviation of the luma of a plain colour, at most
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -63,7 +64,7 @@ def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
     side: shorter side of the displayed video in pixels, before resizing.
     brightness: 95th percentile of the luma of the first frame. 0 is black.
     contrast: standard deviation of the first frame's luma, relative to the median over the window, at most 1. Near 0
-        the window fades in from a plain colour.
+        the window fades in from a plain colour. 1 for a window that stays plain.
     bars: share of the frame's height, or width, under black bars on both sides that last for the entire window.
     cut: how much more the frame changes between two neighbouring frames than just before and after them.
     motion: mean over frames of the 99th percentile of the change from frame to frame.
@@ -79,7 +80,7 @@ def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
     measured = {
         "side": min(info["width"] * info["pixel_aspect"], info["height"]),
         "brightness": np.percentile(luma[0], 95),
-        "contrast": min(1.0, spread[0] / max(np.median(spread), 1e-6)),
+        "contrast": min(1.0, spread[0] / median) if (median := np.median(spread)) > _PLAIN else 1.0,
         "bars": _bars(pixels),
         "cut": _cut(cells),
         "motion": np.percentile(change, 99, axis=(1, 2)).mean(),
@@ -96,7 +97,7 @@ def picture_hash(pixels: np.ndarray) -> str | None:
     """
     luma = _cells(pixels) @ _LUMA
     mean, half = luma.mean(axis=0), len(luma) // 2
-    if mean.std() < 0.01:
+    if mean.std() < _PLAIN:
         return None
     waves = np.cos(np.pi / GRID * np.outer(np.arange(9), np.arange(GRID) + 0.5))
     bits = [waves[:4] @ part @ waves[1:].T > 0 for part in (mean, luma[half:].mean(axis=0) - luma[:half].mean(axis=0))]

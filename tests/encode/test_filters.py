@@ -107,6 +107,12 @@ def test_a_start_in_the_dark_or_in_a_fade_is_distinguished_from_a_dim_scene(seed
     assert reason(fade(moving, 4, 0)[::-1]) == "", "a fade at the end is no start"
 
 
+@pytest.mark.parametrize("level", [255, 128, 60])
+def test_a_plain_clip_is_static_and_no_fade(level: int) -> None:
+    assert reason(np.full((FRAMES, SIDE, SIDE, 3), level, np.uint8)) == "near_static"
+    assert reason(noisy(np.full((FRAMES, SIDE, SIDE, 3), level), 1)) == "near_static"
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_cut_is_found_wherever_it_is(seed: int) -> None:
     for at in (1, 2, 8, 14, 15):
@@ -280,7 +286,7 @@ def test_rejected_windows_stay_accounted_for(tiny_base: Path, tmp_path: Path) ->
     assert off.recipe_hash != on.recipe_hash and list(problems(on.dataset)) == []
     data, every = ShardDataset(on.dataset), ShardDataset(off.dataset)
     assert "filters" not in every.published.recipe
-    assert data.published.recipe["filters"] == bounds.chosen() | {"version": 1}
+    assert data.published.recipe["filters"] == bounds.chosen() | {"version": 2}
     assert data.keys == ["a_000", "d_000", "e_000", "f_000"]
     for i, key in enumerate(data.keys):
         meta = data.read(i, ("meta",))["meta"]

@@ -22,6 +22,7 @@ from tasks.evaluate.spec import SCHEMA_VERSION
 from tasks.records import EVALUATION_REPORT, UserError, digest
 from tasks.video.decode import CONTAINERS, ClipError
 from tasks.video.frame import to_square
+from tasks.video.streams import decoded_frames, deinterlaced, main_stream
 from trip_model.images import load_image
 
 OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
@@ -200,12 +201,12 @@ def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
     with av.open(
         io.BytesIO(data), "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore"
     ) as container:
-        if not container.streams.video:
+        stream = main_stream(container)
+        if stream is None:
             raise ClipError("undecodable", "the file holds no video stream")
-        stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         aspect = float(stream.sample_aspect_ratio or 1)
-        for frame in container.decode(stream):
+        for frame, _ in deinterlaced(decoded_frames(container, stream)):
             found.append(to_square(frame, size, aspect, reformatter))
             if len(found) == frames:
                 break
