@@ -36,6 +36,7 @@ COMMANDS = {
     "live": "flows.cli.promote",
     "sample": "flows.cli.curate",
     "verify": "flows.cli.curate",
+    "show": "flows.cli.curate",
     "forget": "flows.cli.curate",
     "deduplicate": "flows.cli.curate",
 }

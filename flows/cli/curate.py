@@ -1,4 +1,7 @@
-"""The commands of a data set: `sample` draws rows, `verify` lists problems, `forget` and `deduplicate` remove clips."""
+"""The commands of a data set.
+
+`sample` draws rows, `verify` lists problems, `show` decodes a sample, `forget` and `deduplicate` remove clips.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import cyclopts
+import numpy as np
 
 from flows.console import log
-from flows.source import DEFAULT, SourceOptions
+from flows.recipes import DEMO_BASE
+from flows.source import DEFAULT, SourceOptions, named_source
 from infra.redaction import redact
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
@@ -53,6 +58,44 @@ def verify(data: str, workers: int | None = None) -> int:
         count += 1
     log(f"verify      {data}: {f'{count} problems' if count else 'no problems'}")
     return int(count > 0)
+
+
+def show(
+    data: str,
+    key: str,
+    output: Annotated[Path, cyclopts.Parameter(alias="-o")],
+    base: str = DEMO_BASE,
+    source: str | None = None,
+    scale: int = 1,
+    *,
+    options: SourceOptions = DEFAULT,
+) -> None:
+    """Decode a stored sample into a video: the frames of its source, then those of its latents, next to each other.
+
+    Args:
+        data: address of the data set's folder, as the prepare stage prints it.
+        key: the key of a sample, or of a clip, whose first sample is shown.
+        output: an .mp4, a .gif, or a folder for png frames.
+        base: folder or hub name of the base whose VAE encoded the data set; by default the demo's.
+        source: the table or folder that the data set was made from, to follow relative links.
+        scale: enlarges the frames by an integer factor.
+        options: reading options of the source.
+    """
+    from tasks.encode.show import check_target, show_sample  # torch, which the other commands do not need
+    from trip_model.images import write_video
+
+    check_target(output)
+    if not 1 <= scale <= 16:
+        raise UserError(f"--scale {scale}, expected 1 to 16")
+    shown = show_sample(data, key, base, named_source(source, options))
+    frames = shown.side_by_side().repeat(scale, axis=1).repeat(scale, axis=2)
+    write_video(output, frames, shown.fps)
+    if shown.original is None:
+        log(f"show        only the decoded latents: {shown.why_no_original}")
+    else:
+        error = np.sqrt(np.mean((shown.original.astype(np.float32) - shown.decoded) ** 2))
+        log(f"show        left the source, right its latents decoded; RMSE {error:.1f} of 255")
+    log(f"show        {shown.key} ({len(frames)} frames, {shown.caption!r}) in {output}")
 
 
 def forget(data: str, ids: Path, reason: str = "asked for") -> int:
