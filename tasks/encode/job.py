@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.redaction import redact
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, open_decoders
@@ -112,6 +114,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
             rows_retried=rows_retried,
             seconds=round(time.monotonic() - began, 3),
             page=shards.report_addresses(output)["html"],
+            source=PurePosixPath(redact(spec.source.table)).name,
         )
         with _write_errors(f"report {report.page}"):
             workers.write_report(to_json(report), sum(part.size_bytes for part in parts), accounting.rows_made)

@@ -84,6 +84,7 @@ class PrepareReport:
     rows_retried: int
     seconds: float
     page: str  # address of the HTML report, next to the data set
+    source: str = ""  # name of the table or folder, without its address
 
     @property
     def data(self) -> Artifact:

@@ -162,6 +162,8 @@ def _read_grid(
                 "height": stream.codec_context.height,
             }
             changed = alpha_decoder(stream) is not None or not has_display_stamps(container)
+            if container.duration is not None and container.duration > 0:
+                info["duration_seconds"] = round(container.duration / av.time_base, 3)
             if len(container.streams.video) > 1:
                 info["video_stream"] = container.streams.video.index(stream)
             displayed: av.VideoFrame | None = None

@@ -224,8 +224,10 @@ def test_the_report_shows_reasons_and_decoded_latents_and_lies_next_to_the_data(
     assert (numbers["rows"], numbers["encoded"], numbers["rows_made"]) == (6, 5, 6) and numbers["rows_per_second"] > 0
     assert numbers["size_bytes"] == sum(path.stat().st_size for path in Path(spec.output).glob("*.tar"))
     page = storage.read_bytes(addresses["html"]).decode()
-    chart, sheet = (Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page))
-    assert "http_503" in page and chart.size[0] > 300
+    [sheet] = (Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page))
+    assert re.search(r"http_503<br><small>row \d+, \w+: ", page) and f"<h1>{Path(spec.source.table).name}:" in page
+    assert "captions have more than 32 tokens" in page and "h264" in page and "matrix" in page
+    assert page.count("<svg") >= 4 and "change of the latents" in page and "duration of the video" in page
     # One line for each of three shards: the stored first frame, then decoded ones, enlarged five times.
     data = ShardDataset(spec.output)
     pixels = np.asarray(sheet.convert("RGB"))
