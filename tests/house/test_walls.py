@@ -99,8 +99,9 @@ def test_frameworks_are_at_home(path: Path) -> None:
 
 def test_the_library_imports_what_its_wheel_asks_for_and_nothing_else() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    asked = {re.split(r"[<>=!~ \[]", line)[0].lower() for line in project["dependencies"]}
-    distribution = {"PIL": "pillow", "open_clip": "open_clip_torch"}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["heif"]]
+    asked = {re.split(r"[<>=!~ \[]", line)[0].lower() for line in lines}
+    distribution = {"PIL": "pillow", "open_clip": "open_clip_torch", "pillow_heif": "pillow-heif"}
     used = {top for path in FILES if inside(path).startswith("trip_model/") for top in tops(path)}
     third_party = used - set(sys.stdlib_module_names) - {"trip_model"}
     # huggingface_hub, tokenizers and einops-like helpers come with diffusers and transformers.
