@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tasks.evaluation_record import Gate
 from tasks.metrics.statistics import Estimate
 
 
@@ -15,14 +16,6 @@ class GateRule:
     least_motion_ratio: float = 0.5
     most_motion_ratio: float = 1.5
     least_clips: int = 32
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Whether the rule is met; every reason against is listed."""
-
-    passed: bool
-    reasons: tuple[str, ...]
 
 
 def gate(

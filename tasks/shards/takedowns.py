@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from infra import storage
 from infra.redaction import name_of
+from tasks.json_records import parse_record
 from tasks.records import ClipRef, Failure, UserError
-from tasks.shards.layout import parse_record
 
 TAKEDOWNS_FILE = "forgotten.json"
 TAKEDOWNS_FOLDER = "takedowns"

@@ -194,7 +194,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     spec = replace(spec, workers=1)
     fields = to_json(replace(spec, output=str(tmp_path / "killed")))
     script = (
-        f"from tasks.evaluate.job import *; from tasks.records import *; evaluate(from_json(EvaluateSpec, {fields!r}))"
+        f"from tasks.evaluate.job import *; from tasks.json_records import *; "
+        f"evaluate(parse_record(EvaluateSpec, {json.dumps(fields)!r}))"
     )
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL) as process:

@@ -27,11 +27,11 @@ from tests.conftest import REPOSITORY
 from tests.train.test_train import assert_same_weights, dataset, spec  # noqa: F401 - fixtures
 
 TRAIN = """
-import json, sys
-from tasks.records import from_json
+import sys
+from tasks.json_records import parse_record
 from tasks.train.job import train
 from tasks.train.spec import TrainSpec
-spec = from_json(TrainSpec, json.load(sys.stdin))
+spec = parse_record(TrainSpec, sys.stdin.read())
 train(spec, lambda tick: print(tick["step"], flush=True), in_process=True)
 """
 

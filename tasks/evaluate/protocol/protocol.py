@@ -11,8 +11,9 @@ from typing import Any
 
 from infra import storage
 from tasks.evaluate.protocol.presets import Preset, PublishedRow, load_preset, preset_names, published_rows
+from tasks.json_records import parse_record
 from tasks.records import UserError
-from tasks.shards import ShardDataset, parse_record, split_keys
+from tasks.shards import ShardDataset, split_keys
 
 SCHEMA = "trip-protocol/1"
 LEAST_FRAMES = 4  # of F-Consistency/4
