@@ -78,7 +78,7 @@ def train(
     def fit() -> None:
         try:
             _fit_while_progressing(spec, {"spec": spec, "tracking": tracking, "relay": relay})
-        except Exception as error:  # noqa: BLE001 - handed to the caller below
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)

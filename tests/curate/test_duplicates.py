@@ -33,7 +33,7 @@ def sample(row: int, picture: int | None, window: int = 0) -> Sample:
 
 # By row: the hash of its first window, None where it has none, "" for a row that failed. Row 6 is 3 bits from row 0,
 # row 7 is 3 from row 6 and 6 from row 0: it stays, for row 6 does not.
-ROWS: list[int | None | str] = [0b0, 2**40 - 1, None, "", None, 0b0, 0b111, 0b111111, 2**40 - 2]
+ROWS: list[int | str | None] = [0b0, 2**40 - 1, None, "", None, 0b0, 0b111, 0b111111, 2**40 - 2]
 
 
 def make_dataset(uri: str) -> str:

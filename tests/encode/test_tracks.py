@@ -232,7 +232,7 @@ def test_an_epoch_has_each_track_once_and_in_time_every_start(drawn: ShardDatase
             seen.setdefault(key, set()).add(int(latents[0, 0, 0, 0]))
     for key, starts in seen.items():
         frames = drawn.num_frames(drawn.keys.index(key))
-        assert starts == set(range(frames - FRAMES + 1)) or frames == 30 and len(starts) > 18
+        assert starts == set(range(frames - FRAMES + 1)) or (frames == 30 and len(starts) > 18)
 
 
 def test_drawn_latents_have_the_mean_and_deviation_of_the_posterior(drawn: ShardDataset) -> None:

@@ -280,7 +280,7 @@ def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:
     for index in range(4):
         start = index * 2000
         entries = [
-            Entry(f"{10**9 + row}_000", {name: (512 * row, 99) for name in ("caption", "first", "latents", "tokens")})
+            Entry(f"{10**9 + row}_000", dict.fromkeys(("caption", "first", "latents", "tokens"), (512 * row, 99)))
             for row in range(start, start + 2000)
         ]
         manifest = ShardManifest("", start, start + 2000, "h", 2000, entries, [], "0" * 64, 0).named(index)
