@@ -127,7 +127,7 @@ def test_an_invalid_hash_is_reported(tmp_path: Path) -> None:
     broken.meta["picture_hash"] = "no number"
     part = shards.write_shard(uri, 0, (0, 1), [[broken]], HASH).summary()
     shards.publish_dataset(uri, RECIPE, HASH, {}, [part])
-    with pytest.raises(UserError, match="is damaged .*verify the data set"):
+    with pytest.raises(UserError, match=r"is damaged .*verify the data set"):
         deduplicate(uri)
 
 

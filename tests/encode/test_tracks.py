@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -286,10 +287,8 @@ def test_training_on_drawn_windows_resumes_bitwise(training: TrainSpec, tmp_path
             if values["step"] == last:
                 raise Killed
 
-        try:
+        with contextlib.suppress(Killed):
             run_training(spec, on_tick=tick)
-        except Killed:
-            pass
         return losses
 
     whole = losses_of(training, 99)
