@@ -149,7 +149,7 @@ class Tracking:
             try:
                 monitor.collect_metrics()
                 values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-            except Exception as error:
+            except Exception as error:  # a missing counter must not stop the training
                 _log.debug("no system metrics of %s: %s", type(monitor).__name__, error)
             monitor.clear_metrics()
         self.metrics(values, step)
