@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,8 @@ class Mark(torch.nn.Module):
         super().__init__()
         self.path = path
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.path), "w")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
 def sha256_of(path: Path) -> str:
@@ -127,7 +128,7 @@ def test_a_file_of_another_hash_is_not_opened(tmp_path: Path, kind: str):
     torch.save(Mark(mark), path)
     torch.load(path, weights_only=False)
     assert mark.exists()  # the file would leave it
-    mark.unlink()
+    mark.rmdir()
     files = {"clip_model" if kind == "clip" else kind: str(path)}
     with pytest.raises(ExtractorError, match=sha256_of(path)):
         load_extractors(ExtractorFiles(**files))
