@@ -84,9 +84,9 @@ def from_json(kind: type[Record], value: dict[str, Any]) -> Record:
     for name, item in value.items():
         nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
         if nested and isinstance(item, dict):
-            item = from_json(typing.cast(type, nested[0]), item)
+            item = from_json(typing.cast(type[Any], nested[0]), typing.cast(dict[str, Any], item))
         elif isinstance(item, list) and typing.get_origin(hints[name]) is tuple:
-            item = tuple(item)
+            item = tuple(typing.cast(list[Any], item))
         arguments[name] = item
     return kind(**arguments)
 

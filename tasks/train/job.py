@@ -74,7 +74,7 @@ def train(
 
     # On the driver's machine: the loss of a worker's machine must not end it, and the training with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
+    relay: Any = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
