@@ -24,6 +24,7 @@ def local_server(home: Path, meanwhile: Callable[[], None] = lambda: None) -> It
     """Yields the API address of a server with its database and log in `home`.
 
     Args:
+        home: folder of the database and the log.
         meanwhile: called while the server starts, in this process.
 
     Prefect's own server becomes an orphan when the command is killed. This server watches a pipe from its parent, which

@@ -47,6 +47,7 @@ def prefect_server(root: str, meanwhile: Callable[[], None]) -> Iterator[None]:
     """Uses the server at PREFECT_API_URL where that is set, else starts one for the length of this command.
 
     Args:
+        root: the root that the command writes below.
         meanwhile: called while the server starts; the imports of a flow take as long.
     """
     if "PREFECT_API_URL" in os.environ:

@@ -52,6 +52,7 @@ def write_model_card(
     """Returns the card as Markdown.
 
     Args:
+        name: of the registered model.
         lineage: the origin; `data_terms` and `base_terms` replace the default paragraphs, the rest is a table.
         configuration: the model's own settings (trip.json), dotted names to plain values.
         schedule: the scheduler's configuration.

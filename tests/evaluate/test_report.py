@@ -336,14 +336,14 @@ def test_an_evaluation_is_one_mlflow_run_linked_to_model_data_and_code(tmp_path:
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
     still = [made("frozen", 0)] * 2
-    result = summarised(protocol_of(2), {row: still for row in ("frozen", "trip", "real")})
+    result = summarised(protocol_of(2), dict.fromkeys(("frozen", "trip", "real"), still))
     assert "motion_ratio" not in result.metrics["trip"] and result.per_clip[0]["motion_ratio"] is None
 
 
 def test_clips_of_fewer_than_four_frames_are_an_error():
     short = [real_clip(0)[:3]] * 2
     with pytest.raises(ValueError, match="first 4 frames asked of a video of 3"):
-        summarised(protocol_of(2), {row: short for row in ("frozen", "trip", "real")})
+        summarised(protocol_of(2), dict.fromkeys(("frozen", "trip", "real"), short))
 
 
 def test_ticks_tell_what_is_left():

@@ -113,7 +113,7 @@ def test_the_service_loads_only_the_registered_weights(spec, package, tmp_path):
     again = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
     client.delete_model_version_tag("trip", "1", "trip.model_sha256")
     try:
-        with pytest.raises(RegistryTrouble, match="has no tag trip.model_sha256"):
+        with pytest.raises(RegistryTrouble, match=r"has no tag trip\.model_sha256"):
             again.fetch(version)
     finally:
         client.set_model_version_tag("trip", "1", "trip.model_sha256", model_hash)

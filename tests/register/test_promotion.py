@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -247,10 +248,8 @@ def test_a_kill_between_any_two_calls_is_completed_by_the_next_caller(client, na
         promote(client, name, "2", "again")
         before = sync_aliases(client, name).entries
         watched = Watched(client, n, kill)
-        try:
+        with contextlib.suppress(Killed):
             act(watched, name, action)
-        except Killed:
-            pass
         after = sync_aliases(client, name).entries
         new = [(entry.action, entry.replaced) for entry in after[len(before) :]]
         assert new in ([], [(action, "2")])
@@ -291,7 +290,7 @@ def test_a_rival_between_any_two_calls_leaves_one_winner_and_aliases_that_agree_
 
 def test_the_commands_show_the_champion_and_errors(tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(UserError, match="no MLflow store at .*register-trip first"):
+    with pytest.raises(UserError, match=r"no MLflow store at .*register-trip first"):
         commands.live(root=str(tmp_path))
     client = connect(uri)
     make(client, "trip", {"lineage.recipe": "demo"}, {"lineage.recipe": "paper"})

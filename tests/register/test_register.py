@@ -231,7 +231,7 @@ def test_a_new_champion_makes_the_old_one_previous(registered):
 
 
 def test_registering_an_old_version_again_does_not_take_the_champion_back(registered):
-    spec, first, home = registered
+    spec, _, home = registered
     newer = register(replace(spec, report=write_report(home / "newest", note="a third evaluation")), silent)
     register(spec, silent)
     assert version_of(spec, "champion") == newer.version
@@ -241,9 +241,9 @@ def test_an_error_names_what_is_missing_and_the_fix(registered, tmp_path):
     spec, _, _ = registered
     with pytest.raises(UserError, match="no model folder at"):
         register(replace(spec, model=str(tmp_path / "absent")), silent)
-    with pytest.raises(UserError, match="has no model_index.json"):
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
         register(replace(spec, model=str(tmp_path)), silent)
-    with pytest.raises(UserError, match="no report.json at"):
+    with pytest.raises(UserError, match=r"no report\.json at"):
         register(replace(spec, report=str(tmp_path)), silent)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):

@@ -33,10 +33,15 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 SCREENSHOTS = Path(os.environ.get("TRIP_ARTIFACTS") or Path(__file__).resolve().parents[2] / "runs") / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SEED = "#seed :is(input, textarea)"
 PROMPT = "a red circle moving right slowly"
 KEY = "a key with spaces and \N{LATIN SMALL LETTER E WITH ACUTE}"

@@ -13,9 +13,9 @@ import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tasks.json_records import parse_record  # noqa: E402
-from tasks.train.loop import TrainingStopped, run_training  # noqa: E402
-from tasks.train.spec import TrainSpec  # noqa: E402
+from tasks.json_records import parse_record
+from tasks.train.loop import TrainingStopped, run_training
+from tasks.train.spec import TrainSpec
 
 WORLD, STOP = 2, 3
 

@@ -218,6 +218,7 @@ def without_missing(
     """The items that every method has, and how many each method lacked, by reason; an item leaves all rows at once.
 
     Args:
+        protocol: the items, and how many may be missing.
         missing_items: by method and item key, the reason.
     Raises:
         UserError: items are missing although the protocol allows none, or too little is left.

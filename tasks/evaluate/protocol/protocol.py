@@ -126,6 +126,8 @@ def load_protocol(name: str, dataset: ShardDataset, held_out_fraction: float, li
     """The items of a preset (by name or TOML file) or of a manifest (a JSON file) in a data set.
 
     Args:
+        name: a preset, or the path of a TOML or JSON file.
+        dataset: holds the items' windows.
         held_out_fraction: the one training split by; 1 for a data set that was never trained on.
         limit: how many windows are taken at most where the preset leaves it to the run.
         seed: of the noise of all items; a manifest has its own.

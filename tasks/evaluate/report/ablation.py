@@ -16,7 +16,7 @@ from infra import storage
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report.page import REPORT_STYLE
 from tasks.evaluate.report.tables import Table, number
-from tasks.evaluation_record import read_evaluation
+from tasks.evaluation_record import EvaluationRecord, read_evaluation
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.statistics import Estimate, mean_over_clips, student_quantile
 from tasks.records import UserError
@@ -146,7 +146,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     )
 
 
-def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], dict[str, Values], dict[str, Any]]:
+def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], dict[str, Values], EvaluationRecord]:
     """Of one evaluation: keys, source clips, means of the reference rows, values by metric [C], and the report itself.
 
     The row of the untrained base is empty where the evaluation has none.

@@ -1,4 +1,4 @@
-"""One training on Ray as a command of its own, to be killed: `python -m benchmarks.rig.train_driver JOB.json`."""
+"""One training on Ray as a command of its own, to be killed: `python -m tests.chaos.train_driver JOB.json`."""
 
 from __future__ import annotations
 

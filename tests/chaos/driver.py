@@ -1,4 +1,4 @@
-"""Runs prepare as a separate command that can be killed: `python -m benchmarks.rig.driver SPEC.json`."""
+"""Runs prepare as a separate command that can be killed: `python -m tests.chaos.driver SPEC.json`."""
 
 from __future__ import annotations
 
