@@ -81,16 +81,21 @@ def draw_frame(scene: Scene, seconds: float, size: int) -> np.ndarray:
     dx, dy = DIRECTIONS[scene.direction]
     travelled = SPEEDS[scene.speed] / 100 * seconds
     u, v = x - (scene.start_xy[0] + dx * travelled), y - (scene.start_xy[1] + dy * travelled)
-    # Signed distance to the shape's edge (negative inside), in fractions of the frame.
-    if scene.shape == "circle":
-        distance = np.hypot(u, v) - scene.radius
-    elif scene.shape == "square":
-        distance = np.maximum(np.abs(u), np.abs(v)) - 0.88 * scene.radius
-    else:
-        distance = np.maximum(v - 0.7 * scene.radius, 0.87 * np.abs(u) - 0.5 * v - 0.6 * scene.radius)
-    cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
+    cover = shape_cover(scene.shape, u, v, scene.radius, size)[..., None]
     colour = np.asarray(COLOURS[scene.colour], dtype=np.float32)
     return np.rint(background * (1 - cover) + colour * cover).astype(np.uint8)
+
+
+def shape_cover(shape: str, u: np.ndarray, v: np.ndarray, radius: float, size: int) -> np.ndarray:
+    """Returns the share of each pixel that a shape covers, at offsets (u, v) from its place; fractions of the frame."""
+    # Signed distance to the shape's edge (negative inside), in fractions of the frame.
+    if shape == "circle":
+        distance = np.hypot(u, v) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(u), np.abs(v)) - 0.88 * radius
+    else:
+        distance = np.maximum(v - 0.7 * radius, 0.87 * np.abs(u) - 0.5 * v - 0.6 * radius)
+    return np.clip(0.5 - distance * size, 0, 1)
 
 
 def draw_clip(seed: int, size: int, fps: float = SOURCE_FPS, seconds: float = CLIP_SECONDS) -> tuple[np.ndarray, str]:
