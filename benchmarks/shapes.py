@@ -1,11 +1,13 @@
 """Measures what a person sees in the demo's clips: the shape stays, the ground stands still, the motion is right.
 
-    python -m benchmarks.shapes --root runs/demo
+    python -m benchmarks.shapes --root runs/demo [--noise 0.2 0.3 0.4] [--pictures docs/images]
 
 Reads the held-out clips that `make demo` generated and prints a row for each system: in how many clips the last frame
 still shows the caption's shape, the difference of the still ground to the photo in levels of 255, the motion ratio and
 the distance to the true clip, with 95 % intervals over clips. Nothing is generated; the VAE's round trip is decoded
-from the stored latents.
+from the stored latents. `--noise` adds rows of the round trip with white noise of these deviations on the final
+latents: where the decoder stops telling shapes apart, to compare with the error of the model's own latents.
+`--pictures` writes the README's: the first four held-out clips by key, so none is picked.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from tasks.evaluate.generate import load_generated, real_pixels
 from tasks.evaluate.protocol.protocol import Item, held_out_protocol
@@ -28,7 +32,7 @@ from tasks.ingest.drawing import SHAPES, shape_cover
 from tasks.metrics.pixels import clip_distance, motion_magnitude
 from tasks.metrics.statistics import mean_over_clips, paired_difference, ratio_of_sums
 from tasks.shards import ShardDataset
-from trip_model.encoders import decode_latents, load_vae
+from trip_model.encoders import decode_latents, encode_pixels, load_vae
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -160,8 +164,8 @@ def gain(systems: dict[str, list[Pixels]], items: Sequence[Item]) -> str:
     return f"base minus trip {number(gained, '+.4f')}: {share:.0%} of the way from the base to the VAE's round trip"
 
 
-def read_run(root: Path) -> tuple[dict[str, list[Pixels]], list[Item]]:
-    """Reads the clips of all systems from a run of the demo, newest evaluation first."""
+def read_run(root: Path, noise: Sequence[float] = ()) -> tuple[dict[str, list[Pixels]], list[Item], float]:
+    """Reads the clips of all systems from a run's newest evaluation; also the items and the model's `object_error`."""
     report_file = max(root.glob("evaluate/*/report.json"), key=lambda file: file.stat().st_mtime)
     report = json.loads(report_file.read_text())
     origin = report["provenance"]
@@ -171,26 +175,72 @@ def read_run(root: Path) -> tuple[dict[str, list[Pixels]], list[Item]]:
     )
     frames = origin["frames"]
     reals = [real_pixels(dataset, item, frames) for item in items]
-    vae = load_vae(origin["model"])
+    vae: Any = load_vae(origin["model"])
     latents = [torch.from_numpy(dataset.read(i.index, ("latents",), (0, frames))["latents"]).float() for i in items]
-    decoded = [decode_latents(vae, raw * vae.config.scaling_factor) for raw in latents]
+    final = [raw * vae.config.scaling_factor for raw in latents]
     (base,) = (folder for folder in (root / "base_clips").iterdir() if folder.is_dir())
     systems = {
-        "vae": decoded,
+        "vae": [decode_latents(vae, z) for z in final],
+        **noisy_round_trips(vae, final, noise),
         "base": [load_generated(str(base), item) for item in items],
         "trip": [load_generated(str(report_file.parent / report["generations"]), item) for item in items],
     }
-    return {"real": reals, **{name: shown(clips, reals) for name, clips in systems.items()}}, items
+    error = object_error(vae, systems["trip"], final)
+    return {"real": reals, **{name: shown(clips, reals) for name, clips in systems.items()}}, items, error
+
+
+def noisy_round_trips(vae: Any, final: Sequence[torch.Tensor], deviations: Sequence[float]) -> dict[str, list[Pixels]]:
+    """Decodes final latents [F, C, h, w] with white noise of each deviation."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"vae, noise {deviation:g}": [
+            decode_latents(vae, z + deviation * torch.randn(z.shape, generator=generator)) for z in final
+        ]
+        for deviation in deviations
+    }
+
+
+def object_error(vae: Any, made: Sequence[Pixels], final: Sequence[torch.Tensor], cells: int = 9) -> float:
+    """Returns the root mean square error of the last frame's final latents in its worst cells, about an object's."""
+    errors = []
+    for clip, z_FCHW in zip(made, final, strict=True):
+        z_1CHW = encode_pixels(vae, clip[-1:]) * vae.config.scaling_factor
+        errors.append((z_1CHW[0] - z_FCHW[-1]).square().mean(0).flatten().topk(cells).values.mean())
+    return float(torch.stack(errors).mean().sqrt())
+
+
+def write_pictures(systems: dict[str, list[Pixels]], items: Sequence[Item], folder: Path, scale: int = 2) -> None:
+    """Writes `demo.gif` and `demo.png`: of each clip the model's frames above the true ones."""
+    first = sorted(range(len(items)), key=lambda i: items[i].key)[:4]
+    made, real = (np.stack([systems[name][i] for i in first]) for name in ("trip", "real"))
+
+    def enlarged(image: Pixels) -> Image.Image:
+        return Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))
+
+    frames = [
+        enlarged(np.concatenate([np.concatenate(list(clips[:, k]), axis=1) for clips in (made, real)])).quantize(64)
+        for k in range(made.shape[1])
+    ]
+    frames[0].save(folder / "demo.gif", save_all=True, append_images=frames[1:], duration=250, loop=0)
+    shown_frames = (0, 3, 6, 9, 12, 15)
+    rows = [np.concatenate(list(clips[n, shown_frames, :]), axis=1) for n in range(4) for clips in (made, real)]
+    enlarged(np.concatenate(rows)).save(folder / "demo.png", optimize=True)
+    print("\n" + "\n".join(f"{items[i].key}: {items[i].caption}" for i in first))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="where `reproduce --recipe demo` has run")
+    parser.add_argument("--noise", type=float, nargs="*", default=(), help="deviations, in units of final latents")
+    parser.add_argument("--pictures", type=Path, help="a folder for demo.gif and demo.png")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    systems, items = read_run(given.root)
+    systems, items, error = read_run(given.root, given.noise)
     print("\n".join(table(systems, items)))
     print(f"\n{gain(systems, items)}")
+    print(f"trip: root mean square error of the latents in the object's cells of frame 16: {error:.2f}")
+    if given.pictures is not None:
+        write_pictures(systems, items, given.pictures)
 
 
 if __name__ == "__main__":
