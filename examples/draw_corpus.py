@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tasks.ingest.demo import write_demo_corpus  # noqa: E402
-from tasks.ingest.drawing import Style  # noqa: E402
+from tasks.ingest.demo import write_demo_corpus
+from tasks.ingest.drawing import Style
 
 
 def main() -> None:

@@ -33,6 +33,9 @@ def write_demo_corpus(
     A repeated call reuses existing files: every mp4 is written atomically, and the table is written last.
 
     Args:
+        folder: of the clips and their table; made if it does not exist.
+        clips: number of clips.
+        size: side of the square frames in pixels.
         progress: called after each clip with the number of clips that are ready.
         style: what makes the clips harder than the demo's; clips of several styles can lie in one folder.
     Raises:
