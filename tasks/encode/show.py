@@ -43,6 +43,7 @@ def show_sample(dataset: str, key: str, base: str, source: SourceSpec | None = N
     """Returns a stored sample as pixels.
 
     Args:
+        dataset: address of the data set's folder.
         key: of a sample, or of a clip, whose first sample is taken.
         base: folder or hub name of the base with the VAE that encoded the data set.
         source: the table or folder that the data set was made from; without it, links that are no complete URL cannot

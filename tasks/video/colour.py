@@ -128,6 +128,7 @@ def to_bt709(signal: np.ndarray, colour: Colour) -> np.ndarray:
 
     Args:
         signal: floats [H, W, 3], 0 to 1.
+        colour: of the frame.
     Returns:
         uint8 [H, W, 3].
     """
