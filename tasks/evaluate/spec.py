@@ -22,7 +22,7 @@ from trip_model.folders import folder_hash
 if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -150,5 +150,5 @@ def provenance_of(
             for extractor in extractors
         },
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},
+        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")},
     }
