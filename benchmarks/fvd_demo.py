@@ -134,7 +134,7 @@ def main() -> None:
     generate(pipeline, seeds, given.output / "clips", given.batch)
     rows = {
         name: features(extractor, name, others if name == OTHERS else seeds, pipeline.size, given.output)
-        for name in (MODEL, REAL, FROZEN, OTHERS)
+        for name in (MODEL, REAL, OTHERS, FROZEN)
     }
     table = summary(rows)
     text = markdown(table, extractor.info.metric, given.clips)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
 
 SCHEMA_VERSION = 4
+# The packages whose numbers a report depends on.
+VERSIONS = ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")
 
 
 @dataclass(frozen=True)
@@ -150,5 +152,8 @@ def provenance_of(
             for extractor in extractors
         },
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")},
+        | {
+            name: version(name)
+            for name in ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")
+        },
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class Alignment:
             root of E_warp (Lai et al., ECCV 2018), whose flow is FlowNet2's.
         photo_error: frame 1 against each later frame warped back by the flow between the two, visible pixels only.
         part_distance: patches of frame 1 against the best match in each later frame, near where the flow leads;
-            weighted by how far each patch moves in the real clip, so that it is the moving part that counts.
+            weighted by how far each patch moves in the real clip, so that it is the moving part that counts; without
+            patches that have left the frame.
     """
 
     warp_error: float
@@ -45,7 +46,9 @@ class Alignment:
 
 
 def alignment(pixels: Pixels, real: Pixels) -> Alignment:
-    """The three errors of a clip that starts with the first frame of `real`, both uint8 [F >= 2, H, W, 3].
+    """The three errors of a clip made from the first frame of `real`, both uint8 [F >= 2, H, W, 3].
+
+    Frame 1 counts as the given one, whatever the clip has there.
 
     Raises:
         ValueError: clips of another type, or of two shapes.
@@ -53,7 +56,7 @@ def alignment(pixels: Pixels, real: Pixels) -> Alignment:
     checked_video(pixels)
     checked_video(real)
     same_shape(pixels, real)
-    frames = _scaled(pixels)
+    frames = _scaled(np.concatenate([real[:1], pixels[1:]]))
     flows = _Flows(frames)
     own = flows.from_first()
     return Alignment(
@@ -179,29 +182,27 @@ def _part_distance(frames: Sequence[Pixels], own: Sequence[Flow], motion: NDArra
         box = (SHRINK * PATCH, SHRINK * PATCH)
         return cv2.blur(plane, box, anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)[places]
 
-    squares = np.zeros((len(rows), len(columns)))
-    for frame, flow in zip(small[1:], own, strict=True):
-        # A patch goes where its moving pixels go.
-        x, y = np.ascontiguousarray(flow.transpose(2, 0, 1))
-        length = np.hypot(x, y) + np.float32(1e-6)
-        total = means(length)
-        shifts = np.rint(np.stack([means(length * y), means(length * x)]) / total / SHRINK).astype(int)
-        for i, top in enumerate(rows):
-            for j, left in enumerate(columns):
-                template = small[0][top : top + PATCH, left : left + PATCH]
-                squares[i, j] += _best_match(frame, template, top + shifts[0, i, j], left + shifts[1, i, j])
     weights = means(motion)
     if not weights.any():
         weights = np.ones_like(weights)  # nothing moves in the real clip: all of the frame counts
-    return float(np.sqrt((weights * squares).sum() / weights.sum() / len(own)))
+    total = error = 0.0
+    for frame, flow in zip(small[1:], own, strict=True):
+        # A patch goes where its moving pixels go.
+        length = np.hypot(flow[..., 0], flow[..., 1]) + np.float32(1e-6)
+        right, down = (np.rint(means(length * flow[..., axis]) / means(length) / SHRINK).astype(int) for axis in (0, 1))
+        for (i, y), (j, x) in product(enumerate(rows), enumerate(columns)):
+            top, left = y + down[i, j], x + right[i, j]
+            if 0 <= top <= rows.stop - 1 and 0 <= left <= columns.stop - 1:  # else it has left the frame
+                template = small[0][y : y + PATCH, x : x + PATCH]
+                error += weights[i, j] * _best_match(frame, template, top, left)
+                total += weights[i, j]
+    return float(np.sqrt(error / total)) if total else 0.0
 
 
 def _best_match(frame: Pixels, template: Pixels, top: int, left: int) -> float:
     """The least mean square difference of a patch [P, P, 3] to those of a frame at most `REACH` from a place."""
     import cv2
 
-    height, width = frame.shape[:2]
-    top, left = min(max(top, 0), height - PATCH), min(max(left, 0), width - PATCH)
     window = frame[max(0, top - REACH) : top + PATCH + REACH, max(0, left - REACH) : left + PATCH + REACH]
     _, _, (x, y), _ = cv2.minMaxLoc(cv2.matchTemplate(window, template, cv2.TM_SQDIFF))
     difference = window[y : y + PATCH, x : x + PATCH].astype(np.int32) - template
