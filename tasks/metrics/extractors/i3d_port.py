@@ -60,7 +60,7 @@ class _Unit(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
-        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
+        self.kernel, self.stride = (kernel, kernel, kernel), (stride, stride, stride)
         self.conv = nn.Conv3d(inputs, outputs, kernel, stride)
 
     def forward(self, x_BCTHW: torch.Tensor) -> torch.Tensor:
