@@ -66,14 +66,20 @@ def alignment(pixels: Pixels, real: Pixels) -> Alignment:
     )
 
 
+def _opencv() -> Any:
+    """OpenCV, whose stubs give every array the widest type, on one thread: a Ray worker has a share of the cores."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
 class _Flows:
     """Flow between the frames of a clip, float32 [H, W, 2] as (x, y): where a pixel of one lies in another."""
 
     def __init__(self, frames: Sequence[Pixels]) -> None:
-        import cv2
-
-        cv2.setNumThreads(1)  # its sums depend on the number of threads, and Ray gives each worker its cores
-        self._dis: Any = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        cv2 = _opencv()
+        self._dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._dis.setFinestScale(1)  # half of `SIDE`, which is what a frame of 64 pixels holds
         self._grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
         self._last = len(frames) - 1
@@ -108,8 +114,7 @@ class _Flows:
 
 
 def _scaled(pixels: Pixels) -> list[Pixels]:
-    import cv2
-
+    cv2 = _opencv()
     height, width = pixels.shape[1:3]
     scale = SIDE / min(height, width)
     size = (round(width * scale), round(height * scale))
@@ -119,8 +124,7 @@ def _scaled(pixels: Pixels) -> list[Pixels]:
 
 def _warped(image: NDArray[Any], flow: Flow) -> NDArray[Any]:
     """The image read at x + flow(x), bilinear; its edge repeated outside."""
-    import cv2
-
+    cv2 = _opencv()
     place = _grid(*flow.shape[:2]) + flow
     return cv2.remap(image, place, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
@@ -171,8 +175,7 @@ def _motion(flows: _Flows) -> NDArray[np.float32]:
 
 
 def _part_distance(frames: Sequence[Pixels], own: Sequence[Flow], motion: NDArray[np.float32]) -> float:
-    import cv2
-
+    cv2 = _opencv()
     small = [cv2.resize(f, None, fx=1 / SHRINK, fy=1 / SHRINK, interpolation=cv2.INTER_AREA) for f in frames]
     rows, columns = (range(0, side - PATCH + 1, STRIDE) for side in small[0].shape[:2])
     places = np.ix_([SHRINK * y for y in rows], [SHRINK * x for x in columns])
@@ -201,8 +204,7 @@ def _part_distance(frames: Sequence[Pixels], own: Sequence[Flow], motion: NDArra
 
 def _best_match(frame: Pixels, template: Pixels, top: int, left: int) -> float:
     """The least mean square difference of a patch [P, P, 3] to those of a frame at most `REACH` from a place."""
-    import cv2
-
+    cv2 = _opencv()
     window = frame[max(0, top - REACH) : top + PATCH + REACH, max(0, left - REACH) : left + PATCH + REACH]
     _, _, (x, y), _ = cv2.minMaxLoc(cv2.matchTemplate(window, template, cv2.TM_SQDIFF))
     difference = window[y : y + PATCH, x : x + PATCH].astype(np.int32) - template
