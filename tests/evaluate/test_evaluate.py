@@ -137,6 +137,8 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     trip = report.metrics["trip"]
     assert trip["clip_distance"]["ci_low"] <= trip["clip_distance"]["value"] <= trip["clip_distance"]["ci_high"]
     assert report.metrics["frozen"]["motion_ratio"]["value"] == 0
+    for name in ("warp_error", "photo_error", "part_distance"):
+        assert report.metrics["frozen"][name]["value"] == 0 < report.metrics["real"][name]["value"]
     assert not report.passed and "5 held-out clips" in report.gate.reasons[0]
     json.dumps(to_json(report), allow_nan=False)
     other = report.metrics["Other"]  # the real clips backwards, four of five through a codec
@@ -150,7 +152,7 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     assert any(line.startswith("generate   5/5 clips") for line in lines)
     assert any(line.startswith("judge      5/5 clips") for line in lines)
     content = storage.read_json(storage.join(report.uri, "report.json"))
-    assert content["schema_version"] == 3 and content["provenance"]["seed"] == spec.seed
+    assert content["schema_version"] == 4 and content["provenance"]["seed"] == spec.seed
     assert all(len(content["curves"]["consecutive"][row]) == FRAMES - 1 for row in report.metrics)
     minus = content["differences"]["Other"]["clip_distance"]
     assert minus["value"] == pytest.approx(other["clip_distance"]["value"] - trip["clip_distance"]["value"])
