@@ -156,9 +156,9 @@ EXPECTED = {
     "half speed": ("motion_ratio", "consistency"),
     "shuffled": ("flicker_ratio", "smoothness_ratio", "warp_error"),
     "flicker": ("flicker_ratio", "smoothness_ratio", "rfd-motion"),
-    "blurred": ("ssim", "rfd-app", "part_distance"),
-    "shimmer": ("warp_error", "photo_error"),
-    "colour drift": ("photo_error", "part_distance"),
+    "blurred": ("ssim", "rfd-app"),
+    "shimmer": ("warp_error",),
+    "colour drift": ("part_distance",),
     "shape swapped": ("part_distance", "photo_error"),
     "texture replaced": ("part_distance",),
 }
@@ -196,7 +196,7 @@ class Sensitivity:
 
 def read(table: Path, windows: int) -> Iterator[Window]:
     """The windows of each video of a WebVid-style table that is long enough."""
-    for row in csv.DictReader(table.open()):
+    for row in csv.DictReader(table.read_text().splitlines(keepends=True)):
         try:
             clips = read_windows(table.parent / row["contentUrl"], DENSE_FRAMES, 2 * FPS, SIZE, windows)
         except ClipError:

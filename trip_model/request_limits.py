@@ -75,6 +75,8 @@ def check_number(name: str, value: Any, maximum: float | None = None) -> int | f
     """Returns a number of `BOUNDS` as int or float.
 
     Args:
+        name: a key of `BOUNDS`.
+        value: the number as given.
         maximum: a lower maximum than the table's.
     Raises:
         RequestError: a bool or another type, NaN, a fraction where an integer is expected, or a value out of bounds.
@@ -171,7 +173,7 @@ def too_many_bytes(count: int) -> RequestError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _decode_base64(text: str) -> bytes:
