@@ -343,7 +343,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "no CLIP weights": replace(spec, judges=ExtractorFiles(clip_model=str(tmp_path / "clip.pt"))),
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
-        "no report of schema 3 at": replace(spec, champion=str(tmp_path / "nothing")),
+        "champion: no report.json at": replace(spec, champion=str(tmp_path / "nothing")),
         "a worker of 64 CPUs .* does not fit": replace(spec, cpus_per_worker=64),
         "steps is 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),
