@@ -1,9 +1,12 @@
-"""Which metric sees which fault: windows of real clips against themselves, spoiled in five ways.
+"""Which metric sees which fault: windows of drawn or real clips against themselves, spoiled in many ways.
 
+    python -m benchmarks.sensitivity --drawn 32 [--output FOLDER]
     python -m benchmarks.sensitivity --clips manifest.csv [--windows 4] [--output FOLDER]
 
 Windows are 8 frames at 4 fps, so that clips of two seconds give one. `none` is the fault-free control: the same windows
-an eighth of a second later, other frames of the same motion. A fault is *seen* by a metric where the 95 % interval of
+an eighth of a second later, other frames of the same motion. Drawn clips have a second one, `other motion`: the same
+first frame, and the shape moves another way, as a good model may do. Only drawn clips know their shape, so only theirs
+is swapped or gets a texture. A fault is *seen* by a metric where the 95 % interval of
 its difference from `none`, paired by source video, excludes 0, or a Frechet distance lies above its floor, one half of
 the real videos against the other. Prints a Markdown table; with `--output` writes
 sensitivity.md and sensitivity.json. Without official files the extractors are the fixed random nets.
@@ -15,7 +18,7 @@ import argparse
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, draw_clip, draw_frame, draw_scene
+from tasks.metrics.alignment import alignment
 from tasks.metrics.consistency import consistency_curve
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import FeatureSet, frechet_floor, frechet_to_real, paired_frechet_difference
-from tasks.metrics.pixels import flicker, motion_magnitude, smoothness_residual, ssim_curve
+from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, smoothness_residual, ssim_curve
 from tasks.metrics.statistics import (
     Estimate,
     disjoint_parts,
@@ -41,41 +46,121 @@ from tasks.video.decode import ClipError, read_windows
 
 FRAMES, FPS = 8, 4
 DENSE_FRAMES = 2 * FRAMES  # a window is read at twice the rate: its even frames are the real clip
-SIZE = 128
+SIZE, DRAWN_SIZE = 128, 64
+FIRST_SEED = 3_000_000  # of the drawn scenes
 
 Pixels = NDArray[np.uint8]
 Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames [16, H, W, 3] at 8 fps of one video, and of a drawn one its scene."""
+
+    clip: str
+    dense: Pixels
+    scene: Scene | None = None
+
+    @property
+    def real(self) -> Pixels:
+        return self.dense[::2]
 
 
 def _blurred(frame: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(2)))
 
 
-def _shuffled(dense: Pixels, random: np.random.Generator) -> Pixels:
-    return dense[::2][[0, *(1 + random.permutation(FRAMES - 1))]]
+def _shuffled(window: Window, random: np.random.Generator) -> Pixels:
+    return window.real[[0, *(1 + random.permutation(FRAMES - 1))]]
 
 
-def _flickering(dense: Pixels, random: np.random.Generator) -> Pixels:
-    gains = np.concatenate([[1.0], random.uniform(0.9, 1.1, FRAMES - 1)])
-    return np.clip(np.rint(dense[::2] * gains[:, None, None, None]), 0, 255).astype(np.uint8)
+def _flickering(window: Window, random: np.random.Generator) -> Pixels:
+    return _scaled(window.real, np.concatenate([[1.0], random.uniform(0.9, 1.1, FRAMES - 1)])[:, None])
 
 
-# Dense window [16, H, W, 3] -> clip [8, H, W, 3]. The given frame, the first, is left whole but by the blur.
-FAULTS: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
-    "none": lambda dense, _: dense[1::2],
-    "frozen": lambda dense, _: np.repeat(dense[:1], FRAMES, axis=0),
-    "half speed": lambda dense, _: dense[:FRAMES],
+def _drifting(window: Window, _: np.random.Generator) -> Pixels:
+    """Red by 3 % more in every frame, blue by 3 % less."""
+    return _scaled(window.real, 1 + 0.03 * np.arange(FRAMES)[:, None] * np.array([1, 0, -1]))
+
+
+def _scaled(pixels: Pixels, gains: NDArray[np.float64]) -> Pixels:
+    """Each frame and channel times its gain, [F, 1 or 3]."""
+    return np.clip(np.rint(pixels * gains[:, None, None]), 0, 255).astype(np.uint8)
+
+
+def _shimmering(window: Window, random: np.random.Generator) -> Pixels:
+    """Soft blobs, other ones in each frame: a standard deviation of six grey levels."""
+    frames = [window.real[0]]
+    for frame in window.real[1:]:
+        height, width = frame.shape[:2]
+        coarse = random.normal(0, 6, (height // 4, width // 4, 3)).astype(np.float32)
+        noise = np.stack(
+            [np.asarray(Image.fromarray(c).resize((width, height))) for c in coarse.transpose(2, 0, 1)], -1
+        )
+        frames.append(np.clip(np.rint(frame + noise), 0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def _drawn(scene: Scene) -> Pixels:
+    return np.stack([draw_frame(scene, k / FPS, DRAWN_SIZE) for k in range(FRAMES)])
+
+
+def _other_motion(window: Window, _: np.random.Generator) -> Pixels:
+    """At right angles to the true one, towards the middle, where there is room."""
+    assert window.scene is not None
+    x, y = window.scene.start_xy
+    turned = ("down" if y < 0.5 else "up") if DIRECTIONS[window.scene.direction][0] else "right" if x < 0.5 else "left"
+    return _drawn(replace(window.scene, direction=turned))
+
+
+def _swapped(window: Window, _: np.random.Generator) -> Pixels:
+    """The shape becomes the next one over the first half of the clip."""
+    assert window.scene is not None
+    to = _drawn(replace(window.scene, shape=SHAPES[(SHAPES.index(window.scene.shape) + 1) % len(SHAPES)]))
+    part = np.minimum(np.arange(FRAMES) / (FRAMES // 2), 1)[:, None, None, None]
+    return np.rint(window.real * (1 - part) + to * part).astype(np.uint8)
+
+
+def _textured(window: Window, _: np.random.Generator) -> Pixels:
+    """From frame 2 on the shape has stripes that move with it."""
+    assert window.scene is not None
+    plain = replace(window.scene, colour="white", background=((0.0,) * 3,) * 2)
+    cover = _drawn(plain) / float(max(COLOURS["white"]))
+    dx, dy = DIRECTIONS[window.scene.direction]
+    steps = SPEEDS[window.scene.speed] / 100 * DRAWN_SIZE / FPS * np.arange(FRAMES)[:, None, None]
+    y, x = np.mgrid[:DRAWN_SIZE, :DRAWN_SIZE]
+    dark = ((x - dx * steps + y - dy * steps) // 4 % 2)[..., None] * 0.5 * cover
+    dark[0] = 0
+    return np.rint(window.real * (1 - dark)).astype(np.uint8)
+
+
+# Window -> clip [8, H, W, 3]. The given frame, the first, is left as it is but by the blur.
+FAULTS: dict[str, Callable[[Window, np.random.Generator], Pixels]] = {
+    "none": lambda window, _: window.dense[1::2],
+    "frozen": lambda window, _: np.repeat(window.dense[:1], FRAMES, axis=0),
+    "half speed": lambda window, _: window.dense[:FRAMES],
     "shuffled": _shuffled,
     "flicker": _flickering,
-    "blurred": lambda dense, _: np.stack([_blurred(frame) for frame in dense[::2]]),
+    "blurred": lambda window, _: np.stack([_blurred(frame) for frame in window.real]),
+    "shimmer": _shimmering,
+    "colour drift": _drifting,
+}
+OF_DRAWN: dict[str, Callable[[Window, np.random.Generator], Pixels]] = {
+    "other motion": _other_motion,
+    "shape swapped": _swapped,
+    "texture replaced": _textured,
 }
 # The metrics whose business a fault is: each of them must see it.
 EXPECTED = {
     "frozen": ("motion_ratio", "consistency", "rfd-motion"),
     "half speed": ("motion_ratio", "consistency"),
-    "shuffled": ("flicker_ratio", "smoothness_ratio", "consistency"),
+    "shuffled": ("flicker_ratio", "smoothness_ratio", "warp_error"),
     "flicker": ("flicker_ratio", "smoothness_ratio", "rfd-motion"),
     "blurred": ("ssim", "rfd-app"),
+    "shimmer": ("warp_error",),
+    "colour drift": ("part_distance",),
+    "shape swapped": ("part_distance", "photo_error"),
+    "texture replaced": ("part_distance",),
 }
 
 
@@ -94,6 +179,7 @@ class Sensitivity:
 
     windows: int
     clips: int
+    size: int
     judges: dict[str, str]
     floors: dict[str, float | None]
     cells: dict[str, dict[str, Cell]]
@@ -104,23 +190,31 @@ class Sensitivity:
             f"{fault}: {metric}"
             for fault, metrics in EXPECTED.items()
             for metric in metrics
-            if not self.cells[fault][metric].seen
+            if fault in self.cells and not self.cells[fault][metric].seen
         ]
 
 
-def read(table: Path, windows: int) -> Iterator[tuple[str, Pixels]]:
-    """(video id, dense window [16, H, W, 3]) of each video of a WebVid-style table that is long enough."""
+def read(table: Path, windows: int) -> Iterator[Window]:
+    """The windows of each video of a WebVid-style table that is long enough."""
     for row in csv.DictReader(table.read_text().splitlines(keepends=True)):
         try:
             clips = read_windows(table.parent / row["contentUrl"], DENSE_FRAMES, 2 * FPS, SIZE, windows)
         except ClipError:
             continue
-        yield from ((row["videoid"], clip.pixels) for clip in clips)
+        yield from (Window(row["videoid"], clip.pixels) for clip in clips)
 
 
-def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity:
+def draw(number: int) -> Iterator[Window]:
+    """A window of each of as many drawn scenes."""
+    for seed in range(FIRST_SEED, FIRST_SEED + number):
+        dense, _ = draw_clip(seed, DRAWN_SIZE, 2 * FPS, DENSE_FRAMES / (2 * FPS))
+        yield Window(str(seed), dense, draw_scene(seed))
+
+
+def measure(windows: Sequence[Window], seed: int = 0) -> Sensitivity:
     """Spoils each window in every way and compares it with itself."""
-    clips = [clip for clip, _ in windows]
+    clips = [window.clip for window in windows]
+    faults = FAULTS | (OF_DRAWN if all(window.scene for window in windows) else {})
     tower, appearance, motion = load_extractors(ExtractorFiles())
 
     def judged(pixels: Pixels, truth: Pixels) -> Arrays:
@@ -130,6 +224,8 @@ def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity
             "smoothness_ratio": smoothness_residual(pixels),
             "consistency": consistency_curve(tower.features(pixels, "")["clip_frames"])[-1],
             "ssim": ssim_curve(pixels, truth)[1:].mean(),
+            "clip_distance": clip_distance(pixels, truth),
+            **asdict(alignment(pixels, truth)),
         }
         return {name: np.array(value) for name, value in numbers.items()} | {
             "rfd-app": appearance.features(pixels, "")["rfd_app"],
@@ -137,23 +233,23 @@ def measure(windows: Sequence[tuple[str, Pixels]], seed: int = 0) -> Sensitivity
         }
 
     columns: dict[str, Arrays] = {}
-    real = [dense[::2] for _, dense in windows]
-    for row in ("real", *FAULTS):
+    real = [window.real for window in windows]
+    for row in ("real", *faults):
         random = np.random.default_rng(seed)
-        made = real if row == "real" else [FAULTS[row](dense, random) for _, dense in windows]
+        made = real if row == "real" else [faults[row](window, random) for window in windows]
         each = [judged(pixels, truth) for pixels, truth in zip(made, real, strict=True)]
         columns[row] = {name: np.stack([arrays[name] for arrays in each]) for name in each[0]}
 
     floors = {name: _floor(name, values, clips) for name, values in columns["real"].items()}
-    cells = {row: {name: _cell(name, row, columns, clips, floors[name]) for name in columns[row]} for row in FAULTS}
+    cells = {row: {name: _cell(name, row, columns, clips, floors[name]) for name in columns[row]} for row in faults}
     named = zip(("consistency", "rfd-app", "rfd-motion"), (tower, appearance, motion), strict=True)
     extractors = {name: extractor.info.metric for name, extractor in named}
-    return Sensitivity(len(clips), unique_clips(clips), extractors, floors, cells)
+    return Sensitivity(len(clips), unique_clips(clips), real[0].shape[1], extractors, floors, cells)
 
 
 def _floor(name: str, real: NDArray[Any], clips: list[str]) -> float | None:
-    if name == "ssim":
-        return None  # is measured against the same clip, so real against real says nothing
+    if name in ("ssim", "clip_distance"):
+        return None  # are measured against the same clip, so real against real says nothing
     if name.startswith("rfd-"):
         return frechet_floor(_features(real, clips))
     first, second = (real[part].mean() for part in disjoint_parts(clips, 2))
@@ -211,11 +307,13 @@ def markdown(result: Sensitivity) -> str:
     ]
     extractors = "; ".join(f"{column} is {metric}" for column, metric in result.judges.items())
     notes = [
-        f"{result.windows} windows of {result.clips} source videos, {FRAMES} frames at {FPS} fps, {SIZE} pixels.",
+        f"{result.windows} windows of {result.clips} videos, {FRAMES} frames at {FPS} fps, {result.size} pixels.",
         "Bold: the fault is seen, that is the 95 % interval of the difference from `none` (beneath, paired by source "
         "video) excludes 0, or an rfd-* value is above its floor. `none`: the same windows 1/8 s later.",
         "*_ratio: to real (motion: mean absolute frame difference; flicker: energy of the second difference; "
-        "smoothness: frames against the mean of their neighbours, a proxy). ssim: frames 2 to the last against real.",
+        "smoothness: frames against the mean of their neighbours, a proxy). ssim, clip_distance: frames 2 to the "
+        "last against real, so they also see `other motion`. warp_error, photo_error, part_distance: root mean "
+        "squares after optical flow, against the next frame and the given one.",
         "Floor: two halves of the real videos; of a ratio its distance from 1, of consistency the difference. So few "
         "videos differ more in what they show than by a fault: unpaired, a fault below the floor would go unseen.",
         f"{extractors}: fixed random nets, {NOT_COMPARABLE}.",
@@ -225,13 +323,15 @@ def markdown(result: Sensitivity) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, required=True, help="a WebVid-style table beside its videos")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clips", type=Path, help="a WebVid-style table next to its videos")
+    source.add_argument("--drawn", type=int, help="draw as many scenes")
     parser.add_argument("--windows", type=int, default=4, help="at most so many of one video")
     parser.add_argument("--output", type=Path, help="a folder for sensitivity.md and sensitivity.json")
     given = parser.parse_args()
-    if not given.clips.is_file():
+    if given.clips and not given.clips.is_file():
         raise SystemExit(f"no table of clips at {given.clips}; nothing was measured")
-    result = measure(list(read(given.clips, given.windows)))
+    result = measure(list(read(given.clips, given.windows) if given.clips else draw(given.drawn)))
     print(markdown(result))
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)

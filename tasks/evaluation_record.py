@@ -13,7 +13,7 @@ from tasks.metrics.statistics import Estimate
 from tasks.records import UserError, digest
 
 REPORT_FILE = "report.json"  # written last, so it marks the evaluation as complete
-REPORT_SCHEMA = 3
+REPORT_SCHEMA = 4
 
 
 @dataclass(frozen=True)

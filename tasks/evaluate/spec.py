@@ -22,6 +22,9 @@ from trip_model.folders import folder_hash
 if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
 
+# The packages whose numbers a report depends on.
+VERSIONS = ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")
+
 
 @dataclass(frozen=True)
 class EvaluateSpec:
@@ -146,5 +149,8 @@ def provenance_of(
             for extractor in extractors
         },
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "diffusers", "open_clip_torch", "numpy", "ray")},
+        | {
+            name: version(name)
+            for name in ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-headless", "ray")
+        },
     }

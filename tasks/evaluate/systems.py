@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from infra import storage
 from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
 from tasks.evaluate.protocol.baselines import READERS, Method, read_method
 from tasks.evaluate.protocol.protocol import Item
+from tasks.metrics.alignment import alignment
 from tasks.metrics.extractors.extractor import ExtractorInfo, FeatureExtractor, extract_features
 from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, psnr_curve, smoothness_residual, ssim_curve
 from tasks.records import digest
@@ -24,7 +25,7 @@ from tasks.video.decode import ClipError
 # BASE is what the model's base does before training: without it nobody knows what training adds.
 FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
 HASHES = ("content", "shifted")  # of a record: which pixels were looked at, all of a clip and those for sets
-RECORDS_VERSION = 1  # of what `measure` says; another one is never read
+RECORDS_VERSION = 2  # of what `measure` says; another one is never read
 
 Pixels = NDArray[np.uint8]
 Features = dict[str, NDArray[np.float32]]
@@ -76,6 +77,7 @@ def measure(pixels: Pixels, real: Pixels, first: Pixels | None) -> dict[str, Any
         "distance": clip_distance(pixels, real),
         "flicker": flicker(pixels),
         "smoothness": smoothness_residual(pixels),
+        **asdict(alignment(pixels, real)),
     }
     if first is not None:
         made = np.concatenate([first[None], pixels[1:]])

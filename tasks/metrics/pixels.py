@@ -21,14 +21,14 @@ for _row in range(_BAND):
     _BLUR[_row, _row : _row + 11] = _WINDOW / _WINDOW.sum()
 
 
-def _video(pixels: Pixels, least: int = 2) -> NDArray[np.int16]:
+def checked_video(pixels: Pixels, least: int = 2) -> NDArray[np.int16]:
     """The clip in a type in which differences of pixels are exact."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) < least:
         raise ValueError(f"pixels need uint8 [F >= {least}, H, W, 3], got {pixels.dtype} {pixels.shape}")
     return pixels.astype(np.int16)
 
 
-def _same_shape(pixels: Pixels, truth: Pixels) -> None:
+def same_shape(pixels: Pixels, truth: Pixels) -> None:
     if pixels.shape != truth.shape:
         raise ValueError(f"clips differ in shape: {pixels.shape} and {truth.shape}")
 
@@ -41,7 +41,7 @@ def _mean_square(differences: NDArray[np.int16]) -> float:
 
 def motion_magnitude(pixels: Pixels) -> float:
     """Mean absolute difference of consecutive frames, pixel values in [0, 1]."""
-    frames = _video(pixels)
+    frames = checked_video(pixels)
     return float(np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(frames)])) / 255.0
 
 
@@ -50,7 +50,7 @@ def flicker(pixels: Pixels) -> float:
 
     Steady change has little of it, change back and forth much; a still clip none, so read it as a ratio to real.
     """
-    frames = _video(pixels, least=3)
+    frames = checked_video(pixels, least=3)
     triples = zip(frames, frames[1:], frames[2:], strict=False)
     return float(np.mean([_mean_square(a - 2 * b + c) for a, b, c in triples]))
 
@@ -61,15 +61,15 @@ def smoothness_residual(pixels: Pixels) -> float:
     A proxy for VBench's motion smoothness, which interpolates those frames with a net (AMT) in place of the mean; the
     two are not comparable. Lower is smoother, and a still clip has 0.
     """
-    frames = _video(pixels, least=3)
+    frames = checked_video(pixels, least=3)
     triples = zip(frames[:-2:2], frames[1:-1:2], frames[2::2], strict=True)
     return float(np.mean([np.abs(a - 2 * b + c).mean() for a, b, c in triples])) / (2 * 255.0)
 
 
 def clip_distance(pixels: Pixels, truth: Pixels) -> float:
     """Root mean square pixel error in [0, 1] over frames 2..F; frame 1 is given, so it says nothing."""
-    _same_shape(pixels, truth)
-    pairs = zip(_video(pixels)[1:], _video(truth)[1:], strict=True)
+    same_shape(pixels, truth)
+    pairs = zip(checked_video(pixels)[1:], checked_video(truth)[1:], strict=True)
     return float(np.sqrt(np.mean([_mean_square(a - b) for a, b in pairs])))
 
 
@@ -117,11 +117,11 @@ def ssim(image: Pixels, truth: Pixels) -> float:
 
 def psnr_curve(pixels: Pixels, truth: Pixels) -> Floats:
     """PSNR in dB of each frame of a clip uint8 [F, H, W, 3] against the true one: [F], drift from the first on."""
-    _same_shape(pixels, truth)
+    same_shape(pixels, truth)
     return np.array([psnr(a, b) for a, b in zip(pixels, truth, strict=True)])
 
 
 def ssim_curve(pixels: Pixels, truth: Pixels) -> Floats:
     """SSIM of each frame of a clip uint8 [F, H, W, 3] against the true one: [F]."""
-    _same_shape(pixels, truth)
+    same_shape(pixels, truth)
     return np.array([ssim(a, b) for a, b in zip(pixels, truth, strict=True)])

@@ -137,6 +137,8 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     trip = report.metrics["trip"]
     assert trip["clip_distance"]["ci_low"] <= trip["clip_distance"]["value"] <= trip["clip_distance"]["ci_high"]
     assert report.metrics["frozen"]["motion_ratio"]["value"] == 0
+    for name in ("warp_error", "photo_error", "part_distance"):
+        assert report.metrics["frozen"][name]["value"] == 0 < report.metrics["real"][name]["value"]
     assert not report.passed and "5 held-out clips" in report.gate.reasons[0]
     json.dumps(to_json(report), allow_nan=False)
     other = report.metrics["Other"]  # the real clips backwards, four of five through a codec
@@ -150,7 +152,7 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     assert any(line.startswith("generate   5/5 clips") for line in lines)
     assert any(line.startswith("judge      5/5 clips") for line in lines)
     content = storage.read_json(storage.join(report.uri, "report.json"))
-    assert content["schema_version"] == 3 and content["provenance"]["seed"] == spec.seed
+    assert content["schema_version"] == 4 and content["provenance"]["seed"] == spec.seed
     assert all(len(content["curves"]["consecutive"][row]) == FRAMES - 1 for row in report.metrics)
     minus = content["differences"]["Other"]["clip_distance"]
     assert minus["value"] == pytest.approx(other["clip_distance"]["value"] - trip["clip_distance"]["value"])
@@ -341,7 +343,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "no CLIP weights": replace(spec, judges=ExtractorFiles(clip_model=str(tmp_path / "clip.pt"))),
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
-        "no report of schema 3 at": replace(spec, champion=str(tmp_path / "nothing")),
+        "champion: no report.json at": replace(spec, champion=str(tmp_path / "nothing")),
         "a worker of 64 CPUs .* does not fit": replace(spec, cpus_per_worker=64),
         "steps is 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),

@@ -122,7 +122,7 @@ def test_a_script_of_another_signature_is_named(tmp_path: Path):
         I3D(str(path), sha256_of(path)).features(noise(16, 32, 32), "")
 
 
-@pytest.mark.parametrize("kind", ["clip", "i3d", "inception", "raft"])
+@pytest.mark.parametrize("kind", ["clip", "i3d", "i3d_port", "inception", "raft"])
 def test_a_file_of_another_hash_is_not_opened(tmp_path: Path, kind: str):
     mark, path = tmp_path / "mark", tmp_path / "weights"
     torch.save(Mark(mark), path)

@@ -251,7 +251,7 @@ def test_an_error_names_what_is_missing_and_the_fix(registered, tmp_path):
     write_record(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     for change, expected in (
-        ({"schema_version": 2}, "has schema 2, expected 3"),
+        ({"schema_version": 2}, "has schema 2, expected 4"),
         ({"gate": {"passed": "yes"}}, "damaged .gate.passed: Input should be a valid boolean"),
         ({"rows": {"trip": {"motion_ratio": 1.0}}}, "damaged .rows.trip.motion_ratio"),
         ({"files": ["../../secret"]}, "lies outside the report's folder"),

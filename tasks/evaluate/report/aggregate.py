@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.distances import Sums, Values
 from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, TRIP, Features
+from tasks.metrics.alignment import Alignment
 from tasks.metrics.consistency import (
     PAIR_RULES,
     consistency_at,
@@ -22,6 +23,8 @@ from tasks.metrics.consistency import (
 )
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate, mean_over_clips
+
+ALIGNMENT = tuple(field.name for field in fields(Alignment))  # names in a record, and of the metrics
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def summarise(
     sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
     sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
     sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
+    for name in ALIGNMENT:
+        sums.add(name, {row: column[row][name] for row in rows})
     for row in (FROZEN, BASE):
         if row in column:
             minus = column[TRIP]["distance"] - column[row]["distance"]
@@ -170,7 +175,7 @@ def _per_clip(
         moved = column[REAL]["magnitude"][i]
         line["motion_ratio"] = float(column[TRIP]["magnitude"][i] / moved) if moved > 0 else None
         for row in sums.rows:
-            for name in ("magnitude", "distance", "flicker", "smoothness"):
+            for name in ("magnitude", "distance", "flicker", "smoothness", *ALIGNMENT):
                 line[f"{name}_{row}"] = float(column[row][name][i])
             for name in ("psnr", "ssim"):
                 if name in column[row]:
@@ -240,4 +245,7 @@ def _notes(
         "it states.",
         "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
         "Motion, flicker and smoothness ratios are to the real clips: 1 is best.",
+        "Warped errors and the distance of the moving part: root mean square errors after optical flow (OpenCV's DIS) "
+        "has followed the picture, pixels in 0-1. A still has 0, so the real row's value is the target, and a larger "
+        "one means that what was shown changed. Published warping errors use other flow: not comparable.",
     ]

@@ -37,7 +37,7 @@ _ABLATIONS = (5, 6)
 # A published metric and what is printed in its column: the first extractor that is there, by its features.
 _IN_COLUMN = {
     "F-Consistency": ("clip_frames",),
-    "FVD": ("i3d", "rfd_motion"),
+    "FVD": ("i3d", "i3d_port", "rfd_motion"),
     "FID": ("inception", "rfd_app"),
 }
 # Metrics of pixels: title and format. All others are named by their extractor.
@@ -49,6 +49,9 @@ _TITLES = {
     "first_frame_psnr_db": ("First-frame PSNR, dB (higher)", ".2f"),
     "first_frame_ssim": ("First-frame SSIM (higher)", ".4f"),
     "flicker_ratio": ("Flicker ratio to real (1 is best)", ".3f"),
+    "warp_error": ("Warped error to the next frame (real is the target)", ".4f"),
+    "photo_error": ("Warped error to the given frame (real is the target)", ".4f"),
+    "part_distance": ("Distance of the moving part to the given frame (real is the target)", ".4f"),
     "smoothness_ratio": ("Smoothness ratio to real (1 is best)", ".3f"),
 }
 _LATEX = str.maketrans(

