@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import random
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urljoin
 
 import aiohttp
@@ -46,6 +47,8 @@ def download_clips(
 ) -> Iterator[tuple[ClipRef, Fetched | Failure]]:
     """Downloads clips ahead of the caller, at most `concurrency` at a time, and yields them in the order of `refs`.
 
+    Successive clips with the same link are one download, and share its result.
+
     Failure reasons: `http_<status>`, `timeout`, `too_slow`, `network`, `truncated`, `too_large`, `not_a_video`,
     `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`. The detail
     contains the number of attempts if there were several. Files are read only below the table's folder.
@@ -59,20 +62,24 @@ def download_clips(
     thread = threading.Thread(target=loop.run_forever, name="download", daemon=True)
     thread.start()
 
-    def submit(ref: ClipRef) -> tuple[ClipRef, Future[Fetched | Failure]]:
-        return ref, asyncio.run_coroutine_threadsafe(downloader.fetch(ref), loop)
+    def submit(group: list[ClipRef]) -> tuple[list[ClipRef], Future[Fetched | Failure]]:
+        return group, asyncio.run_coroutine_threadsafe(downloader.fetch(group[0]), loop)
+
+    def finished() -> Iterator[tuple[ClipRef, Fetched | Failure]]:
+        group, future = waiting.popleft()
+        result = future.result()
+        for ref in group:
+            yield ref, result if isinstance(result, Fetched) else replace(result, key=ref.key, row=ref.row)
 
     downloader = asyncio.run_coroutine_threadsafe(_open_downloader(source, spec, declared), loop).result()
-    waiting: deque[tuple[ClipRef, Future[Fetched | Failure]]] = deque()
+    waiting: deque[tuple[list[ClipRef], Future[Fetched | Failure]]] = deque()
     try:
-        for ref in refs:
-            waiting.append(submit(ref))
+        for _, same_link in itertools.groupby(refs, key=lambda ref: (ref.url, ref.inside)):
+            waiting.append(submit(list(same_link)))
             if len(waiting) >= max(1, spec.concurrency):
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield from finished()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield from finished()
     finally:
         for _, future in waiting:
             future.cancel()
