@@ -200,7 +200,7 @@ def parquet_matches(address: str, column: str, pattern: str) -> bool:
                 values = values.flatten()
             if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
                 return True
-            if pc.any(pc.match_substring_regex(values, pattern)).as_py():
+            if pc.any(pc.match_substring_regex(values, pattern)).as_py():  # type: ignore[attr-defined]
                 return True
     return False
 

@@ -10,7 +10,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 
@@ -55,7 +55,8 @@ def _samples(address: str, columns: dict[str, str]) -> Iterator[tuple[dict[str, 
     from webdataset.tariterators import group_by_keys
 
     stem = posixpath.basename(address).split(".")[0]
-    with reading(address, "an uncompressed tar"), fsspec.open(address, "rb") as file:
+    with reading(address, "an uncompressed tar"), fsspec.open(address, "rb") as opened:
+        file = cast(BinaryIO, opened)
         try:
             groups = group_by_keys(iter(_members(address, file)))  # type: ignore[arg-type]
             for sample in groups:
@@ -82,7 +83,7 @@ def _members(address: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             end = member.offset_data + member.size
-            tar.members = []  # tarfile keeps every header it reads
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it reads
             if member.isreg() and not member.issparse():
                 yield {"fname": member.name, "data": member, "__url__": address}
     file.seek(0, 2)

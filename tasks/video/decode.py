@@ -168,7 +168,8 @@ class _Grid:
     """Takes the frames of one clip from a stream of frames: those displayed at its grid points, or every n-th."""
 
     def __init__(self, wanted: int, fps: float, size: int, fit: Fit, stride: int | None, aspect: float) -> None:
-        self._wanted, self._fps, self._size, self._fit, self._stride = wanted, fps, size, fit, stride
+        self._wanted, self._fps, self._size, self._stride = wanted, fps, size, stride
+        self._fit: Fit = fit
         self._aspect, self._reformatter = aspect, VideoReformatter()
         self._displayed: tuple[av.VideoFrame, float] | None = None
         self._count = 0
@@ -198,11 +199,15 @@ class _Grid:
         """Makes a frame the one that the following grid points show."""
         self._displayed = frame, now
 
-    def finish(self, rate: float) -> None:
-        """Takes the remaining grid points that the last frame is displayed at: its own duration, at most one step."""
+    def finish(self, rate: float, end: float = math.inf) -> None:
+        """Takes the remaining grid points that the last frame is displayed at: its own duration, at most one step.
+
+        Args:
+            rate: native frames per second, 0 if unknown. end: of the span, in seconds since the begin of the grid.
+        """
         if self._stride is None:
             step = 1.0 / self._fps
-            self._take_until(self.duration + min(1.0 / rate if rate > 0 else step / 2, step))
+            self._take_until(min(self.duration + min(1.0 / rate if rate > 0 else step / 2, step), end))
 
     def _take_until(self, now: float) -> None:
         step = 1.0 / self._fps
@@ -363,8 +368,8 @@ def _read_span_grids(
                     break
             else:
                 duration = max(last + (1.0 / rate if rate > 0 else 0.0), duration or 0.0)
-            for grid in grids:
-                grid.finish(rate)
+            for grid, begin, (_, end) in zip(grids, begins, spans, strict=True):
+                grid.finish(rate, math.inf if end is None else end - (begin or 0.0))
                 grid.info = info | grid.info
     except (av.FFmpegError, ValueError) as raised:
         if isinstance(raised, ClipError | MemoryError):

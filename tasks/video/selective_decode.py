@@ -122,7 +122,8 @@ def frames_of_spans(
     keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
     needed: set[int] = set()
     for start, end in zip(starts, ends, strict=True):
-        before = max((place for place in keys if seconds[place] <= start), default=0)
+        first = min((time for time in seconds if time >= start), default=0.0)
+        before = max((place for place in keys if seconds[place] <= first), default=0)
         after = next((place for place in range(before, len(packets)) if decoded[place] >= end), len(packets))
         needed |= set(range(before, after))
 

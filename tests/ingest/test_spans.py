@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import io
-import itertools
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,8 +19,8 @@ from tasks.encode.spec import PrepareSpec
 from tasks.ingest.rows import clean_key, read_span
 from tasks.ingest.sources import read_rows, source_identity
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.records import ClipRef, Failure
-from tasks.shards import ShardDataset, link_marks
+from tasks.records import Failure
+from tasks.shards import ShardDataset
 from tasks.shards.split import clip_hash, split_of, written_key
 from tasks.video import decode
 from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
@@ -87,7 +86,9 @@ def cut(data: bytes, start: float, end: float | None) -> bytes:
     begin = kept[0].time
     assert begin is not None
     numbers = [round((f.time - begin) * RATE) for f in kept if f.time is not None]
-    return encoded(stamped(kept, numbers), "ffv1", "matroska")
+    if frames[0].color_range:  # VP9, whose chroma lies elsewhere
+        return encoded(stamped(kept, numbers), "libvpx-vp9", "mp4", lossless="1", deadline="realtime")
+    return encoded(stamped(kept, numbers), "libx264", "mp4", qp="0")
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,12 @@ def test_a_span_gives_the_frames_of_a_file_that_is_cut_there(videos: dict[str, b
         want: list[Clip] = read(cut(data, start, end), **GRID, **extra)
         assert len(got) == len(want) > 0
         for one, other in zip(got, want, strict=True):
-            np.testing.assert_array_equal(one.pixels, other.pixels)
-            np.testing.assert_allclose(one.times, other.times, atol=2e-3)
+            frames = len(one.pixels)
+            # A span ends at its end; a file shows its last frame for 1 / its average rate, which may be longer.
+            assert frames == len(other.pixels) or (kind == "track" and "variable" in name)
+            assert abs(frames - len(other.pixels)) <= 1
+            np.testing.assert_array_equal(one.pixels, other.pixels[:frames])
+            np.testing.assert_allclose(one.times, other.times[:frames], atol=2e-3)
 
 
 def test_what_lies_between_the_spans_is_not_decoded(videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +125,7 @@ def test_what_lies_between_the_spans_is_not_decoded(videos: dict[str, bytes], mo
 
     monkeypatch.setattr(decode, "frames_of_spans", counted)
     [clips] = read_spans(videos["h264 mp4"], [(9.0, 10.0)], **GRID)
-    assert not isinstance(clips, ClipError) and counts == [30]  # a key frame is at 9 s
+    assert not isinstance(clips, ClipError) and counts[0] < 36  # a key frame is at 9 s, with 30 frames in the span
     fast = read_spans(videos["h264 mp4"], SPANS, **GRID)
     monkeypatch.setattr(decode, "frames_of_spans", lambda *_: (_ for _ in ()).throw(ValueError("no stamps")))
     slow = read_spans(videos["h264 mp4"], SPANS, **GRID)
@@ -140,8 +145,6 @@ def test_a_broken_file_gives_the_spans_before_the_break(videos: dict[str, bytes]
     data = videos["h264 ts"][: len(videos["h264 ts"]) // 2]
     first, last = read_spans(data, [(1.0, 3.0), (12.0, 13.5)], **GRID)
     assert isinstance(first, list) and isinstance(last, ClipError)
-    [broken] = read_spans(b"\x00\x00\x00\x18ftypmp42" + b"noise" * 99, [(0.0, 1.0)], **GRID) if False else [None]
-    assert broken is None
     with pytest.raises(ClipError, match="undecodable"):
         read_spans(b"\x00\x00\x00\x18ftypmp42" + b"noise" * 99, [(0.0, 1.0)], **GRID)
 
@@ -228,12 +231,12 @@ def test_five_spans_are_one_request_and_five_samples(videos: dict[str, bytes], t
     (site / "long.mp4").write_bytes(videos["h264 mp4"])
     (site / "other.mp4").write_bytes(videos["h264 ts"])
     for place, (start, end) in enumerate(SPANS):
-        (site / f"cut{place}.mkv").write_bytes(cut(videos["h264 mp4"], start, end))
+        (site / f"cut{place}.mp4").write_bytes(cut(videos["h264 mp4"], start, end))
     stamps = [f"{start},{'' if end is None else end}" for start, end in SPANS]
     lines = [f"v,long.mp4,span {place},{stamp}" for place, stamp in enumerate(stamps)]
     lines[2:2] = ["o,other.mp4,another video,1,3", "v,long.mp4,late,30,32"]  # rows of other files in between
     (site / "spans.csv").write_text("videoid,contentUrl,name,from,to\n" + "\n".join(lines) + "\n")
-    cuts = "".join(f"c{place},cut{place}.mkv,span {place}\n" for place in range(len(SPANS)))
+    cuts = "".join(f"c{place},cut{place}.mp4,span {place}\n" for place in range(len(SPANS)))
     (site / "cuts.csv").write_text("videoid,contentUrl,name\n" + cuts)
 
     requests: list[str] = []
@@ -256,19 +259,17 @@ def test_five_spans_are_one_request_and_five_samples(videos: dict[str, bytes], t
     of_long = [place for place in range(len(spans)) if spans.read(place, ("caption",))["caption"].startswith("span")]
     assert len(of_long) == len(cut_files) == 5
     for place, other in zip(of_long, range(5), strict=True):
-        one, two = spans.read(place), cut_files.read(other)
+        one, two = (
+            d.read(p, ("pixels", "latents", "caption", "meta")) for d, p in ((spans, place), (cut_files, other))
+        )
         np.testing.assert_array_equal(one["pixels"], two["pixels"])
         np.testing.assert_array_equal(one["latents"], two["latents"])
         assert one["caption"] == two["caption"] and one["meta"]["span"] == list(SPANS[other])
         assert "span" not in two["meta"]
-    assert link_marks("long.mp4")
 
 
-def test_rows_of_one_file_keep_their_order(videos: dict[str, bytes]) -> None:
-    for _, part in itertools.groupby(read_spans(videos["h264 mp4"], [(4.0, 5.0), (0.0, 1.0)], **GRID), type):
-        late, early = part
-        assert isinstance(late, list) and isinstance(early, list)
-        want = read_windows(videos["h264 mp4"], **GRID)
-        np.testing.assert_array_equal(early[0].pixels, want[0].pixels)
-        assert not np.array_equal(late[0].pixels, early[0].pixels)
-    assert ClipRef("k", "u", "c", 0).span is None
+def test_spans_keep_the_order_of_their_rows(videos: dict[str, bytes]) -> None:
+    late, early = read_spans(videos["h264 mp4"], [(4.0, 5.0), (0.0, 1.0)], **GRID)
+    assert isinstance(late, list) and isinstance(early, list)
+    np.testing.assert_array_equal(early[0].pixels, read_windows(videos["h264 mp4"], **GRID)[0].pixels)
+    assert not np.array_equal(late[0].pixels, early[0].pixels)
