@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 
@@ -49,15 +50,12 @@ def files_of(table: str) -> list[str]:
     return list(dict.fromkeys(files)) if len(files) != 1 else files
 
 
-def folder_of(table: str, files: list[str]) -> str:
+def folder_of(files: list[str]) -> str:
     """Returns the folder that the rows of several files are relative to: the deepest that contains all of them."""
     if is_over_http(files[0]):
         return ""
     parents = [storage.parent(storage.absolute(file)).split("/") for file in files]
-    common = parents[0]
-    for parent in parents[1:]:
-        common = [a for a, b in zip(common, parent, strict=False) if a == b][: _common_length(common, parent)]
-    return "/".join(common) or "/"
+    return "/".join(os.path.commonprefix(parents)) or "/"  # of lists: whole names
 
 
 def tables_in(folder: str) -> list[str]:
@@ -99,9 +97,3 @@ def _matching(pattern: str) -> list[str]:
         raise UserError(f"no file matches {pattern!r}; give the address of tables, with * for any part of a name")
     local = storage.local_path(pattern) is not None
     return [file.removeprefix("file://") if local else file for file in files]
-
-
-def _common_length(one: list[str], other: list[str]) -> int:
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )

@@ -89,7 +89,7 @@ def _entries(address: str, kind: str) -> Iterator[tuple[str, int, Row]]:
             if kind == "classes":
                 caption = name.partition("/")[0].replace("_", " ") if "/" in name else ""
             url = f"./{name}" if ":" in name else name  # otherwise a colon would look like the end of a scheme
-            values = dict(zip(NAMES, (posixpath.splitext(name)[0], url, caption), strict=True))
+            values: dict[str, str] = dict(zip(NAMES, (posixpath.splitext(name)[0], url, caption), strict=True))
             yield from ((name, sizes[name], row) for row in rows_of(values))
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.ingest.annotations import MAX_DOCUMENT_BYTES
-from tasks.ingest.rows import Cells, Row, reading, rows_of
+from tasks.ingest.rows import Row, reading, rows_of
 from tasks.records import Inside, UserError
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -83,7 +83,7 @@ def read_csv(address: str, columns: dict[str, str], encoding: str | None = None)
             if fits(cells):
                 values = {name: cells[place] for name, place in places.items()}
                 damaged = next((name for name, text in values.items() if _is_undecoded(text)), None)
-                yield Cells(**{"key": "", **values}) if damaged is None else f"the {damaged} is not {encoding_name}"
+                yield f"the {damaged} is not {encoding_name}" if damaged is not None else next(rows_of(values))
             elif any(map(is_row, lines.taken[1:])):
                 lines.give_back()
                 yield "a quote that is not closed before the next row"
