@@ -84,6 +84,7 @@ class PrepareReport:
     rows_retried: int
     seconds: float
     page: str  # address of the HTML report, next to the data set
+    allowed: tuple[str, ...] = ()  # hosts, folders and the proxy that the caller opened to the links of the source
 
     @property
     def data(self) -> Artifact:

@@ -142,7 +142,7 @@ def lines_of(result: Survey, max_tokens: int) -> list[str]:
         f"usable      {result.usable}",
     ]
     for reason, count in result.failed.most_common():
-        lines.append(f"{reason:<12}{count}")
+        lines.append(f"{reason:<11} {count}")
         lines += [f"            {example[:160]}" for example in result.examples[reason]]
     notes = [
         (result.taken_down, "taken down at the root; they are left out"),

@@ -1,10 +1,9 @@
-"""Sources as people have them: several files, other delimiters, lists of captions, tars, and videos inside of Parquet."""
+"""Sources as people have them: several files, other delimiters, lists of captions, tars, videos inside of Parquet."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import threading
 import zipfile
@@ -47,9 +46,9 @@ def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> N
     parts = tmp_path / "parts"
     for name in ("b", "a", "deep/c"):
         (parts / name).parent.mkdir(parents=True, exist_ok=True)
-        (parts / f"{name}.csv").write_text(f"{HEADER}{name[-1]},v/{name[-1]}.mp4,cap\n")
+        (parts / f"{name}.csv").write_text(f"{HEADER}{name[-1]},v/{name[-1]}.bin,cap\n")
         (parts / name).parent.joinpath("v").mkdir(exist_ok=True)
-        (parts / name).parent.joinpath("v", f"{name[-1]}.mp4").write_bytes(VIDEO)
+        (parts / name).parent.joinpath("v", f"{name[-1]}.bin").write_bytes(VIDEO)
     (parts / "_SUCCESS").write_text("")
     (parts / "_more.csv").write_text("no table")
     both = f"{parts}/a.csv, {parts}/b.csv"
@@ -145,9 +144,6 @@ def test_captions_may_be_lists_and_keys_floats(tmp_path: Path, ending: str) -> N
     assert count_rows(SourceSpec(str(path), captions="all")) == 4
     drawn = {next(iter(read_rows(SourceSpec(str(path), captions=seed)))) for seed in range(12)}
     assert drawn == {ClipRef("1", "a.mp4", "one", 0), ClipRef("1", "a.mp4", "two", 0)}
-    if ending == "json":
-        path.write_text('[{"videoid": "1", "contentUrl": "u", "name": "a", "name": "b"}, 3]')
-        assert keys(SourceSpec(str(path))) == ["bad_row", "bad_row"] if False else True
 
 
 def test_a_json_array_has_bad_rows_too(tmp_path: Path) -> None:
@@ -196,13 +192,14 @@ def test_tars_of_webdataset_give_their_samples(tmp_path: Path) -> None:
     assert source_identity(spec)["format"] == "tar" and source_identity(spec)["entities"] == "unescaped"
     data = (tmp_path / "00001.tar").read_bytes()
     for size in (len(VIDEO), 512, 1536, 3000):
-        (tmp_path / "cut.tar").write_bytes(data[:size])
+        storage.write_bytes("memory://cut/cut.tar", data[:size])
         with pytest.raises(UserError, match=r"cut.tar cannot be read \("):
-            keys(SourceSpec(str(tmp_path / "cut.tar")))
-    with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as tar:
+            keys(SourceSpec("memory://cut/cut.tar"))
+    (tmp_path / "z").mkdir()
+    with tarfile.open(tmp_path / "z" / "z.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.mp4"), io.BytesIO())
     with pytest.raises(UserError, match="uncompressed"):
-        keys(SourceSpec(str(tmp_path / "z.tar.gz")))
+        keys(SourceSpec(str(tmp_path / "z" / "z.tar.gz")))
     with pytest.raises(UserError, match="inside"):
         write_sample(spec, 1, 0, str(tmp_path / "s.json"))
 
@@ -351,7 +348,7 @@ def test_linked_class_folders_and_all_video_endings_are_read(tmp_path: Path) -> 
     real.mkdir()
     endings = ("3gp", "mts", "m2ts", "mxf", "vob", "mp4")
     for ending in endings:
-        (real / f"x.{ending}").write_bytes(VIDEO)
+        (real / f"{ending}.{ending}").write_bytes(VIDEO)
     root = tmp_path / "set"
     (root / "fire").mkdir(parents=True)
     (root / "fire" / "a.mp4").write_bytes(VIDEO)
@@ -429,7 +426,6 @@ def test_check_source_says_on_one_page_what_would_happen(
     assert main(arguments) == 0
     assert "usable      1" in capsys.readouterr().out
     assert main([*arguments[:2], str(tmp_path / "none.csv")]) == 2
-    os.environ.pop("none", None)
     assert (
         preview(SourceSpec(str(table)))[1].startswith("row 0: key 1") and resolve_url(SourceSpec("/t.csv"), "a") == "/a"
     )
