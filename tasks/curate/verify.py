@@ -48,6 +48,7 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
     worker, and about 100 bytes per clip.
 
     Args:
+        dataset: address of the data set's folder.
         progress: called after each shard with `stage`, `done`, `total` (rows), `mb_per_s` and `eta_seconds`.
         workers: threads that read shards; hashing and decoding release the GIL.
     Raises:
@@ -125,7 +126,8 @@ def _source_problems(dataset: str, manifest: DatasetManifest) -> Iterator[str]:
     source, known = manifest.source, ("columns", "limit", "table_sha256")
     for name in sorted({*source, *known}):
         if name not in source:
-            yield f"{MANIFEST}: its source has no {name}"
+            if "table_sha256" in manifest.recipe:  # made by prepare
+                yield f"{MANIFEST}: its source has no {name}"
         elif name not in known:
             yield f"{MANIFEST}: its source has {name!r}, which is not part of it"
         elif name != "limit" and source[name] != manifest.recipe.get(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tasks.evaluation_record import Gate
 from tasks.metrics.statistics import Estimate
 
 
@@ -17,14 +18,6 @@ class GateRule:
     least_clips: int = 32
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Whether the rule is met; every reason against is listed."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-
-
 def gate(
     motion_ratio: float | None,
     distance_minus_frozen: Estimate,
@@ -35,11 +28,13 @@ def gate(
     """Moves about as much as the real clips, lies nearer to them than a still, and is not worse than the champion.
 
     Args:
+        motion_ratio: motion of the generated clips relative to that of the real ones; None if that is 0.
         distance_minus_frozen: distance to the true clip minus that of a still, paired by clip: its interval must lie
             below 0.
         clips: unique clips, of which there must be a least number.
         champion_minus_model: paired differences by metric where lower is better: no interval may lie below 0, which
             would say that the model is worse. An interval across 0 does not tell the two apart, and passes.
+        rule: the bounds; None takes the defaults of `GateRule`.
     """
     rule = rule or GateRule()
     reasons = []

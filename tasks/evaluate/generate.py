@@ -77,6 +77,13 @@ def generate_batch(
     measured; `shown` puts the given image back.
 
     Args:
+        pipeline: the model.
+        dataset: holds the first frames and captions.
+        batch: the items and their seeds.
+        frames: F of each video.
+        folder: address under which the videos are stored.
+        steps: DDIM steps; None is the model's default.
+        guidance: scale of the guidance; None is the model's default.
         scaled: a model of another size than the data set's gets the frame at its own, and its clip is scaled back.
     Raises:
         UserError: the model makes frames of another size than the data set holds, and is not to be scaled.

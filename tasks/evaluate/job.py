@@ -25,7 +25,6 @@ from tasks.evaluate.protocol.protocol import Item, Protocol, load_protocol
 from tasks.evaluate.report import aggregate as score
 from tasks.evaluate.report import page as report
 from tasks.evaluate.spec import (
-    SCHEMA_VERSION,
     EvaluateReport,
     EvaluateSpec,
     finished_report,
@@ -33,9 +32,10 @@ from tasks.evaluate.spec import (
     provenance_of,
 )
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP, Row
+from tasks.evaluation_record import REPORT_FILE, REPORT_SCHEMA, EvaluationRecord
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
-from tasks.records import EVALUATION_REPORT, UserError, digest
+from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
@@ -145,7 +145,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         "judges": [extractor.id for extractor in extractors],
         "methods": {method.name: method.identity for method in others},
         "base": base and base.identity(),
-        "schema": SCHEMA_VERSION,
+        "schema": REPORT_SCHEMA,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
     }
@@ -192,20 +192,23 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         pages = report.build(summary, verdict, extractors, protocol, examples, provenance)
         for name, content in pages.items():
             storage.write_bytes(storage.join(output, name), content)
-        numbers = asdict(summary)
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "key": key,
-            "rows": numbers["metrics"],
-            **{name: numbers[name] for name in ("differences", "floors", "infinity", "curves", "counts", "notes")},
-            "gate": asdict(verdict),
-            "clips": summary.clips,
-            "items": len(items),
-            "files": sorted([*pages, PROTOCOL]),
-            "generations": generations,
-            "provenance": provenance,
-        }
-        storage.write_json(storage.join(output, EVALUATION_REPORT), content)
+        record = EvaluationRecord(
+            key=key,
+            gate=verdict,
+            rows=summary.metrics,
+            differences=summary.differences,
+            floors=summary.floors,
+            infinity=summary.infinity,
+            curves=summary.curves,
+            counts=summary.counts,
+            notes=summary.notes,
+            clips=summary.clips,
+            items=len(items),
+            files=tuple(sorted([*pages, PROTOCOL])),
+            generations=generations,
+            provenance=provenance,
+        )
+        storage.write_json(storage.join(output, REPORT_FILE), asdict(record))
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {spec.ray_address!r}; give its address or none") from error
     except OSError as error:

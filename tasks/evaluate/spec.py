@@ -5,24 +5,22 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.redaction import redact
-from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.protocol import Protocol
+from tasks.evaluation_record import REPORT_FILE, Gate, read_evaluation
 from tasks.metrics.extractors.files import ExtractorFiles
-from tasks.records import EVALUATION_REPORT, Artifact, UserError
+from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
-
-SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -87,21 +85,19 @@ class EvaluateReport:
 def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
     """The report at an address, if it is whole and of this key; `start` is when somebody began to ask for it."""
     try:
-        content = storage.read_json(storage.join(output, EVALUATION_REPORT))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        record = read_evaluation(output)
+    except UserError:  # none, or of another schema: this evaluation writes it
         return None
-    if not isinstance(content, dict) or content.get("key") != key:
-        return None
-    if not all(storage.exists(storage.join(output, name)) for name in content["files"]):
+    if record.key != key or not all(storage.exists(storage.join(output, name)) for name in record.files):
         return None
     return EvaluateReport(
         uri=output,
         key=key,
-        metrics=content["rows"],
-        gate=Gate(content["gate"]["passed"], tuple(content["gate"]["reasons"])),
-        clips=content["clips"],
-        items=content["items"],
-        files=(*content["files"], EVALUATION_REPORT),
+        metrics=asdict(record)["rows"],
+        gate=record.gate,
+        clips=record.clips,
+        items=record.items,
+        files=(*record.files, REPORT_FILE),
         seconds=time.monotonic() - start,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import posixpath
 import re
 
@@ -41,7 +41,7 @@ def files_of(table: str) -> list[str]:
     """
     if is_over_http(table) and "," not in table:
         return [table]
-    if not is_over_http(table) and (not _GLOB.search(table) and "," not in table or _exists(table)):
+    if not is_over_http(table) and ((not _GLOB.search(table) and "," not in table) or _exists(table)):
         return [table]
     files: list[str] = []
     for part in (part.strip() for part in table.split(",")):
@@ -55,7 +55,8 @@ def folder_of(files: list[str]) -> str:
     if is_over_http(files[0]):
         return ""
     parents = [storage.parent(storage.absolute(file)).split("/") for file in files]
-    return "/".join(os.path.commonprefix(parents)) or "/"  # of lists: whole names
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    return "/".join(names[0] for names in same) or "/"
 
 
 def tables_in(folder: str) -> list[str]:

@@ -71,7 +71,9 @@ def survey(
     """Reads all rows of a source once.
 
     Args:
-        tokens: the number of tokens of a caption, with begin and end. max_tokens: what the text encoder reads.
+        source: the source, opened or not.
+        tokens: the number of tokens of a caption, with begin and end.
+        max_tokens: what the text encoder reads.
         is_taken_down: whether a row, with the address of its link, is in the takedowns of a root.
     Raises:
         UserError: the source is missing or unreadable, or an option is invalid.

@@ -39,6 +39,8 @@ def read_csv(address: str, columns: dict[str, str], encoding: str | None = None)
     lines that look like rows. A needed cell with bytes that are not in the encoding is a bad row.
 
     Args:
+        address: of the file, which may be compressed.
+        columns: the column of each name; without `key` a row has no key.
         encoding: None is UTF-8, or UTF-16 where the file begins with its byte order mark.
     Raises:
         UserError: a column is missing, or a needed column is there twice.
@@ -167,9 +169,9 @@ def _with_bytes(table: pq.ParquetFile, group: int, video: str) -> list[bool]:
     metadata = table.metadata.row_group(group)
     for place in range(metadata.num_columns):
         chunk = metadata.column(place)
-        if chunk.path_in_schema == f"{video}.bytes" and chunk.statistics is not None:
-            if chunk.statistics.null_count in (0, metadata.num_rows):
-                return [chunk.statistics.null_count == 0] * metadata.num_rows
+        nulls = None if chunk.statistics is None else chunk.statistics.null_count
+        if chunk.path_in_schema == f"{video}.bytes" and nulls in (0, metadata.num_rows):
+            return [nulls == 0] * metadata.num_rows
     cells = table.read_row_group(group, columns=[f"{video}.bytes"]).column(video).combine_chunks()
     return [bool(cell) for cell in cells.field("bytes").is_valid().to_pylist()]
 

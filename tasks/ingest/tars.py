@@ -29,6 +29,8 @@ def read_tar(address: str, columns: dict[str, str], captions: str | int = "first
     samples of different tars may have the same name.
 
     Args:
+        address: of the tar, which is not compressed.
+        captions: of a list in the JSON: "first", "all", or a seed.
         columns: fields of the JSON, by name; a caption field of another name than `caption` goes before the .txt.
     Raises:
         UserError: the tar is compressed or damaged.

@@ -74,10 +74,14 @@ def read_windows(
 
     Args:
         source: the bytes of a video file, or its path.
-        num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
+        num_frames: F, frames of each clip.
+        fps: grid points per second.
+        size: side of the square, in pixels.
         windows: maximum number of clips; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
             frame `w * num_frames * stride`.
-        fit: how a frame fills the square. stride: in frames; None uses the grid. Needs `start_seconds` 0.
+        start_seconds: of the first clip, from the first displayed frame.
+        fit: how a frame fills the square.
+        stride: in frames; None uses the grid. Needs `start_seconds` 0.
     Raises:
         ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the end of the
             first window) or `too_short`. MemoryError: the frames do not fit.
@@ -101,7 +105,13 @@ def read_track(
     """Decodes all frames of a video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
 
     Args:
-        num_frames: minimum number of frames. longest: maximum number of frames; `info["cut_off_at"]` records a cut.
+        source: as `read_windows`.
+        num_frames: minimum number of frames.
+        fps: as `read_windows`.
+        size: as `read_windows`.
+        longest: maximum number of frames; `info["cut_off_at"]` records a cut.
+        fit: as `read_windows`.
+        stride: as `read_windows`.
     Returns:
         A list with the track as its only clip.
     Raises:
@@ -135,7 +145,15 @@ def read_spans(
     the packets have stamps, what lies between the spans is not decoded, except from the key frame before a span.
 
     Args:
-        spans: an end of None is the end of the video. longest: for tracks, as `read_track`; None for windows.
+        source: the bytes of a video file, or its path.
+        spans: an end of None is the end of the video.
+        num_frames: F, frames of each window, and the minimum of a track.
+        fps: grid points per second.
+        size: side of the square, in pixels.
+        windows: maximum number of windows of a span.
+        longest: maximum number of frames of a track; None for windows.
+        fit: how a frame fills the square.
+        stride: in frames; None uses the grid.
     Returns:
         For each span what `read_windows` or `read_track` returns or raises. Further reasons: `span_out_of_range`, for a
         span that begins after the end of the video or ends more than a second after it.
@@ -203,7 +221,8 @@ class _Grid:
         """Takes the remaining grid points that the last frame is displayed at: its own duration, at most one step.
 
         Args:
-            rate: native frames per second, 0 if unknown. end: of the span, in seconds since the begin of the grid.
+            rate: native frames per second, 0 if unknown.
+            end: of the span, in seconds since the begin of the grid.
         """
         if self._stride is None:
             step = 1.0 / self._fps

@@ -36,7 +36,11 @@ def selected_frames(
     Also yields the first frame, and the last one where the file ends within the grid: it gives the duration.
 
     Args:
-        wanted: number of grid points. step: seconds between them. start: seconds from the first frame to point 0.
+        container: an open video file, at its start.
+        stream: its video stream.
+        wanted: number of grid points.
+        step: seconds between them.
+        start: seconds from the first frame to point 0.
     Raises:
         SelectiveDecodeError: at any frame; discard the frames yielded before it.
         av.FFmpegError: the file is damaged.
@@ -101,7 +105,10 @@ def frames_of_spans(
     Between the spans nothing is decoded: each stretch begins at the last key frame at or before its first frame.
 
     Args:
-        starts: of the spans, in seconds since the first frame. ends: likewise, exclusive.
+        container: the open video.
+        stream: its video stream.
+        starts: of the spans, in seconds since the first frame.
+        ends: likewise, exclusive.
     Raises:
         SelectiveDecodeError: the packets have no stamps, or do not describe what the decoder returns; while the frames
             are read, it discards those before it.

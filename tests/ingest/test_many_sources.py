@@ -153,7 +153,7 @@ def test_a_json_array_has_bad_rows_too(tmp_path: Path) -> None:
 
 def test_keys_come_from_the_links_of_a_table_without_keys(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("contentUrl,name\nv/a.mp4,cap\nw/a.mp4,cap\nv/a.mp4,cap\n,cap\n")
-    with pytest.raises(UserError, match="without such a column give --columns.key ''"):
+    with pytest.raises(UserError, match=r"without such a column give --columns\.key ''"):
         keys(SourceSpec(str(tmp_path / "t.csv")))
     found = keys(SourceSpec(str(tmp_path / "t.csv"), columns={"key": ""}))
     assert found[0].startswith("a-") and found[1] != found[0] and found[2:] == ["duplicate_key", "bad_row"]

@@ -16,9 +16,10 @@ from infra import storage
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report.page import REPORT_STYLE
 from tasks.evaluate.report.tables import Table, number
+from tasks.evaluation_record import EvaluationRecord, read_evaluation
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.statistics import Estimate, mean_over_clips, student_quantile
-from tasks.records import EVALUATION_REPORT, UserError
+from tasks.records import UserError
 
 SCHEMA_VERSION = 1
 REFERENCE = "TRIP"
@@ -125,7 +126,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
             differences[variant] = {name: two_way_mean(minus[name], clusters) for name in METRICS}
             by_seed[variant] = {name: minus[name].mean(axis=1).tolist() for name in METRICS}
     # What has a floor is a distance between sets of clips.
-    distances = {name for *_, report in found.values() for name in report["floors"]}
+    distances = {name for *_, report in found.values() for name in report.floors}
     return Comparison(
         variants=variants,
         seeds=seeds,
@@ -135,8 +136,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         by_seed=by_seed,
         distances={
             variant: {
-                name: [found[variant, seed][4]["rows"]["trip"][name]["value"] for seed in seeds]
-                for name in sorted(distances)
+                name: [found[variant, seed][4].rows["trip"][name].value for seed in seeds] for name in sorted(distances)
             }
             for variant in variants
         },
@@ -146,7 +146,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     )
 
 
-def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], dict[str, Values], dict[str, Any]]:
+def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], dict[str, Values], EvaluationRecord]:
     """Of one evaluation: keys, source clips, means of the reference rows, values by metric [C], and the report itself.
 
     The row of the untrained base is empty where the evaluation has none.
@@ -171,7 +171,7 @@ def _read(arm: Arm) -> tuple[list[str], list[str], dict[str, dict[str, float]], 
         [line["clip"] for line in lines],
         {"real": means("real", list(METRICS)[2:]), "base": base},
         column,
-        storage.read_json(storage.join(arm.report, EVALUATION_REPORT)),
+        read_evaluation(arm.report),
     )
 
 

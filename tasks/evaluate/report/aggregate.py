@@ -73,8 +73,12 @@ def summarise(
     distance of two real halves.
 
     Args:
+        protocol: says which frames and rows count.
+        items: the items that every system has, in order.
         records: of each row, what `rows.measure` said of every item.
         features: of an extractor and a row, what it made of every item.
+        extractors: the feature extractors to report.
+        bootstrap: number of resamples.
         excluded: by row, how many of the protocol's items it lacked, by reason.
     Raises:
         ValueError: a video of fewer than 4 frames, features that are not finite.
