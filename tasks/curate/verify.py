@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -117,12 +116,12 @@ def _recipe_problems(dataset: str, manifest: DatasetManifest | None) -> Generato
         yield f"{RECIPE}: is not the recipe of {MANIFEST}"
     if digest(manifest.recipe) != manifest.recipe_hash:
         yield f"{MANIFEST}: recipe_hash is {manifest.recipe_hash}, the hash of its recipe is {digest(manifest.recipe)}"
-    yield from _source_problems(dataset, manifest)
+    yield from _source_problems(manifest)
     return manifest.recipe_hash
 
 
-def _source_problems(dataset: str, manifest: DatasetManifest) -> Iterator[str]:
-    """Yields differences of the manifest's source from its recipe, its rows and the name of the folder."""
+def _source_problems(manifest: DatasetManifest) -> Iterator[str]:
+    """Yields differences of the manifest's source from its recipe and its rows."""
     source, known = manifest.source, ("columns", "limit", "table_sha256")
     for name in sorted({*source, *known}):
         if name not in source:
@@ -135,10 +134,6 @@ def _source_problems(dataset: str, manifest: DatasetManifest) -> Iterator[str]:
     limit = source.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or manifest.rows > limit):
         yield f"{MANIFEST}: its source has the limit {limit!r}, with {manifest.rows} rows"
-    name = dataset.rstrip("/").rsplit("/", 1)[-1]
-    # A run names the folder after everything that changes the data set (flows.layout).
-    if re.fullmatch(r"[0-9a-f]{16}", name) and digest(manifest.recipe | {"limit": limit}) != name:
-        yield f"{MANIFEST}: its recipe with the limit {limit!r} belongs to another folder than {name}"
 
 
 def _disagreement(index: ShardManifest, number: int, manifest: DatasetManifest) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -25,6 +26,9 @@ from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.survey import preview, survey
 from tasks.ingest.url_guard import written_url
 from tasks.records import ClipRef, Failure, UserError
+from tasks.shards import writing
+from tasks.shards.layout import PackedSample
+from trip_model.folders import BaseFolderError, resolve_base
 from trip_model.text import unescape_entities
 
 HEADER = "videoid,contentUrl,name\n"
@@ -425,3 +429,21 @@ def test_check_source_says_on_one_page_what_would_happen(
     assert (
         preview(SourceSpec(str(table)))[1].startswith("row 0: key 1") and resolve_url(SourceSpec("/t.csv"), "a") == "/a"
     )
+
+
+def test_a_mistyped_path_is_not_asked_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for base in ("runs/typo", "./runs", "~/none", "none"):
+        with pytest.raises(BaseFolderError, match="is not a folder"):
+            resolve_base(base) if base != "./runs" else resolve_base("./run")
+
+
+def test_a_full_temporary_folder_is_not_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "_add_members", full)
+    packed = PackedSample("k_000", {})
+    with pytest.raises(UserError, match=r"the temporary folder .* set TMPDIR"):
+        writing.write_shard(str(tmp_path), 0, (0, 1), [[packed]], "0" * 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,6 +15,9 @@ import av
 import numpy as np
 import pytest
 
+from infra import storage
+from tasks.curate.forget import forget
+from tasks.curate.verify import problems
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.rows import clean_key, read_span
@@ -266,6 +270,18 @@ def test_five_spans_are_one_request_and_five_samples(videos: dict[str, bytes], t
         np.testing.assert_array_equal(one["latents"], two["latents"])
         assert one["caption"] == two["caption"] and one["meta"]["span"] == list(SPANS[other])
         assert "span" not in two["meta"]
+    removed = forget(report.dataset, ["v"])  # as the table has the key: all spans of the video go
+    assert (removed.rows, removed.unknown) == (6, ()) and list(problems(report.dataset)) == []
+    assert prepare(spec).failed == {"forgotten": 6}
+    manifest = Path(report.dataset) / "manifest.json"
+    for name, value in (("columns", {}), ("table_sha256", "0" * 64), ("limit", 1), ("limit", "x"), ("more", 1)):
+        content = json.loads(manifest.read_text())
+        content["source"][name] = value
+        changed = storage.json_bytes(content)
+        before = manifest.read_bytes()
+        manifest.write_bytes(changed)
+        assert any("its source has" in line for line in problems(report.dataset)), name
+        manifest.write_bytes(before)
 
 
 def test_spans_keep_the_order_of_their_rows(videos: dict[str, bytes]) -> None:
