@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,7 +21,7 @@ class Gate:
     """Whether a model may become champion, with every reason against it."""
 
     passed: bool
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class EvaluationRecord:
 
     key: str
     gate: Gate
-    rows: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    differences: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    floors: dict[str, Estimate] = field(default_factory=dict)
-    infinity: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[Estimate]]] = field(default_factory=dict)
-    counts: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    clips: int = 0
-    items: int = 0
-    files: tuple[str, ...] = ()
-    generations: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    floors: dict[str, Estimate]
+    infinity: dict[str, dict[str, Estimate]]
+    curves: dict[str, dict[str, list[Estimate]]]
+    counts: dict[str, Any]
+    notes: list[str]
+    clips: int
+    items: int
+    files: tuple[str, ...]
+    generations: str
+    provenance: dict[str, Any]
     schema_version: int = REPORT_SCHEMA
 
     def __post_init__(self) -> None:

@@ -173,7 +173,7 @@ def too_many_bytes(count: int) -> RequestError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _decode_base64(text: str) -> bytes:

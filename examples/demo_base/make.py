@@ -8,13 +8,15 @@ jointly, with the denoising loss). The last step can run in several processes:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/demo_base/make.py --only denoiser
 
-Scenes come from seeds below 1,000,000; the demo corpus and its held-out clips start there.
+and resumes when the same command is given again. Scenes come from seeds below 1,000,000; the demo corpus and its
+held-out clips start there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae
 from trip_model.images import write_video
+from trip_model.objective import addressed_generator
 from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout
 
 SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
@@ -46,6 +50,7 @@ TEXT_LENGTH, TEXT_WIDTH = 32, 64
 UNET_RATE, TEXT_RATE = 1.8e-3, 5e-4  # with one rate for both, the text is learned late or not at all
 FIRST_FRAME_SHARE = 0.75
 LATENT_NOISE = 0.03  # standard deviation in final latents, as left by a sampler of this size
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 HELD_OUT_SCENES = range(990_000, 990_016)
 
 
@@ -291,7 +296,12 @@ def clip_pixels(seed: int) -> tuple[np.ndarray, str]:
 
 
 def load_training_clips(out: Path, scenes: range) -> tuple[torch.Tensor, list[str]]:
-    """Returns final latents [N, F, C, H, W] and captions of these scenes."""
+    """Returns final latents [N, F, C, H, W] and captions of these scenes; encoded once and kept for later calls."""
+    vae_sha256 = hashlib.sha256((out / "vae" / VAE_WEIGHTS).read_bytes()).hexdigest()
+    file = training_folder(out) / f"clips-{scenes.start}-{scenes.stop}-{scenes.step}-{vae_sha256[:12]}.pt"
+    if file.is_file():
+        saved = torch.load(file)
+        return saved["latents"], saved["captions"]
     vae, start = load_vae(out), time.time()
     latents, captions = [], []
     for index, scene in enumerate(scenes):
@@ -300,7 +310,21 @@ def load_training_clips(out: Path, scenes: range) -> tuple[torch.Tensor, list[st
         captions.append(caption)
         if (index + 1) % 500 == 0:
             print(f"encoded {index + 1}/{len(scenes)} clips  {time.time() - start:.0f} s", flush=True)
-    return torch.stack(latents) * vae.config.scaling_factor, captions
+    final = torch.stack(latents) * vae.config.scaling_factor
+    save_atomically({"latents": final, "captions": captions}, file)
+    return final, captions
+
+
+def training_folder(out: Path) -> Path:
+    """Where encoded clips and the state of an unfinished training lie; not part of the base."""
+    folder = out.parent / "training"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_atomically(value: dict[str, Any], file: Path) -> None:
+    torch.save(value, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -356,9 +380,18 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
 
     In FIRST_FRAME_SHARE of the steps the clean first frame precedes the noised ones (Figure 1 (a), without prior
     or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
-    and gradients are averaged. `go_on` continues from the pair in `out` at half the rates.
+    and gradients are averaged. `go_on` continues from the pair in `out` at half the rates. A training that was stopped
+    resumes from its last hundred steps when the same command is given again.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    command = {"steps": steps, "clips": clips, "seed": seed, "batch": batch, "go_on": go_on, "world": world}
+    state_file = training_folder(out) / "denoiser.pt"
+    state = torch.load(state_file) if state_file.is_file() else None
+    if state is not None and state["command"] != command:
+        raise SystemExit(
+            f"{state_file} holds step {state['step']} of the training {state['command']}, this one is {command};"
+            " repeat that command, or delete the file"
+        )
     z_NFCHW, captions = load_training_clips(out, range(rank, clips, world))
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
 
@@ -393,21 +426,27 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
         [{"params": list(module.parameters()), "peak": peak} for module, peak in groups],
         lr=0.0, weight_decay=1e-2, betas=(0.9, 0.99), fused=True,
     )  # fmt: skip
-    with_first_draws = np.random.default_rng([seed, 2])  # the same on every process
-    torch.manual_seed(seed * world + rank + 1)
     trail: list[float] = []
+    first_step = 0
+    if state is not None:
+        denoiser.load_state_dict(state["denoiser"])
+        optimizer.load_state_dict(state["optimizer"])
+        averaged, trail, first_step = state["averaged"], state["trail"], state["step"]
+        print(f"denoiser: resuming at step {first_step} of {steps}", flush=True)
     start = time.time()
-    for step in range(steps):
+    for step in range(first_step, steps):
+        draw = addressed_generator("base", seed, step, rank)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, group["peak"])
-        pick = torch.randint(0, len(captions), (batch,))
+        pick = torch.randint(0, len(captions), (batch,), generator=draw)
         z0 = z_NFCHW[pick].permute(0, 2, 1, 3, 4)
-        t = ((torch.rand(()) + torch.arange(batch) / batch) % 1.0 * 1000).long()
-        noise = torch.randn_like(z0)
+        t = ((torch.rand((), generator=draw) + torch.arange(batch) / batch) % 1.0 * 1000).long()
+        noise = torch.randn(z0.shape, generator=draw)
         a = alphas[t].sqrt().view(-1, 1, 1, 1, 1)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
-        tokens = torch.where((torch.rand(batch) < 0.1)[:, None], empty_ids, token_ids[pick])
-        with_first = bool(with_first_draws.random() < FIRST_FRAME_SHARE)
+        tokens = torch.where((torch.rand(batch, generator=draw) < 0.1)[:, None], empty_ids, token_ids[pick])
+        same_everywhere = addressed_generator("base first frame", seed, step)
+        with_first = bool(torch.rand((), generator=same_everywhere) < FIRST_FRAME_SHARE)
         loss = F.mse_loss(model(a * z0 + s * noise, z0[:, :, :1], t, tokens, with_first), a * noise - s * z0)
         optimizer.zero_grad()
         loss.backward()
@@ -421,9 +460,12 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
             continue
         if (step + 1) % 100 == 0:
             seconds = time.time() - start
-            left = seconds / (step + 1) * (steps - step - 1)
+            left = seconds / (step + 1 - first_step) * (steps - step - 1)
             loss_now = np.mean(trail[-100:])
             print(f"denoiser {step + 1}/{steps}  loss {loss_now:.4f}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+            done = {"step": step + 1, "trail": trail[-500:], "averaged": averaged, "command": command}
+            weights = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+            save_atomically(done | weights, state_file)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             saved = copy.deepcopy(denoiser)
             with torch.no_grad():
@@ -433,6 +475,8 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
             scheduler.save_pretrained(out / "scheduler")
             _forget_origin(out / "unet")
             _score(out, "denoiser_velocity_loss", round(float(np.mean(trail[-500:])), 5))
+    if rank == 0:
+        state_file.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from infra import storage
-from tasks.ingest.drawing import SOURCE_FPS, draw_clip, draw_scene
+from tasks.ingest.drawing import PLAIN, SOURCE_FPS, Style, draw_clip, draw_scene
 from tasks.records import UserError
 
 FIRST_SEED = 1_000_000  # the demo base is trained on other seeds, so its training contains no demo clip
@@ -21,7 +21,13 @@ TABLE = "results_demo.csv"
 _CRF = 12  # H.264 quality: finer than the feature extractors can measure
 
 
-def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Callable[[int], None] | None = None) -> str:
+def write_demo_corpus(
+    folder: str | Path,
+    clips: int,
+    size: int,
+    progress: Callable[[int], None] | None = None,
+    style: Style = PLAIN,
+) -> str:
     """Draws `clips` clips of `size` pixels into `folder` and returns the path of their table.
 
     A repeated call reuses existing files: every mp4 is written atomically, and the table is written last.
@@ -31,6 +37,7 @@ def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Calla
         clips: number of clips.
         size: side of the square frames in pixels.
         progress: called after each clip with the number of clips that are ready.
+        style: what makes the clips harder than the demo's; clips of several styles can lie in one folder.
     Raises:
         UserError: the count or size is invalid, or the folder cannot be written.
     """
@@ -42,10 +49,10 @@ def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Calla
     table = root / TABLE
     try:
         for index in range(clips):
-            _write_clip(root / _video(index, size), FIRST_SEED + index, size)
+            _write_clip(root / _video(index, size, style), FIRST_SEED + index, size, style)
             if progress is not None:
                 progress(index + 1)
-        storage.write_bytes(str(table), _table_bytes(clips, size))
+        storage.write_bytes(str(table), _table_bytes(clips, size, style))
     except OSError as error:
         raise UserError(
             f"the demo corpus cannot be written to {root} ({error.strerror or error});"
@@ -74,26 +81,28 @@ def serve_folder(folder: str | Path) -> Iterator[str]:
         thread.join()
 
 
-def _table_bytes(clips: int, size: int) -> bytes:
+def _table_bytes(clips: int, size: int, style: Style = PLAIN) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
     for index in range(clips):
         seed = FIRST_SEED + index
-        writer.writerow([seed, _video(index, size), "PT00H00M04S", f"{size}px", draw_scene(seed).caption])
+        caption = draw_scene(seed, style).caption
+        writer.writerow([seed, _video(index, size, style), "PT00H00M04S", f"{size}px", caption])
     return text.getvalue().encode()
 
 
-def _video(index: int, size: int) -> str:
-    return f"videos/{size}px/{FIRST_SEED + index}.mp4"
+def _video(index: int, size: int, style: Style = PLAIN) -> str:
+    folder = "-".join(filter(None, (f"{size}px", style.digest)))
+    return f"videos/{folder}/{FIRST_SEED + index}.mp4"
 
 
-def _write_clip(path: Path, seed: int, size: int) -> None:
+def _write_clip(path: Path, seed: int, size: int, style: Style) -> None:
     """Draws one clip unless its file exists."""
     if not path.is_file():
         from trip_model.images import video_bytes  # not needed if the corpus exists
 
-        pixels, _ = draw_clip(seed, size)
+        pixels, _ = draw_clip(seed, size, style=style)
         storage.write_bytes(str(path), video_bytes(pixels, SOURCE_FPS, "mp4", _CRF))
 
 
