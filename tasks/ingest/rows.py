@@ -125,7 +125,8 @@ def _cells(values: Mapping[str, Any], inside: Inside | None) -> Row:
             return f"the {name} is of type {type(value).__name__}, not text"
         # Lone surrogates are valid in JSON and in file names but cannot be encoded as UTF-8.
         texts[name] = "" if value is None else str(value).encode("utf-8", "replace").decode()
-    return Cells(**{"key": "", "url": "", "caption": "", **texts})._replace(inside=inside)
+    key, url, caption, start, end = (texts.get(name, "") for name in (*NAMES, *SPAN_NAMES))
+    return Cells(key, url, caption, start, end, inside)
 
 
 class KeysSeen:

@@ -139,7 +139,8 @@ def find_format(spec: SourceSpec) -> str:
     if not folders.is_folder(table):
         return "csv"
     kind = folders.kind_of_folder(table)
-    if kind is None and not (parts := tables_in(table)):
+    parts = tables_in(table) if kind is None else []
+    if kind is None and not parts:
         raise UserError(
             f"folder {table} contains no videos ({', '.join(folders.VIDEO_SUFFIXES[:5])}, ...) and no tables"
             f" ({', '.join(ENDINGS)}); give another folder, or a table"

@@ -23,7 +23,7 @@ from tasks.encode.spec import PrepareSpec
 from tasks.ingest.rows import clean_key, read_span
 from tasks.ingest.sources import read_rows, source_identity
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.records import Failure
+from tasks.records import Failure, UserError
 from tasks.shards import ShardDataset
 from tasks.shards.split import clip_hash, split_of, written_key
 from tasks.video import decode
@@ -272,7 +272,8 @@ def test_five_spans_are_one_request_and_five_samples(videos: dict[str, bytes], t
         assert "span" not in two["meta"]
     removed = forget(report.dataset, ["v"])  # as the table has the key: all spans of the video go
     assert (removed.rows, removed.unknown) == (6, ()) and list(problems(report.dataset)) == []
-    assert prepare(spec).failed == {"forgotten": 6}
+    with pytest.raises(UserError, match=r"1 of 7 clips .*forgotten 6"):
+        prepare(spec)
     manifest = Path(report.dataset) / "manifest.json"
     for name, value in (("columns", {}), ("table_sha256", "0" * 64), ("limit", 1), ("limit", "x"), ("more", 1)):
         content = json.loads(manifest.read_text())
