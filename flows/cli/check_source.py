@@ -60,4 +60,4 @@ def _tokenizer(recipe: str, base: str | None) -> tuple[Callable[[str], int] | No
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     encoder = json.loads((folder / "text_encoder" / "config.json").read_text())
     longest = min(int(encoder.get("max_position_embeddings", 77)), int(tokenizer.model_max_length))
-    return lambda caption: len(tokenizer(caption)["input_ids"]), longest
+    return lambda caption: len(tokenizer(caption, verbose=False)["input_ids"]), longest

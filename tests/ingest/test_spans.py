@@ -109,12 +109,14 @@ def test_a_span_gives_the_frames_of_a_file_that_is_cut_there(videos: dict[str, b
         want: list[Clip] = read(cut(data, start, end), **GRID, **extra)
         assert len(got) == len(want) > 0
         for one, other in zip(got, want, strict=True):
-            frames = len(one.pixels)
+            frames = min(len(one.pixels), len(other.pixels))
             # A span ends at its end; a file shows its last frame for 1 / its average rate, which may be longer.
-            assert frames == len(other.pixels) or (kind == "track" and name in ("h264 mkv, variable rate", "vp9 webm"))
-            assert abs(frames - len(other.pixels)) <= 1
-            np.testing.assert_array_equal(one.pixels, other.pixels[:frames])
-            np.testing.assert_allclose(one.times, other.times[:frames], atol=2e-3)
+            assert len(one.pixels) == len(other.pixels) or (
+                kind == "track" and name in ("h264 mkv, variable rate", "vp9 webm")
+            )
+            assert abs(len(one.pixels) - len(other.pixels)) <= 1
+            np.testing.assert_array_equal(one.pixels[:frames], other.pixels[:frames])
+            np.testing.assert_allclose(one.times[:frames], other.times[:frames], atol=2e-3)
 
 
 def test_what_lies_between_the_spans_is_not_decoded(videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
