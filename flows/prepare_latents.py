@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from flows.stage import STAGE_POLICY
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.ingest.spec import SourceSpec
 from tasks.records import to_json
 
 
@@ -26,6 +28,7 @@ def reachable_source(run: Run) -> Iterator[PrepareSpec]:
     """The spec of prepare, its videos reachable inside the block: the demo's are drawn and served on loopback."""
     spec = run.prepare
     if run.source is not None:
+        _log_source(spec.source)
         yield spec
         return
     from tasks.ingest.demo import serve_folder, write_demo_corpus
@@ -36,6 +39,21 @@ def reachable_source(run: Run) -> Iterator[PrepareSpec]:
     write_demo_corpus(folder, run.recipe.demo_clips, spec.size)
     with serve_folder(folder) as url:
         yield replace(spec, source=replace(spec.source, base_url=url))
+
+
+def _log_source(source: SourceSpec) -> None:
+    """Logs how the source is understood, before any work begins, and what its options open."""
+    from tasks.ingest.survey import preview
+
+    for line in preview(source):
+        log(f"source      {line}")
+    if source.allow:
+        log(f"allowed     {', '.join(source.allow)}: links may name them though they are private")
+    unused = [name for name in ("HTTPS_PROXY", "HTTP_PROXY") if os.environ.get(name) or os.environ.get(name.lower())]
+    if source.proxy is not None:
+        log(f"proxy       {source.proxy} gets all requests, and decides which private addresses they reach")
+    elif unused:
+        log(f"proxy       {unused[0]} is set and not used for videos; to use it, give --proxy with its value")
 
 
 @task(name="prepare", **STAGE_POLICY)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import codecs
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cyclopts import Group, Parameter
@@ -19,13 +20,18 @@ class SourceOptions:
     """How a source is read, apart from its address. In a deployment it is an object: `{split: train}`.
 
     Attributes:
-        format: csv, parquet, jsonl, msrvtt, sample, folder or classes; auto goes by the name.
-        columns: a table's own names, as --columns.key id --columns.url link --columns.caption text.
+        format: csv, parquet, jsonl, json, tar, msrvtt, sample, folder or classes; auto goes by the name.
+        columns: a table's own names, as --columns.key id --columns.url link --columns.caption text; --columns.start and
+            --columns.end for spans in seconds or HH:MM:SS.mmm; --columns.key '' makes keys from the links.
         split: MSR-VTT's own; of any other source train, validation or test, by a hash of each key.
         held_out_share: the share of the keys in validation, and again in test.
         captions: of several captions per clip: first, all (a row each), or a number, the seed of a draw.
         limit: the first rows only.
         base_url: the address that relative links resolve against, instead of the table's own folder.
+        encoding: of a CSV or JSON lines that are not UTF-8, such as cp1252.
+        allow_host: a host of the private network that links may name, as HOST or HOST:PORT, or the address of a folder
+            or bucket that they may name; repeat the flag for several.
+        proxy: an HTTP proxy for all requests; it decides which private addresses are reached.
     """
 
     format: str = "auto"
@@ -35,6 +41,9 @@ class SourceOptions:
     captions: int | str = "first"
     limit: int | None = None
     base_url: str | None = None
+    encoding: str | None = None
+    allow_host: list[str] = field(default_factory=list)
+    proxy: str | None = None
 
     def spec(self, table: str) -> SourceSpec:
         """The source at that address with these options. Raises UserError for a limit that leaves no row."""
@@ -52,10 +61,21 @@ class SourceOptions:
             split=self.split,
             held_out=self.held_out_share,
             captions=self.captions,
+            encoding=_known_encoding(self.encoding),
+            allow=tuple(self.allow_host),
+            proxy=self.proxy,
         )
 
 
 DEFAULT = SourceOptions()
+
+
+def _known_encoding(name: str | None) -> str | None:
+    """The name of an encoding as Python writes it. Raises UserError for an unknown one."""
+    try:
+        return None if name is None else codecs.lookup(name).name
+    except LookupError as error:
+        raise UserError(f"encoding {name!r} is not known; give one such as utf-8, cp1252 or utf-16") from error
 
 
 def named_source(table: str | None, options: SourceOptions) -> SourceSpec | None:

@@ -21,7 +21,7 @@ from infra.redaction import redact
 
 _TEMPORARY_SUFFIX = ".part"
 # Packages whose errors `boundary` explains; a missing file, a forbidden one and a full store are OSErrors already.
-_LIBRARIES = ("botocore", "aiobotocore", "gcsfs", "google", "azure", "adlfs")
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
 
 _log = logging.getLogger(__name__)
 

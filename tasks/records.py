@@ -35,13 +35,34 @@ class UserError(ValueError):
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Where a file of the source itself contains the bytes of a video: a member of a tar or a cell of Parquet."""
+
+    file: str  # address of the tar or of the Parquet file
+    offset: int  # of the member's first byte; in Parquet the row in its row group
+    size: int  # in bytes; in Parquet the number of the row group
+    column: str | None = None  # of Parquet
+
+
+@dataclass(frozen=True)
 class ClipRef:
-    """One usable row of a source; `url` is as written in the source, not resolved; `row` counts from 0."""
+    """One usable row of a source; `url` is as written in the source, not resolved; `row` counts from 0.
+
+    A row with a span names the part of a video from `start` to `end`, in seconds. An `end` of None is the video's end.
+    """
 
     key: str
     url: str
     caption: str
     row: int
+    start: float | None = None
+    end: float | None = None
+    inside: Inside | None = None  # for a video that is not behind a link
+
+    @property
+    def span(self) -> tuple[float, float | None] | None:
+        """The span of the row, or None for the whole video."""
+        return None if self.start is None else (self.start, self.end)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trip_model.folders import BaseFolderError
+from trip_model.text import unescape_entities
 
 
 def load_vae(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -74,10 +75,9 @@ class TextEncoder(nn.Module):
         self.vocab_size = vocab_size
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Returns token ids int64 [B, length], padded or truncated to the encoder's length."""
-        out = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        """Returns token ids int64 [B, length], padded or truncated to the encoder's length; entities are unescaped."""
+        texts = [unescape_entities(caption) for caption in captions]
+        out = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         return out["input_ids"].to(torch.int64)
 
     @torch.no_grad()

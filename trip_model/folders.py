@@ -24,8 +24,9 @@ def resolve_base(base: str | Path) -> Path:
     """
     folder = Path(base)
     if not folder.is_dir():
-        looks_like_hub = not folder.is_absolute() and str(base).count("/") == 1 and not str(base).startswith(".")
-        if not looks_like_hub:
+        # `runs/typo` is a path where there is a folder `runs`.
+        is_path = folder.is_absolute() or str(base)[:1] in (".", "~") or folder.parent.is_dir() or "\\" in str(base)
+        if is_path or str(base).count("/") != 1:
             raise BaseFolderError(f"base {str(base)!r} is not a folder; give a folder with {', '.join(BASE_PARTS)}")
         from huggingface_hub import snapshot_download
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "promote": "flows.cli.promote",
     "rollback": "flows.cli.promote",
     "live": "flows.cli.promote",
+    "check-source": "flows.cli.check_source",
     "sample": "flows.cli.curate",
     "verify": "flows.cli.curate",
     "show": "flows.cli.curate",

@@ -25,6 +25,7 @@ from tasks.shards import (
     takedowns_sha256,
     write_takedowns,
 )
+from tasks.shards.split import written_key
 
 _READS = 16  # concurrent range reads
 
@@ -104,9 +105,10 @@ class _Clips:
         before = len(self.keys) + len(self.links) + len(self.files) + len(self.seen_keys)
         for key, link, file_sha256 in rows:
             marks = {*link_marks(link)} if link is not None else set[str]()
-            if key in self.keys or marks & self._marks or file_sha256 in self.files:
+            written = written_key(key)  # of all spans of a video that have one key in the table
+            if {key, written} & self.keys or marks & self._marks or file_sha256 in self.files:
                 self.keys.add(key)
-                self.seen_keys.add(key)
+                self.seen_keys |= {key, written}
                 self.seen_links |= marks
                 self._marks |= marks
                 self.links |= {link} if link is not None else set()

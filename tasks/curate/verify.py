@@ -116,7 +116,24 @@ def _recipe_problems(dataset: str, manifest: DatasetManifest | None) -> Generato
         yield f"{RECIPE}: is not the recipe of {MANIFEST}"
     if digest(manifest.recipe) != manifest.recipe_hash:
         yield f"{MANIFEST}: recipe_hash is {manifest.recipe_hash}, the hash of its recipe is {digest(manifest.recipe)}"
+    yield from _source_problems(manifest)
     return manifest.recipe_hash
+
+
+def _source_problems(manifest: DatasetManifest) -> Iterator[str]:
+    """Yields differences of the manifest's source from its recipe and its rows."""
+    source, known = manifest.source, ("columns", "limit", "table_sha256")
+    for name in sorted({*source, *known}):
+        if name not in source:
+            if "table_sha256" in manifest.recipe:  # made by prepare
+                yield f"{MANIFEST}: its source has no {name}"
+        elif name not in known:
+            yield f"{MANIFEST}: its source has {name!r}, which is not part of it"
+        elif name != "limit" and source[name] != manifest.recipe.get(name):
+            yield f"{MANIFEST}: its source has the {name} {source[name]!r}, its recipe {manifest.recipe.get(name)!r}"
+    limit = source.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or manifest.rows > limit):
+        yield f"{MANIFEST}: its source has the limit {limit!r}, with {manifest.rows} rows"
 
 
 def _disagreement(index: ShardManifest, number: int, manifest: DatasetManifest) -> Iterator[str]:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from infra.redaction import name_of
-from tasks.encode.filters import Screen, Window, read_measured
+from tasks.encode.filters import Screen, Window, read_measured, read_measured_spans
 from tasks.encode.fingerprint import check_spec
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
-from tasks.video.decode import Clip, ClipError, read_track, read_windows
+from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
 from tasks.video.spec import DecodeSpec
 
@@ -45,34 +45,84 @@ def open_decoders(spec: PrepareSpec, decode: DecodeSpec, cpus: int) -> DecoderPo
     grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
     grid |= {"windows": spec.windows_per_clip} if spec.clip == "windows" else {"longest": spec.longest_track}
     reader = read_windows if spec.clip == "windows" else read_track
-    return DecoderPool(decode.processes or cpus, decode, grid, read_measured if spec.filters.chosen() else reader)
+    readers = (read_measured, read_measured_spans) if spec.filters.chosen() else (reader, read_spans)
+    return DecoderPool(decode.processes or cpus, decode, grid, *readers)
 
 
 def decode_ahead(
     rows: Iterable[tuple[ClipRef, Fetched] | Failure], decoders: DecoderPool, screen: Screen | None = None
 ) -> Iterator[Decoded | Failure]:
-    """Decodes up to `decoders.ahead` rows ahead of the caller and yields them in order.
+    """Decodes up to `decoders.ahead` videos ahead of the caller and yields the rows in order.
 
-    Windows that `screen` rejects are dropped; a clip without a remaining window becomes a Failure.
+    Successive rows of one file are decoded once: their spans together, in one pass. Windows that `screen` rejects are
+    dropped; a clip without a remaining window becomes a Failure.
     """
     screen = screen or Screen(FilterSpec())
 
-    def finish(row: tuple[ClipRef, Fetched, Future[list[Clip]]] | Failure) -> Decoded | Failure:
+    def finish(row: _Waiting) -> Decoded | Failure:
         if isinstance(row, Failure):
             return row
-        ref, fetched, future = row
         try:
-            return Decoded(ref, fetched.sha256, len(fetched.data), screen(future.result()))
+            return Decoded(row.ref, row.fetched.sha256, len(row.fetched.data), screen(row.clips()))
         except ClipError as error:
-            return Failure(ref.key, ref.row, error.reason, error.detail)
+            return Failure(row.ref.key, row.ref.row, error.reason, error.detail)
 
-    waiting: deque[tuple[ClipRef, Fetched, Future[list[Clip]]] | Failure] = deque()
-    for row in rows:
-        waiting.append(row if isinstance(row, Failure) else (*row, decoders.submit(row[1].data)))
+    waiting: deque[list[_Waiting]] = deque()
+    for file in _files(rows):
+        waiting.append([file] if isinstance(file, Failure) else _submit(file, decoders))
         if len(waiting) >= decoders.ahead:
-            yield finish(waiting.popleft())
+            yield from map(finish, waiting.popleft())
     while waiting:
-        yield finish(waiting.popleft())
+        yield from map(finish, waiting.popleft())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row whose video is being decoded; `place` is that of its span among those of the video."""
+
+    ref: ClipRef
+    fetched: Fetched
+    future: Future[list[Clip]] | Future[list[list[Clip] | ClipError]]
+    place: int | None = None
+
+    def clips(self) -> list[Clip]:
+        """Returns the clips once they are decoded. Raises ClipError."""
+        result: Any = self.future.result()
+        clips = result if self.place is None else result[self.place]
+        if isinstance(clips, ClipError):
+            raise clips
+        return clips
+
+
+_Waiting = _Row | Failure
+_File = tuple[Fetched, list[ClipRef]]
+
+
+def _files(rows: Iterable[tuple[ClipRef, Fetched] | Failure]) -> Iterator[_File | Failure]:
+    """Joins successive rows with the same file. A row without a span is not held back until the next one is there."""
+    file: _File | None = None
+    for row in rows:
+        if file is not None and not isinstance(row, Failure) and row[1] is file[0] and row[0].span is not None:
+            file[1].append(row[0])
+            continue
+        if file is not None:
+            yield file
+            file = None
+        if isinstance(row, Failure) or row[0].span is None:
+            yield row if isinstance(row, Failure) else (row[1], [row[0]])
+        else:
+            file = row[1], [row[0]]
+    if file is not None:
+        yield file
+
+
+def _submit(file: _File, decoders: DecoderPool) -> list[_Waiting]:
+    fetched, refs = file
+    if refs[0].span is None:
+        return [_Row(refs[0], fetched, decoders.submit(fetched.data))]
+    spans = list(dict.fromkeys(ref.span for ref in refs if ref.span is not None))
+    future = decoders.submit_spans(fetched.data, spans)
+    return [_Row(ref, fetched, future, spans.index(ref.span)) for ref in refs if ref.span is not None]
 
 
 class ClipEncoder:
@@ -152,6 +202,7 @@ class ClipEncoder:
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
                         "window": window.position,
+                        **({"span": list(ref.span)} if ref.span is not None else {}),
                         "times": [round(float(t), 6) for t in clip.times],
                         "fps": spec.fps,
                         "size": spec.size,

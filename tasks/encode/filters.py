@@ -17,7 +17,7 @@ from PIL import Image
 
 from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
-from tasks.video.decode import Clip, ClipError, read_track, read_windows
+from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
 
 VERSION = 2  # part of the fingerprint; increases when the definition of a score changes
 GRID = 32  # cells per side of a frame; averaging over them removes noise and compression
@@ -107,10 +107,12 @@ def picture_hash(pixels: np.ndarray) -> str | None:
 
 def read_measured(source: bytes, **grid: Any) -> list[Clip]:
     """Returns the clips of `read_windows` or `read_track` with their scores and hash in the info; runs in a decoder."""
-    return [
-        replace(clip, info=clip.info | {"measured": [scores(clip.pixels, clip.info), picture_hash(clip.pixels)]})
-        for clip in (read_track if "longest" in grid else read_windows)(source, **grid)
-    ]
+    return list(map(_measured, (read_track if "longest" in grid else read_windows)(source, **grid)))
+
+
+def read_measured_spans(source: bytes, **grid: Any) -> list[list[Clip] | ClipError]:
+    """Returns the clips of `read_spans` as `read_measured` does."""
+    return [part if isinstance(part, ClipError) else list(map(_measured, part)) for part in read_spans(source, **grid)]
 
 
 class Screen:
@@ -160,6 +162,10 @@ class Screen:
             if values[score] < limit if bound == "least" else values[score] > limit:
                 return reason
         return None
+
+
+def _measured(clip: Clip) -> Clip:
+    return replace(clip, info=clip.info | {"measured": [scores(clip.pixels, clip.info), picture_hash(clip.pixels)]})
 
 
 def _cells(pixels: np.ndarray) -> np.ndarray:

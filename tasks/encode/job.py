@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
             seconds=round(time.monotonic() - began, 3),
             page=shards.report_addresses(output)["html"],
             source=PurePosixPath(redact(spec.source.table)).name,
+            allowed=tuple(redact(name) for name in (*spec.source.allow, spec.source.proxy) if name is not None),
         )
         with _write_errors(f"report {report.page}"):
             workers.write_report(to_json(report), sum(part.size_bytes for part in parts), accounting.rows_made)
@@ -139,12 +141,22 @@ def _takedowns_of(source: SourceSpec, output: str) -> tuple[shards.Takedowns, sh
 
 @contextmanager
 def _write_errors(target: str) -> Iterator[None]:
-    """Converts the OSError of a full or read-only store to a UserError that names the target."""
+    """Converts the OSError of a store to a UserError that names the target and what to do."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise UserError(f"{target} cannot be written ({reason}); free some space or give another output") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space or give another output"
+        elif isinstance(error, FileNotFoundError):
+            remedy = "create its bucket or folder, or give another output"
+        elif isinstance(error, PermissionError):
+            remedy = "give credentials that may write there, or another output"
+        elif storage.local_path(target.partition(" ")[2]) is None:
+            remedy = "the store did not take it; the same command continues"
+        else:
+            remedy = "give another output"
+        raise UserError(f"{target} cannot be written ({reason}); {remedy}") from error
 
 
 class EncodeWorker:

@@ -85,6 +85,7 @@ class PrepareReport:
     seconds: float
     page: str  # address of the HTML report, next to the data set
     source: str = ""  # name of the table or folder, without its address
+    allowed: tuple[str, ...] = ()  # hosts, folders and the proxy that the caller opened to the links of the source
 
     @property
     def data(self) -> Artifact:

@@ -74,7 +74,7 @@ def encode_unit(
             raise UserError(f"the index of {unit.existing} in {output} was deleted; is another command writing there?")
         kept = shards.stored_outcomes(output, existing)
         made_with = {name: _both(existing.made_with.get(name, now), now) for name, now in made_with.items()}
-    redone = [row for row in unit.rows if unit.existing is None or row.row in unit.redo]
+    redone = by_file([row for row in unit.rows if unit.existing is None or row.row in unit.redo])
     fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
 
     def files() -> Iterator[tuple[ClipRef, Fetched] | Failure]:
@@ -89,15 +89,30 @@ def encode_unit(
             else:
                 yield takedowns.failure(ref, file_sha256=result.sha256) or (ref, result)
 
-    made = encoder.encode(decode_ahead(files(), decoders, encoder.screen))
+    made = zip(redone, encoder.encode(decode_ahead(files(), decoders, encoder.screen)), strict=True)
+    ready: dict[int, Outcome] = {}  # of rows that were made with an earlier row of their file
+
+    def outcome_of(row: int) -> Outcome:
+        while row not in ready:
+            record, outcome = next(made)
+            ready[record.row] = outcome
+        return ready.pop(row)
 
     def outcomes() -> Iterator[Outcome]:
         for row in unit.rows:
             before = next(kept, None)
-            yield before if before is not None and row.row not in unit.redo else next(made)
+            yield before if before is not None and row.row not in unit.redo else outcome_of(row.row)
 
     rows = (unit.start, unit.stop)
     return shards.write_shard(output, unit.index, rows, outcomes(), recipe_hash, made_with).summary()
+
+
+def by_file(rows: list[ClipRef | Failure]) -> list[ClipRef | Failure]:
+    """Returns rows with those of one link next to each other, at the place of the first: it is downloaded once."""
+    groups: dict[object, list[ClipRef | Failure]] = {}
+    for row in rows:
+        groups.setdefault(row.row if isinstance(row, Failure) else row.url, []).append(row)
+    return [row for group in groups.values() for row in group]
 
 
 def _both(before: str, now: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections import defaultdict
@@ -11,17 +12,27 @@ from typing import Any
 import fsspec
 
 from infra import storage
-from tasks.ingest.rows import Row, reading, text_cells
+from tasks.ingest.rows import NAMES, SPAN_NAMES, Row, choose_captions, reading, rows_of
 from tasks.records import UserError
 
 SAMPLE_SCHEMA = "trip-sample/1"
 MAX_DOCUMENT_BYTES = 1 << 28  # a document is read at once; MSR-VTT's has 40 MB
 
 
-def is_sample(address: str) -> bool:
-    """Returns whether a JSON file begins like a sample of this project."""
+def kind_of_document(address: str) -> str:
+    """Returns the format of a JSON file: "sample", "json" (an array), "jsonl" (an object per line) or "msrvtt"."""
     with reading(address, "a JSON file"), fsspec.open(address, "rb", compression="infer") as file:
-        return SAMPLE_SCHEMA.encode() in file.read(64)  # type: ignore[attr-defined]
+        head: bytes = file.read(1 << 16)  # type: ignore[attr-defined]
+    if SAMPLE_SCHEMA.encode() in head[:64]:
+        return "sample"
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        return "json"
+    first, _, rest = head.partition(b"\n")
+    try:
+        return "jsonl" if isinstance(json.loads(first), dict) and rest.lstrip().startswith(b"{") else "msrvtt"
+    except (ValueError, RecursionError):
+        return "msrvtt"
 
 
 def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterator[Row]:
@@ -55,8 +66,8 @@ def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterato
         if not isinstance(name, str):
             yield "a video without a video_id"
         elif split is None or video.get("split") == split:
-            for key, caption in _choose(name, captions_of[name], captions):
-                yield text_cells([key, f"{name}.mp4", caption])
+            for suffix, caption in choose_captions(name, captions_of[name], captions):
+                yield from rows_of({"key": name + suffix, "url": f"{name}.mp4", "caption": caption})
 
 
 def read_sample(address: str) -> Iterator[Row]:
@@ -71,7 +82,7 @@ def read_sample(address: str) -> Iterator[Row]:
         raise UserError(f"sample {address} does not match its sha256; it was changed, write it again")
     for row in rows:
         if isinstance(row, dict):
-            yield text_cells([row.get("key"), row.get("url"), row.get("caption")])
+            yield from rows_of({name: row.get(name) for name in (*NAMES, *SPAN_NAMES) if name in row or name in NAMES})
         else:
             yield "not an object"
 
@@ -79,14 +90,6 @@ def read_sample(address: str) -> Iterator[Row]:
 def sample_sha256(document: dict[str, Any]) -> str:
     """Returns the hash of a sample without its own hash, over the canonical JSON."""
     return hashlib.sha256(storage.json_bytes({k: v for k, v in document.items() if k != "sha256"})).hexdigest()
-
-
-def _choose(name: str, captions: list[Any], choice: str | int) -> Iterator[tuple[str, Any]]:
-    if choice == "all" and captions:
-        yield from ((f"{name}-{number:02d}", caption) for number, caption in enumerate(captions))
-        return
-    mark = 0 if isinstance(choice, str) else int(hashlib.sha256(f"{choice}\0{name}".encode()).hexdigest(), 16)
-    yield name, captions[mark % len(captions)] if captions else None
 
 
 def _load(address: str, wanted: str) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import random
+import re
 import threading
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from urllib.parse import urljoin
 
 import aiohttp
@@ -17,11 +21,13 @@ from yarl import URL
 
 from infra import storage
 from infra.redaction import name_of, redact
+from tasks.ingest.files import is_over_http
 from tasks.ingest.http_checks import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
-from tasks.ingest.sources import local_root, resolve_url
+from tasks.ingest.sources import has_scheme, local_root, resolve_url, source_files
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.ingest.url_guard import AddressGuard, blocked_cause
-from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
+from tasks.ingest.tables import read_cell
+from tasks.ingest.url_guard import Access, AddressGuard, blocked_cause, host_and_port, written_url
+from tasks.records import RETRY_CLASSES, ClipRef, Failure, Inside, UserError
 from trip_model import __version__
 
 # Retried within the run; 403 and the rarer 5xx only by a later run with `retry`.
@@ -46,33 +52,39 @@ def download_clips(
 ) -> Iterator[tuple[ClipRef, Fetched | Failure]]:
     """Downloads clips ahead of the caller, at most `concurrency` at a time, and yields them in the order of `refs`.
 
+    Successive clips with the same link are one download, and share its result.
+
     Failure reasons: `http_<status>`, `timeout`, `too_slow`, `network`, `truncated`, `too_large`, `not_a_video`,
     `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`. The detail
     contains the number of attempts if there were several. Files are read only below the table's folder.
 
     Raises:
-        UserError: the source's base URL is not a URL.
+        UserError: the source's base URL, proxy or an allowed host is not one.
     """
     spec = spec or DownloadSpec()
-    declared = _declared_url(source)
+    access = access_of(source)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="download", daemon=True)
     thread.start()
 
-    def submit(ref: ClipRef) -> tuple[ClipRef, Future[Fetched | Failure]]:
-        return ref, asyncio.run_coroutine_threadsafe(downloader.fetch(ref), loop)
+    def submit(group: list[ClipRef]) -> tuple[list[ClipRef], Future[Fetched | Failure]]:
+        return group, asyncio.run_coroutine_threadsafe(downloader.fetch(group[0]), loop)
 
-    downloader = asyncio.run_coroutine_threadsafe(_open_downloader(source, spec, declared), loop).result()
-    waiting: deque[tuple[ClipRef, Future[Fetched | Failure]]] = deque()
+    def finished() -> Iterator[tuple[ClipRef, Fetched | Failure]]:
+        group, future = waiting.popleft()
+        result = future.result()
+        for ref in group:
+            yield ref, result if isinstance(result, Fetched) else replace(result, key=ref.key, row=ref.row)
+
+    downloader = asyncio.run_coroutine_threadsafe(_open_downloader(source, spec, access), loop).result()
+    waiting: deque[tuple[list[ClipRef], Future[Fetched | Failure]]] = deque()
     try:
-        for ref in refs:
-            waiting.append(submit(ref))
+        for _, same_link in itertools.groupby(refs, key=lambda ref: (ref.url, ref.inside)):
+            waiting.append(submit(list(same_link)))
             if len(waiting) >= max(1, spec.concurrency):
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield from finished()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield from finished()
     finally:
         for _, future in waiting:
             future.cancel()
@@ -82,28 +94,48 @@ def download_clips(
         loop.close()
 
 
-def _declared_url(source: SourceSpec) -> URL | None:
-    """Returns the base URL of the caller. Raises UserError if it is not a URL."""
-    if source.base_url is None or local_root(source) is not None:
-        return None
+def access_of(source: SourceSpec) -> Access:
+    """Returns what the caller of a source allows: its base URL, or else a table over HTTP, `allow` and the proxy.
+
+    Raises:
+        UserError: one of them is not an address.
+    """
+    named = [source.base_url] if source.base_url is not None else source_files(source)
+    declared = tuple(_url("base URL", address) for address in named if is_over_http(address))
+    proxy = _url("proxy", source.proxy) if source.proxy is not None else None
+    if proxy is not None and (proxy.scheme not in ("http", "https") or not proxy.raw_host):
+        raise UserError(f"proxy {source.proxy!r} is not an HTTP proxy; give one as http://host:port")
     try:
-        return URL(source.base_url)
+        hosts = frozenset(host_and_port(name) for name in source.allow if not is_folder_address(name))
     except ValueError as error:
-        raise UserError(
-            f"base URL {source.base_url!r} is not a URL ({error}); give one as http://host:port/"
-        ) from error
+        raise UserError(f"allowed host {error}; give HOST, HOST:PORT, or the address of a folder or bucket") from error
+    return Access(declared, hosts, proxy)
 
 
-async def _open_downloader(source: SourceSpec, spec: DownloadSpec, declared: URL | None) -> _Downloader:
-    return _Downloader(source, spec, declared)
+def is_folder_address(name: str) -> bool:
+    """Returns whether an allowed name is a folder or a bucket rather than a host."""
+    return "://" in name or name.startswith("/")
+
+
+def _url(what: str, address: str) -> URL:
+    try:
+        return URL(address)
+    except ValueError as error:
+        raise UserError(f"{what} {address!r} is not a URL ({error}); give one as http://host:port/") from error
+
+
+async def _open_downloader(source: SourceSpec, spec: DownloadSpec, access: Access) -> _Downloader:
+    return _Downloader(source, spec, access)
 
 
 class _Downloader:
     """One session and a queue per host. Created and used inside the event loop."""
 
-    def __init__(self, source: SourceSpec, spec: DownloadSpec, declared: URL | None) -> None:
-        self._source, self._spec = source, spec
-        self._guard = AddressGuard(declared, spec.allow_private)
+    def __init__(self, source: SourceSpec, spec: DownloadSpec, access: Access) -> None:
+        self._source, self._spec, self._proxy = source, spec, access.proxy
+        self._guard = AddressGuard(access, spec.allow_private)
+        self._roots = [root for root in (local_root(source), *map(_folder, source.allow)) if root is not None]
+        self._cells = threading.Lock()  # a row group of Parquet is read by one thread at a time
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max(1, spec.per_host)))
         agent = f"{AGENT}/{__version__}" + (f" (+{spec.contact})" if spec.contact else "")
         self.session = aiohttp.ClientSession(
@@ -114,7 +146,7 @@ class _Downloader:
             headers={"User-Agent": agent, "Accept-Encoding": "identity"},  # no decompression, so no decompression bombs
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,  # a proxy would bypass the guard's name resolution
+            trust_env=False,  # a proxy bypasses the guard's name resolution, so only one that the caller names is used
         )
 
     async def fetch(self, ref: ClipRef) -> Fetched | Failure:
@@ -122,7 +154,7 @@ class _Downloader:
         spec = self._spec
         for attempt in range(1, max(1, spec.attempts) + 1):
             try:
-                data = await self._read(ref.url)
+                data = await self._read(ref)
                 if not is_video(data):
                     raise Refused("not_a_video", looks_like(data))
                 return Fetched(data, hashlib.sha256(data).hexdigest(), attempt)
@@ -136,13 +168,15 @@ class _Downloader:
                 await asyncio.sleep(min(max(pause, refused.retry_after or 0), spec.max_backoff_seconds))
         raise AssertionError("the last attempt returns")
 
-    async def _read(self, url: str) -> bytes:
-        """Reads a URL or a file once."""
+    async def _read(self, ref: ClipRef) -> bytes:
+        """Reads a URL, a file or a part of one once."""
         try:
-            address = resolve_url(self._source, url)
-            if address.startswith(("http://", "https://")):
+            if ref.inside is not None:
+                return await asyncio.to_thread(self._read_inside, ref.inside)
+            address = resolve_url(self._source, ref.url)
+            if is_over_http(address):
                 return await self._get(address)
-            return await asyncio.to_thread(_read_file, address, local_root(self._source), self._spec.max_bytes)
+            return await asyncio.to_thread(_read_file, address, self._roots, self._spec.max_bytes)
         except TimeoutError as error:
             raise Refused("timeout", "no response in time") from error
         except aiohttp.ClientPayloadError as error:
@@ -161,21 +195,41 @@ class _Downloader:
         """
         clock, remaining_seconds = asyncio.get_running_loop(), self._spec.total_seconds
         for _ in range(_MAX_HOPS + 1):
-            url = URL(address)
+            url = written_url(address)
             self._guard.check(url)
             turn = self._turns[url.host_port_subcomponent or ""]
             async with turn:  # waiting in the queue does not count as server time
                 began = clock.time()
-                async with asyncio.timeout(remaining_seconds), self.session.get(url, allow_redirects=False) as response:
+                async with asyncio.timeout(remaining_seconds), self._request(url) as response:
                     if response.status not in _REDIRECTS or "Location" not in response.headers:
                         return await self._read_body(response)
-                    address = urljoin(address, response.headers["Location"])
+                    location = response.headers["Location"]
+                    address = location if has_scheme(location) else urljoin(address, location)
                 remaining_seconds -= clock.time() - began
         raise Refused("too_many_redirects", f"more than {_MAX_HOPS}")
 
+    def _request(self, url: URL) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self.session.get(url, allow_redirects=False, proxy=self._proxy)
+
+    def _read_inside(self, inside: Inside) -> bytes:
+        """Reads a video that a file of the source contains."""
+        if inside.column is None and inside.size > self._spec.max_bytes:
+            raise Refused("too_large", f"{inside.size} bytes, at most {self._spec.max_bytes}")
+        if inside.column is None:
+            data = storage.read_range(inside.file, inside.offset, inside.offset + inside.size)
+            if len(data) != inside.size:
+                raise Refused("unreadable_file", "the tar ends within the video")
+            return data
+        with self._cells:
+            data = read_cell(inside)
+        if len(data) > self._spec.max_bytes:
+            raise Refused("too_large", f"{len(data)} bytes, at most {self._spec.max_bytes}")
+        return data
+
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
         spec, clock = self._spec, asyncio.get_running_loop()
-        if response.status != 200:
+        whole = response.status == 206 and _is_whole(response)
+        if response.status != 200 and not whole:
             pause = seconds_to_wait(response.headers.get("Retry-After", ""))
             raise Refused(f"http_{response.status}", response.reason or "", pause)
         tags = response.headers.getall("X-Robots-Tag", [])
@@ -198,14 +252,44 @@ class _Downloader:
                 interval_start, interval_bytes = clock.time(), len(body)
         if length is not None and len(body) != length:
             raise Refused("truncated", f"{len(body)} of {length} bytes")
+        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip") and body.startswith(b"\x1f\x8b"):
+            return _gunzip(bytes(body), spec.max_bytes)
         return bytes(body)
 
 
-def _read_file(address: str, root: str | None, max_bytes: int) -> bytes:
-    """Reads a file below the table's folder. The URL column is untrusted, so no other file is opened."""
-    inside = root is not None and address.startswith(root.rstrip("/") + "/") and ".." not in address.split("/")
+def _is_whole(response: aiohttp.ClientResponse) -> bool:
+    """Returns whether a partial response contains the whole file."""
+    match = re.fullmatch(r"bytes 0-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
+    return match is not None and int(match[1]) + 1 == int(match[2]) == (response.content_length or int(match[2]))
+
+
+def _gunzip(data: bytes, max_bytes: int) -> bytes:
+    """Decompresses a body that was sent compressed though not asked for; at most `max_bytes` of it."""
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        body = stream.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise Refused("truncated", f"its Content-Encoding is gzip, which it is not ({error})") from error
+    if len(body) > max_bytes:
+        raise Refused("too_large", f"more than {max_bytes} bytes once decompressed")
+    if not stream.eof:
+        raise Refused("truncated", "the compressed body is not complete")
+    return body
+
+
+def _folder(allowed: str) -> str | None:
+    """Returns the folder that an allowed name is, None for a host."""
+    return storage.absolute(allowed) if is_folder_address(allowed) else None
+
+
+def _read_file(address: str, roots: list[str], max_bytes: int) -> bytes:
+    """Reads a file below the table's folder or an allowed one. Links are untrusted, so no other file is opened."""
+    inside = any(address.startswith(root.rstrip("/") + "/") for root in roots) and ".." not in address.split("/")
     if not inside:
-        raise Refused("blocked_address", "only http(s) URLs and files below the table's own folder are read")
+        raise Refused(
+            "blocked_address",
+            "only http(s) URLs and files below the table's own folder are read; allow others with --allow-host FOLDER",
+        )
     try:
         data = storage.read_range(address, 0, max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:

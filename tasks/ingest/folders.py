@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from infra import storage
-from tasks.ingest.rows import Row, reading, text_cells
+from tasks.ingest.rows import NAMES, Row, reading, rows_of
 from tasks.records import UserError
 
-_SUFFIXES = (
+VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ogv", ".flv"),
     *(".mpg", ".mpeg", ".ts", ".wmv", ".asf", ".gif"),
+    *(".3gp", ".3g2", ".mts", ".m2ts", ".m2t", ".mxf", ".vob"),
 )
 _MAX_CAPTION_BYTES = 1 << 16  # of a caption file; a longer one is ignored
 _BATCH = 256  # caption files per request; on an object store one read each would be a round trip each
@@ -31,10 +35,12 @@ def is_folder(address: str) -> bool:
         return bool(filesystem.isdir(path))
 
 
-def kind_of_folder(address: str) -> str:
-    """Returns "classes" if every video lies in a subfolder and none has a caption file, else "folder"."""
-    sizes = _list_files(address)[2]
+def kind_of_folder(address: str) -> str | None:
+    """Returns "classes" if every video lies in a subfolder and none has a caption file, "folder", or None if none."""
+    sizes = list_files(address)[2]
     videos = _videos(sizes)
+    if not videos:
+        return None
     return "classes" if all("/" in name and _caption_file(name) not in sizes for name in videos) else "folder"
 
 
@@ -54,14 +60,28 @@ def read_folder(address: str, kind: str) -> Iterator[Row]:
 def folder_digest(address: str, kind: str) -> str:
     """Returns the sha256 over the sorted names, the sizes and the captions of the videos; their bytes are not read."""
     hasher = hashlib.sha256()
-    for entry in _entries(address, kind):
+    for name, size, row in _entries(address, kind):
+        # Key, URL and caption: a folder has no spans.
+        entry = (name, size, row if isinstance(row, str) else row[: len(NAMES)])
         hasher.update(json.dumps(entry).encode() + b"\n")
     return hasher.hexdigest()
 
 
+def passed_over(address: str) -> dict[str, int]:
+    """Returns how many files of a folder are neither videos nor their captions, by the end of the name."""
+    sizes = list_files(address)[2]
+    captions = {_caption_file(name) for name in _videos(sizes)}
+    others = [name for name in sizes if name not in captions and not name.lower().endswith(VIDEO_SUFFIXES)]
+    return dict(sorted(Counter(posixpath.splitext(name)[1].lower() or "no ending" for name in others).items()))
+
+
 def _entries(address: str, kind: str) -> Iterator[tuple[str, int, Row]]:
-    filesystem, folder, sizes = _list_files(address)
+    filesystem, folder, sizes = list_files(address)
     names = _videos(sizes)
+    if not names:
+        raise UserError(
+            f"folder {address} contains no videos ({', '.join(VIDEO_SUFFIXES[:5])}, ...); give another, or a table"
+        )
     for begin in range(0, len(names), _BATCH):
         batch = names[begin : begin + _BATCH]
         captions = {} if kind == "classes" else _read_captions(filesystem, folder, sizes, batch)
@@ -70,7 +90,8 @@ def _entries(address: str, kind: str) -> Iterator[tuple[str, int, Row]]:
             if kind == "classes":
                 caption = name.partition("/")[0].replace("_", " ") if "/" in name else ""
             url = f"./{name}" if ":" in name else name  # otherwise a colon would look like the end of a scheme
-            yield name, sizes[name], text_cells([posixpath.splitext(name)[0], url, caption])
+            values: dict[str, str] = dict(zip(NAMES, (posixpath.splitext(name)[0], url, caption), strict=True))
+            yield from ((name, sizes[name], row) for row in rows_of(values))
 
 
 def _read_captions(
@@ -87,26 +108,40 @@ def _read_captions(
     return {name: bytes(text).decode("utf-8-sig", "replace") for name, text in zip(wanted, texts, strict=True)}
 
 
-def _list_files(address: str) -> tuple[AbstractFileSystem, str, dict[str, int]]:
-    """Returns the file system, the folder in it, and the sizes in bytes of all files below except hidden ones."""
+def list_files(address: str) -> tuple[AbstractFileSystem, str, dict[str, int]]:
+    """Returns the file system, the folder in it, and the sizes in bytes of all files below except hidden ones.
+
+    Links to files and folders are followed on a local disk; a folder that contains itself is read once.
+    """
     if not is_folder(address):
         raise UserError(f"no folder at {address}; give a folder of videos that can be listed (not over HTTP)")
     with reading(address, "a folder of videos"):
         filesystem, folder = fsspec.core.url_to_fs(storage.absolute(address))
         folder = folder.rstrip("/")
         filesystem.invalidate_cache()  # another process may have written since the last listing
-        files = filesystem.find(folder, detail=True)
-    sizes = {name.removeprefix(folder).lstrip("/"): int(info["size"] or 0) for name, info in files.items()}
+        if isinstance(filesystem, LocalFileSystem):
+            sizes = dict(_local_files(folder, (os.path.realpath(folder),)))
+        else:
+            files = filesystem.find(folder, detail=True)
+            sizes = {name.removeprefix(folder).lstrip("/"): int(info["size"] or 0) for name, info in files.items()}
     sizes = {name: size for name, size in sizes.items() if not any(part.startswith(".") for part in name.split("/"))}
-    if not _videos(sizes):
-        raise UserError(
-            f"folder {address} contains no videos ({', '.join(_SUFFIXES[:5])}, ...); give another folder, or a table"
-        )
     return filesystem, folder, sizes
 
 
+def _local_files(folder: str, above: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields (name, size) of the files below a local folder; `above` are the real paths of it and its parents."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            if real not in above:
+                yield from _local_files(entry.path, (*above, real), f"{prefix}{entry.name}/")
+        else:
+            # A link to nothing is a file that is missing, so that its row is counted.
+            yield f"{prefix}{entry.name}", entry.stat().st_size if os.path.exists(entry.path) else 0
+
+
 def _videos(sizes: dict[str, int]) -> list[str]:
-    return sorted(name for name in sizes if name.lower().endswith(_SUFFIXES))
+    return sorted(name for name in sizes if name.lower().endswith(VIDEO_SUFFIXES))
 
 
 def _caption_file(name: str) -> str:

@@ -7,6 +7,7 @@ import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from infra import storage
 from tasks.ingest.annotations import MAX_DOCUMENT_BYTES, SAMPLE_SCHEMA, sample_sha256
@@ -64,6 +65,8 @@ def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> Sample
     output = storage.absolute(output)
     root = local_root(spec)
     rows, usable = sample_rows(spec, count, seed)
+    if any(row.inside is not None for row in rows):
+        raise UserError(f"videos of {spec.table} lie inside of its files, where no sample can name them; give --limit")
     if spec.base_url is None and root is None:
         urls = [resolve_url(spec, row.url) for row in rows]
     else:
@@ -81,7 +84,7 @@ def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> Sample
         "seed": seed,
         "order": "sha256(seed, a zero byte, key), lowest first",
         "usable": usable,
-        "rows": [{"key": row.key, "url": url, "caption": row.caption} for row, url in zip(rows, urls, strict=True)],
+        "rows": [_row(row, url) for row, url in zip(rows, urls, strict=True)],
     }
     document["sha256"] = sample_sha256(document)
     data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -94,3 +97,8 @@ def write_sample(spec: SourceSpec, count: int, seed: int, output: str) -> Sample
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror or error}); give another --output") from error
     return SampleReport(output, len(rows), usable, document["sha256"])
+
+
+def _row(row: ClipRef, url: str) -> dict[str, Any]:
+    span = {} if row.span is None else {"start": row.start} | ({} if row.end is None else {"end": row.end})
+    return {"key": row.key, "url": url, "caption": row.caption} | span

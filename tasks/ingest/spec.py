@@ -16,15 +16,22 @@ class SourceSpec:
     are now (a mirror, a loopback port, a folder); it is not part of the identity of a data set.
     """
 
-    table: str  # address of a file, or of a folder of videos
-    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))  # of a CSV, Parquet or JSON lines
+    table: str  # address of a file, of a folder of files or of videos, a glob, or several addresses with commas
+    columns: dict[str, str] = field(default_factory=lambda: dict(WEBVID_COLUMNS))  # of a table; also `start` and `end`
     limit: int | None = None  # only the first rows
     base_url: str | None = None
     format: str = "auto"  # one of FORMATS; "auto" decides by the name, and by the content of a folder
     split: str | None = None  # MSR-VTT's own; for other formats "train", "validation" or "test", by a hash of the key
     held_out: float = 0.01  # share of the keys in "validation", and again in "test"
-    captions: str | int = "first"  # of MSR-VTT's 20 per clip: "first", "all" (a row each), or a seed that draws one
+    captions: str | int = "first"  # of several per clip: "first", "all" (a row each), or a seed that draws one
+    encoding: str | None = None  # of a text table; None is UTF-8, or UTF-16 with its byte order mark
+    allow: tuple[
+        str, ...
+    ] = ()  # hosts (HOST or HOST:PORT) that may be private, and folders or buckets outside the root
+    proxy: str | None = None  # address of an HTTP proxy that all requests go through
     sha256: str | None = None  # of its content, set by `opened`
+    files: tuple[str, ...] | None = None  # the addresses of its files in order, set by `opened`
+    entities: bool | None = None  # whether captions contain HTML entities, which are unescaped; set by `opened`
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -32,6 +35,15 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+@dataclass(frozen=True)
+class Access:
+    """What the caller, not the table, allows in the private network."""
+
+    declared: tuple[URL, ...] = ()  # URLs whose combination of scheme, host and port may be private
+    hosts: frozenset[tuple[str, int | None]] = frozenset()  # hosts that may be private; without a port every port
+    proxy: URL | None = None  # the proxy that requests go through; it resolves the names of the hosts
+
+
 class AddressGuard(AbstractResolver):
     """Checks the URLs of a table and of redirects in three places.
 
@@ -40,16 +52,17 @@ class AddressGuard(AbstractResolver):
     a parser accepts it.
 
     Args:
-        declared: a URL from the caller, not the table; the combination of its scheme, host and port may be private.
-        allow_private: allows every address.
+        access: what the caller allows. allow_private: allows every address.
     """
 
-    def __init__(self, declared: URL | None, allow_private: bool) -> None:
+    def __init__(self, access: Access, allow_private: bool) -> None:
         self._resolver = aiohttp.ThreadedResolver()
-        self._allow_private = allow_private
-        self._declared = (declared.scheme, declared.raw_host or "", declared.port) if declared is not None else None
-        # (address, port) of the declared host, and of what it resolves to.
-        self._declared_addresses = {self._declared[1:]} if self._declared is not None else set()
+        self._allow_private, self._allowed = allow_private, access.hosts
+        self._declared = {(url.scheme, url.raw_host or "", url.port) for url in access.declared}
+        self._proxy = (access.proxy.raw_host or "", access.proxy.port) if access.proxy is not None else None
+        # (address, port) of the declared hosts, and of what they resolve to.
+        self._declared_addresses: set[tuple[str, int | None]] = {(host, port) for _, host, port in self._declared}
+        self._declared_addresses |= {self._proxy} if self._proxy is not None else set()
 
     def check(self, url: URL) -> None:
         """Rejects other schemes and literal private addresses; `resolve` checks host names."""
@@ -58,9 +71,9 @@ class AddressGuard(AbstractResolver):
         host = url.raw_host
         if not host or url.port is None:
             raise Refused("bad_url", "no host")
-        if self._allow_private or (url.scheme, host, url.port) == self._declared:
+        if self._allow_private or (url.scheme, host, url.port) in self._declared or self._is_allowed(host, url.port):
             return
-        if self._is_declared(host, url.port):
+        if (host, url.port) in {(declared, port) for _, declared, port in self._declared}:
             raise Refused("blocked_address", f"scheme {url.scheme!r}, the declared URL has another")
         try:
             ipaddress.ip_address(host.split("%")[0])
@@ -75,7 +88,7 @@ class AddressGuard(AbstractResolver):
         results = await self._resolver.resolve(host, port, family)
         if self._allow_private:
             return results
-        if self._is_declared(host, port):
+        if self._is_declared(host, port):  # the proxy resolves the hosts behind it
             self._declared_addresses |= {(result["host"], port) for result in results}
             return results
         public = [result for result in results if is_public(result["host"])]
@@ -86,7 +99,8 @@ class AddressGuard(AbstractResolver):
     def open_socket(self, addr_info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
         """Returns the socket of one connection (aiohttp's `socket_factory`) after checking its address."""
         family, kind, protocol, _, (host, port, *_) = addr_info
-        if not (self._allow_private or (host, port) in self._declared_addresses or is_public(host)):
+        known = (host, port) in self._declared_addresses or self._is_allowed(host, port)
+        if not (self._allow_private or known or is_public(host)):
             raise _BlockedAddress(f"{host} is not a public address")
         return socket.socket(family, kind, protocol)
 
@@ -94,7 +108,52 @@ class AddressGuard(AbstractResolver):
         await self._resolver.close()
 
     def _is_declared(self, host: str, port: int) -> bool:
-        return self._declared is not None and (host, port) == self._declared[1:]
+        names = {(declared, at) for _, declared, at in self._declared}
+        return (host, port) in names or (host, port) == self._proxy or self._is_allowed(host, port)
+
+    def _is_allowed(self, host: str, port: int | None) -> bool:
+        return (host, None) in self._allowed or (host, port) in self._allowed
+
+
+def host_and_port(name: str) -> tuple[str, int | None]:
+    """Returns the host and port that HOST or HOST:PORT names. Raises ValueError for anything else."""
+    if re.search(r"[/?#@\s\\]", name):
+        raise ValueError(f"{name!r} is no HOST or HOST:PORT")
+    url = URL(f"http://{name}/")
+    if not url.raw_host:
+        raise ValueError(f"{name!r} names no host")
+    return url.raw_host, url.port if re.search(r":\d+$", name) else None
+
+
+def written_url(text: str) -> URL:
+    """Returns the URL of a text, to be requested as it is written: a signature may cover its escapes.
+
+    Host and port are read by `yarl`, as aiohttp does. In the path and the query only what no URL may have is escaped.
+
+    Raises:
+        ValueError: the text is not a URL.
+    """
+    url = URL(text)
+    match = _SPLIT.fullmatch(text)
+    if match is None or not url.raw_host:
+        return url
+    path, query = (_escape(part or "") for part in match.groups())
+    return URL.build(
+        scheme=url.scheme,
+        authority=url.raw_authority,
+        path=path or "/",
+        query_string=query,
+        encoded=True,
+    )
+
+
+_SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.DOTALL)
+# What RFC 3986 allows in a path or query, and a percent sign that begins an escape or stands for itself.
+_UNSAFE = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%\[\]|^`{}]")
+
+
+def _escape(part: str) -> str:
+    return _UNSAFE.sub(lambda found: quote(found[0].encode("utf-8", "surrogateescape"), safe=""), part)
 
 
 class _BlockedAddress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -16,9 +17,26 @@ SPLIT_RULE = "h = the first 8 bytes of sha256(key) / 2^64; h < held_out: validat
 Hashes = TypeVar("Hashes", int, np.ndarray)
 
 
+# The end of the key of a clip that is a span: the first digits of the link's sha256, and the span in milliseconds.
+_SPAN = re.compile(r"(.*)-([0-9a-f]{12})-t\d{7,}-(?:\d{7,}|end)")
+
+
+def span_key(key: str, url: str, start: float, end: float | None) -> str:
+    """Returns the key of a span of a video: what identifies it is the link with the span, next to the row's own key."""
+    last = "end" if end is None else f"{round(1000 * end):07d}"
+    return f"{key}-{hashlib.sha256(url.encode()).hexdigest()[:12]}-t{round(1000 * start):07d}-{last}"
+
+
+def written_key(clip_key: str) -> str:
+    """Returns the key of a clip as its row has it: without the span."""
+    match = _SPAN.fullmatch(clip_key)
+    return match[1] if match else clip_key
+
+
 def clip_hash(clip_key: str) -> int:
-    """Returns the first 64 bits of a clip key's sha256."""
-    return int.from_bytes(hashlib.sha256(clip_key.encode()).digest()[:8], "big")
+    """Returns the first 64 bits of a clip key's sha256; for a span that of its link, the same for all spans of it."""
+    match = _SPAN.fullmatch(clip_key)
+    return int.from_bytes(hashlib.sha256((match[2] if match else clip_key).encode()).digest()[:8], "big")
 
 
 def split_position(clip_hashes: Hashes) -> Any:

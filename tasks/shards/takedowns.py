@@ -21,6 +21,7 @@ from infra import storage
 from infra.redaction import name_of
 from tasks.json_records import parse_record
 from tasks.records import ClipRef, Failure, UserError
+from tasks.shards.split import written_key
 
 TAKEDOWNS_FILE = "forgotten.json"
 TAKEDOWNS_FOLDER = "takedowns"
@@ -63,7 +64,12 @@ class Takedowns:
             return []
         links = [row.url] if isinstance(row, ClipRef) else []
         links += [address] if address is not None else []
-        candidates = [mark(row.key), *(mark for link in links for mark in link_marks(link)), file_sha256]
+        candidates = [
+            mark(row.key),
+            mark(written_key(row.key)),
+            *(mark for link in links for mark in link_marks(link)),
+            file_sha256,
+        ]
         return [mark for mark in candidates if mark in self.marks]
 
 

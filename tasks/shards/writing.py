@@ -8,7 +8,8 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def write_shard(
                 encoded += 1
                 for sample in outcome:
                     packed = sample.pack() if isinstance(sample, Sample) else sample
-                    entries.append(Entry(packed.key, _add_members(tar, packed)))
+                    with _spool_errors():
+                        entries.append(Entry(packed.key, _add_members(tar, packed)))
         assert encoded + len(failures) == rows[1] - rows[0], f"{index}: {encoded} + {len(failures)} of rows {rows}"
-        spool.flush()
+        with _spool_errors():
+            spool.flush()
         path = Path(f"/proc/self/fd/{spool.fileno()}")
         manifest = ShardManifest(
             shard="",
@@ -86,6 +89,18 @@ def write_shard(
         storage.upload_file(path, storage.join(dataset, manifest.shard))
     storage.write_json(storage.join(dataset, index_name(manifest.shard)), dataclasses.asdict(manifest))
     return manifest
+
+
+@contextmanager
+def _spool_errors() -> Iterator[None]:
+    """Converts the OSError of a full temporary folder, which is not the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the temporary folder {tempfile.gettempdir()} cannot be written ({error.strerror or error});"
+            " free some space there, or set TMPDIR to another folder"
+        ) from error
 
 
 def _add_members(tar: tarfile.TarFile, packed: PackedSample) -> dict[str, tuple[int, int]]:

@@ -7,24 +7,31 @@ entire frame is resized to the square.
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from tasks.video.colour import UnsupportedColourError, colour_of
 from tasks.video.frame import frame_box, to_square
-from tasks.video.selective_decode import can_skip_frames, selected_frames
+from tasks.video.selective_decode import can_skip_frames, frames_of_spans, selected_frames
 from tasks.video.streams import alpha_decoder, decoded_frames, deinterlaced, has_display_stamps, main_stream
 from trip_model.config import Fit
 
 # In the meta of samples whose pixels or times version 1 decoded otherwise: colour, fields, alpha, stream or stamps.
 VERSION = 2
 # Containers that hold their own frames. A playlist would make the decoder open the addresses it lists.
-CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif"
+CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif,mxf"
+SPAN_TOLERANCE = 0.0005  # seconds; stamps of tables are rounded to milliseconds
+SPAN_OVERHANG = 1.0  # seconds that a span may end after its video: durations of tables are rounded
 
 
 class ClipError(ValueError):
@@ -124,9 +131,155 @@ def read_clip(source: bytes | str | Path, num_frames: int, fps: float, size: int
     return read_windows(source, num_frames, fps, size, 1, start_seconds)[0]
 
 
+def read_spans(
+    source: bytes | str | Path,
+    spans: Sequence[tuple[float, float | None]],
+    num_frames: int,
+    fps: float,
+    size: int,
+    windows: int = 1,
+    longest: int | None = None,
+    fit: Fit = "crop",
+    stride: int | None = None,
+) -> list[list[Clip] | ClipError]:
+    """Decodes spans of one video in one pass, each as a file that contains only the frames of the span.
+
+    A span (start, end) has the frames stamped from start to before end, in seconds since the first displayed frame and
+    to half a millisecond. Its grid begins at its first frame, so that it never shows a frame of the shot before. Where
+    the packets have stamps, what lies between the spans is not decoded, except from the key frame before a span.
+
+    Args:
+        source: the bytes of a video file, or its path.
+        spans: an end of None is the end of the video.
+        num_frames: F, frames of each window, and the minimum of a track.
+        fps: grid points per second.
+        size: side of the square, in pixels.
+        windows: maximum number of windows of a span.
+        longest: maximum number of frames of a track; None for windows.
+        fit: how a frame fills the square.
+        stride: in frames; None uses the grid.
+    Returns:
+        For each span what `read_windows` or `read_track` returns or raises. Further reasons: `span_out_of_range`, for a
+        span that begins after the end of the video or ends more than a second after it.
+    Raises:
+        ClipError: the video cannot be opened. MemoryError: the frames do not fit.
+    """
+    least, wanted = num_frames, num_frames * windows if longest is None else longest + 1
+    return [
+        grid if isinstance(grid, ClipError) else _clips_of(grid, num_frames, windows, longest)
+        for grid in _read_span_grids(source, spans, least, wanted, fps, size, fit, stride)
+    ]
+
+
+def _clips_of(grid: _Grid, num_frames: int, windows: int, longest: int | None) -> list[Clip]:
+    if longest is not None:
+        cut = {"cut_off_at": longest} if len(grid.chosen) > longest else {}
+        return [_clip(grid.chosen[:longest], grid.info | cut)]
+    return [
+        _clip(grid.chosen[window * num_frames : (window + 1) * num_frames], grid.info | {"window": window})
+        for window in range(len(grid.chosen) // num_frames)
+    ]
+
+
 def _clip(part: list[tuple[float, np.ndarray]], info: dict[str, Any], start_seconds: float = 0.0) -> Clip:
     times = np.asarray([t + start_seconds for t, _ in part], dtype=np.float32)
     return Clip(np.stack([pixels for _, pixels in part]), times, info)
+
+
+class _Grid:
+    """Takes the frames of one clip from a stream of frames: those displayed at its grid points, or every n-th."""
+
+    def __init__(self, wanted: int, fps: float, size: int, fit: Fit, stride: int | None, aspect: float) -> None:
+        self._wanted, self._fps, self._size, self._stride = wanted, fps, size, stride
+        self._fit: Fit = fit
+        self._aspect, self._reformatter = aspect, VideoReformatter()
+        self._displayed: tuple[av.VideoFrame, float] | None = None
+        self._count = 0
+        self.chosen: list[tuple[float, np.ndarray]] = []
+        self.duration = 0.0
+        self.corrupt = self.backward = self.deinterlaced = 0
+        self.info: dict[str, Any] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.chosen) == self._wanted
+
+    def add(self, frame: av.VideoFrame, now: float, was_interlaced: bool) -> None:
+        """Adds the next frame, stamped `now` seconds after the begin of the grid."""
+        self.corrupt += bool(frame.is_corrupt)
+        self.deinterlaced += was_interlaced
+        self.backward += self._displayed is not None and now < self._displayed[1]
+        if self._stride is not None:
+            self._displayed = frame, now
+            if self._count % self._stride == 0:
+                self._take()
+        else:
+            self._take_until(now)
+        self._count += 1
+        self.duration = max(self.duration, now)
+
+    def display(self, frame: av.VideoFrame, now: float) -> None:
+        """Makes a frame the one that the following grid points show."""
+        self._displayed = frame, now
+
+    def finish(self, rate: float, end: float = math.inf) -> None:
+        """Takes the remaining grid points that the last frame is displayed at: its own duration, at most one step.
+
+        Args:
+            rate: native frames per second, 0 if unknown.
+            end: of the span, in seconds since the begin of the grid.
+        """
+        if self._stride is None:
+            step = 1.0 / self._fps
+            self._take_until(min(self.duration + min(1.0 / rate if rate > 0 else step / 2, step), end))
+
+    def _take_until(self, now: float) -> None:
+        step = 1.0 / self._fps
+        while self._displayed is not None and not self.is_complete and len(self.chosen) * step < now - 1e-6:
+            self._take()
+
+    def _take(self) -> None:
+        assert self._displayed is not None
+        frame, time = self._displayed
+        if self._stride is None and self.chosen and self.chosen[-1][0] == time:
+            self.chosen.append(self.chosen[-1])
+        else:
+            pixels = to_square(frame, self._size, self._aspect, self._reformatter, self._fit)
+            self.chosen.append((time, pixels))
+        if len(self.chosen) == 1:
+            self.info.update(
+                pixel_format=frame.format.name,
+                **colour_of(frame).record(),
+                rotation=frame.rotation,
+                pixel_aspect=self._aspect,
+                resize_crop=list(frame_box(frame, self._size, self._aspect, self._fit)),
+            )
+
+
+@contextmanager
+def _open(source: bytes | str | Path) -> Iterator[tuple[InputContainer, VideoStream, dict[str, Any]]]:
+    """Opens a video and yields its container, its stream and what is known of the stream."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
+        stream = main_stream(container)
+        if stream is None:
+            raise ClipError("no_video_stream", "the file has no video stream")
+        stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1  # automatic threads under many workers can deadlock
+        info = {
+            "codec": stream.codec_context.name,
+            "container": container.format.name,
+            "average_fps": float(stream.average_rate or 0),
+            "width": stream.codec_context.width,
+            "height": stream.codec_context.height,
+        }
+        if container.duration is not None and container.duration > 0:
+            info["duration_seconds"] = round(container.duration / av.time_base, 3)
+        if len(container.streams.video) > 1:
+            info["video_stream"] = container.streams.video.index(stream)
+        if alpha_decoder(stream) is not None or not has_display_stamps(container):
+            info["decode_version"] = VERSION
+        yield container, stream, info
 
 
 def _read_grid(
@@ -146,112 +299,154 @@ def _read_grid(
     """
     if stride is not None and (stride < 1 or start_seconds):
         raise ValueError(f"stride {stride} from {start_seconds:g} s on, expected at least 1 from 0 s on")
-    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    step, half_step = 1.0 / fps, 0.5 / fps
-    chosen: list[tuple[float, np.ndarray]] = []
-    reformatter = VideoReformatter()
-    corrupt = backward = interlaced = 0
     broken = ""
-    info: dict[str, Any] = {}
-    duration = 0.0
+    grid: _Grid | None = None
     first: float | None = None
-    changed = False
     try:
-        with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
-            stream = main_stream(container)
-            if stream is None:
-                raise ClipError("no_video_stream", "the file has no video stream")
-            aspect = float(stream.sample_aspect_ratio or 1)
-            stream.thread_type = "SLICE"
-            stream.codec_context.thread_count = 1  # automatic threads under many workers can deadlock
-            info = {
-                "codec": stream.codec_context.name,
-                "container": container.format.name,
-                "average_fps": float(stream.average_rate or 0),
-                "width": stream.codec_context.width,
-                "height": stream.codec_context.height,
-            }
-            changed = alpha_decoder(stream) is not None or not has_display_stamps(container)
-            if container.duration is not None and container.duration > 0:
-                info["duration_seconds"] = round(container.duration / av.time_base, 3)
-            if len(container.streams.video) > 1:
-                info["video_stream"] = container.streams.video.index(stream)
-            displayed: av.VideoFrame | None = None
-            displayed_time = 0.0
-
-            def take() -> None:
-                assert displayed is not None
-                if stride is None and chosen and chosen[-1][0] == displayed_time:
-                    chosen.append(chosen[-1])
-                else:
-                    chosen.append((displayed_time, to_square(displayed, size, aspect, reformatter, fit)))
-                if len(chosen) == 1:
-                    info.update(
-                        pixel_format=displayed.format.name,
-                        **colour_of(displayed).record(),
-                        rotation=displayed.rotation,
-                        pixel_aspect=aspect,
-                        resize_crop=list(frame_box(displayed, size, aspect, fit)),
-                    )
-
+        with _open(source) as (container, stream, info):
+            grid = _Grid(wanted, fps, size, fit, stride, float(stream.sample_aspect_ratio or 1))
+            grid.info = info
             # A stride counts every frame.
             selective = selective and stride is None and has_display_stamps(container) and can_skip_frames(stream)
             if selective:
-                frames = selected_frames(container, stream, wanted, step, start_seconds)
+                frames = selected_frames(container, stream, wanted, 1.0 / fps, start_seconds)
             else:
                 frames = decoded_frames(container, stream)
-            for count, (frame, was_interlaced) in enumerate(deinterlaced(frames)):
-                interlaced += was_interlaced
+            for frame, was_interlaced in deinterlaced(frames):
                 if frame.pts is None or frame.time is None:
                     raise ClipError("no_timestamps", "a frame has no presentation stamp")
-                corrupt += bool(frame.is_corrupt)
-                backward += displayed is not None and frame.time < displayed.time
                 first = frame.time if first is None else first
                 now = frame.time - first - start_seconds
-                if stride is not None:
-                    displayed, displayed_time = frame, now
-                    if count % stride == 0:
-                        take()
-                else:
-                    while displayed is not None and len(chosen) < wanted and len(chosen) * step < now - 1e-6:
-                        take()
-                duration = max(duration, now)
-                if len(chosen) == wanted:
+                grid.add(frame, now, was_interlaced)
+                if grid.is_complete:
                     break
                 if frame.time >= first:
-                    displayed, displayed_time = frame, now
-            # The last frame is displayed for its own duration, at most one grid step; unknown rates count half a step.
-            rate = float(stream.average_rate or fps)
-            end = duration + min(1.0 / rate if rate > 0 else half_step, step)
-            while stride is None and displayed is not None and len(chosen) < wanted and len(chosen) * step < end - 1e-6:
-                take()
-    except UnsupportedColourError as error:
-        raise ClipError("unsupported_colour", str(error)) from error
+                    grid.display(frame, now)
+            grid.finish(float(stream.average_rate or fps))
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError | MemoryError):
             raise
-        if selective:
+        if selective and grid is not None and not isinstance(error, UnsupportedColourError):
             return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, selective=False)
-        if isinstance(error, av.EOFError) and first is None:
-            raise ClipError("no_frames", "the file ends before its first frame") from error
-        broken = f"{type(error).__name__} after {len(chosen)} {'grid ' if stride is None else ''}frames"
-        if len(chosen) < least:
-            raise ClipError("damaged" if chosen else "undecodable", broken) from error
+        broken = _broken(error, grid, stride, first)
+        if grid is None or len(grid.chosen) < least:
+            raise ClipError("damaged" if grid is not None and grid.chosen else "undecodable", broken) from error
+    assert grid is not None
+    _complete(grid, least, fps, stride, start_seconds, first, broken)
+    return grid.chosen, grid.info
 
+
+def _broken(error: Exception, grid: _Grid | None, stride: int | None, first: float | None) -> str:
+    """Describes where decoding ended. Raises ClipError for errors that have a reason of their own."""
+    if isinstance(error, UnsupportedColourError):
+        raise ClipError("unsupported_colour", str(error)) from error
+    if isinstance(error, av.EOFError) and first is None:
+        raise ClipError("no_frames", "the file ends before its first frame") from error
+    return f"{type(error).__name__} after {len(grid.chosen) if grid else 0} {'grid ' if stride is None else ''}frames"
+
+
+def _complete(
+    grid: _Grid,
+    least: int,
+    fps: float,
+    stride: int | None,
+    start_seconds: float,
+    first: float | None,
+    broken: str = "",
+) -> None:
+    """Adds what is counted to the info of a grid. Raises ClipError if it has too few frames."""
     if first is None:
         raise ClipError("no_frames", "the video stream has no frame that can be decoded")
-    if len(chosen) < least:
+    if len(grid.chosen) < least:
         raise ClipError(
             "too_short",
-            f"{max(duration, 0):.2f} s give {len(chosen)} frames at "
+            f"{max(grid.duration, 0):.2f} s give {len(grid.chosen)} frames at "
             f"{f'{fps:g} fps' if stride is None else f'a stride of {stride}'}, expected at least {least}",
         )
-    info |= {"corrupt_frames": corrupt, "backward_stamps": backward, "start_seconds": start_seconds}
-    if interlaced:
-        info["deinterlaced_frames"] = interlaced
+    info = grid.info
+    info |= {"corrupt_frames": grid.corrupt, "backward_stamps": grid.backward, "start_seconds": start_seconds}
+    if grid.deinterlaced:
+        info["deinterlaced_frames"] = grid.deinterlaced
     guessed = "matrix" in info.get("assumed", ()) and info["matrix"] != "smpte170m"
-    if changed or interlaced or guessed or "colour_conversion" in info or info.get("video_stream"):
+    if grid.deinterlaced or guessed or "colour_conversion" in info or info.get("video_stream"):
         info["decode_version"] = VERSION
     if broken:
         info["broken"] = broken
-    return chosen, info
+
+
+def _read_span_grids(
+    source: bytes | str | Path,
+    spans: Sequence[tuple[float, float | None]],
+    least: int,
+    wanted: int,
+    fps: float,
+    size: int,
+    fit: Fit,
+    stride: int | None,
+    selective: bool = True,
+) -> list[_Grid | ClipError]:
+    """Returns the grid of each span, or why it has none. `selective` skips what lies between the spans."""
+    grids: list[_Grid] = []
+    first: float | None = None
+    last = 0.0
+    error: Exception | None = None
+    duration: float | None = None  # of the video, once it is known
+    rate = fps
+    starts = [start - SPAN_TOLERANCE for start, _ in spans]
+    ends = [math.inf if end is None else end - SPAN_TOLERANCE for _, end in spans]
+    begins: list[float | None] = [None] * len(spans)  # the stamp of the first frame of each span
+    try:
+        with _open(source) as (container, stream, info):
+            aspect, rate = float(stream.sample_aspect_ratio or 1), float(stream.average_rate or fps)
+            grids = [_Grid(wanted, fps, size, fit, stride, aspect) for _ in spans]
+            for grid in grids:
+                grid.info = dict(info)
+            selective = selective and has_display_stamps(container) and alpha_decoder(stream) is None
+            if selective:
+                frames, first, duration = frames_of_spans(container, stream, starts, ends)
+            else:
+                frames = decoded_frames(container, stream)
+            for frame, was_interlaced in deinterlaced(frames):
+                if frame.pts is None or frame.time is None:
+                    raise ClipError("no_timestamps", "a frame has no presentation stamp")
+                first = frame.time if first is None else first
+                now = frame.time - first
+                last = max(last, now)
+                for place, grid in enumerate(grids):
+                    if starts[place] <= now < ends[place] and not grid.is_complete:
+                        begin = begins[place] = now if begins[place] is None else begins[place]
+                        assert begin is not None
+                        grid.add(frame, now - begin, was_interlaced)
+                        if now >= begin:
+                            grid.display(frame, now - begin)
+                known = duration is not None
+                if all(now >= end or (known and grid.is_complete) for grid, end in zip(grids, ends, strict=True)):
+                    break
+            else:
+                duration = max(last + (1.0 / rate if rate > 0 else 0.0), duration or 0.0)
+            for grid, begin, (_, end) in zip(grids, begins, spans, strict=True):
+                grid.finish(rate, math.inf if end is None else end - (begin or 0.0))
+    except (av.FFmpegError, ValueError) as raised:
+        if isinstance(raised, ClipError | MemoryError):
+            raise
+        if selective and not isinstance(raised, UnsupportedColourError):
+            return _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, selective=False)
+        if not grids:
+            raise ClipError("undecodable", _broken(raised, None, stride, first)) from raised
+        error = raised
+
+    def result(place: int, grid: _Grid) -> _Grid | ClipError:
+        start, end = spans[place]
+        if duration is not None and (start >= duration or (end is not None and end > duration + SPAN_OVERHANG)):
+            shown = f"{start:g} s to {'the end' if end is None else f'{end:g} s'}"
+            return ClipError("span_out_of_range", f"a span from {shown}, the video has {duration:.2f} s")
+        broken = _broken(error, grid, stride, first) if error is not None and not grid.is_complete else ""
+        if broken and len(grid.chosen) < least:
+            return ClipError("damaged", broken)
+        try:
+            _complete(grid, least, fps, stride, 0.0, first, broken)
+        except ClipError as too_short:
+            return too_short
+        return grid
+
+    return [result(place, grid) for place, grid in enumerate(grids)]

@@ -1,7 +1,7 @@
 """Decodes clips in child processes ahead of the encoder: a video that crashes or hangs a decoder costs one row.
 
 A child is `python -m tasks.video.decode_pool`: PyAV and numpy only, one thread, and it ends with its parent. Its pipes
-carry a length, a JSON head and raw bytes, never pickles: a child compromised by a video can send wrong pixels or a
+carry lengths, JSON heads and raw bytes, never pickles: a child compromised by a video can send wrong pixels or a
 malformed reply, but no code.
 """
 
@@ -20,17 +20,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
 
 from tasks.records import UserError
-from tasks.video.decode import Clip, ClipError, read_windows
+from tasks.video.decode import Clip, ClipError, read_spans, read_windows
 from tasks.video.spec import DecodeSpec
 
 Reader = Callable[..., list[Clip]]  # takes the bytes of a video and named arguments; a function of a module
+SpanReader = Callable[..., list[list[Clip] | ClipError]]  # also takes spans: pairs of seconds
+Span = tuple[float, float | None]
 
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
@@ -44,14 +46,20 @@ class DecoderPool:
     Args:
         arguments: what the reader gets by name beside the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
         reader: returns the clips of a video's bytes; a module-level function, which the processes import by name.
+        span_reader: likewise returns the clips of each of some spans.
     """
 
     def __init__(
-        self, processes: int, spec: DecodeSpec, arguments: dict[str, Any], reader: Reader = read_windows
+        self,
+        processes: int,
+        spec: DecodeSpec,
+        arguments: dict[str, Any],
+        reader: Reader = read_windows,
+        span_reader: SpanReader = read_spans,
     ) -> None:
         self.ahead = processes * spec.ahead
-        name = f"{reader.__module__}:{reader.__qualname__}"
-        self._children = [_Child(spec, arguments, name) for _ in range(processes)]
+        names = [f"{function.__module__}:{function.__qualname__}" for function in (reader, span_reader)]
+        self._children = [_Child(spec, arguments, names) for _ in range(processes)]
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         for child in self._children:
             self._idle.put(child)
@@ -64,6 +72,13 @@ class DecoderPool:
         `decoder_timeout` if it was killed, or `out_of_memory` if the frames did not fit.
         """
         return self._threads.submit(self._decode, data)
+
+    def submit_spans(self, data: bytes, spans: Sequence[Span]) -> Future[list[list[Clip] | ClipError]]:
+        """Returns a future of the clips of each span of a video, which is decoded once, or why a span has none.
+
+        The result raises what that of `submit` does. The limit of time is that of one video for each span.
+        """
+        return self._threads.submit(self._decode_spans, data, spans)
 
     def close(self) -> None:
         """Kills the processes and drops the videos that they decode."""
@@ -79,9 +94,15 @@ class DecoderPool:
         self.close()
 
     def _decode(self, data: bytes) -> list[Clip]:
+        [clips] = self._decode_spans(data, None)
+        if isinstance(clips, ClipError):
+            raise clips
+        return clips
+
+    def _decode_spans(self, data: bytes, spans: Sequence[Span] | None) -> list[list[Clip] | ClipError]:
         child = self._idle.get()
         try:
-            return child.decode(data)
+            return child.decode(data, spans)
         finally:
             self._idle.put(child)
 
@@ -97,29 +118,40 @@ def check_decoding(spec: DecodeSpec) -> None:
 class _Child:
     """One decoder process, restarted after it died. Only `kill` is safe to call from another thread."""
 
-    def __init__(self, spec: DecodeSpec, arguments: dict[str, Any], reader: str) -> None:
+    def __init__(self, spec: DecodeSpec, arguments: dict[str, Any], readers: list[str]) -> None:
         self._spec = spec
-        self._command = [sys.executable, "-m", __name__, reader, json.dumps(arguments)]
+        self._command = [sys.executable, "-m", __name__, *readers, json.dumps(arguments)]
         self._command += [str(spec.seconds), str(spec.memory_bytes)]
         self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._closed = threading.Lock(), False
 
-    def decode(self, data: bytes) -> list[Clip]:
+    def decode(self, data: bytes, spans: Sequence[Span] | None) -> list[list[Clip] | ClipError]:
+        """Returns the clips of each span, or with None those of the video, or why there are none."""
         process, requests, replies = self._running()
-        started_at = time.monotonic()
-        timeout = threading.Timer(self._spec.seconds, process.kill)
+        count = 1 if spans is None else len(spans)
+        started_at, seconds = time.monotonic(), self._spec.seconds * count
+        timeout = threading.Timer(seconds, process.kill)
         timeout.start()
         try:
-            requests.write(_LENGTH.pack(len(data)))
+            head = json.dumps(spans).encode()
+            requests.write(_LENGTH.pack(len(head)) + head + _LENGTH.pack(len(data)))
             requests.write(data)
             requests.flush()
-            return _receive(replies, self._spec.memory_bytes)
-        except ClipError:
-            raise
+            results: list[list[Clip] | ClipError] = []
+            remaining_bytes = self._spec.memory_bytes
+            for _ in range(count):
+                try:
+                    clips = _receive(replies, remaining_bytes)
+                except ClipError as error:
+                    results.append(error)
+                else:
+                    results.append(clips)
+                    remaining_bytes -= sum(clip.pixels.nbytes for clip in clips)
+            return results
         except (OSError, EOFError):
             status = _end(process)
-            if status == -signal.SIGKILL and time.monotonic() - started_at >= self._spec.seconds:
-                raise ClipError("decoder_timeout", f"killed after {self._spec.seconds:g} s") from None
+            if status == -signal.SIGKILL and time.monotonic() - started_at >= seconds:
+                raise ClipError("decoder_timeout", f"killed after {seconds:g} s") from None
             raise ClipError("decoder_crash", f"the decoder ended with {_name(status)}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             process.kill()
@@ -209,39 +241,52 @@ def _name(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
-def _serve(reader: str, arguments: str, seconds: str, memory_bytes: str) -> None:
+def _serve(reader: str, span_reader: str, arguments: str, seconds: str, memory_bytes: str) -> None:
     """Main loop of a child: reads videos and writes clips until the parent closes the pipe."""
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keeps the output of libraries out of the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends the child when the parent has died
-    module, function = reader.split(":")
-    read = getattr(importlib.import_module(module), function)
+    read, read_parts = (_load(name) for name in (reader, span_reader))
     keywords = json.loads(arguments)
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies.write(_READY)
     replies.flush()
     while head := requests.read(_LENGTH.size):
-        data = requests.read(*_LENGTH.unpack(head))
+        spans = json.loads(requests.read(*_LENGTH.unpack(head)))
+        data = requests.read(*_LENGTH.unpack(requests.read(_LENGTH.size)))
+        count = 1 if spans is None else len(spans)
         # If the parent has died and the decoder hangs, the kernel ends this process: no Python thread would run.
-        signal.setitimer(signal.ITIMER_REAL, float(seconds) + 5)
-        reply: dict[str, Any] = {}
-        clips: list[Clip] = []
+        signal.setitimer(signal.ITIMER_REAL, float(seconds) * count + 5)
+        results: list[list[Clip] | ClipError]
         try:
-            clips = read(data, **keywords)
-            reply["clips"] = [(clip.pixels.shape[:3], clip.info) for clip in clips]
+            results = [read(data, **keywords)] if spans is None else read_parts(data, spans=spans, **keywords)
         except ClipError as error:
-            reply = {"reason": error.reason, "detail": error.detail}
+            results = [error] * count
         except MemoryError:
-            reply = {"reason": "out_of_memory", "detail": f"decoding needs more than {memory_bytes} bytes"}
+            results = [ClipError("out_of_memory", f"decoding needs more than {memory_bytes} bytes")] * count
         signal.setitimer(signal.ITIMER_REAL, 0)
-        line = json.dumps(reply).encode()
-        replies.write(_LENGTH.pack(len(line)) + line)
-        for clip in clips:
-            replies.write(clip.times.data)
-            replies.write(clip.pixels.data)
+        for result in results:
+            _send(replies, result)
         replies.flush()
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _send(pipe: IO[bytes], result: list[Clip] | ClipError) -> None:
+    clips = [] if isinstance(result, ClipError) else result
+    head: dict[str, Any] = {"clips": [(clip.pixels.shape[:3], clip.info) for clip in clips]}
+    if isinstance(result, ClipError):
+        head = {"reason": result.reason, "detail": result.detail}
+    line = json.dumps(head).encode()
+    pipe.write(_LENGTH.pack(len(line)) + line)
+    for clip in clips:
+        pipe.write(clip.times.data)
+        pipe.write(clip.pixels.data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ to a full decode.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -95,3 +95,63 @@ def _displayed(stamps: list[int], base: Fraction, wanted: int, step: float, star
         if point == wanted:
             return needed | {following}
     return needed | {stamps[-1]}
+
+
+def frames_of_spans(
+    container: InputContainer, stream: VideoStream, starts: Sequence[float], ends: Sequence[float]
+) -> tuple[Iterator[av.VideoFrame], float, float]:
+    """Returns the frames stamped within spans, in order, the stamp of the first frame of the video, and its duration.
+
+    Between the spans nothing is decoded: each stretch begins at the last key frame at or before its first frame.
+
+    Args:
+        container: the open video.
+        stream: its video stream.
+        starts: of the spans, in seconds since the first frame.
+        ends: likewise, exclusive.
+    Raises:
+        SelectiveDecodeError: the packets have no stamps, or do not describe what the decoder returns; while the frames
+            are read, it discards those before it.
+        av.FFmpegError: the file is damaged.
+    """
+    base = stream.time_base
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    stamps = [packet.pts for packet in packets if packet.pts is not None]
+    if base is None or not packets or len(set(stamps)) < len(packets) or not packets[0].is_keyframe:
+        raise SelectiveDecodeError("some packets have no presentation stamp or the same one")
+    if (
+        any(packet.dts is None or packet.is_corrupt or packet.is_discard for packet in packets)
+        or min(stamps) < stamps[0]
+    ):
+        raise SelectiveDecodeError("a packet is corrupt, marked as discarded or has no decoding stamp")
+    seconds = [float(stamp - min(stamps)) * base.numerator / base.denominator for stamp in stamps]
+    decoded = [float((packet.dts or 0) - min(stamps)) * base.numerator / base.denominator for packet in packets]
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    needed: set[int] = set()
+    for start, end in zip(starts, ends, strict=True):
+        first = min((time for time in seconds if time >= start), default=0.0)
+        before = max((place for place in keys if seconds[place] <= first), default=0)
+        after = next((place for place in range(before, len(packets)) if decoded[place] >= end), len(packets))
+        needed |= set(range(before, after))
+
+    def frames() -> Iterator[av.VideoFrame]:
+        codec, wanted = stream.codec_context, iter(sorted(needed))
+        for _, stretch in itertools.groupby(enumerate(wanted), lambda item: item[1] - item[0]):
+            places = [place for _, place in stretch]
+            due = sorted(stamps[place] for place in places if stamps[place] >= stamps[places[0]])
+            codec.flush_buffers()
+            flush = [None]  # an empty packet gives the frames that the decoder still holds
+            for packet in itertools.chain((packets[place] for place in places), flush):
+                for frame in codec.decode(packet):
+                    if frame.pts is not None and frame.pts < stamps[places[0]]:
+                        continue  # shown before the key frame, and made of frames before it
+                    if not due or frame.pts != due[0] or frame.is_corrupt or frame.interlaced_frame:
+                        raise SelectiveDecodeError(f"the decoder returned the frame stamped {frame.pts}")
+                    due.pop(0)
+                    yield frame
+            if due:
+                raise SelectiveDecodeError(f"the decoder returned {len(due)} fewer frames than expected")
+
+    step = max(seconds) / max(1, len(seconds) - 1)
+    rate = float(stream.average_rate or 0)
+    return frames(), min(stamps) * base.numerator / base.denominator, max(seconds) + (1.0 / rate if rate > 0 else step)

@@ -193,7 +193,8 @@ def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path, tex
 
 def test_a_table_that_cannot_be_opened_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"videoid,contentUrl,name\n" * 999)[:-20])
-    places = {"none.csv": "no table at", ".": "contains no videos", "broken.csv.gz": "cannot be read"}
+    (tmp_path / "empty").mkdir()
+    places = {"none.csv": "no table at", "empty": "contains no videos", "broken.csv.gz": "cannot be read"}
     for name, sentence in places.items():
         with pytest.raises(UserError, match=sentence):
             count_rows(SourceSpec(str(tmp_path / name)))
@@ -265,8 +266,8 @@ def test_typed_tables_take_text_and_whole_numbers_and_nothing_else(name: str) ->
         {"videoid": 8, "contentUrl": None, "name": "cap"},
         {"videoid": 7, "contentUrl": "u", "name": "again"},
     ]
-    odd = [rows[0], {"videoid": 9, "contentUrl": "u", "name": ["a", "b"]}]
-    for written, reasons in ((rows, ["ok", "no url", "an earlier row has this key"]), (odd[1:], ["type list"])):
+    odd = [rows[0], {"videoid": 9, "contentUrl": "u", "name": {"en": "a"}}]
+    for written, reasons in ((rows, ["ok", "no url", "an earlier row has this key"]), (odd[1:], ["type dict"])):
         table = pa.Table.from_pylist(written)
         storage.write_bytes(f"memory://typed/{name}", json_lines(written) if name == "t.jsonl" else parquet(table))
         found = list(read_rows(SourceSpec(f"memory://typed/{name}")))
@@ -292,13 +293,12 @@ def test_lines_that_are_no_objects_are_bad_rows_and_the_next_is_read(tmp_path: P
     ]
 
 
-def test_a_text_that_is_none_does_not_cost_the_parquet_table(tmp_path: Path) -> None:
+def test_a_text_that_is_not_utf_8_costs_its_row_and_not_the_parquet_table(tmp_path: Path) -> None:
     broken = pa.array([b"a", b"\xff"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"videoid": [1, 2], "contentUrl": ["u", "v"], "name": broken}), tmp_path / "t.parquet")
-    assert [row.caption for row in read_rows(SourceSpec(str(tmp_path / "t.parquet"))) if isinstance(row, ClipRef)] == [
-        "a",
-        "\ufffd",
-    ]
+    first, second = read_rows(SourceSpec(str(tmp_path / "t.parquet")))
+    assert isinstance(first, ClipRef) and first.caption == "a"
+    assert isinstance(second, Failure) and (second.reason, second.detail) == ("bad_row", "the caption is not UTF-8")
 
 
 def test_a_parquet_table_is_counted_without_its_rows(tmp_path: Path) -> None:
