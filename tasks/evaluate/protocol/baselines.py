@@ -24,7 +24,8 @@ from tasks.video.decode import CONTAINERS, ClipError
 from tasks.video.frame import to_square
 from trip_model.images import load_image
 
-OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
+# And `champion`: names that no folder may have.
+OWN_ROWS = ("frozen", "base", "closed_form", "trip", "round_trip", "best_of_k", "real")
 CHAMPION = "champion"
 SUFFIXES = (".npz", ".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -97,18 +98,24 @@ def _digest(files: Sequence[str]) -> list[str]:
     return [hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in files]
 
 
-def find_champion(address: str, protocol: Protocol) -> Method:
-    """The clips that the model of an earlier report made of the same items. Raises UserError where it made others."""
+def find_champion(address: str, protocol: Protocol) -> tuple[Method, ...]:
+    """The clips of the model of an earlier report, a method for each sample of the items.
+
+    Raises:
+        UserError: no report, or one of other items.
+    """
     try:
-        found = storage.read_json(storage.join(address, EVALUATION_REPORT))
-        folder, sha = storage.join(storage.absolute(address), found["generations"]), found["provenance"]["protocol_sha"]
+        report = storage.read_json(storage.join(address, EVALUATION_REPORT))
+        names = [report["generations"], *report.get("samples", ())]
+        folders = [storage.join(storage.absolute(address), name) for name in names]
+        sha = report["provenance"]["protocol_sha"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no report of schema {SCHEMA_VERSION} at {address}; evaluate the champion again") from error
     if sha != protocol.sha:
         raise UserError(
             f"the champion's report at {address} is of other items; evaluate it with --protocol of this evaluation"
         )
-    return find_method(CHAMPION, folder, protocol.items, given_frame=True)
+    return tuple(find_method(CHAMPION, folder, protocol.items, given_frame=True) for folder in folders)
 
 
 def _files(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
@@ -244,6 +251,6 @@ def _told(name: str, reasons: Mapping[str, str], total: int) -> str:
     return f"method {name} lacks {len(reasons)} of {total} items: {first}{more}"
 
 
-def missing_of(method: Method, items: Iterable[Item]) -> dict[str, str]:
-    """Item key -> reason, of the items that have no file."""
-    return {item.key: "missing" for item in items if item.key not in method.files}
+def missing_of(methods: Sequence[Method], items: Iterable[Item]) -> dict[str, str]:
+    """Item key -> reason, of the items that one of a system's samples has no file of."""
+    return {item.key: "missing" for item in items if any(item.key not in method.files for method in methods)}

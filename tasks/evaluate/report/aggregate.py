@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.distances import Sums, Values
-from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, TRIP, Features
+from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, SPREAD, TO_TRUTH, TRIP, Features
 from tasks.metrics.consistency import (
     PAIR_RULES,
     consistency_at,
@@ -20,8 +21,9 @@ from tasks.metrics.consistency import (
     consistency_curve,
     consistency_name,
 )
+from tasks.metrics.energy import energy_score
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
-from tasks.metrics.statistics import Estimate, mean_over_clips
+from tasks.metrics.statistics import Estimate, mean_over_clips, ratio_of_sums
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Summary:
     where there are clips enough for it;
     curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
     ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
-    and why others are not.
+    and why others are not; by_item[metric][row]: the values that a mean or ratio is of, in the order of the items.
     """
 
     rows: tuple[str, ...]
@@ -45,6 +47,7 @@ class Summary:
     per_clip: list[dict[str, Any]]
     counts: dict[str, Any]
     notes: list[str]
+    by_item: dict[str, dict[str, Values]] = field(default_factory=dict)
 
     @property
     def clips(self) -> int:
@@ -52,9 +55,9 @@ class Summary:
         return self.counts["clips"]
 
 
-def lower_is_better(extractors: Sequence[ExtractorInfo]) -> tuple[str, ...]:
-    """The metrics of which the gate asks whether a champion's are lower."""
-    return ("clip_distance", *(extractor.metric for extractor in extractors if extractor.of_sets))
+def distances_of_sets(extractors: Sequence[ExtractorInfo]) -> tuple[str, ...]:
+    """The metrics that compare sets of clips or frames."""
+    return tuple(extractor.metric for extractor in extractors if extractor.of_sets)
 
 
 def summarise(
@@ -73,9 +76,9 @@ def summarise(
     distance of two real halves.
 
     Args:
-        records: of each row, what `rows.measure` said of every item.
-        features: of an extractor and a row, what it made of every item.
-        excluded: by row, how many of the protocol's items it lacked, by reason.
+        records: of each row and item, the record of `systems.measure_batch`.
+        features: an extractor's features of a row's items.
+        excluded: by row, how many of the protocol's items it lacks, by reason.
     Raises:
         ValueError: a video of fewer than 4 frames, features that are not finite.
     """
@@ -91,25 +94,28 @@ def summarise(
     sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
     sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
     sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
-    for row in (FROZEN, BASE):
-        if row in column:
-            minus = column[TRIP]["distance"] - column[row]["distance"]
-            sums.metrics[TRIP][f"clip_distance_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
+    _add_energy_score(sums, column)
+    for metric in (CLIP_DISTANCE, ENERGY_SCORE):
+        values = sums.by_item.get(metric, {})
+        for row in (FROZEN, BASE):
+            if row in values:
+                minus = values[TRIP] - values[row]
+                sums.metrics[TRIP][f"{metric}_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
     for kind, metric in (("psnr", "first_frame_psnr_db"), ("ssim", "first_frame_ssim")):
-        made = {row: column[row][kind] for row in rows if kind in column[row]}
-        sums.add(metric, {row: values[:, 0] for row, values in made.items()})
-        sums.add_curve(kind, made)
+        curves = {row: column[row][kind] for row in rows if kind in column[row]}
+        sums.add(metric, {row: values[:, 0] for row, values in curves.items()})
+        sums.add_curve(kind, curves)
     for extractor in extractors:
         if extractor.kind is MetricKind.FLOW_RATIO:
             flow = {row: np.array([f["flow"].mean() for f in features(extractor, row)], np.float64) for row in rows}
             sums.add(extractor.metric, flow, ratio=True)
         elif extractor.of_sets:
-            found = {row: [f[extractor.features[0]] for f in features(extractor, row)] for row in rows}
+            by_row = {row: [f[extractor.features[0]] for f in features(extractor, row)] for row in rows}
             if extractor.kind is MetricKind.FRAME_SETS and not protocol.rules.shifted:
                 # Its first row is the given frame, which all rows share.
-                sums.add_with_given_frame(extractor, found)
-                found = {row: [values[1:] for values in of] for row, of in found.items()}
-            sums.add_distances(extractor, found)
+                sums.add_with_given_frame(extractor, by_row)
+                by_row = {row: [values[1:] for values in clips] for row, clips in by_row.items()}
+            sums.add_distances(extractor, by_row)
     return Summary(
         rows=rows,
         metrics=dict(sums.metrics),
@@ -120,7 +126,26 @@ def summarise(
         per_clip=_per_clip(sums, column, extractors),
         counts=_counts(protocol, items, excluded or {}),
         notes=_notes(protocol, items, extractors, excluded or {}),
+        by_item=dict(sums.by_item),
     )
+
+
+def _add_energy_score(sums: Sums, column: Mapping[str, Mapping[str, Values]]) -> None:
+    """The energy score of systems with several samples of each item, and of the still, which has one answer.
+
+    The spread ratio is the distance between two samples relative to the distance of one to the true clip: 1 where the
+    true clip is one more draw of the system's distribution.
+    """
+    if SPREAD not in column[TRIP]:
+        return
+    scores = {FROZEN: column[FROZEN]["distance"]}
+    for row, values in column.items():
+        if SPREAD in values:
+            scores[row] = energy_score(values[TO_TRUTH], values[SPREAD])
+            sums.metrics[row]["spread_ratio"] = ratio_of_sums(
+                values[SPREAD], values[TO_TRUTH].mean(axis=1), sums.clips, sums.resamples
+            )
+    sums.add(ENERGY_SCORE, {row: scores[row] for row in sums.rows if row in scores})
 
 
 def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Sequence[Features]]) -> None:
@@ -234,6 +259,10 @@ def _notes(
         "Every row is the clip as its user gets it: of TRIP frame 1 is the given image, of a folder the method's own. "
         "First-frame PSNR and SSIM are of the own frame 1. A folder's frames are taken one by one, whatever rate "
         "it states.",
-        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
+        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1. Where chance "
+        "decides the motion it prefers a still or a blurred mean to a perfect model.",
+        "Energy score: mean distance of the samples of an item to the true clip, minus half of that between samples. "
+        "It is least for the model whose clips are distributed as the true ones. The still has one answer, so its "
+        "score is its distance. Spread ratio: distance between samples over distance to the true clip, 1 is best.",
         "Motion, flicker and smoothness ratios are to the real clips: 1 is best.",
     ]

@@ -8,17 +8,21 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
-from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
+from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, REAL, ROUND_TRIP, TRIP
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate
 
 LABELS = {
-    FROZEN: "Frozen first frame",
+    FROZEN: "Prior only: a still",
     BASE: "Base, not trained",
+    CLOSED_FORM: "Closed form only, no network",
     TRIP: "TRIP (this run)",
+    BEST_OF: "TRIP, best of k (oracle)",
+    ROUND_TRIP: "Real video through the VAE (oracle)",
     REAL: "Real video",
     "champion": "Champion",
 }
@@ -46,6 +50,10 @@ _TITLES = {
     "clip_distance": ("Distance to the true clip (lower)", ".4f"),
     "clip_distance_minus_frozen": ("Distance minus that of frozen (below 0)", "+.4f"),
     "clip_distance_minus_base": ("Distance minus that of the base, not trained (below 0)", "+.4f"),
+    "energy_score": ("Energy score (lower)", ".4f"),
+    "energy_score_minus_frozen": ("Energy score minus that of frozen (below 0)", "+.4f"),
+    "energy_score_minus_base": ("Energy score minus that of the base, not trained (below 0)", "+.4f"),
+    "spread_ratio": ("Spread of samples to error (1 is best)", ".3f"),
     "first_frame_psnr_db": ("First-frame PSNR, dB (higher)", ".2f"),
     "first_frame_ssim": ("First-frame SSIM (higher)", ".4f"),
     "flicker_ratio": ("Flicker ratio to real (1 is best)", ".3f"),
@@ -145,6 +153,19 @@ def label(row: str) -> str:
 def consistency_extractor(extractors: Sequence[ExtractorInfo]) -> ExtractorInfo:
     """The one whose embeddings frame consistency is of."""
     return next(extractor for extractor in extractors if extractor.kind is MetricKind.CONSISTENCY)
+
+
+def gate_table(gate: Gate) -> Table:
+    """Every rule of the gate as it was applied."""
+    rows = [
+        [v.rule, NOTHING if v.value is None else _gate_value(v.value), v.threshold, "met" if v.passed else "not met"]
+        for v in gate.rules
+    ]
+    return Table("Gate", ["Rule", "Value (95 % interval)", "Required", "Verdict"], rows)
+
+
+def _gate_value(value: Estimate) -> str:
+    return number(value, ".4g" if value.ci_low is not None else "g")
 
 
 def all_tables(summary: Summary, extractors: Sequence[ExtractorInfo], protocol: Protocol) -> dict[str, Table]:
