@@ -21,6 +21,7 @@ from flows.recipes import demo
 from infra import storage
 from infra.cluster import ray_session
 from tasks.evaluate import generate
+from tasks.evaluate.gate import SCORES
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocol.protocol import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
@@ -88,6 +89,7 @@ def whole(
 ) -> tuple[EvaluateSpec, Any, list[str]]:
     """One evaluation that nobody interrupted, beside another method: its spec, its report, and what it said."""
     spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2, methods={"Other": others})
+    spec = replace(spec, references=True, samples=2)
     lines: list[str] = []
     return spec, evaluate(spec, lines.append), lines
 
@@ -95,7 +97,7 @@ def whole(
 def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
     # One worker: what costs here is each worker's imports.
     spec = EvaluateSpec(str(model), dataset, str(output), clips=5, batch=2, held_out_fraction=0.5, bootstrap=100)
-    return replace(spec, **({"examples": 2, "steps": 2, "workers": 1} | changes))
+    return replace(spec, **({"examples": 2, "steps": 2, "workers": 1, "references": False, "samples": 1} | changes))
 
 
 def test_only_windows_of_held_out_clips_are_judged(tmp_path: Path):
@@ -133,15 +135,17 @@ def test_a_batch_with_a_missing_item_is_done_again_as_a_whole(dataset: str, tmp_
 def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec, Any, list[str]]):
     spec, report, lines = whole
     assert report.clips == report.items == 5
-    assert set(report.metrics) == {"frozen", "Other", "trip", "real"}
+    assert set(report.metrics) == {"frozen", "closed_form", "Other", "trip", "best_of_k", "round_trip", "real"}
     trip = report.metrics["trip"]
     assert trip["clip_distance"]["ci_low"] <= trip["clip_distance"]["value"] <= trip["clip_distance"]["ci_high"]
     assert report.metrics["frozen"]["motion_ratio"]["value"] == 0
     assert not report.passed and "5 held-out clips" in report.gate.reasons[0]
+    assert [rule.passed for rule in report.gate.rules][0] is False and "energy score" in report.gate.rules[2].rule
     json.dumps(to_json(report), allow_nan=False)
     other = report.metrics["Other"]  # the real clips backwards, four of five through a codec
     assert 1 < other["motion_ratio"]["value"] < 1.5 and other["clip_distance"]["value"] > 0.05
-    assert set(other) == set(trip) - {"clip_distance_minus_frozen"}
+    own = {"clip_distance_minus_frozen", "energy_score_minus_frozen", "energy_score", "spread_ratio"}
+    assert set(other) == set(trip) - own  # a folder has one clip for each item
     names = ("report.json", "report.md", "report.html", "protocol.json", "per_clip.csv", "consistency.png")
     for name in (*names, "per_clip.parquet", "tables/table_1.tex"):
         assert name in report.files and storage.exists(storage.join(report.uri, name))
@@ -150,7 +154,7 @@ def test_evaluation_gives_rows_gate_files_and_progress(whole: tuple[EvaluateSpec
     assert any(line.startswith("generate   5/5 clips") for line in lines)
     assert any(line.startswith("judge      5/5 clips") for line in lines)
     content = storage.read_json(storage.join(report.uri, "report.json"))
-    assert content["schema_version"] == 3 and content["provenance"]["seed"] == spec.seed
+    assert content["schema_version"] == 4 and content["provenance"]["seed"] == spec.seed
     assert all(len(content["curves"]["consecutive"][row]) == FRAMES - 1 for row in report.metrics)
     minus = content["differences"]["Other"]["clip_distance"]
     assert minus["value"] == pytest.approx(other["clip_distance"]["value"] - trip["clip_distance"]["value"])
@@ -179,7 +183,7 @@ def test_what_is_missing_is_made_again_with_identical_numbers(
     lines: list[str] = []
     again = evaluate(replace(spec, output=str(tmp_path / "copy"), workers=1), lines.append)
     assert again.metrics == report.metrics and again.key == report.key
-    assert any(line.startswith("generate   ") and "found from before" in line for line in lines)
+    assert any(not line.startswith("judge") and "found from before" in line for line in lines)
     for name in report.files:
         if name.endswith((".mp4", ".html")):  # libx264 does not always repeat itself to the last bit
             continue
@@ -245,9 +249,13 @@ def test_the_champion_is_a_row_and_the_gate_asks_for_it(
     protocol = storage.join(report.uri, "protocol.json")
     lines: list[str] = []
     again = evaluate(
-        replace(spec, output=str(tmp_path), protocol=protocol, champion=report.uri, methods={}, workers=1), lines.append
+        replace(
+            spec, output=str(tmp_path), protocol=protocol, champion=report.uri, methods={}, workers=1, references=False
+        ),
+        lines.append,
     )
-    assert set(again.metrics) == {"frozen", "champion", "trip", "real"}
+    assert {"frozen", "champion", "trip", "real"} < set(again.metrics)
+    assert again.metrics["champion"]["energy_score"] == again.metrics["trip"]["energy_score"]
     content = storage.read_json(storage.join(again.uri, "report.json"))
     assert content["provenance"]["protocol_sha"] == storage.read_json(protocol)["sha256"]
     minus = content["differences"]["champion"].values()  # five clips give distances of sets no interval
@@ -274,10 +282,11 @@ def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all
     minus = exported(tmp_path / "minus", base, replace(config, fusion=FusionConfig(kind="none")))
     spec = spec_for(with_prior, dataset, tmp_path / "a", steps=None, clips=3)
     spec = replace(spec, base=Artifact(str(base), folder_hash(base)), base_clips=str(tmp_path / "base_clips"))
+    spec = replace(spec, samples=2)
     report = evaluate(spec, lambda line: None)
     assert set(report.metrics) == {"frozen", "base", "trip", "real"}
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "base_clips").rglob("*.npz")}
-    assert len(made) == 3
+    assert len(made) == 2 * 3  # two samples of three items
 
     # An export of the base as TRIP^- makes the very clips of the row, and finds those of the row made before.
     lines: list[str] = []
@@ -285,7 +294,7 @@ def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "base_clips").rglob("*.npz")} == made
     assert other.metrics["base"] == report.metrics["base"]
     own = dict(other.metrics["trip"])
-    zeros = [own.pop(f"clip_distance_minus_{row}") for row in ("base", "frozen")][0]
+    zeros = [own.pop(f"{metric}_minus_{row}") for metric in SCORES for row in ("base", "frozen")][2]
     assert own == other.metrics["base"] and zeros == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0}
     assert report.metrics["trip"]["clip_distance"] != report.metrics["base"]["clip_distance"]
 
@@ -297,7 +306,7 @@ def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all
     assert "Base, not trained" in page and "what training started from" in page
     without = evaluate(replace(spec, base=None), lambda line: None)
     assert without.gate == report.gate
-    trip = {name: value for name, value in report.metrics["trip"].items() if name != "clip_distance_minus_base"}
+    trip = {name: value for name, value in report.metrics["trip"].items() if not name.endswith("_minus_base")}
     assert without.metrics == {"frozen": report.metrics["frozen"], "trip": trip, "real": report.metrics["real"]}
     page = storage.read_bytes(storage.join(without.uri, "report.html")).decode()
     assert "Base, not trained" not in page and "what training started from" not in page
@@ -340,7 +349,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "no CLIP weights": replace(spec, judges=ExtractorFiles(clip_model=str(tmp_path / "clip.pt"))),
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
-        "no report of schema 3 at": replace(spec, champion=str(tmp_path / "nothing")),
+        "no report of schema 4 at": replace(spec, champion=str(tmp_path / "nothing")),
         "a worker of 64 CPUs .* does not fit": replace(spec, cpus_per_worker=64),
         "steps is 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),
