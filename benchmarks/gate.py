@@ -4,8 +4,8 @@
 
 A texture is a blurred Gaussian field; frame t + 1 is r times frame t plus fresh noise of deviation sqrt(1 - r^2), so
 every frame has the same law and frame 1 says less and less of what follows. Given frame 1 the law of the clip is known,
-and with it a perfect sampler. Every system gives two clips of each item in uint8, and the numbers are made by the code
-that makes a report's. The champion is a perfect sampler with other seeds. Systems:
+and with it a perfect sampler. Every system gives two clips of each item in uint8; scores, intervals and the gate are
+those of a report. The champion is a perfect sampler with other seeds. Systems:
 
     perfect       the conditional law of the clip
     still         frame 1, repeated
@@ -28,8 +28,7 @@ from tasks.evaluate import champion
 from tasks.evaluate.champion import MAGNITUDE, PerClip
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, Evidence, Gate, gate
 from tasks.evaluate.protocol.protocol import Item
-from tasks.metrics.energy import distances_to_truth, energy_score, spread
-from tasks.metrics.pixels import motion_magnitude
+from tasks.metrics.energy import energy_score
 from tasks.metrics.statistics import mean_over_clips, ratio_of_sums
 
 FRAMES, SIDE, BLUR = 16, 16, 1.5  # the side and the deviation of the blur are in pixels
@@ -47,70 +46,77 @@ def _kernel() -> Field:
     """The blur in the frequency domain, scaled so that a blurred field has deviation 1."""
     frequency = np.fft.fftfreq(SIDE)
     gain = np.exp(-2 * (np.pi * BLUR) ** 2 * (frequency[:, None] ** 2 + frequency[None] ** 2))
-    return gain / np.sqrt((gain**2).mean())
+    return (gain / np.sqrt((gain**2).mean())).astype(np.float32)
 
 
 GAIN = _kernel()
 
 
-def fields(random: np.random.Generator, count: int) -> Field:
-    """Blurred Gaussian fields of deviation 1: [count, SIDE, SIDE, 3]."""
-    white = random.normal(size=(count, SIDE, SIDE, 3))
-    return np.fft.ifft2(np.fft.fft2(white, axes=(1, 2)) * GAIN[None, :, :, None], axes=(1, 2)).real
+def fields(random: np.random.Generator, *count: int) -> Field:
+    """Blurred Gaussian fields of deviation 1: [.., SIDE, SIDE, 3]."""
+    white = random.standard_normal((*count, SIDE, SIDE, 3), dtype=np.float32)
+    return np.fft.irfft2(np.fft.rfft2(white, axes=(-3, -2)) * GAIN[:, : SIDE // 2 + 1, None], axes=(-3, -2))
 
 
-def texture(random: np.random.Generator, first: Field, correlation: float) -> Field:
-    """A clip [FRAMES, SIDE, SIDE, 3] that starts with `first` and keeps its law."""
-    noise = fields(random, FRAMES - 1) * np.sqrt(1 - correlation**2)
-    frames = [first]
-    for fresh in noise:
-        frames.append(correlation * frames[-1] + fresh)
-    return np.stack(frames)
+def textures(random: np.random.Generator, first_NHWC: Field, correlation: float) -> Field:
+    """Clips [N, FRAMES, SIDE, SIDE, 3] that start with these fields and keep their law."""
+    noise = fields(random, len(first_NHWC), FRAMES - 1) * np.sqrt(1 - correlation**2)
+    frames = [first_NHWC]
+    for index in range(FRAMES - 1):
+        frames.append(correlation * frames[-1] + noise[:, index])
+    return np.stack(frames, axis=1)
 
 
-def sample(system: str, random: np.random.Generator, first: Field, correlation: float) -> Field:
-    """One clip of a system for the item that starts with `first`."""
-    still = np.repeat(first[None], FRAMES, axis=0)
-    if system == "still" or (system == "stuck" and random.random() < 0.1):
+def sample(system: str, random: np.random.Generator, first_NHWC: Field, correlation: float) -> Field:
+    """One clip of a system for each item, given its first frame."""
+    still = np.repeat(first_NHWC[:, None], FRAMES, axis=1)
+    if system == "still":
         return still
     if system == "mean":
-        return correlation ** np.arange(FRAMES)[:, None, None, None] * first
+        return still * correlation ** np.arange(FRAMES)[:, None, None, None]
     if system == "correlation":
-        return texture(random, first, 0.9 * correlation)
-    clip = texture(random, first, correlation)
-    return still + 0.9 * (clip - still) if system == "amplitude" else clip
+        return textures(random, first_NHWC, 0.9 * correlation)
+    clips = textures(random, first_NHWC, correlation)
+    if system == "stuck":
+        stuck = random.random(len(clips)) < 0.1
+        clips[stuck] = still[stuck]
+    return still + 0.9 * (clips - still) if system == "amplitude" else clips
 
 
 def pixels(field: Field) -> Pixels:
     return np.clip(GREY + CONTRAST * field, 0, 255).round().astype(np.uint8)
 
 
-def measured(
-    name: str, clips: Sequence[tuple[Pixels, Pixels]], real: Sequence[Pixels], items: Sequence[Item]
-) -> PerClip:
+def distances(a: Pixels, b: Pixels) -> Field:
+    """`clip_distance` of all clips at once: [N]."""
+    difference = a[:, 1:].astype(np.float32) - b[:, 1:]
+    return np.sqrt(np.square(difference).mean(axis=(1, 2, 3, 4), dtype=np.float64)) / 255
+
+
+def magnitudes(clips: Pixels) -> Field:
+    """`motion_magnitude` of all clips at once: [N]."""
+    return np.abs(np.diff(clips.astype(np.int16), axis=1)).mean(axis=(1, 2, 3, 4)) / 255
+
+
+def measured(name: str, first: Pixels, second: Pixels, real: Pixels, items: Sequence[Item]) -> PerClip:
     """What a report keeps of a system: its two samples of each item against the true clips."""
-    to_truth = np.array([distances_to_truth(pair, truth) for pair, truth in zip(clips, real, strict=True)])
-    scores = energy_score(to_truth, np.array([spread(pair) for pair in clips]))
-    values = {ENERGY_SCORE: scores, CLIP_DISTANCE: to_truth[:, 0]}
-    values[MAGNITUDE] = np.array([motion_magnitude(first) for first, _ in clips])
-    return PerClip(name, tuple(item.key for item in items), values)
+    to_truth = np.stack([distances(first, real), distances(second, real)], axis=1)
+    values = {ENERGY_SCORE: energy_score(to_truth, distances(first, second)), CLIP_DISTANCE: to_truth[:, 0]}
+    return PerClip(name, tuple(item.key for item in items), values | {MAGNITUDE: magnitudes(first)})
 
 
 def run(random: np.random.Generator, correlation: float, clips: int, systems: Sequence[str]) -> dict[str, Gate]:
     """One evaluation of every system on the same items, against the same champion."""
     items = [Item(f"{i}_000", str(i), i, "a texture", i) for i in range(clips)]
     first = fields(random, clips)
-    real = [pixels(texture(random, field, correlation)) for field in first]
+    real = pixels(textures(random, first, correlation))
 
     def of(system: str) -> PerClip:
-        pairs = [
-            (pixels(sample(system, random, field, correlation)), pixels(sample(system, random, field, correlation)))
-            for field in first
-        ]
-        return measured(system, pairs, real, items)
+        one, other = (pixels(sample(system, random, first, correlation)) for _ in range(2))
+        return measured(system, one, other, real, items)
 
     best, still = of("perfect"), of("still")
-    moved, names = np.array([motion_magnitude(clip) for clip in real]), [item.clip for item in items]
+    moved, names = magnitudes(real), [item.clip for item in items]
     gates = {}
     for system in systems:
         model = of(system)

@@ -76,7 +76,7 @@ def compare(
                 log_K = np.log(sums)
             return np.abs(log_K[..., 1] - log_K[..., 0]) - np.abs(log_K[..., 2] - log_K[..., 0])
 
-        motion_error = function_of_sums(moving, error, clips, resamples)
+        motion_error = function_of_sums(moving, error, clips)
     return Against(name, lost_gain, motion_error, sets or {})
 
 
