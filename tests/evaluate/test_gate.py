@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from benchmarks import gate as simulation
 from tasks.evaluate import champion
 from tasks.evaluate.champion import PerClip
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, Against, Evidence, GateRule, gate
 from tasks.evaluate.protocol.protocol import Item
 from tasks.evaluate.report.tables import gate_table
 from tasks.metrics.energy import distances_to_truth, energy_score, spread
+from tasks.metrics.pixels import clip_distance, motion_magnitude
 from tasks.metrics.statistics import Estimate
 
 GOOD = Evidence(32, Estimate(0.9, 0.8, 1.0), ENERGY_SCORE, Estimate(-0.05, -0.07, -0.02))
@@ -122,14 +125,14 @@ def test_the_energy_score_is_unbiased_and_least_for_the_true_distribution() -> N
 
     def score(samples: int, scale: float, shift: float = 0.0) -> np.ndarray:
         to_truth, spreads = [], []
-        for _ in range(600):
+        for _ in range(300):
             drawn = [clip(scale, shift) for _ in range(samples)]
             to_truth.append(distances_to_truth(drawn, clip(1.0)))
             spreads.append(spread(drawn))
         return energy_score(np.array(to_truth), np.array(spreads))
 
     right = score(2, 1.0)
-    error = right.std() / 600**0.5
+    error = right.std() / 300**0.5
     assert abs(right.mean() - score(4, 1.0).mean()) < 4 * error  # the same expectation from any number of samples
     for wrong in (score(2, 0.3), score(2, 2.0), score(2, 1.0, shift=25.0)):
         assert wrong.mean() > right.mean() + 5 * error
@@ -140,3 +143,21 @@ def test_the_energy_score_is_unbiased_and_least_for_the_true_distribution() -> N
     )
     with pytest.raises(ValueError, match="1 sample, expected at least 2"):
         spread([still])
+
+
+def test_on_textures_a_perfect_sampler_passes_and_a_still_a_mean_and_a_worse_sampler_fail() -> None:
+    """Three runs of `benchmarks.gate`; by the distance to the true clip the perfect sampler loses to the still."""
+    systems = ("perfect", "still", "mean", "amplitude")
+    passed, failed = simulation.passes(0.9, 3, systems=systems)
+    assert passed["perfect"] == 3 and not any(passed[system] for system in systems[1:])
+    assert any("motion relative" in rule for rule in failed["mean"]) and failed["perfect"] == Counter()
+    random = np.random.default_rng(0)
+    first = simulation.fields(random, 4)
+    assert 0.9 < first.std() < 1.1
+    real, still, other = (
+        simulation.pixels(simulation.sample(system, random, first, 0.9)) for system in ("perfect", "still", "perfect")
+    )
+    by_clip = [clip_distance(a, b) for a, b in zip(other, real, strict=True)]
+    assert simulation.distances(other, real) == pytest.approx(by_clip)
+    assert simulation.magnitudes(real) == pytest.approx([motion_magnitude(clip) for clip in real])
+    assert np.mean(by_clip) > simulation.distances(still, real).mean()
