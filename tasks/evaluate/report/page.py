@@ -56,7 +56,8 @@ BASE_GUIDE = (
 REFERENCES_GUIDE = (
     "Closed form only: the shrunk prior is the predicted noise; neither the 3D-UNet nor the fusion is used. "
     "The rows marked oracle know the true clip: it is encoded and decoded again, or it chooses one of a model's "
-    "samples. No model can be expected to reach them, and neither takes part in the gate."
+    "samples (k is `samples` in the provenance). No model can be expected to reach them, and neither takes part in "
+    "the gate."
 )
 
 FOLDED = ("table_5", "table_6")  # the ablations repeat this run's rows of Table 1

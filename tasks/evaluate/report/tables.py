@@ -158,10 +158,10 @@ def consistency_extractor(extractors: Sequence[ExtractorInfo]) -> ExtractorInfo:
 def gate_table(gate: Gate) -> Table:
     """Every rule of the gate as it was applied."""
     rows = [
-        [v.rule, NOTHING if v.value is None else _gate_value(v.value), v.threshold, "met" if v.passed else "not met"]
+        [v.rule, "met" if v.passed else "not met", NOTHING if v.value is None else _gate_value(v.value), v.threshold]
         for v in gate.rules
     ]
-    return Table("Gate", ["Rule", "Value (95 % interval)", "Required", "Verdict"], rows)
+    return Table("Gate", ["Rule", "Verdict", "Value (95 % interval)", "Required"], rows)
 
 
 def _gate_value(value: Estimate) -> str:
