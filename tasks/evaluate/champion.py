@@ -30,12 +30,12 @@ class PerClip:
     keys: tuple[str, ...]
     values: Mapping[str, Values]
 
-    def of(self, items: Sequence[Item]) -> PerClip | None:
+    def for_items(self, items: Sequence[Item]) -> PerClip | None:
         """The values in the order of these items; None if one is missing."""
-        places = {key: place for place, key in enumerate(self.keys)}
-        if any(item.key not in places for item in items):
+        indices = {key: index for index, key in enumerate(self.keys)}
+        if any(item.key not in indices for item in items):
             return None
-        order = [places[item.key] for item in items]
+        order = [indices[item.key] for item in items]
         values = {name: column[order] for name, column in self.values.items()}
         return PerClip(self.model_sha256, tuple(item.key for item in items), values)
 

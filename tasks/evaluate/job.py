@@ -77,8 +77,8 @@ class Generator(_Worker):
         super().__init__(spec, frames)
         self.models, self.scaled = models, scaled
 
-    def run(self, place: int, batch: Batch) -> None:
-        model = self.models[place]
+    def run(self, index: int, batch: Batch) -> None:
+        model = self.models[index]
         if self.loaded is None or self.loaded[0] != model.animator:
             self.loaded = None  # before the next one: two models may not fit
             spec = self.spec
@@ -292,8 +292,8 @@ def _champions(
     sets = {name: differences[name] for name in aggregate.distances_of_sets(extractors) if name in differences}
     champions = [champion.compare("the champion", model, current, still, real, score, items, spec.bootstrap, sets=sets)]
     earlier: dict[champion.Measure, champion.PerClip] = {}
-    for measure, kept in champion.read_best(spec.champion).items():
-        best = kept.of(items)
+    for measure, earlier_best in champion.read_best(spec.champion).items():
+        best = earlier_best.for_items(items)
         if best is not None:
             earlier[measure] = best
             if best.model_sha256 != current.model_sha256:
@@ -347,8 +347,8 @@ def _run_stages(
                 extract("methods", given)
                 without_missing(protocol, missing_items())
             tasks = [
-                (model.label, (place, batch))
-                for place, (model, batches) in enumerate(zip(models, missing, strict=True))
+                (model.label, (index, batch))
+                for index, (model, batches) in enumerate(zip(models, missing, strict=True))
                 for batch in batches
             ]
             done = {

@@ -100,9 +100,9 @@ def test_the_best_in_score_and_in_motion_may_be_two_models_and_read_back(tmp_pat
     storage.write_bytes(f"{tmp_path}/{champion.BEST_FILE}", champion.best_bytes(best))
     again = champion.read_best(str(tmp_path))
     assert {measure: kept.model_sha256 for measure, kept in again.items()} == {"score": "second", "motion": "first"}
-    fewer = again["score"].of(ITEMS[3:5])
+    fewer = again["score"].for_items(ITEMS[3:5])
     assert fewer is not None and (fewer.values[CLIP_DISTANCE] == second.values[CLIP_DISTANCE][3:5]).all()
-    assert again["score"].of([Item("other_000", "other", 0, "a", 0)]) is None
+    assert again["score"].for_items([Item("other_000", "other", 0, "a", 0)]) is None
 
 
 def test_motion_is_compared_by_its_logarithm_on_either_side_of_1() -> None:

@@ -401,11 +401,11 @@ def write(
         f"<style>{REPORT_STYLE}</style><h1>Ablation</h1><ul>{items}</ul>{body}"
         f"<h2>How to read it</h2><ul>{hints}</ul></html>\n"
     )
-    places = {ending: storage.join(output, f"ablation.{ending}") for ending in ("md", "html", "json", "npz")}
-    save_arrays(places["npz"], dict(arrays or {}))
-    storage.write_bytes(places["md"], ("\n".join(parts) + "\n").encode())
-    storage.write_bytes(places["html"], page.encode())
+    addresses = {ending: storage.join(output, f"ablation.{ending}") for ending in ("md", "html", "json", "npz")}
+    save_arrays(addresses["npz"], dict(arrays or {}))
+    storage.write_bytes(addresses["md"], ("\n".join(parts) + "\n").encode())
+    storage.write_bytes(addresses["html"], page.encode())
     content = {"schema_version": SCHEMA_VERSION, "about": dict(about), "comparison": asdict(comparison)}
     content |= {"curve": [asdict(one) for one in comparisons[:-1]]}
-    storage.write_json(places["json"], content)
-    return places
+    storage.write_json(addresses["json"], content)
+    return addresses

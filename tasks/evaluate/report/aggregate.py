@@ -148,15 +148,15 @@ def _add_energy_score(sums: Sums, column: Mapping[str, Mapping[str, Values]]) ->
     sums.add(ENERGY_SCORE, {row: scores[row] for row in sums.rows if row in scores})
 
 
-def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Sequence[Features]]) -> None:
+def _add_consistency(sums: Sums, extractor: ExtractorInfo, features: Mapping[str, Sequence[Features]]) -> None:
     """Frame consistency by every pair rule; frame 1 of every row is the given image, whatever a method made of it."""
-    given = [f["clip_frames"][:1] for f in seen[REAL]]
+    given = [f["clip_frames"][:1] for f in features[REAL]]
     frames = {
-        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, found, strict=True)]
-        for row, found in seen.items()
+        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, clips, strict=True)]
+        for row, clips in features.items()
     }
     for rule in PAIR_RULES:
-        curves = {row: np.stack([consistency_curve(e, rule) for e in found]) for row, found in frames.items()}
+        curves = {row: np.stack([consistency_curve(e, rule) for e in clips]) for row, clips in frames.items()}
         for values in curves.values():
             consistency_at(values[0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
         sums.add(consistency_name(extractor.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
@@ -164,12 +164,12 @@ def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Se
             consistency_name(extractor.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()}
         )
         sums.add_curve(rule, curves)
-    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in found]) for row, found in frames.items()})
+    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in clips]) for row, clips in frames.items()})
     if "clip_text" in extractor.features:
-        texts = [f["clip_text"] for f in seen[REAL]]
+        texts = [f["clip_text"] for f in features[REAL]]
         agreement = {
-            row: np.array([_cosine(e, text) for e, text in zip(found, texts, strict=True)])
-            for row, found in frames.items()
+            row: np.array([_cosine(e, text) for e, text in zip(clips, texts, strict=True)])
+            for row, clips in frames.items()
         }
         sums.add(f"text_alignment{extractor.mark}", agreement)
 
