@@ -110,7 +110,7 @@ class Sensitivity:
 
 def read(table: Path, windows: int) -> Iterator[tuple[str, Pixels]]:
     """(video id, dense window [16, H, W, 3]) of each video of a WebVid-style table that is long enough."""
-    for row in csv.DictReader(table.open()):
+    for row in csv.DictReader(table.read_text().splitlines(keepends=True)):
         try:
             clips = read_windows(table.parent / row["contentUrl"], DENSE_FRAMES, 2 * FPS, SIZE, windows)
         except ClipError:

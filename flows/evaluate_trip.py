@@ -19,7 +19,7 @@ from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
-from tasks.records import EVALUATION_REPORT, Artifact, to_json
+from tasks.records import Artifact, to_json
 
 
 def with_extractors(spec: EvaluateSpec, extractors: ExtractorFiles) -> EvaluateSpec:
@@ -59,12 +59,12 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     from tasks.register.report_facts import read_report
 
     facts = read_report(report.uri)
-    origin = storage.read_json(storage.join(report.uri, EVALUATION_REPORT))["provenance"]
+    origin = facts.record.provenance
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
     tags = {f"evaluation.{name}": str(origin[name]) for name in names}
     tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
     tracking = Tracking(tracking_uri, EXPERIMENT)
-    tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.digest}", tags=tags)
+    tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.record.digest}", tags=tags)
     tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")
     tracking.metrics(facts.metrics, 0)
     with tempfile.TemporaryDirectory() as scratch:

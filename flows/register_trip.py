@@ -14,7 +14,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, code_version
 from infra import storage
 from infra.settings import DEFAULT_ROOT
-from tasks.records import EVALUATION_REPORT, Artifact, UserError, to_json
+from tasks.records import Artifact, UserError, to_json
 
 if TYPE_CHECKING:
     from tasks.register.registry import RegisterReport
@@ -72,7 +72,9 @@ def register_trip(
     candidate = run.trained(data) if model is None else layout.model_folder(model)
     if report is None:
         report = run.evaluate(candidate, data).output
-        if not storage.exists(storage.join(report, EVALUATION_REPORT)):
+        from tasks.evaluation_record import REPORT_FILE
+
+        if not storage.exists(storage.join(report, REPORT_FILE)):
             raise UserError(
                 f"no finished evaluation of {candidate.uri} below {root}; run the command evaluate-trip first"
             )

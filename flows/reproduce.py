@@ -27,6 +27,9 @@ from tasks.evaluate.protocol.protocol import held_out_protocol, load_protocol
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 
+# Modules that the stages import when they run; the command imports them while its server starts.
+STAGES = ("tasks.encode.job", "tasks.evaluate.job", "tasks.register.registry")
+
 
 @task(name="animate", cache_policy=NO_CACHE)
 def animate_photo(model: Artifact, data: Artifact, held_out_fraction: float, seed: int, root: str) -> dict[str, str]:

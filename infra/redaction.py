@@ -24,7 +24,10 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 # Schemes whose user names without a password are not secret: a user of a database or host, a container of a store.
-_PLAIN_NAMES = frozenset("postgres postgresql mysql mariadb mssql oracle ssh sftp hdfs abfs abfss wasb wasbs".split())
+_PLAIN_NAMES = frozenset(
+    {"postgres", "postgresql", "mysql", "mariadb", "mssql", "oracle", "ssh", "sftp"}
+    | {"hdfs", "abfs", "abfss", "wasb", "wasbs"}
+)
 _SCHEME = re.compile(r"[a-z0-9+.-]*$", re.IGNORECASE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -47,10 +48,8 @@ def system_monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    try:
+    with contextlib.suppress(ImportError, RuntimeError):  # no NVML here, or no GPU
         monitors.append(GPUMonitor())
-    except (ImportError, RuntimeError):  # no NVML here, or no GPU
-        pass
     monitors[0].collect_metrics()  # processor load is measured between two calls
     monitors[0].clear_metrics()
     return monitors
@@ -150,7 +149,7 @@ class Tracking:
             try:
                 monitor.collect_metrics()
                 values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-            except Exception as error:  # noqa: BLE001 - a missing counter must not stop the training
+            except Exception as error:  # a missing counter must not stop the training
                 _log.debug("no system metrics of %s: %s", type(monitor).__name__, error)
             monitor.clear_metrics()
         self.metrics(values, step)

@@ -105,6 +105,7 @@ class WorkerPool:
         """Yields tasks with their results as they finish; takes no more tasks than there are workers.
 
         Args:
+            tasks: what the workers take, one at a time; read lazily.
             call: calls a method of an actor with a task, and returns Ray's reference to the result.
             tick: called after each task, and about every `CHECK_SECONDS` between.
         Raises:

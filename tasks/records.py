@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from infra.redaction import redact
-
-Record = TypeVar("Record")
 
 # Failure reasons that a later run may resolve, by class; all other reasons are permanent.
 RETRY_CLASSES = {
@@ -25,10 +22,6 @@ RETRY_CLASSES = {
     # Another machine may have more memory or time.
     "decoder": frozenset({"decoder_crash", "decoder_timeout", "out_of_memory"}),
 }
-
-
-# The file that marks an evaluation as complete, in its folder; evaluation writes it and registration reads it.
-EVALUATION_REPORT = "report.json"
 
 
 class UserError(ValueError):
@@ -72,23 +65,6 @@ class Artifact:
 def to_json(record: Any) -> dict[str, Any]:
     """Converts a dataclass to a dict for JSON."""
     return dataclasses.asdict(record)
-
-
-def from_json(kind: type[Record], value: dict[str, Any]) -> Record:
-    """Restores a dataclass, nested ones included, from the dict of `to_json`. Raises UserError for an unknown field."""
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise UserError(f"unknown field {unknown[0]!r} for {kind.__name__}; it has {', '.join(hints)}")
-    arguments = {}
-    for name, item in value.items():
-        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        if nested and isinstance(item, dict):
-            item = from_json(typing.cast(type, nested[0]), item)
-        elif isinstance(item, list) and typing.get_origin(hints[name]) is tuple:
-            item = tuple(item)
-        arguments[name] = item
-    return kind(**arguments)
 
 
 def digest(value: Any) -> str:

@@ -142,7 +142,9 @@ class TemporalNoiseFusion(nn.Module):
         """Returns the predicted noise, float32 [B, C, F, H, W].
 
         Args:
-            residual_BCFHW: the 3D-UNet's output. prior_BCFHW: the prior that keys and values read.
+            residual_BCFHW: the 3D-UNet's output.
+            prior_BCFHW: the prior that keys and values read.
+            t_B: time steps, int64, 0-based.
             shrinkage: the weights of both under `prediction="shrinkage"`, None under `direct`.
         """
         output = self.attend(residual_BCFHW, prior_BCFHW, t_B).float()

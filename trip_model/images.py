@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
@@ -64,10 +65,8 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
         raise ValueError(
             f"a photo of {image.width}x{image.height} pixels, expected at most {MAX_ASPECT} times as long as wide"
         )
-    try:
+    with contextlib.suppress(Exception):  # malformed EXIF: SyntaxError, struct.error or another, undocumented
         image = ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF is ignored; Pillow documents no errors for it (SyntaxError, struct.error, ...)
-        pass
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips at 255
         image = _from_array(np.asarray(image), image.info.get("transparency"))
     if "A" in image.getbands() or "transparency" in image.info:

@@ -65,8 +65,10 @@ class Trip(nn.Module):
         """Returns the predicted noise, float32 [B, C, F, H, W].
 
         Args:
-            z_t_BCFHW: noised final latents, float32. z_first_BC1HW: clean final latent of the first frame.
-            t_B: time steps, int64, 0-based. text_BLD: text features c.
+            z_t_BCFHW: noised final latents, float32.
+            z_first_BC1HW: clean final latent of the first frame.
+            t_B: time steps, int64, 0-based.
+            text_BLD: text features c.
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)

@@ -67,7 +67,10 @@ def optimal_shrinkage(
     of Equation 9 depends on the frame but not on the time step (docs/decisions/fusion.md).
 
     Args:
-        residual_std: s_i, the standard deviation of the residual item by frame, broadcastable to [B, 1, F, 1, 1].
+        signal: sqrt(alphabar_t), broadcastable to [B, 1, F, 1, 1].
+        sigma: sqrt(1 - alphabar_t), likewise.
+        residual_std: s_i, the standard deviation of the residual item by frame, likewise.
+        error: mean square error of the other estimate, likewise.
     """
     variance = (signal * residual_std).square()
     reference = error * sigma.square()

@@ -76,7 +76,12 @@ def training_loss(
     """Returns the objective (Equation 10): the mean squared error between the drawn noise and the fused prediction.
 
     Args:
-        model: a `Trip`, or a data-parallel wrapper of one. z_0_BCFHW: final latents, float32; frame 1 is the image.
+        model: a `Trip`, or a data-parallel wrapper of one.
+        z_0_BCFHW: final latents, float32; frame 1 is the image.
+        text_BLD: text features c.
+        empty_text_1LD: those of the empty text, for the samples whose text is dropped.
+        drawn: the time steps, the noise and which texts are dropped.
+        config: settings of the objective.
         compute: autocast data type of the networks, such as bfloat16; z_t, the prior and the loss are always float32.
     Returns:
         (loss, noise error by time step and frame [B, F], detached and unweighted).

@@ -110,8 +110,12 @@ class TripPipeline:
         """Animates a batch of photos and returns uint8 [B, F, H, W, 3]; each item's noise depends only on its seed.
 
         Args:
-            images: photos, centre-cropped to the model's square. prompts: descriptions. seeds: one for each photo.
-            num_frames: frames of each video, the given one included. steps: DDIM steps. guidance: scale, 1 is off.
+            images: photos, centre-cropped to the model's square.
+            prompts: descriptions, one for each photo.
+            seeds: one for each photo.
+            num_frames: frames of each video, the given one included.
+            steps: DDIM steps.
+            guidance: scale, 1 is off.
             keep_first_frame: copies the given image to frame 1 instead of decoding frame 1.
             on_step: called with (finished steps, steps) after each step.
         Raises:

@@ -75,6 +75,8 @@ def check_number(name: str, value: Any, maximum: float | None = None) -> int | f
     """Returns a number of `BOUNDS` as int or float.
 
     Args:
+        name: a key of `BOUNDS`.
+        value: the number as given.
         maximum: a lower maximum than the table's.
     Raises:
         RequestError: a bool or another type, NaN, a fraction where an integer is expected, or a value out of bounds.

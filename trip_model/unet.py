@@ -163,8 +163,9 @@ class UNet3D(nn.Module):
         """The network's output, [B, C, F, H, W] with `out_channels`.
 
         Args:
-            x_BCFHW: noised latents with the condition. text_BLD: text features c, one for each sample.
+            x_BCFHW: noised latents with the condition.
             t: time steps, 0-based, one for each sample (B,) or for each of its frames (B, F), or one for all ().
+            text_BLD: text features c, one for each sample.
         """
         batch, _, frames = x_BCFHW.shape[:3]
         t = t if t.ndim == 2 else t.expand(batch)

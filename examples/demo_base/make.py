@@ -35,11 +35,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame, draw_scene  # noqa: E402
-from trip_model.conditioning import drop_condition_slot, unet_input  # noqa: E402
-from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae  # noqa: E402
-from trip_model.images import write_video  # noqa: E402
-from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout  # noqa: E402
+from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS, draw_frame, draw_scene
+from trip_model.conditioning import drop_condition_slot, unet_input
+from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae
+from trip_model.images import write_video
+from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout
 
 SIZE, NUM_FRAMES, FPS = 64, 16, 4.0
 TEXT_LENGTH, TEXT_WIDTH = 32, 64

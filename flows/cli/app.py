@@ -146,12 +146,16 @@ def _run_flow(name: str, module: str, function: str, given: dict[str, Any]) -> N
     from flows.recipes import find_recipe
 
     find_recipe(given["recipe"])  # rejects a misspelt name before a server is started for it
-    with warnings.catch_warnings():
-        # Prefect looks for its home on import; the folder is made when a server needs it.
-        warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
-        flow = getattr(importlib.import_module(module), function)
-    with locked(given["root"]), prefect_server(given["root"]):
-        flow(**given)
+
+    def load() -> None:
+        with warnings.catch_warnings():
+            # Prefect looks for its home on import; the folder is made when a server needs it.
+            warnings.filterwarnings("ignore", message="Failed to create the Prefect home")
+            for stage in getattr(importlib.import_module(module), "STAGES", ()):
+                importlib.import_module(stage)
+
+    with locked(given["root"]), prefect_server(given["root"], load):
+        getattr(importlib.import_module(module), function)(**given)
 
 
 def _run_command(name: str, module: str, function: str, given: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infra.settings import CHECKOUT
@@ -20,8 +20,12 @@ STARTUP_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def local_server(home: Path) -> Iterator[str]:
+def local_server(home: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
     """Yields the API address of a server with its database and log in `home`.
+
+    Args:
+        home: folder of the database and the log.
+        meanwhile: called while the server starts, in this process.
 
     Prefect's own server becomes an orphan when the command is killed. This server watches a pipe from its parent, which
     the system closes in every case.
@@ -44,6 +48,7 @@ def local_server(home: Path) -> Iterator[str]:
         )
     try:
         _bypass_proxies()
+        meanwhile()
         _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log_path)
         yield f"http://127.0.0.1:{port}/api"
     finally:

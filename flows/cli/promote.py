@@ -120,12 +120,12 @@ def _why(state: PromotionState) -> dict[str, str]:
 def _scores(client: Any, run_id: str) -> dict[str, str]:
     """Returns the model's scores of the run's report, with intervals; empty without a report."""
     from infra.tracking import TROUBLE
-    from tasks.records import EVALUATION_REPORT
+    from tasks.evaluation_record import REPORT_FILE
     from tasks.register.report_facts import read_report
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            report = client.download_artifacts(run_id, f"evaluation/{EVALUATION_REPORT}", scratch)
+            report = client.download_artifacts(run_id, f"evaluation/{REPORT_FILE}", scratch)
             scores = read_report(os.path.dirname(report)).scores
         except (*TROUBLE, UserError):
             return {}

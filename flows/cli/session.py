@@ -7,7 +7,7 @@ import fcntl
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infra import storage
@@ -43,21 +43,28 @@ def locked(root: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prefect_server(root: str) -> Iterator[None]:
-    """Uses the server at PREFECT_API_URL where that is set, else starts one for the length of this command."""
+def prefect_server(root: str, meanwhile: Callable[[], None]) -> Iterator[None]:
+    """Uses the server at PREFECT_API_URL where that is set, else starts one for the length of this command.
+
+    Args:
+        root: the root that the command writes below.
+        meanwhile: called while the server starts; the imports of a flow take as long.
+    """
     if "PREFECT_API_URL" in os.environ:
+        meanwhile()
         yield
         return
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.cli.local_server import local_server
 
-    with local_server(prefect_home(root)) as url, temporary_settings({PREFECT_API_URL: url}):
-        try:
-            yield
-        finally:
-            # What is still queued would find no server when Prefect sends it at exit.
-            EventsWorker.drain_all(timeout=5)
-            APILogWorker.drain_all(timeout=5)
+    with local_server(prefect_home(root), meanwhile) as url:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            try:
+                yield
+            finally:
+                # What is still queued would find no server when Prefect sends it at exit.
+                EventsWorker.drain_all(timeout=5)
+                APILogWorker.drain_all(timeout=5)

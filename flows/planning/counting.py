@@ -68,6 +68,8 @@ def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
     Sharded layers have the precision of the arithmetic, in which FSDP2 gathers them.
 
     Args:
+        base: the sizes of the base's networks.
+        train: the training, whose batch and precision count.
         gpu: count by a GPU's rules; else by a CPU's.
     """
     config, bfloat16 = train.model, train.precision == "bfloat16"

@@ -75,7 +75,7 @@ def shortfall(memory: MemoryPlan, device: Device) -> str | None:
     """One sentence about a step that does not fit, with a remedy; None if it fits."""
     if memory.fits:
         return None
-    if memory.largest or memory.recompute and memory.largest_recomputed:
+    if memory.largest or (memory.recompute and memory.largest_recomputed):
         remedy = f"a micro_batch of {memory.largest_recomputed if memory.recompute else memory.largest} fits"
     elif memory.largest_recomputed:
         most = min(memory.largest_recomputed, memory.at_once)

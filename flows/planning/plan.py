@@ -190,7 +190,8 @@ def _storage(
     how = (
         f"{counts.trained / 1e6:,.1f} M x {4 * values} B (weights, moments{', average' if train.average_decay else ''})"
     )
-    return rows + [
+    return [
+        *rows,
         Row("storage", "a checkpoint", one, "B", how),
         Row("storage", "checkpoints", (KEPT + 1) * one, "B", f"{KEPT} kept + 1 being written"),
         Row("storage", "exported model", 4 * (counts.parameters + frozen), "B", "float32, with VAE and text encoder"),

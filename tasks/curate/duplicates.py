@@ -26,6 +26,7 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     order. Repeating the call changes nothing, and prepare keeps these failures. Memory: 16 bytes per clip.
 
     Args:
+        dataset: address of the data set's folder.
         distance: bits of 64, from 0 to 8.
         progress: called twice for each shard with `stage`, `done` and `total` (rows).
     Raises:

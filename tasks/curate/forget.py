@@ -59,7 +59,10 @@ def forget(
     that the data set does not contain is returned as unknown, but added to the takedowns as well.
 
     Args:
-        ids: clip keys or URLs as the user wrote them. as_key: converts an id to a clip key.
+        dataset: address of the data set's folder.
+        ids: clip keys or URLs as the user wrote them.
+        reason: stored in each failure and takedown.
+        as_key: converts an id to a clip key.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
         UserError: the data set is not finished, or a shard is damaged.

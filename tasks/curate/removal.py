@@ -49,7 +49,10 @@ def remove_rows(
     """Rebuilds every shard with rows to remove, and publishes; a kill at any moment leaves the old or the new state.
 
     Args:
+        dataset: address of the data set's folder.
+        manifest: its manifest as read.
         removed: returns the rows of a shard to remove, as the failures that replace them.
+        stage: the name of this step in `progress`.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
         UserError: a shard is damaged.

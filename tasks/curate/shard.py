@@ -13,13 +13,13 @@ from typing import BinaryIO
 
 from infra import storage
 from tasks.curate.samples import SampleChecker, Shapes
+from tasks.json_records import parse_record
 from tasks.shards import (
     SCHEMA_VERSION,
     SUFFIXES,
     PackedSample,
     ShardManifest,
     index_name,
-    parse_record,
     shard_number,
 )
 

@@ -47,6 +47,7 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
     worker, and about 100 bytes per clip.
 
     Args:
+        dataset: address of the data set's folder.
         progress: called after each shard with `stage`, `done`, `total` (rows), `mb_per_s` and `eta_seconds`.
         workers: threads that read shards; hashing and decoding release the GIL.
     Raises:

@@ -69,7 +69,8 @@ def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
     motion: mean over frames of the 99th percentile of the change from frame to frame.
 
     Args:
-        pixels: uint8 [F, H, W, 3]. info: `width`, `height` and `pixel_aspect` from the decoder.
+        pixels: uint8 [F, H, W, 3].
+        info: `width`, `height` and `pixel_aspect` from the decoder.
     """
     cells = _cells(pixels)
     luma = cells @ _LUMA
@@ -153,9 +154,10 @@ class Screen:
         """Returns the first bound that a window violates, as a reason. Missing scores pass."""
         for reason, name in REASONS.items():
             limit, (bound, score) = getattr(self._spec, name), name.split("_")
-            if limit is not None and score in values:
-                if values[score] < limit if bound == "least" else values[score] > limit:
-                    return reason
+            if limit is None or score not in values:
+                continue
+            if values[score] < limit if bound == "least" else values[score] > limit:
+                return reason
         return None
 
 

@@ -38,6 +38,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     are present.
 
     Args:
+        spec: what to prepare, from where, to where.
         progress: called after each shard, and about every 10 s in between, with `stage`, `done`, `total` (rows),
             `encoded`, `failed`, `clips_per_second`, `eta_seconds` (None until known).
     Raises:

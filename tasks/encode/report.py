@@ -31,8 +31,10 @@ def write_report(numbers: dict[str, Any], base: str, size_bytes: int, rows_made:
     """Writes `<data set>.report.json` and `.report.html`, unless they exist and match this data set.
 
     Args:
-        numbers: the stage's report. base: the folder or hub name of the base with the VAE.
-        size_bytes: of all shards. rows_made: the rows that this run processed.
+        numbers: the stage's report.
+        base: the folder or hub name of the base with the VAE.
+        size_bytes: of all shards.
+        rows_made: the rows that this run processed.
     """
     if _is_written(numbers):
         return

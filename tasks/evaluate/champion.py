@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from infra import storage
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, SCORES, Against
 from tasks.evaluate.protocol.protocol import Item
+from tasks.evaluation_record import read_evaluation
 from tasks.metrics.statistics import Estimate, function_of_sums, ratio_of_sums
-from tasks.records import EVALUATION_REPORT
 
 BEST_FILE = "best.npz"
 MAGNITUDE = "magnitude"
@@ -135,4 +135,4 @@ def read_best(report: str) -> dict[Measure, PerClip]:
 
 def champion_model(report: str) -> str:
     """The sha256 of the model of an earlier report."""
-    return str(storage.read_json(storage.join(report, EVALUATION_REPORT))["provenance"].get("model_sha256", ""))
+    return read_evaluation(report).model_sha256

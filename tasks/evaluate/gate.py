@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tasks.evaluation_record import Gate, Verdict
 from tasks.metrics.statistics import Estimate
 
 ENERGY_SCORE, CLIP_DISTANCE = "energy_score", "clip_distance"
@@ -69,35 +70,16 @@ class Evidence:
     champions: tuple[Against, ...] = ()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One rule as it was applied: what it requires, the value with its interval, the threshold, and the result.
-
-    `value` is None if it could not be measured.
-    """
-
-    rule: str
-    value: Estimate | None
-    threshold: str
-    passed: bool
-    reason: str = ""  # in words, if it did not pass
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Whether every rule is met; the reasons of those that are not."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-    rules: tuple[Verdict, ...] = ()
-
-
 def gate(evidence: Evidence, rule: GateRule | None = None) -> Gate:
     """Applies every rule; a rule whose value has no interval is not met.
 
     A model passes if enough clips were measured, its motion ratio lies in bounds, it is better than the still by a
     score that a perfect model wins, and it is not worse than the champion, or the best champion so far, by more than
     the margin.
+
+    Args:
+        evidence: the values.
+        rule: the thresholds; None takes the defaults of `GateRule`.
     """
     rule = rule or GateRule()
     verdicts = [

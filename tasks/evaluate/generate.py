@@ -65,6 +65,11 @@ def generate_batch(
     """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
 
     Args:
+        animator: makes the clips.
+        dataset: holds the first frames and captions.
+        batch: the items and their seeds.
+        frames: F of each video.
+        folder: address under which the videos are stored.
         scaled: a model of another size than the data set's gets the frame at its own, and its clip is scaled back.
     Raises:
         UserError: the model makes frames of another size than the data set holds, and is not to be scaled.

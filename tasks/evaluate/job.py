@@ -25,7 +25,6 @@ from tasks.evaluate.report import aggregate, page
 from tasks.evaluate.report.aggregate import Summary
 from tasks.evaluate.report.figures import Example
 from tasks.evaluate.spec import (
-    SCHEMA_VERSION,
     EvaluateReport,
     EvaluateSpec,
     finished_report,
@@ -33,9 +32,10 @@ from tasks.evaluate.spec import (
     provenance_of,
 )
 from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, ORACLES, REAL, ROUND_TRIP, TRIP, Row
+from tasks.evaluation_record import REPORT_FILE, REPORT_SCHEMA, EvaluationRecord
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
-from tasks.records import EVALUATION_REPORT, UserError, digest
+from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
@@ -155,7 +155,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         "samples": spec.samples,
         "deterministic_motion": deterministic,
         "gate": asdict(spec.gate),
-        "schema": SCHEMA_VERSION,
+        "schema": REPORT_SCHEMA,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
     }
@@ -226,22 +226,25 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         pages |= {champion.BEST_FILE: champion.best_bytes(best)}
         for name, content in pages.items():
             storage.write_bytes(storage.join(output, name), content)
-        numbers = asdict(replace(summary, by_item={}))
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "key": key,
-            "rows": numbers["metrics"],
-            **{name: numbers[name] for name in ("differences", "floors", "infinity", "curves", "counts", "notes")},
-            "gate": asdict(verdict),
-            "best": {measure: model.model_sha256 for measure, model in best.items()},
-            "clips": summary.clips,
-            "items": len(items),
-            "files": sorted([*pages, PROTOCOL]),
-            "generations": storage.join("generations", trip[0].method.identity),
-            "samples": [storage.join("generations", model.method.identity) for model in trip[1:]],
-            "provenance": provenance,
-        }
-        storage.write_json(storage.join(output, EVALUATION_REPORT), content)
+        record = EvaluationRecord(
+            key=key,
+            gate=verdict,
+            rows=summary.metrics,
+            differences=summary.differences,
+            floors=summary.floors,
+            infinity=summary.infinity,
+            curves=summary.curves,
+            counts=summary.counts,
+            notes=summary.notes,
+            clips=summary.clips,
+            items=len(items),
+            files=tuple(sorted([*pages, PROTOCOL])),
+            generations=storage.join("generations", trip[0].method.identity),
+            samples=tuple(storage.join("generations", model.method.identity) for model in trip[1:]),
+            best={measure: model.model_sha256 for measure, model in best.items()},
+            provenance=provenance,
+        )
+        storage.write_json(storage.join(output, REPORT_FILE), asdict(record))
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {spec.ray_address!r}; give its address or none") from error
     except OSError as error:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.redaction import redact
-from tasks.evaluate.gate import Gate, GateRule, Verdict
+from tasks.evaluate.gate import GateRule
 from tasks.evaluate.protocol.protocol import Protocol
+from tasks.evaluation_record import REPORT_FILE, Gate, read_evaluation
 from tasks.metrics.extractors.files import ExtractorFiles
-from tasks.metrics.statistics import Estimate
-from tasks.records import EVALUATION_REPORT, Artifact, UserError
+from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
-
-SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class EvaluateSpec:
     references: bool = True
     samples: int = 2
     deterministic_motion: bool = False
-    gate: GateRule = GateRule()
+    gate: GateRule = field(default_factory=GateRule)
     judges: ExtractorFiles = ExtractorFiles()  # the feature extractors; a recipe's hash covers this field's name
     bootstrap: int = 2000
     examples: int = 6
@@ -97,28 +95,21 @@ class EvaluateReport:
 def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
     """The report at an address, if it is complete and of this key; `start` is the clock at the start of the call."""
     try:
-        content = storage.read_json(storage.join(output, EVALUATION_REPORT))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        record = read_evaluation(output)
+    except UserError:  # none, or of another schema: this evaluation writes it
         return None
-    if not isinstance(content, dict) or content.get("key") != key:
-        return None
-    if not all(storage.exists(storage.join(output, name)) for name in content["files"]):
+    if record.key != key or not all(storage.exists(storage.join(output, name)) for name in record.files):
         return None
     return EvaluateReport(
         uri=output,
         key=key,
-        metrics=content["rows"],
-        gate=_gate(content["gate"]),
-        clips=content["clips"],
-        items=content["items"],
-        files=(*content["files"], EVALUATION_REPORT),
+        metrics=asdict(record)["rows"],
+        gate=record.gate,
+        clips=record.clips,
+        items=record.items,
+        files=(*record.files, REPORT_FILE),
         seconds=time.monotonic() - start,
     )
-
-
-def _gate(content: dict[str, Any]) -> Gate:
-    rules = (rule | {"value": rule["value"] and Estimate(**rule["value"])} for rule in content["rules"])
-    return Gate(content["passed"], tuple(content["reasons"]), tuple(Verdict(**rule) for rule in rules))
 
 
 def model_folder(model: str) -> Path:

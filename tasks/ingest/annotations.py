@@ -31,6 +31,8 @@ def read_msrvtt(address: str, split: str | None, captions: str | int) -> Iterato
     document, and splits are its own (officially 6,513 train, 497 validate, 2,990 test).
 
     Args:
+        address: of the JSON document.
+        split: takes only the clips of this split; None takes all.
         captions: "first" or "all" of a clip's 20 captions (a row `<video_id>-<number>` each), or a seed that draws one.
     Raises:
         UserError: the document is not MSR-VTT's annotation, or has no such split.

@@ -27,6 +27,9 @@ def write_demo_corpus(folder: str | Path, clips: int, size: int, progress: Calla
     A repeated call reuses existing files: every mp4 is written atomically, and the table is written last.
 
     Args:
+        folder: of the clips and their table; made if it does not exist.
+        clips: number of clips.
+        size: side of the square frames in pixels.
         progress: called after each clip with the number of clips that are ready.
     Raises:
         UserError: the count or size is invalid, or the folder cannot be written.

@@ -42,6 +42,7 @@ def read_folder(address: str, kind: str) -> Iterator[Row]:
     """Returns the rows in the order of the sorted names, which are kept in memory; a key is the path without suffix.
 
     Args:
+        address: of the folder.
         kind: "folder", where `a/clip.mp4` has its caption in `a/clip.txt`; or "classes", where the caption of
             `fire/a.mp4` is "fire" (underscores read as spaces).
     Raises:

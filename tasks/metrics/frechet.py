@@ -233,8 +233,11 @@ def paired_frechet_difference(
     difference at this number of clips; the part that falls as 1/N shows in the two values at infinity.
 
     Args:
-        a, b: distances to the same real features.
+        a: distance of one system to the real features.
+        b: distance of the other to the same real features.
         clusters: the source video of each row.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
     """
     if a.influence.shape != b.influence.shape:
         raise ValueError(f"distances of {len(a.influence)} and {len(b.influence)} rows are not paired")
@@ -286,8 +289,11 @@ def kernel_distance(
     """Unbiased MMD^2 with the kernel (x.y/d + 1)^3, as in KID; may be just below 0 for equal distributions.
 
     Args:
-        x_clips, y_clips: the source clip of each row. Two rows of one clip are dependent, within a set and across
-            paired ones, so such pairs are left out; with them the estimate is biased. None: all rows are independent.
+        x: features [N, d].
+        y: features [M, d].
+        x_clips: the source clip of each row of x. Two rows of one clip are dependent, within a set and across paired
+            ones, so such pairs are left out; with them the estimate is biased. None: all rows are independent.
+        y_clips: the source clip of each row of y.
     Raises:
         ValueError: rows that are not finite, of other widths or other numbers than names, or all of one clip.
     """
@@ -321,8 +327,10 @@ def kernel_distance_of_frames(
     also F times as cheap as all frames at once.
 
     Args:
-        x, y: features [N >= 2, F, d] of N clips of F frames.
-        x_clips, y_clips: the source clip of each of the N; see `kernel_distance`.
+        x: features [N >= 2, F, d] of N clips of F frames.
+        y: as x.
+        x_clips: the source clip of each of the N; see `kernel_distance`.
+        y_clips: as x_clips.
     """
     first, second = np.asarray(x), np.asarray(y)
     if first.ndim != 3 or first.shape != second.shape:

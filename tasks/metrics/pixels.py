@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,7 +42,7 @@ def _mean_square(differences: NDArray[np.int16]) -> float:
 def motion_magnitude(pixels: Pixels) -> float:
     """Mean absolute difference of consecutive frames, pixel values in [0, 1]."""
     frames = _video(pixels)
-    return float(np.mean([np.abs(b - a).mean() for a, b in zip(frames, frames[1:], strict=False)])) / 255.0
+    return float(np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(frames)])) / 255.0
 
 
 def flicker(pixels: Pixels) -> float:

@@ -106,6 +106,7 @@ def function_of_sums(
     Args:
         columns: values by item, one sequence for each sum.
         function: sums [..., columns] -> values [...].
+        clusters: the source clip of each item.
     Raises:
         ValueError: columns of other lengths than `clusters`, or values that are not finite.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tasks.evaluation_record import Gate
 from tasks.register.pyfunc_model import MAX_ROWS
 from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, VIDEO_FORMATS
 
@@ -44,23 +45,23 @@ def write_model_card(
     configuration: Mapping[str, Any],
     schedule: Mapping[str, Any],
     scores: Iterable[tuple[str, str, str]],
-    gate: tuple[bool, tuple[str, ...]],
+    gate: Gate,
     notes: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the card as Markdown.
 
     Args:
+        name: of the registered model.
         lineage: the origin; `data_terms` and `base_terms` replace the default paragraphs, the rest is a table.
         configuration: the model's own settings (trip.json), dotted names to plain values.
         schedule: the scheduler's configuration.
         scores: (row, metric, value with its interval) as text.
-        gate: whether the evaluation's gate passed, and its reasons.
+        gate: the evaluation's gate.
         notes: the evaluation's notes on comparability.
         defaults: the model's default parameters.
     """
     origin = {k: v for k, v in lineage.items() if k not in ("data_terms", "base_terms")}
-    passed, reasons = gate
     default = {"seed": 0, "format": VIDEO_FORMATS[0], **(defaults or {})}
     values = {name: f"{bound.minimum} to {bound.maximum}" for name, bound in BOUNDS.items()}
     values["format"] = " or ".join(VIDEO_FORMATS)
@@ -80,7 +81,7 @@ def write_model_card(
         _table(("row", "metric", "value"), scores) or "The report has no scores.",
         *(f"- {note}" for note in notes),
         "## Gate",
-        f"{'Passed' if passed else 'Not passed'}." + "".join(f"\n- {reason}" for reason in reasons),
+        f"{'Passed' if gate.passed else 'Not passed'}." + "".join(f"\n- {reason}" for reason in gate.reasons),
         "## Limits",
         "\n".join(f"- {limit}" for limit in LIMITS),
         "## Licences",

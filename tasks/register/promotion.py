@@ -146,6 +146,9 @@ def promote(client: MlflowClient, name: str, version: str, reason: str = "") -> 
     """Makes a version champion, if it meets all conditions; does nothing when it is champion already.
 
     Args:
+        client: of the registry.
+        name: of the registered model.
+        version: its number.
         reason: the reason as text; required for a version that was rolled back.
     Raises:
         PromotionRefused: the gate of its report did not pass, its consumer check is missing, its report compared it

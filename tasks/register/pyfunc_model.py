@@ -64,7 +64,7 @@ class TripModel(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipe = TripPipeline.from_folder(context.artifacts["model"], device=device)
 
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride], MLflow allows a narrower input
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Returns one row per input row: video (bytes), format, num_frames, fps, width and height in pixels, seed.

@@ -90,14 +90,14 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     folder = _model_folder(spec.model)
     settings = packaging.read_model_json(folder, "trip.json")
     model_sha256 = folder_hash(folder)  # the check at the registry's door; nothing after it hashes the folder again
-    if report.model not in ("", model_sha256):
+    if report.record.model_sha256 not in ("", model_sha256):
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
     with addresses(spec.tracking_uri):
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(model_sha256)
-        key = f"register-{spec.name}-{package_digest}-{report.digest}"
+        key = f"register-{spec.name}-{package_digest}-{report.record.digest}"
         run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
         status = "FAILED"
         try:
@@ -122,7 +122,7 @@ def _register(
     package_digest: str,
     progress: Callable[[str], None],
 ) -> RegisterReport:
-    version = _find_version(client, spec.name, package_digest, report.digest)
+    version = _find_version(client, spec.name, package_digest, report.record.digest)
     if version is None:
         progress(f"register: logging scores, plots and clips to run {run_id}")
         card = _card(spec, folder, settings, report)
@@ -207,8 +207,8 @@ def _card(spec: RegisterSpec, folder: Path, settings: dict[str, Any], report: Re
         packaging.flatten(settings),
         schedule,
         report.scores,
-        (report.passed, report.reasons),
-        report.notes,
+        report.record.gate,
+        report.record.notes,
         sampling_defaults(settings),
     )
 
@@ -283,9 +283,9 @@ def _create_version(
     tags = {
         "trip.package": package_digest,
         tracking.MODEL_HASH: client.get_logged_model(model_id).tags[tracking.MODEL_HASH],
-        "trip.report": report.digest,
-        "trip.gate": "passed" if report.passed else "not passed",
-        "trip.gate_reasons": "; ".join(report.reasons)[:4900] or "none",
+        "trip.report": report.record.digest,
+        "trip.gate": "passed" if report.record.gate.passed else "not passed",
+        "trip.gate_reasons": "; ".join(report.record.gate.reasons)[:4900] or "none",
         **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
     }
     return client.create_model_version(
@@ -312,6 +312,6 @@ def _report(
         if aliases
         else f"models:/{spec.name}/{version.version}",
         promoted=CHAMPION in aliases,
-        reasons=report.reasons or refused,
+        reasons=report.record.gate.reasons or refused,
         consumer_check=version.tags.get("trip.consumer_check", ""),
     )

@@ -350,7 +350,7 @@ def _openapi(max_steps: int) -> dict[str, Any]:
             "200": {
                 "description": "The clip",
                 "headers": {name: {"schema": {"type": "string"}} for name in headers},
-                "content": {kind: binary for kind in MEDIA_TYPES.values()} | {JSON: {}, LINES: {}},
+                "content": dict.fromkeys(MEDIA_TYPES.values(), binary) | {JSON: {}, LINES: {}},
             },
             **{
                 status: {"description": about, "content": {JSON: {"example": error}}}

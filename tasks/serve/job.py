@@ -165,7 +165,8 @@ def serving(
     application = "trip-" + re.sub(r"[^\w.-]", "-", service or f"{spec.name}-{spec.alias}")
     with ray_session(address), contextlib.ExitStack() as stack:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        deployment = serve.deployment(Replica).options(
+        decorated: Any = serve.deployment(Replica)  # typed by Ray as a plain function
+        deployment = decorated.options(
             num_replicas=replicas,
             max_ongoing_requests=spec.max_queue + spec.max_batch + SPARE_SLOTS,
             max_queued_requests=spec.max_queue,

@@ -93,6 +93,8 @@ class ShardDataset:
         """Returns the named fields of sample i, and always `key`: arrays, str for `caption`, dict for `meta`.
 
         Args:
+            i: position of the sample in the data set.
+            fields: names of the fields to read.
             frames: reads only frames start (inclusive) to stop of `latents`, `logvar` and `pixels`.
         Raises:
             IndexError: there is no sample i, or it lacks these frames. KeyError: the data set has no such field.
@@ -117,7 +119,10 @@ class ShardDataset:
         """Returns an array field of several samples as one array, read directly into its memory.
 
         Args:
-            starts, count: reads `count` frames of each sample from its start on, for a field that has frames.
+            samples: positions of B samples in the data set.
+            field: name of the field.
+            starts: the first frame of each sample, for a field that has frames; None is frame 0.
+            count: number of frames from there on; None is all.
         Returns:
             (values [B, count, ...] as stored, {position in the batch: damage}). A sample is damaged if its bytes end
             early, its header does not match its size, or a value is not finite; its values are set to zero.

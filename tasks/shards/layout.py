@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from tasks.records import Failure, count_by_reason, digest
 from tasks.shards.fields import SUFFIXES, encode_field
@@ -18,8 +16,6 @@ from tasks.shards.fields import SUFFIXES, encode_field
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -145,21 +141,6 @@ class DatasetManifest:
     shards: list[PublishedShard]
     schema_version: int = SCHEMA_VERSION
     forgotten_sha256: str | None = None  # of the takedowns that these shards follow
-
-
-def parse_record(kind: type[Record], content: bytes) -> Record:
-    """Parses a record from its JSON and checks every type. Raises ValueError that names the field."""
-    try:
-        return _adapter(kind).validate_json(content, strict=True, extra="forbid")
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field_path = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{field_path + ': ' if field_path else ''}{first['msg']}") from None
-
-
-@functools.cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def shard_name(index: int) -> str:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 from infra import storage
+from tasks.json_records import parse_record
 from tasks.records import Failure, UserError
 from tasks.shards.layout import (
     MANIFEST,
@@ -15,7 +16,6 @@ from tasks.shards.layout import (
     PackedSample,
     ShardManifest,
     index_name,
-    parse_record,
     shard_number,
 )
 

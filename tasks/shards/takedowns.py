@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from infra import storage
 from infra.redaction import name_of
+from tasks.json_records import parse_record
 from tasks.records import ClipRef, Failure, UserError
-from tasks.shards.layout import parse_record
 
 TAKEDOWNS_FILE = "forgotten.json"
 TAKEDOWNS_FOLDER = "takedowns"
@@ -43,7 +43,9 @@ class Takedowns:
         """Returns the failure that replaces a row whose clip is taken down, else None.
 
         Args:
-            address: the resolved address of the row's link. file_sha256: hash of the file at that address.
+            row: a row of the source, or its failure.
+            address: the resolved address of the row's link.
+            file_sha256: hash of the file at that address.
         """
         matches = self._matches(row, address, file_sha256)
         return Failure(mark(row.key)[:16], row.row, TAKEDOWN_REASON, self.marks[matches[0]]) if matches else None

@@ -46,8 +46,11 @@ def write_shard(
 
     Args:
         dataset: address of the data set's folder.
-        index: number of the shard. rows: its range of rows of the source, start (inclusive) to stop.
+        index: number of the shard.
+        rows: its range of rows of the source, start (inclusive) to stop.
         outcomes: one per row, in order; consumed lazily.
+        recipe_hash: of the settings that the samples depend on.
+        made_with: versions and devices that made it, for the record.
     Raises:
         OSError: the address cannot be written.
     """

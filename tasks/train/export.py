@@ -25,7 +25,12 @@ def export(
     """Writes the model folder, adapters in their own folder, then the report as the mark of completion.
 
     Args:
+        spec: the training; says where the model goes.
+        dataset: the data it was trained on.
+        base: folder of the base, whose frozen networks are copied.
+        config: the model's configuration.
         trained: the trained weights in full, by their names in the trained model.
+        report: the report of the training so far.
     """
     provenance = {
         "dataset": redact(spec.dataset),

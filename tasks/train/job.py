@@ -48,7 +48,9 @@ def train(
     """Trains a model, or returns the report if this training is finished.
 
     Args:
+        spec: the training.
         progress: called in this process for every tick of `run_training`.
+        tracking: where the run is logged.
         in_process: run the loop here, with one worker and without Ray.
 
     In this process SIGTERM ends the training after the current step, with a checkpoint. Under Ray a preemption notice
@@ -72,13 +74,13 @@ def train(
 
     # On the driver's machine: the loss of a worker's machine must not end it, and the training with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
+    relay: Any = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
 
     def fit() -> None:
         try:
             _fit_while_progressing(spec, {"spec": spec, "tracking": tracking, "relay": relay})
-        except Exception as error:  # noqa: BLE001 - handed to the caller below
+        except Exception as error:  # handed to the caller below
             errors.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)

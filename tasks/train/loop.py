@@ -65,6 +65,10 @@ def run_training(
     With `world` above 1 a process group must exist.
 
     Args:
+        spec: the training.
+        rank: of this worker, 0 to world - 1.
+        world: number of workers.
+        device: as torch names it.
         on_tick: called every `tick_every` steps with "step", "steps", "samples_per_second", "seconds_left", the means
             of "loss", "frame_1" and "frame_last" since the last tick, and of the last step "grad_norm" (before
             clipping), "lr_unet" and "lr_fusion" (if there is a fusion module). "damaged" counts skipped samples, if

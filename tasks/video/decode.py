@@ -67,10 +67,14 @@ def read_windows(
 
     Args:
         source: the bytes of a video file, or its path.
-        num_frames: F, frames of each clip. fps: grid points per second. size: side of the square, in pixels.
+        num_frames: F, frames of each clip.
+        fps: grid points per second.
+        size: side of the square, in pixels.
         windows: maximum number of clips; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
             frame `w * num_frames * stride`.
-        fit: how a frame fills the square. stride: in frames; None uses the grid. Needs `start_seconds` 0.
+        start_seconds: of the first clip, from the first displayed frame.
+        fit: how a frame fills the square.
+        stride: in frames; None uses the grid. Needs `start_seconds` 0.
     Raises:
         ClipError: `undecodable`, `no_video_stream`, `no_timestamps`, `damaged` (broken before the end of the
             first window) or `too_short`. MemoryError: the frames do not fit.
@@ -94,7 +98,13 @@ def read_track(
     """Decodes all frames of a video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
 
     Args:
-        num_frames: minimum number of frames. longest: maximum number of frames; `info["cut_off_at"]` records a cut.
+        source: as `read_windows`.
+        num_frames: minimum number of frames.
+        fps: as `read_windows`.
+        size: as `read_windows`.
+        longest: maximum number of frames; `info["cut_off_at"]` records a cut.
+        fit: as `read_windows`.
+        stride: as `read_windows`.
     Returns:
         A list with the track as its only clip.
     Raises:

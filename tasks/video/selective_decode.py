@@ -36,7 +36,11 @@ def selected_frames(
     Also yields the first frame, and the last one where the file ends within the grid: it gives the duration.
 
     Args:
-        wanted: number of grid points. step: seconds between them. start: seconds from the first frame to point 0.
+        container: an open video file, at its start.
+        stream: its video stream.
+        wanted: number of grid points.
+        step: seconds between them.
+        start: seconds from the first frame to point 0.
     Raises:
         SelectiveDecodeError: at any frame; discard the frames yielded before it.
         av.FFmpegError: the file is damaged.

@@ -36,7 +36,7 @@ def test_ray_that_is_twice_too_slow_to_start_is_worth_another_try_of_the_stage(m
 @pytest.mark.slow
 def test_a_run_whose_driver_worker_or_raylet_is_killed_ends_in_the_bytes_of_an_undisturbed_one(tiny_base: Path) -> None:
     # In a separate process, as it kills all of its descendants.
-    command = [sys.executable, "-m", "benchmarks.kills", "--moments", "3", "--rows", "12", "--size", "32"]
+    command = [sys.executable, "-m", "tests.chaos.kills", "--moments", "3", "--rows", "12", "--size", "32"]
     done = subprocess.run([*command, "--base", str(tiny_base)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     moments = json.loads(done.stdout)["moments"]

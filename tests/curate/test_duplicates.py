@@ -33,7 +33,7 @@ def sample(row: int, picture: int | None, window: int = 0) -> Sample:
 
 # By row: the hash of its first window, None where it has none, "" for a row that failed. Row 6 is 3 bits from row 0,
 # row 7 is 3 from row 6 and 6 from row 0: it stays, for row 6 does not.
-ROWS: list[int | None | str] = [0b0, 2**40 - 1, None, "", None, 0b0, 0b111, 0b111111, 2**40 - 2]
+ROWS: list[int | str | None] = [0b0, 2**40 - 1, None, "", None, 0b0, 0b111, 0b111111, 2**40 - 2]
 
 
 def make_dataset(uri: str) -> str:
@@ -127,7 +127,7 @@ def test_an_invalid_hash_is_reported(tmp_path: Path) -> None:
     broken.meta["picture_hash"] = "no number"
     part = shards.write_shard(uri, 0, (0, 1), [[broken]], HASH).summary()
     shards.publish_dataset(uri, RECIPE, HASH, {}, [part])
-    with pytest.raises(UserError, match="is damaged .*verify the data set"):
+    with pytest.raises(UserError, match=r"is damaged .*verify the data set"):
         deduplicate(uri)
 
 

@@ -183,7 +183,7 @@ def test_the_windows_that_pass_record_why_the_others_were_dropped() -> None:
     assert window.meta["picture_hash"] == picture_hash(window.clip.pixels)
     assert [line.split(":")[0] for line in window.meta["dropped"].values()] == ["hard_cut", "near_static"]
     assert window.clip.info == read_windows(video, FRAMES, 4.0, SIDE, 3)[1].info
-    with pytest.raises(ClipError, match="hard_cut: cut 0.*, expected at most 0.*; none of 2 windows passes"):
+    with pytest.raises(ClipError, match=r"hard_cut: cut 0.*, expected at most 0.*; none of 2 windows passes"):
         Screen(replace(BOUNDS, least_side=SIDE))([clips[0], clips[2]])
 
 

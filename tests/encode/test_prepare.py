@@ -26,7 +26,8 @@ from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.demo import serve_folder, write_demo_corpus
 from tasks.ingest.download import Fetched
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.records import ClipRef, Failure, UserError, from_json, to_json
+from tasks.json_records import parse_record
+from tasks.records import ClipRef, Failure, UserError, to_json
 from tasks.shards import Sample, ShardDataset
 from tasks.video.decode import read_clip
 from tasks.video.spec import DecodeSpec
@@ -157,7 +158,7 @@ def test_every_row_is_accounted_for(tiny_base: Path, corpus: str, tmp_path: Path
     data = ShardDataset(report.dataset)
     assert data.manifest_sha256 == report.manifest_sha and len(data.keys) == 3
     assert all("." not in key for key in data.keys)
-    assert from_json(PrepareReport, json.loads(json.dumps(to_json(report)))) == report
+    assert parse_record(PrepareReport, json.dumps(to_json(report))) == report
 
 
 def test_a_run_that_is_killed_and_repeated_ends_in_the_same_bytes(tiny_base: Path, corpus: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_an_epoch_has_each_track_once_and_in_time_every_start(drawn: ShardDatase
             seen.setdefault(key, set()).add(int(latents[0, 0, 0, 0]))
     for key, starts in seen.items():
         frames = drawn.num_frames(drawn.keys.index(key))
-        assert starts == set(range(frames - FRAMES + 1)) or frames == 30 and len(starts) > 18
+        assert starts == set(range(frames - FRAMES + 1)) or (frames == 30 and len(starts) > 18)
 
 
 def test_drawn_latents_have_the_mean_and_deviation_of_the_posterior(drawn: ShardDataset) -> None:
@@ -286,10 +287,8 @@ def test_training_on_drawn_windows_resumes_bitwise(training: TrainSpec, tmp_path
             if values["step"] == last:
                 raise Killed
 
-        try:
+        with contextlib.suppress(Killed):
             run_training(spec, on_tick=tick)
-        except Killed:
-            pass
         return losses
 
     whole = losses_of(training, 99)

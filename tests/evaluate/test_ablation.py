@@ -13,7 +13,9 @@ from infra import storage
 from tasks.evaluate.generate import load_arrays, save_arrays
 from tasks.evaluate.report import ablation
 from tasks.evaluate.report.ablation import Arm, compare, per_clip_arrays, tables, two_way_mean, verdicts, write
+from tasks.metrics.statistics import Estimate
 from tasks.records import UserError
+from tests.support.reports import write_record
 
 CLIPS, FRECHET = 24, "rfd-motion"
 
@@ -43,10 +45,7 @@ def arm(root: str, variant: str, seed: int, worse: float = 0.0, clips: int = CLI
     writer.writerows(lines)
     uri = storage.join(root, f"{variant}-{seed}")
     storage.write_bytes(storage.join(uri, "per_clip.csv"), text.getvalue().encode())
-    storage.write_json(
-        storage.join(uri, "report.json"),
-        {"rows": {"trip": {FRECHET: {"value": 1.0 + worse}}}, "floors": {FRECHET: {"value": 0.1}}},
-    )
+    write_record(uri, rows={"trip": {FRECHET: Estimate(1.0 + worse)}}, floors={FRECHET: Estimate(0.1)})
     return Arm(variant, seed, uri, 0.5)
 
 

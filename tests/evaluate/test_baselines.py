@@ -171,7 +171,7 @@ def test_a_method_is_named_once_and_by_a_word(tmp_path: Path) -> None:
         "VideoComposer": "s3://b/v",
     }
     for given in (["folder"], ["=folder"], ["A="], ["trip=a"], ["champion=a"], ["a/b=c"], ["A=a", "A=b"]):
-        with pytest.raises(UserError, match="expected NAME=FOLDER|choose another"):
+        with pytest.raises(UserError, match=r"expected NAME=FOLDER|choose another"):
             parse_methods(given)
     flags = ["--method", "A=a", "--method", "B=b", "--protocol", "folder", "--extractors.i3d", "i3d.pt"]
     given = parse(["evaluate-trip", *flags])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -78,7 +79,7 @@ def test_small_losses_do_not_add_up_because_the_best_is_remembered() -> None:
     models = [model(f"m{i}", 0.4 + 0.036 * i, seed=i) for i in range(3)]
     best: dict[champion.Measure, PerClip] = champion.best_so_far(models[0], {}, real, CLIP_DISTANCE)
     passed = []
-    for before, now in zip(models, models[1:], strict=False):
+    for before, now in itertools.pairwise(models):
         others = {"the champion": before, "the best": best["score"]}
         comparisons = tuple(
             champion.compare(name, now, other, still, real, CLIP_DISTANCE, ITEMS, 200) for name, other in others.items()

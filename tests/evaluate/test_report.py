@@ -14,7 +14,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from flows.evaluate_trip import track_evaluation
-from infra import storage
 from infra.tracking import connect
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.progress import Ticks, duration
@@ -34,6 +33,7 @@ from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import kernel_distance
 from tasks.metrics.statistics import Estimate
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 
 
 def real_clip(seed: int) -> np.ndarray:
@@ -298,15 +298,11 @@ def test_all_methods_play_in_one_picture_and_stand_in_the_strip():
 
 def test_an_evaluation_is_one_mlflow_run_linked_to_model_data_and_code(tmp_path: Path):
     made_of = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
-    content = {
-        "rows": {"trip": {"clip_distance": {"value": 0.1, "ci_low": None, "ci_high": None}}},
-        "gate": {"passed": False, "reasons": ["few clips"]},
-        "files": ["report.md"],
-        "provenance": {name: f"the {name}" for name in made_of},
-    }
-    storage.write_json(str(tmp_path / "report.json"), content)
+    rows, gate = {"trip": {"clip_distance": Estimate(0.1)}}, Gate(False, ("few clips",))
+    provenance = {name: f"the {name}" for name in made_of}
+    write_record(tmp_path, False, gate.reasons, rows=rows, files=("report.md",), provenance=provenance)
     (tmp_path / "report.md").write_text("# Evaluation")
-    report = EvaluateReport(str(tmp_path), "k", content["rows"], Gate(False, ()), 8, 8, ("report.md",), 0.0)
+    report = EvaluateReport(str(tmp_path), "k", {}, gate, 8, 8, ("report.md",), 0.0)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     pages = [track_evaluation.fn(report, "data", store) for _ in range(2)]
     assert pages[0] == pages[1] != ""
@@ -320,14 +316,14 @@ def test_an_evaluation_is_one_mlflow_run_linked_to_model_data_and_code(tmp_path:
 
 def test_still_source_clips_have_no_motion_ratio_and_fail_the_gate():
     still = [made("frozen", 0)] * 2
-    result = summarised(protocol_of(2), {row: still for row in ("frozen", "trip", "real")})
+    result = summarised(protocol_of(2), dict.fromkeys(("frozen", "trip", "real"), still))
     assert "motion_ratio" not in result.metrics["trip"] and result.per_clip[0]["motion_ratio"] is None
 
 
 def test_clips_of_fewer_than_four_frames_are_an_error():
     short = [real_clip(0)[:3]] * 2
     with pytest.raises(ValueError, match="first 4 frames asked of a video of 3"):
-        summarised(protocol_of(2), {row: short for row in ("frozen", "trip", "real")})
+        summarised(protocol_of(2), dict.fromkeys(("frozen", "trip", "real"), short))
 
 
 def test_ticks_tell_what_is_left():

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from prefect import Flow
@@ -228,7 +228,7 @@ def test_the_user_error_error_is_found_below_what_frameworks_wrap_around_it() ->
     assert user_error(copy) is cause
 
     class LikeRayTrains(RuntimeError):
-        worker_failures = {0: copy}
+        worker_failures: ClassVar[dict[int, BaseException]] = {0: copy}
 
     assert user_error(LikeRayTrains("workers failed")) is cause
     assert user_error(KeyError("ours")) is None

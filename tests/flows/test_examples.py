@@ -20,6 +20,7 @@ from infra.tracking import connect
 from tasks.register.packaging import drawn_photo
 from tasks.register.registry import RegisterSpec, register
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROMPT = "a red circle moving left"
@@ -31,7 +32,7 @@ def home(tiny_model, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     demo = home / "runs" / "demo"
     demo.mkdir(parents=True)
-    (demo / "report.json").write_text('{"rows": {}, "gate": {"passed": true, "reasons": []}}')
+    write_record(demo)
     register(RegisterSpec(str(tiny_model), str(demo), registry(home), check_steps=1), lambda _: None)
     (demo / "photo.png").write_bytes(drawn_photo(48))
     return home

@@ -138,7 +138,7 @@ def test_shards_divide_the_state_and_adapters_have_little() -> None:
 def test_a_gpu_too_small_for_the_step_is_reported_before(tiny_base: Path) -> None:
     train = TrainSpec("", "", str(tiny_base), model=SMALL, global_batch=8, gpus_per_worker=1)
     check_gpu_memory(train, 10e9)
-    with pytest.raises(UserError, match="does not fit: 8 clips at once need .* a micro_batch of [1-7] fits"):
+    with pytest.raises(UserError, match=r"does not fit: 8 clips at once need .* a micro_batch of [1-7] fits"):
         check_gpu_memory(train, 200e6)
 
 
@@ -229,7 +229,7 @@ def test_what_is_trained_is_counted_from_shapes(spec: TrainSpec, tiny_base: Path
 
 def test_a_full_disk_and_a_small_memory_are_reported_before(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     with safe_open(Path(spec.base) / "unet" / "diffusion_pytorch_model.safetensors", "numpy") as file:
-        parameters = sum(file.get_tensor(name).size for name in file.keys())
+        parameters = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118, safetensors' file cannot be iterated
     free = 12 * parameters  # a checkpoint
     pages = 2 * 16 * parameters - 1  # not quite the weights, gradients and moments of two workers
     sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}

@@ -70,5 +70,5 @@ def test_the_papers_numbers() -> None:
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no recipe 'dema', did you mean 'demo'.*paper"):
+    with pytest.raises(UserError, match=r"no recipe 'dema', did you mean 'demo'.*paper"):
         find_recipe("dema")

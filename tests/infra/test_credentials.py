@@ -28,13 +28,12 @@ from tasks.train.spec import TrackingSpec
 
 
 @pytest.fixture(autouse=True)
-def no_access(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_access(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of MLflow's before the test, and none left after it."""
     for name in (*MLFLOW_ACCESS, "MLFLOW_REGISTRY_URI"):
         monkeypatch.setenv(name, "")  # so that it is restored whatever the test sets
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    yield
 
 
 class Locked(http.server.BaseHTTPRequestHandler):

@@ -116,7 +116,7 @@ def test_addresses_join_and_become_absolute(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_not_a_number_is_refused_for_it_is_not_json(tmp_path: Path) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         storage.write_json(str(tmp_path / "m.json"), {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
 
@@ -130,7 +130,7 @@ def test_missing_credentials_are_one_sentence(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(storage.StorageError, match="s3://bucket/a cannot be used .*set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(storage.StorageError, match=r"s3://bucket/a cannot be used .*set AWS_ACCESS_KEY_ID"):
         storage.write_bytes("s3://bucket/a", b"")
     with pytest.raises(storage.StorageError, match="set AWS_ACCESS_KEY_ID"), reading("s3://bucket/a.csv"):
         fsspec.core.url_to_fs("s3://bucket/a.csv")[0].cat_file("bucket/a.csv")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -166,8 +167,8 @@ def test_a_document_is_a_json_file_of_the_run(store, tmp_path):
     tracking.document("spec.json", {"steps": 9})
     tracking.document("spec.json", {"steps": 10})
     assert tracking.finish()
-    file = MlflowClient(store).download_artifacts(run_id, "spec.json", str(tmp_path))
-    assert json.loads(open(file).read()) == {"steps": 10}
+    file = Path(MlflowClient(store).download_artifacts(run_id, "spec.json", str(tmp_path)))
+    assert json.loads(file.read_text()) == {"steps": 10}
 
 
 def test_the_machine_is_watched_at_the_step_of_the_training(store, monkeypatch):

@@ -153,7 +153,7 @@ def test_without_a_machine_the_run_ends_with_what_to_do(
     machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "WAIT_SECONDS", 3.0)
-    with pytest.raises(NoRoom, match="no machine takes a worker of 1 CPUs .* 0 CPUs, 0 GPUs; start machines"):
+    with pytest.raises(NoRoom, match=r"no machine takes a worker of 1 CPUs .* 0 CPUs, 0 GPUs; start machines"):
         run([("say", str(tmp_path / "never"))])
     machines.add()
     monkeypatch.setattr(workers, "WAIT_SECONDS", 20.0)
@@ -186,9 +186,11 @@ def test_workers_that_cannot_start_say_why(machines: Machines) -> None:
             raise OSError("no such library")
 
     machines.add()
-    with pytest.raises(WorkerDied, match="workers do not start: OSError: no such library"):
-        with WorkerPool(Broken, (), 1, cpus=1, gpus=0) as pool:
-            list(pool.run([1], lambda actor, task: actor.run.remote(task)))
+    with (
+        pytest.raises(WorkerDied, match="workers do not start: OSError: no such library"),
+        WorkerPool(Broken, (), 1, cpus=1, gpus=0) as pool,
+    ):
+        list(pool.run([1], lambda actor, task: actor.run.remote(task)))
 
 
 @pytest.mark.slow

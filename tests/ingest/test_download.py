@@ -350,7 +350,7 @@ def test_a_declared_url_opens_its_own_scheme_and_port_and_no_other(server: Serve
     assert server.asked == []
     for declared in (f"http://localhost:{port}/", f"http://LOCALHOST:{port}/", server.url):
         assert reason(fetch("clip", guarded, SourceSpec("/nowhere/t.csv", base_url=declared))) == "ok"
-    with pytest.raises(UserError, match="is not a URL .*give one as http://host:port/"):
+    with pytest.raises(UserError, match=r"is not a URL .*give one as http://host:port/"):
         fetch("clip", guarded, SourceSpec("/nowhere/t.csv", base_url="http://[bad"))
 
 

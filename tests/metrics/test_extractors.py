@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_consistency_of_real_clips_is_that_of_open_clip_used_directly(tmp_path: 
     pixels = read_clip(video, 16, 4.0, 256).pixels
     vectors = direct(model, pixels).astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosines = [100 * float(a @ b) for a, b in zip(vectors, vectors[1:], strict=False)]
+    cosines = [100 * float(a @ b) for a, b in itertools.pairwise(vectors)]
     expected = [np.mean(cosines[: k - 1]) for k in range(2, 17)]
     curve = consistency_curve(embed(Clip(str(tmp_path / "clip"), sha256), pixels))
     np.testing.assert_allclose(curve, expected, atol=1e-4)
@@ -190,7 +191,7 @@ def test_missing_weights_are_an_error_and_not_random_ones(tmp_path: Path):
         Clip(str(tmp_path / "nothing.pt"))
     tiny_folder(tmp_path / "clip", True)
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
-    with pytest.raises(ExtractorError, match="lacks open_clip_model.safetensors"):
+    with pytest.raises(ExtractorError, match=r"lacks open_clip_model\.safetensors"):
         Clip(str(tmp_path / "clip"))
 
 
@@ -210,7 +211,7 @@ def test_published_names_belong_to_the_known_files_alone(tmp_path: Path, kind: s
         kind, f"x-{kind}", checked_sha256(path, kind, found.upper()), ("feature",), "as it is", MetricKind.CLIP_SETS
     )
     assert not other.official and other.metric == f"x-{kind}@{found[:8]}" and other.mark == f"@{found[:8]}"
-    with pytest.raises(ExtractorError, match="no file .* give "):
+    with pytest.raises(ExtractorError, match=r"no file .* give "):
         checked_sha256(tmp_path / "nothing", kind, None)
 
 

@@ -124,7 +124,7 @@ def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
     # In between it is Equation 9 with a separate weight at every place.
     between = fused(0.0)
     kept = (between - prior)[:, :, 1:] / (closed_form - prior)[:, :, 1:]
-    assert 0 < kept.min() and kept.max() < 1
+    assert kept.min() > 0 and kept.max() < 1
     torch.testing.assert_close(kept, kept[:, :1].expand_as(kept), rtol=2e-2, atol=2e-2)
 
 
@@ -173,7 +173,7 @@ def test_each_variant_differs_from_trip_in_exactly_one_value(name: str, tiny_bas
 class PriorOnly(Trip):
     """A TRIP that predicts the prior (lambda = 1)."""
 
-    def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):  # noqa: N803
+    def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):
         signal, sigma = self.schedule.signal_and_noise(t_B, 5)
         return image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
 

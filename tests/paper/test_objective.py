@@ -48,7 +48,7 @@ def test_unit_weighting_measures_the_residual_in_its_own_units(trip: Trip) -> No
             shrink = trip.shrinkage(drawn.t_B, 16)
 
             class Biased(Trip):
-                def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD, shrink=shrink):  # noqa: N803
+                def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD, shrink=shrink):
                     return (1 - shrink).sqrt().expand_as(z_t_BCFHW)  # a residual with an error of 1 everywhere
 
             biased = Biased(trip.unet, SMALL)
@@ -67,7 +67,7 @@ def test_unit_weights_are_exact_at_the_noisy_end_and_bounded(trip: Trip, std: fl
     unknown = abar * std**2 / (1 - abar + abar * std**2)
 
     class Biased(Trip):
-        def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):  # noqa: N803
+        def forward(self, z_t_BCFHW, z_first_BC1HW, t_B, text_BLD):
             return unknown.sqrt().float().expand_as(z_t_BCFHW)
 
     biased = Biased(trip.unet, replace(SMALL, residual_std=(0.0, *(std,) * 15)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class GaussianClips:
         """DDIM in closed form: each step from one abar to the next scales each mode by one factor."""
         x = self.to_modes(z.double() - abars[0].sqrt() * self.mean)
         v = self.variances
-        for a, b in zip(abars[:-1], abars[1:], strict=True):
+        for a, b in itertools.pairwise(abars):
             x = x * ((a * b).sqrt() * v + ((1 - a) * (1 - b)).sqrt()) / (a * v + 1 - a)
         return self.mean + torch.einsum("bcmhw,fm->bcfhw", x, self.modes)
 

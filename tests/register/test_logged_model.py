@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from tasks.register.packaging import build_wheel, drawn_photo, mentions, require
 from tasks.register.registry import RegisterSpec, register
 from tasks.serve.versions import AliasedModel, RegistryTrouble
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
 
@@ -45,7 +45,7 @@ print(sys.prefix, trip_model.__file__, importlib.metadata.version("trip-i2v"), a
 def spec(tiny_model, tmp_path_factory) -> RegisterSpec:
     """The spec of version 1 of a new registry, which is its champion."""
     home = tmp_path_factory.mktemp("registry")
-    (home / "report.json").write_text(json.dumps({"rows": {}, "gate": {"passed": True}}))
+    write_record(home)
     spec = RegisterSpec(str(tiny_model), str(home), f"sqlite:///{home}/mlflow.db", check_steps=2)
     assert register(spec).promoted
     return spec
@@ -113,7 +113,7 @@ def test_the_service_loads_only_the_registered_weights(spec, package, tmp_path):
     again = AliasedModel("trip", "champion", spec.tracking_uri, tmp_path / "cache")
     client.delete_model_version_tag("trip", "1", "trip.model_sha256")
     try:
-        with pytest.raises(RegistryTrouble, match="has no tag trip.model_sha256"):
+        with pytest.raises(RegistryTrouble, match=r"has no tag trip\.model_sha256"):
             again.fetch(version)
     finally:
         client.set_model_version_tag("trip", "1", "trip.model_sha256", model_hash)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,11 +14,12 @@ import pytest
 
 from flows.cli import promote as commands
 from infra.tracking import connect
-from tasks.records import UserError, digest
+from tasks.records import UserError
 from tasks.register.promotion import PromotionRefused, log_name, promote, rollback, sync_aliases
 from tasks.register.report_facts import read_report
 from tests.register.test_register import silent, write_report
 from tests.support.kills import Killed
+from tests.support.reports import write_record
 
 PASSED = {"trip.gate": "passed", "trip.consumer_check": "answered with 16 frames of 32x32 as mp4"}
 
@@ -112,16 +114,13 @@ def test_a_report_that_compared_with_another_champion_is_refused(client, name):
 
 def test_a_report_names_its_model_and_the_champion_of_the_comparison(tmp_path):
     def report(folder, model, champion=None):
-        uri = write_report(tmp_path / folder)
-        content = json.loads((tmp_path / folder / "report.json").read_text())
-        content["provenance"] = {"model_sha256": model, "folders": {"champion": champion} if champion else {}}
-        (tmp_path / folder / "report.json").write_text(json.dumps(content))
-        return uri, content
+        compared = {"champion": champion} if champion else {}
+        return write_record(tmp_path / folder, provenance={"model_sha256": model, "folders": compared})
 
-    old, content = report("old", "m1")
-    new, _ = report("new", "m2", old)
+    old = report("old", "m1")
+    new = report("new", "m2", old)
     assert read_report(old).origin() == {"trip.judged_model": "m1"}
-    compared = {"trip.compared_report": digest(content), "trip.compared_model": "m1"}
+    compared = {"trip.compared_report": read_report(old).record.digest, "trip.compared_model": "m1"}
     assert read_report(new).origin() == {"trip.judged_model": "m2"} | compared
     (tmp_path / "old" / "report.json").unlink()
     assert read_report(new).origin() == {"trip.judged_model": "m2", "trip.compared_report": "cannot be read"}
@@ -249,10 +248,8 @@ def test_a_kill_between_any_two_calls_is_completed_by_the_next_caller(client, na
         promote(client, name, "2", "again")
         before = sync_aliases(client, name).entries
         watched = Watched(client, n, kill)
-        try:
+        with contextlib.suppress(Killed):
             act(watched, name, action)
-        except Killed:
-            pass
         after = sync_aliases(client, name).entries
         new = [(entry.action, entry.replaced) for entry in after[len(before) :]]
         assert new in ([], [(action, "2")])
@@ -293,7 +290,7 @@ def test_a_rival_between_any_two_calls_leaves_one_winner_and_aliases_that_agree_
 
 def test_the_commands_show_the_champion_and_errors(tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(UserError, match="no MLflow store at .*register-trip first"):
+    with pytest.raises(UserError, match=r"no MLflow store at .*register-trip first"):
         commands.live(root=str(tmp_path))
     client = connect(uri)
     make(client, "trip", {"lineage.recipe": "demo"}, {"lineage.recipe": "paper"})

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from infra.tracking import connect
+from tasks.evaluation_record import Gate
+from tasks.metrics.statistics import Estimate
 from tasks.records import UserError
 from tasks.register import packaging, registry
 from tasks.register.model_card import write_model_card
@@ -27,21 +29,22 @@ from tasks.register.promotion import promote
 from tasks.register.registry import RegisterSpec, register
 from tasks.register.report_facts import read_report
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 from trip_model.folders import folder_hash
 
 CONSUMER = Path(__file__).resolve().parents[2] / "examples" / "consumer.py"
 ROWS = {
-    "trip": {"motion_ratio": {"value": 0.9, "ci_low": 0.8, "ci_high": 1.0}, "F-Consistency/4": {"value": 97.5}},
-    "frozen": {"motion_ratio": {"value": 0.0, "ci_low": None, "ci_high": None}},
+    "trip": {"motion_ratio": Estimate(0.9, 0.8, 1.0), "F-Consistency/4": Estimate(97.5)},
+    "frozen": {"motion_ratio": Estimate(0.0)},
 }
 
 
 def write_report(folder: Path, passed: bool = True, note: str = "another extractor, not comparable") -> str:
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    reasons = [] if passed else ["motion ratio 0.1 lies outside 0.5 to 1.5"]
-    files = ["report.md", "consistency.png", "videos/a.mp4"]
-    report = {"rows": ROWS, "gate": {"passed": passed, "reasons": reasons}, "notes": [note], "files": files}
-    (folder / "report.json").write_text(json.dumps(report))
+    reasons = () if passed else ("motion ratio 0.1 lies outside 0.5 to 1.5",)
+    write_record(
+        folder, passed, reasons, rows=ROWS, notes=[note], files=("report.md", "consistency.png", "videos/a.mp4")
+    )
     (folder / "report.md").write_text("# Evaluation")
     Image.new("RGB", (8, 8)).save(folder / "consistency.png")
     (folder / "videos" / "a.mp4").write_bytes(b"mp4")
@@ -228,7 +231,7 @@ def test_a_new_champion_makes_the_old_one_previous(registered):
 
 
 def test_registering_an_old_version_again_does_not_take_the_champion_back(registered):
-    spec, first, home = registered
+    spec, _, home = registered
     newer = register(replace(spec, report=write_report(home / "newest", note="a third evaluation")), silent)
     register(spec, silent)
     assert version_of(spec, "champion") == newer.version
@@ -238,16 +241,25 @@ def test_an_error_names_what_is_missing_and_the_fix(registered, tmp_path):
     spec, _, _ = registered
     with pytest.raises(UserError, match="no model folder at"):
         register(replace(spec, model=str(tmp_path / "absent")), silent)
-    with pytest.raises(UserError, match="has no model_index.json"):
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
         register(replace(spec, model=str(tmp_path)), silent)
-    with pytest.raises(UserError, match="no report.json at"):
+    with pytest.raises(UserError, match=r"no report\.json at"):
         register(replace(spec, report=str(tmp_path)), silent)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         read_report(str(tmp_path))
-    (tmp_path / "report.json").write_text('{"rows": {}}')
-    with pytest.raises(UserError, match="lacks rows or a gate"):
-        read_report(str(tmp_path))
+    write_record(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    for change, expected in (
+        ({"schema_version": 2}, "has schema 2, expected 3"),
+        ({"gate": {"passed": "yes"}}, "damaged .gate.passed: Input should be a valid boolean"),
+        ({"rows": {"trip": {"motion_ratio": 1.0}}}, "damaged .rows.trip.motion_ratio"),
+        ({"files": ["../../secret"]}, "lies outside the report's folder"),
+        ({"scores": {}}, "damaged .scores: "),
+    ):
+        (tmp_path / "report.json").write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match=expected):
+            read_report(str(tmp_path))
     with pytest.raises(UserError, match="photo"):
         register(replace(spec, photo=str(tmp_path / "report.json")), silent)
     with pytest.raises(UserError, match="does not answer"):
@@ -265,7 +277,7 @@ def test_the_card_contains_origin_terms_scores_gate_and_limits():
         {"fusion": "tnf"},
         {"beta_start": 1e-4, "clip_sample": False, "unknown": 1},
         [("trip", "motion_ratio", "0.9 [0.8, 1]")],
-        (False, ("motion ratio 0.1 lies outside | 0.5 to 1.5",)),
+        Gate(False, ("motion ratio 0.1 lies outside | 0.5 to 1.5",)),
         ["not comparable"],
         {"steps": 25},
     )

@@ -28,6 +28,7 @@ from tasks.serve.gateway import Gateway
 from tasks.serve.limits import MAX_BODY_BYTES, read_json
 from tasks.serve.messages import EngineSpec
 from tasks.serve.web_ui import mount_web_ui
+from tests.support.reports import write_record
 from trip_model.images import load_image
 from trip_model.request_limits import MAX_PHOTO_BYTES
 
@@ -40,7 +41,7 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     from tasks.register.registry import RegisterSpec, register
 
     home = tmp_path_factory.mktemp("attacks")
-    (home / "report.json").write_text('{"rows": {}, "gate": {"passed": true, "reasons": []}}')
+    write_record(home)
     uri = f"sqlite:///{home}/mlflow.db"
     register(RegisterSpec(str(tiny_model), str(home), uri, check_steps=1), lambda _: None)
     engine = Engine(EngineSpec("trip", "champion", uri, str(home / "cache"), max_queue=4))

@@ -29,6 +29,7 @@ from tasks.serve.gateway import Gateway
 from tasks.serve.limits import Refusal, read_animation
 from tasks.serve.messages import Clip, EngineSpec, Progress
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 from trip_model.pipeline import TripPipeline
 from trip_model.request_limits import MAX_PHOTO_BYTES
 
@@ -96,9 +97,7 @@ class Store:
 def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A registry with two versions that give different clips; `champion` is the second."""
     home = tmp_path_factory.mktemp("serve")
-    report = home / "report"
-    report.mkdir()
-    (report / "report.json").write_text(json.dumps({"rows": {}, "gate": {"passed": True, "reasons": []}}))
+    report = write_record(home / "report")
     other = home / "other"
     shutil.copytree(tiny_model, other)
     about = json.loads((other / "trip.json").read_text())
@@ -107,7 +106,7 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     uri = f"sqlite:///{home}/mlflow.db"
     folders = {}
     for folder in (tiny_model, other):
-        made = register(RegisterSpec(str(folder), str(report), uri, check_steps=1), lambda _: None)
+        made = register(RegisterSpec(str(folder), report, uri, check_steps=1), lambda _: None)
         folders[made.version] = folder
     return Store(uri, folders)
 

@@ -26,16 +26,22 @@ from tasks.serve.engine import Engine
 from tasks.serve.gateway import Gateway
 from tasks.serve.messages import EngineSpec
 from tasks.video.decode import read_clip
+from tests.support.reports import write_record
 from trip_model.images import load_image
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
 SCREENSHOTS = Path(os.environ.get("TRIP_ARTIFACTS") or Path(__file__).resolve().parents[2] / "runs") / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SEED = "#seed :is(input, textarea)"
 PROMPT = "a red circle moving right slowly"
 KEY = "a key with spaces and \N{LATIN SMALL LETTER E WITH ACUTE}"
@@ -63,7 +69,7 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     from tasks.register.registry import RegisterSpec, register
 
     home = tmp_path_factory.mktemp("page")
-    (home / "report.json").write_text('{"rows": {}, "gate": {"passed": true, "reasons": []}}')
+    write_record(home)
     uri = f"sqlite:///{home}/mlflow.db"
     register(RegisterSpec(str(tiny_model), str(home), uri, check_steps=1), lambda _: None)
     engine = Engine(EngineSpec("trip", "champion", uri, str(home / "cache")))

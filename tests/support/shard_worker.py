@@ -12,9 +12,9 @@ import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tasks.records import from_json  # noqa: E402
-from tasks.train.loop import TrainingStopped, run_training  # noqa: E402
-from tasks.train.spec import TrainSpec  # noqa: E402
+from tasks.json_records import parse_record
+from tasks.train.loop import TrainingStopped, run_training
+from tasks.train.spec import TrainSpec
 
 
 def main(rank: int, folder: Path) -> None:
@@ -28,7 +28,7 @@ def main(rank: int, folder: Path) -> None:
         steps = iter(range(1, 99))
         with contextlib.suppress(TrainingStopped):
             run_training(
-                from_json(TrainSpec, spec),
+                parse_record(TrainSpec, json.dumps(spec)),
                 rank,
                 2,
                 on_tick=ticks.append,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from flows import recipes  # noqa: E402
-from flows.cli.app import main  # noqa: E402
-from trip_model.config import FusionConfig  # noqa: E402
+from flows import recipes
+from flows.cli.app import main
+from trip_model.config import FusionConfig
 
 
 def tiny(base: str) -> recipes.Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -14,9 +13,9 @@ import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tasks.records import from_json  # noqa: E402
-from tasks.train.loop import TrainingStopped, run_training  # noqa: E402
-from tasks.train.spec import TrainSpec  # noqa: E402
+from tasks.json_records import parse_record
+from tasks.train.loop import TrainingStopped, run_training
+from tasks.train.spec import TrainSpec
 
 WORLD, STOP = 2, 3
 
@@ -25,7 +24,7 @@ def main(rank: int, folder: Path) -> None:
     """Leaves the outputs `whole` and `broken` in the folder, and in `early` what `broken` was at the stop."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    whole = from_json(TrainSpec, json.loads((folder / "spec.json").read_text()))
+    whole = parse_record(TrainSpec, (folder / "spec.json").read_bytes())
     run_training(whole, rank, WORLD)
     broken = replace(whole, output=str(folder / "broken"))
     steps = iter(range(1, 99))

@@ -27,11 +27,11 @@ from tests.conftest import REPOSITORY
 from tests.train.test_train import assert_same_weights, dataset, spec  # noqa: F401 - fixtures
 
 TRAIN = """
-import json, sys
-from tasks.records import from_json
+import sys
+from tasks.json_records import parse_record
 from tasks.train.job import train
 from tasks.train.spec import TrainSpec
-spec = from_json(TrainSpec, json.load(sys.stdin))
+spec = parse_record(TrainSpec, sys.stdin.read())
 train(spec, lambda tick: print(tick["step"], flush=True), in_process=True)
 """
 
@@ -76,7 +76,7 @@ def test_a_training_killed_between_ticks_and_its_newest_checkpoint_cut_short_end
 @pytest.mark.slow
 def test_a_training_on_ray_ends_in_the_bits_of_an_undisturbed_one_whatever_is_killed(tiny_base: Path) -> None:
     # In a process of its own, for it ends whatever runs below it.
-    command = [sys.executable, "-m", "benchmarks.train_kills", "--moments", "5", "--size", "32", "--base"]
+    command = [sys.executable, "-m", "tests.chaos.train_kills", "--moments", "5", "--size", "32", "--base"]
     done = subprocess.run([*command, str(tiny_base)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     moments = {moment["kind"]: moment for moment in json.loads(done.stdout)["moments"]}

@@ -215,9 +215,11 @@ def test_an_invalid_value_is_rejected() -> None:
 
 def test_a_process_that_cannot_start_is_an_error_and_no_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_or_misbehave, "__module__", "no_such_module")
-    with DecoderPool(1, SPEC, ARGUMENTS, read_or_misbehave) as pool:
-        with pytest.raises(RuntimeError, match="did not start; it ended with exit status 1"):
-            pool.submit(VIDEO).result()
+    with (
+        DecoderPool(1, SPEC, ARGUMENTS, read_or_misbehave) as pool,
+        pytest.raises(RuntimeError, match="did not start; it ended with exit status 1"),
+    ):
+        pool.submit(VIDEO).result()
 
 
 def test_a_process_imports_neither_torch_nor_a_network() -> None:

@@ -226,5 +226,5 @@ def test_cinns_protocol_from_videos_to_the_report(
         trip, real = (Moments.of(np.concatenate(features[row])) for row in ("trip", "real"))
         found.append(frechet_distance(trip, real))
     assert report.metrics["trip"][extractor.info.metric]["value"] == pytest.approx(np.mean(found), rel=1e-9)
-    with pytest.raises(UserError, match="takes 16 frames at 4 fps and 256 pixels .* holds 17 frames at a stride of 1"):
+    with pytest.raises(UserError, match=r"takes 16 frames at 4 fps and 256 pixels .* holds 17 frames at a stride of 1"):
         load_protocol("dtdb-clean", data, 1.0, 1, seed=0)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from infra import storage
 from tasks.evaluate.protocol.protocol import Item, Protocol, check_clips
-from tasks.evaluate.spec import SCHEMA_VERSION
-from tasks.records import EVALUATION_REPORT, UserError, digest
+from tasks.evaluation_record import read_evaluation
+from tasks.records import UserError, digest
 from tasks.video.decode import CONTAINERS, ClipError
 from tasks.video.frame import to_square
 from trip_model.images import load_image
@@ -105,16 +105,14 @@ def find_champion(address: str, protocol: Protocol) -> tuple[Method, ...]:
         UserError: no report, or one of other items.
     """
     try:
-        report = storage.read_json(storage.join(address, EVALUATION_REPORT))
-        names = [report["generations"], *report.get("samples", ())]
-        folders = [storage.join(storage.absolute(address), name) for name in names]
-        sha = report["provenance"]["protocol_sha"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no report of schema {SCHEMA_VERSION} at {address}; evaluate the champion again") from error
-    if sha != protocol.sha:
+        record = read_evaluation(address)
+    except UserError as error:
+        raise UserError(f"champion: {error}") from error
+    if record.provenance.get("protocol_sha") != protocol.sha:
         raise UserError(
             f"the champion's report at {address} is of other items; evaluate it with --protocol of this evaluation"
         )
+    folders = (storage.join(storage.absolute(address), name) for name in (record.generations, *record.samples))
     return tuple(find_method(CHAMPION, folder, protocol.items, given_frame=True) for folder in folders)
 
 
@@ -225,6 +223,7 @@ def without_missing(
     """The items that every method has, and how many each method lacked, by reason; an item leaves all rows at once.
 
     Args:
+        protocol: the items, and how many may be missing.
         missing_items: by method and item key, the reason.
     Raises:
         UserError: items are missing although the protocol allows none, or too little is left.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra import storage
+from tasks.json_records import parse_record
 from tasks.records import UserError
-from tasks.shards import parse_record
 from trip_model.config import Fit
 
 PRESETS = Path(__file__).with_name("published")

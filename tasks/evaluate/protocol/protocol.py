@@ -11,8 +11,9 @@ from typing import Any
 
 from infra import storage
 from tasks.evaluate.protocol.presets import Preset, PublishedRow, load_preset, preset_names, published_rows
+from tasks.json_records import parse_record
 from tasks.records import UserError
-from tasks.shards import ShardDataset, parse_record, split_keys
+from tasks.shards import ShardDataset, split_keys
 
 SCHEMA = "trip-protocol/1"
 LEAST_FRAMES = 4  # of F-Consistency/4
@@ -125,6 +126,8 @@ def load_protocol(name: str, dataset: ShardDataset, held_out_fraction: float, li
     """The items of a preset (by name or TOML file) or of a manifest (a JSON file) in a data set.
 
     Args:
+        name: a preset, or the path of a TOML or JSON file.
+        dataset: holds the items' windows.
         held_out_fraction: the one training split by; 1 for a data set that was never trained on.
         limit: how many windows are taken at most where the preset leaves it to the run.
         seed: of the noise of all items; a manifest has its own.

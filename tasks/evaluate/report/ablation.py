@@ -19,9 +19,10 @@ from tasks.evaluate.generate import load_arrays, save_arrays
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report.page import REPORT_STYLE
 from tasks.evaluate.report.tables import Table, number
+from tasks.evaluation_record import EvaluationRecord, read_evaluation
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.statistics import LEVEL, Estimate, holm, mean_over_clips, p_value, student_quantile
-from tasks.records import EVALUATION_REPORT, UserError
+from tasks.records import UserError
 
 SCHEMA_VERSION = 1
 REFERENCE = "TRIP"
@@ -118,7 +119,7 @@ class _Evaluation:
         keys, clusters: of each item, its key and its source clip.
         real, base: means by metric of the reference rows; `base` is empty where the evaluation has no such row.
         values: of TRIP's row, by metric [C].
-        report: the content of its `report.json`.
+        report: its record.
     """
 
     keys: list[str]
@@ -126,12 +127,12 @@ class _Evaluation:
     real: dict[str, float]
     base: dict[str, float]
     values: dict[str, Values]
-    report: dict[str, Any]
+    report: EvaluationRecord
 
     @property
     def deterministic(self) -> bool:
         """Whether the distance to the true clip decides; so it was in all evaluations before the field existed."""
-        return bool(self.report.get("provenance", {}).get("deterministic_motion", True))
+        return bool(self.report.provenance.get("deterministic_motion", True))
 
 
 def compare(arms: Sequence[Arm]) -> Comparison:
@@ -174,7 +175,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         for variant, adjusted in zip(p_values, holm(own), strict=True):
             p_values[variant][name] = adjusted
     # What has a floor is a distance between sets of clips.
-    distances = sorted({name for evaluation in evaluations.values() for name in evaluation.report["floors"]})
+    distances = sorted({name for evaluation in evaluations.values() for name in evaluation.report.floors})
     chance = not all(evaluation.deterministic for evaluation in evaluations.values())
     return Comparison(
         variants=variants,
@@ -185,7 +186,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         by_seed=by_seed,
         distances={
             variant: {
-                name: [evaluations[variant, seed].report["rows"]["trip"][name]["value"] for seed in seeds]
+                name: [evaluations[variant, seed].report.rows["trip"][name].value for seed in seeds]
                 for name in distances
             }
             for variant in variants
@@ -256,7 +257,7 @@ def _read(arm: Arm) -> _Evaluation:
         real=means("real", ["consistency_4", "consistency_all"]),
         base=base,
         values=values,
-        report=storage.read_json(storage.join(arm.report, EVALUATION_REPORT)),
+        report=read_evaluation(arm.report),
     )
 
 
@@ -362,6 +363,8 @@ def write(
     """Writes `ablation.npz`, `ablation.md`, `ablation.html` and, last, `ablation.json`. Returns addresses by ending.
 
     Args:
+        output: address of the folder.
+        about: rows of the table of provenance.
         comparisons: one for each budget of steps; the last one's tables are printed in full.
         tuned: a sentence on how the weights of TRIP^W were chosen; empty: they are the recipe's.
         arrays: `per_clip_arrays`.

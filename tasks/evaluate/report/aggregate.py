@@ -76,8 +76,12 @@ def summarise(
     distance of two real halves.
 
     Args:
+        protocol: says which frames and rows count.
+        items: the items that every system has, in order.
         records: of each row and item, the record of `systems.measure_batch`.
         features: an extractor's features of a row's items.
+        extractors: the feature extractors to report.
+        bootstrap: number of resamples.
         excluded: by row, how many of the protocol's items it lacks, by reason.
     Raises:
         ValueError: a video of fewer than 4 frames, features that are not finite.

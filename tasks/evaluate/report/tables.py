@@ -198,8 +198,11 @@ def _paper_table(
 ) -> Table:
     metrics = list(dict.fromkeys(name for row in published for name in row.values))
     rows = [
-        [label(row), *(_in_column(summary, extractors, row, metric) for metric in metrics)]
-        + [f"this run, {summary.clips} clips"]
+        [
+            label(row),
+            *(_in_column(summary, extractors, row, metric) for metric in metrics),
+            f"this run, {summary.clips} clips",
+        ]
         for row in summary.rows
     ]
     for row in published:

@@ -5,6 +5,7 @@ Features: "rfd_app" [F-1, 32] of the frames 2..F, "rfd_motion" [F-1, 32] of the 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class RandomConv(nn.Module):
         super().__init__()
         widths = (3, 16, 24, RANDOM_WIDTH)
         self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False) for a, b in itertools.pairwise(widths)
         )
         _fill(self, seed)
         self.eval().requires_grad_(False)

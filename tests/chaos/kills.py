@@ -1,6 +1,6 @@
 """Measures recovery of prepare: kills a run at random moments, repeats the command and compares every byte.
 
-    python -m benchmarks.kills [--moments 20] [--seed 0] [--first 0] [--count N]
+    python -m tests.chaos.kills [--moments 20] [--seed 0] [--first 0] [--count N]
 
 Each moment kills (SIGKILL) the driver, one of Ray's workers or the raylet, in turn. An undisturbed run comes first. The
 moments are stratified over the lifetime of the process in that run, so that they cover start, encoding, writing,
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rig.family import VICTIMS, Leftovers, adopt_orphans, end_family, role, victims
 from benchmarks.rig.files import make_file
 from infra.settings import CHECKOUT
 from tasks.curate.verify import problems
@@ -35,6 +34,7 @@ from tasks.encode.spec import PrepareSpec
 from tasks.ingest.drawing import draw_scene
 from tasks.ingest.spec import SourceSpec
 from tasks.records import to_json
+from tests.chaos.family import VICTIMS, Leftovers, adopt_orphans, end_family, role, victims
 
 BASE = str(CHECKOUT / "examples" / "demo_base" / "weights")
 _POLL_SECONDS = 0.2
@@ -77,7 +77,7 @@ def write_corpus(folder: Path, rows: int, size: int) -> str:
 class Run:
     """A run of a command with a spec file, in its own process group."""
 
-    def __init__(self, spec: Any, folder: Path, command: str = "benchmarks.rig.driver") -> None:
+    def __init__(self, spec: Any, folder: Path, command: str = "tests.chaos.driver") -> None:
         words = folder / "spec.json"
         words.write_text(json.dumps(to_json(spec)))
         self.began = time.monotonic()

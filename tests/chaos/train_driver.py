@@ -1,4 +1,4 @@
-"""One training on Ray as a command of its own, to be killed: `python -m benchmarks.rig.train_driver JOB.json`."""
+"""One training on Ray as a command of its own, to be killed: `python -m tests.chaos.train_driver JOB.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.cluster import ray_session
-from tasks.records import UserError, from_json, to_json
+from tasks.json_records import parse_record
+from tasks.records import UserError, to_json
 from tasks.train.job import train
 from tasks.train.spec import TrackingSpec, TrainSpec
 
@@ -26,7 +27,7 @@ class TrainJob:
 def main(words: str) -> int:
     """Prints ticks and report as JSON lines and returns 0; like the command line, a sentence and 2 for bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    job = from_json(TrainJob, json.loads(Path(words).read_text()))
+    job = parse_record(TrainJob, Path(words).read_bytes())
 
     def tick(values: dict[str, Any]) -> None:
         print(json.dumps({"step": values["step"], "loss": values["loss"]}), flush=True)

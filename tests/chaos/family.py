@@ -24,8 +24,8 @@ _ROLES = {
     "runtime_env_agent": "agent",
     "tasks.video.decode_pool": "decoder",
     "tasks.encode.report": "report",
-    "benchmarks.rig.driver": "driver",
-    "benchmarks.rig.train_driver": "driver",
+    "tests.chaos.driver": "driver",
+    "tests.chaos.train_driver": "driver",
 }
 
 

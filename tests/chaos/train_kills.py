@@ -1,6 +1,6 @@
 """Kills a training on Ray at random moments, and repeats the command.
 
-    python -m benchmarks.train_kills [--moments 10] [--seed 0] [--first 0] [--count N]
+    python -m tests.chaos.train_kills [--moments 10] [--seed 0] [--first 0] [--count N]
 
 Two workers on this machine, CPU, a checkpoint every ten steps. The kinds take turns: SIGKILL of one worker; of both
 while a checkpoint is being written; of the driver; of the driver with the newest complete checkpoint cut short
@@ -28,14 +28,14 @@ import psutil
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from benchmarks.kills import BASE, Ended, Run, share_of
-from benchmarks.rig.family import Leftovers, adopt_orphans, end_family, family, role
-from benchmarks.rig.train_driver import TrainJob
 from infra.settings import apply_environment_defaults
 from infra.tracking import connect
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
 from tasks.train.checkpoints import COMPLETE, CheckpointStore
 from tasks.train.spec import TrackingSpec, TrainSpec
+from tests.chaos.family import Leftovers, adopt_orphans, end_family, family, role
+from tests.chaos.kills import BASE, Ended, Run, share_of
+from tests.chaos.train_driver import TrainJob
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 
 KINDS = ("worker", "write", "driver", "truncated", "raylet")
@@ -130,7 +130,7 @@ def checkpoints(job: TrainJob) -> CheckpointStore:
 
 
 def start(job: TrainJob, folder: Path) -> Run:
-    return Run(job, folder, "benchmarks.rig.train_driver")
+    return Run(job, folder, "tests.chaos.train_driver")
 
 
 def steps_done(folder: Path) -> int:
