@@ -25,6 +25,7 @@ from tasks.evaluate.gate import SCORES
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocol.protocol import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
+from tasks.evaluation_record import read_evaluation
 from tasks.ingest.drawing import draw_clip
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import Artifact, UserError, to_json
@@ -232,7 +233,7 @@ def test_generated_frames_are_kept_lossless_and_frame_1_is_the_models_own(
     _, report, _ = whole
     data = ShardDataset(dataset)
     item = held_out_protocol(data, 0.5, 5, seed=0).items[0]
-    (path,) = Path(report.uri).glob(f"generations/*/{item.key}.npz")
+    path = Path(report.uri) / read_evaluation(report.uri).generations / f"{item.key}.npz"
     frames = generate.load_arrays(str(path))["frames"]
     real = generate.real_pixels(data, item, FRAMES)
     assert frames.shape == real.shape == (FRAMES, SIZE, SIZE, 3) and frames.dtype == np.uint8
