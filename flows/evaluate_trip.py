@@ -32,7 +32,7 @@ def with_base_row(spec: EvaluateSpec, run: Run) -> EvaluateSpec:
 
     Leaves the row out, with a log line, if the model was trained from another base.
     """
-    from tasks.evaluate.base import base_sha256
+    from tasks.evaluate.animators import base_sha256
 
     base = Artifact(run.recipe.train.base, layout.base_hash(run.recipe.train.base))
     if base.sha256 != base_sha256(spec.model):

@@ -107,6 +107,8 @@ class Run:
             model_sha256=model.sha256,
             dataset=data.uri,
             held_out_fraction=fraction,
+            # The drawn corpus declares it; of other clips nobody has.
+            deterministic_motion=self.recipe.evaluate.deterministic_motion and self.source is None and not foreign,
         )
         spec = replace(spec, protocol=protocol or (spec.protocol if foreign else "held-out"))
         identity = {

@@ -137,7 +137,14 @@ def demo() -> Recipe:
             cpus_per_worker=1,
             gpus_per_worker=0,
         ),
-        evaluate=replace(base.evaluate, protocol="held-out", clips=40, cpus_per_worker=1, gpus_per_worker=0.0),
+        evaluate=replace(
+            base.evaluate,
+            protocol="held-out",
+            clips=40,
+            deterministic_motion=True,  # a drawn shape moves as its caption says
+            cpus_per_worker=1,
+            gpus_per_worker=0.0,
+        ),
         demo_clips=520,
     )
 

@@ -17,11 +17,31 @@ REPORT_SCHEMA = 4
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """One rule of the gate as it was applied.
+
+    Attributes:
+        rule: what is measured.
+        value: with its interval; None if it could not be measured.
+        threshold: what is required, in words.
+        passed: whether the rule is met.
+        reason: why the rule is not met, in words; "" if it is.
+    """
+
+    rule: str
+    value: Estimate | None
+    threshold: str
+    passed: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Gate:
-    """Whether a model may become champion, with every reason against it."""
+    """Whether a model may become champion, with every reason against it, and every rule."""
 
     passed: bool
     reasons: tuple[str, ...]
+    rules: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,8 @@ class EvaluationRecord:
         items: number of items (a clip may have several).
         files: names of the report's other files, relative to its folder.
         generations: folder of the generated clips, relative to the report's.
+        samples: folders of the second, third .. clip of each item, if there are any.
+        best: hash of the best model so far by measure ("score", "motion"); best.npz has its values.
         provenance: hashes and settings that the numbers come from.
     """
 
@@ -57,10 +79,12 @@ class EvaluationRecord:
     files: tuple[str, ...]
     generations: str
     provenance: dict[str, Any]
+    samples: tuple[str, ...]
+    best: dict[str, str]
     schema_version: int = REPORT_SCHEMA
 
     def __post_init__(self) -> None:
-        for name in (*self.files, self.generations):
+        for name in (*self.files, self.generations, *self.samples):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} lies outside the report's folder")
 

@@ -1,62 +1,163 @@
-"""Whether a model may take the champion's place: a pure rule over its numbers that lists every reason against."""
+"""Whether a model may become champion: a pure function of intervals, with every rule, its value and its threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tasks.evaluation_record import Gate
+from tasks.evaluation_record import Gate, Verdict
 from tasks.metrics.statistics import Estimate
+
+ENERGY_SCORE, CLIP_DISTANCE = "energy_score", "clip_distance"
+SCORES = {
+    ENERGY_SCORE: "energy score",
+    CLIP_DISTANCE: "distance to the true clip",
+}
 
 
 @dataclass(frozen=True)
 class GateRule:
-    """Thresholds for a model to count as one that animates."""
-
-    least_motion_ratio: float = 0.5
-    most_motion_ratio: float = 1.5
-    least_clips: int = 32
-
-
-def gate(
-    motion_ratio: float | None,
-    distance_minus_frozen: Estimate,
-    clips: int,
-    champion_minus_model: Mapping[str, Estimate] | None = None,
-    rule: GateRule | None = None,
-) -> Gate:
-    """Moves about as much as the real clips, lies nearer to them than a still, and is not worse than the champion.
+    """The thresholds of the gate. An interval passes a threshold if all of it does.
 
     Args:
-        motion_ratio: motion of the generated clips relative to that of the real ones; None if that is 0.
-        distance_minus_frozen: distance to the true clip minus that of a still, paired by clip: its interval must lie
-            below 0.
-        clips: unique clips, of which there must be a least number.
-        champion_minus_model: paired differences by metric where lower is better: no interval may lie below 0, which
-            would say that the model is worse. An interval across 0 does not tell the two apart, and passes.
-        rule: the bounds; None takes the defaults of `GateRule`.
+        least_clips: unique held-out clips.
+        least_motion_ratio, most_motion_ratio: motion relative to the real clips; from half of it to twice as much.
+        champion_margin: of the champion's gain over the still, the share that a model may lose; and by how much the
+            logarithm of its motion ratio may be further from 0. The same margin holds against the best champion so far,
+            so a series of small losses does not add up.
+    """
+
+    least_clips: int = 32
+    least_motion_ratio: float = 0.5
+    most_motion_ratio: float = 2.0
+    champion_margin: float = 0.1
+
+
+@dataclass(frozen=True)
+class Against:
+    """A model compared with a champion on the same items.
+
+    Attributes:
+        name: the champion, as in "the champion".
+        lost_gain: the model's score minus the champion's, divided by the champion's gain over the still; below 0 where
+            the model is better. None: the champion has no gain over the still.
+        motion_error: |ln motion ratio| of the model minus that of the champion. None: one of the two does not move.
+        sets: the champion's distance of sets minus the model's by metric; below 0 where the model is worse.
+    """
+
+    name: str
+    lost_gain: Estimate | None = None
+    motion_error: Estimate | None = None
+    sets: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gate decides on.
+
+    Attributes:
+        clips: unique clips.
+        motion_ratio: of the model; None if the real clips do not move.
+        score: the name of the metric that decides, one of `SCORES`.
+        score_minus_still: the model's score minus that of the still, paired by clip; None if it was not measured.
+        champions: the comparisons with the champion and with the best champion so far, where there are any.
+    """
+
+    clips: int
+    motion_ratio: Estimate | None
+    score: str
+    score_minus_still: Estimate | None
+    champions: tuple[Against, ...] = ()
+
+
+def gate(evidence: Evidence, rule: GateRule | None = None) -> Gate:
+    """Applies every rule; a rule whose value has no interval is not met.
+
+    A model passes if enough clips were measured, its motion ratio lies in bounds, it is better than the still by a
+    score that a perfect model wins, and it is not worse than the champion, or the best champion so far, by more than
+    the margin.
+
+    Args:
+        evidence: the values.
+        rule: the thresholds; None takes the defaults of `GateRule`.
     """
     rule = rule or GateRule()
-    reasons = []
-    if clips < rule.least_clips:
-        reasons.append(f"{clips} held-out clips, at least {rule.least_clips} are needed to say anything")
+    verdicts = [
+        Verdict(
+            "held-out clips",
+            Estimate(float(evidence.clips)),
+            f"at least {rule.least_clips}",
+            evidence.clips >= rule.least_clips,
+            f"{evidence.clips} held-out clips, at least {rule.least_clips} are needed to say anything",
+        ),
+        _motion(evidence.motion_ratio, rule),
+        _better_than_still(evidence),
+    ]
+    for against in evidence.champions:
+        verdicts += _not_worse(against, evidence.score, rule)
+    verdicts = [Verdict(v.rule, v.value, v.threshold, v.passed, "" if v.passed else v.reason) for v in verdicts]
+    reasons = tuple(verdict.reason for verdict in verdicts if not verdict.passed)
+    return Gate(not reasons, reasons, tuple(verdicts))
+
+
+def _interval(estimate: Estimate, digits: str) -> str:
+    if estimate.ci_low is None or estimate.ci_high is None:
+        return f"{estimate.value:{digits}}, without an interval"
+    return f"{estimate.value:{digits}} ({estimate.ci_low:{digits}} to {estimate.ci_high:{digits}})"
+
+
+def _motion(ratio: Estimate | None, rule: GateRule) -> Verdict:
     low, high = rule.least_motion_ratio, rule.most_motion_ratio
-    if motion_ratio is None:
-        reasons.append("the real clips do not move, so there is no motion ratio")
-    elif not low <= motion_ratio <= high:
-        reasons.append(f"motion ratio {motion_ratio:.3g} lies outside {low:g} to {high:g}")
-    upper = distance_minus_frozen.ci_high
-    if upper is None:
-        reasons.append("the distance to the true clip has no interval (a single clip)")
-    elif not upper < 0:
-        reasons.append(
-            "not shown to be closer to the true clip than a still: the interval of the paired difference reaches "
-            f"{upper:+.4f}"
+    title, threshold = "motion relative to the real clips", f"{low:g} to {high:g}, by the whole interval"
+    if ratio is None:
+        missing = "the real clips do not move, so there is no motion ratio"
+        return Verdict(title, None, threshold, False, missing)
+    inside = ratio.ci_low is not None and ratio.ci_high is not None and low <= ratio.ci_low <= ratio.ci_high <= high
+    reason = f"motion ratio {_interval(ratio, '.3g')}, expected all of the interval in {low:g} to {high:g}"
+    return Verdict(title, ratio, threshold, inside, reason)
+
+
+def _better_than_still(evidence: Evidence) -> Verdict:
+    name = SCORES[evidence.score]
+    title, threshold = f"{name}, minus that of the still", "below 0, by the whole interval"
+    minus = evidence.score_minus_still
+    if minus is None:
+        reason = (
+            "without two clips for each item there is no energy score; evaluate with samples of at least 2, or"
+            " declare deterministic motion if the first frame and the caption decide it"
         )
-    for metric, difference in (champion_minus_model or {}).items():
-        if difference.ci_low is not None and difference.ci_high is not None and difference.ci_high < 0:
-            reasons.append(
-                f"worse than the champion in {metric}: the champion's value minus the model's lies at "
-                f"{difference.ci_low:+.4g} to {difference.ci_high:+.4g}, paired by clip"
-            )
-    return Gate(not reasons, tuple(reasons))
+        return Verdict(title, None, threshold, False, reason)
+    reason = f"not shown to be better than a still: {name} minus that of the still is {_interval(minus, '+.4f')}"
+    return Verdict(title, minus, threshold, minus.ci_high is not None and minus.ci_high < 0, reason)
+
+
+def _not_worse(against: Against, score: str, rule: GateRule) -> list[Verdict]:
+    margin, name = rule.champion_margin, against.name
+    threshold = f"below {margin:g}, by the whole interval"
+    verdicts = []
+    if against.lost_gain is not None:
+        lost = against.lost_gain
+        reason = (
+            f"not shown to keep {1 - margin:.0%} of {name}'s gain over the still in {SCORES[score]}: the share lost"
+            f" is {_interval(lost, '+.3f')}"
+        )
+        title = f"share lost of {name}'s gain over the still ({SCORES[score]})"
+        verdicts.append(Verdict(title, lost, threshold, lost.ci_high is not None and lost.ci_high < margin, reason))
+    if against.motion_error is not None:
+        error = against.motion_error
+        reason = (
+            f"not shown to move as truly as {name}: its |ln motion ratio| minus that of {name} is"
+            f" {_interval(error, '+.3f')}, expected below {margin:g}"
+        )
+        title = f"|ln motion ratio|, minus that of {name}"
+        passed = error.ci_high is not None and error.ci_high < margin
+        verdicts.append(Verdict(title, error, threshold, passed, reason))
+    for metric, difference in against.sets.items():
+        if difference.ci_low is None or difference.ci_high is None:
+            continue  # of few clips a distance of sets has no interval
+        reason = (
+            f"worse than {name} in {metric}: the value of {name} minus the model's is {_interval(difference, '+.4g')}"
+        )
+        title = f"{metric}: {name} minus the model"
+        verdicts.append(Verdict(title, difference, "not all below 0", difference.ci_high >= 0, reason))
+    return verdicts

@@ -1,22 +1,20 @@
-"""Animates the items of a protocol in fixed batches and keeps every frame lossless, so that a killed run goes on."""
+"""Animates the items of a protocol in fixed batches and keeps every frame lossless, so that a killed run continues."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
+from tasks.evaluate.animators import Animator
 from tasks.evaluate.protocol.protocol import Item
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from trip_model.images import load_image
-
-if TYPE_CHECKING:  # only who generates pays for loading diffusers
-    from trip_model.pipeline import TripPipeline
 
 Batch = tuple[Item, ...]
 
@@ -62,54 +60,33 @@ def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:
 
 
 def generate_batch(
-    pipeline: TripPipeline,
-    dataset: ShardDataset,
-    batch: Batch,
-    frames: int,
-    folder: str,
-    steps: int | None,
-    guidance: float | None,
-    scaled: bool = False,
+    animator: Animator, dataset: ShardDataset, batch: Batch, frames: int, folder: str, scaled: bool = False
 ) -> None:
     """Animates the first real frame of each item and stores uint8 [F, H, W, 3] per item under `folder`.
 
-    Frame 1 is stored as the model itself returns it, not replaced by the given image, so that its fidelity can be
-    measured; `shown` puts the given image back.
-
     Args:
-        pipeline: the model.
+        animator: makes the clips.
         dataset: holds the first frames and captions.
         batch: the items and their seeds.
         frames: F of each video.
         folder: address under which the videos are stored.
-        steps: DDIM steps; None is the model's default.
-        guidance: scale of the guidance; None is the model's default.
         scaled: a model of another size than the data set's gets the frame at its own, and its clip is scaled back.
     Raises:
         UserError: the model makes frames of another size than the data set holds, and is not to be scaled.
     """
     real = [real_pixels(dataset, item, frames) for item in batch]
     height, width = real[0].shape[1:3]
-    fits = (height, width) == (pipeline.size, pipeline.size)
+    fits = (height, width) == (animator.size, animator.size)
     if not fits and not scaled:
         raise UserError(
-            f"the model makes frames of {pipeline.size}x{pipeline.size}, {dataset.uri} holds {width}x{height};"
+            f"the model makes frames of {animator.size}x{animator.size}, {dataset.uri} holds {width}x{height};"
             " evaluate on a data set prepared with the model's size"
         )
-    generated = pipeline.generate(  # scales what it is given
-        [clip[0] for clip in real],
-        [item.caption for item in batch],
-        [item.seed for item in batch],
-        num_frames=frames,
-        steps=steps,
-        guidance=guidance,
-        keep_first_frame=False,
-    )
-    for item, pixels in zip(batch, generated, strict=True):
-        made = pixels if fits else np.stack([load_image(frame, width) for frame in pixels])
-        save_arrays(storage.join(folder, file_name(item)), {"frames": made})
+    for item, clip in zip(batch, animator.animate(real, batch), strict=True):
+        pixels = clip if fits else np.stack([load_image(frame, width) for frame in clip])
+        save_arrays(storage.join(folder, file_name(item)), {"frames": pixels})
 
 
 def shown(generated: NDArray[np.uint8], real: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The clip as the user gets it: the given image, then what the model made."""
+    """The clip as the user gets it: the given image, then the generated frames."""
     return np.concatenate([real[:1], generated[1:]])

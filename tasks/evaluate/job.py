@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +14,16 @@ import ray.exceptions
 from infra import storage
 from infra.cluster import ray_session
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
-from tasks.evaluate import generate
-from tasks.evaluate import systems as rows
-from tasks.evaluate.base import UntrainedBase, find_base, load_base
-from tasks.evaluate.gate import gate
+from tasks.evaluate import champion, generate, systems
+from tasks.evaluate.animators import Animator, AnimatorSpec, Kind, find_base, load_animator
+from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, Against, Evidence, gate
 from tasks.evaluate.generate import Batch
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocol.baselines import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
 from tasks.evaluate.protocol.protocol import Item, Protocol, load_protocol
-from tasks.evaluate.report import aggregate as score
-from tasks.evaluate.report import page as report
+from tasks.evaluate.report import aggregate, page
+from tasks.evaluate.report.aggregate import Summary
+from tasks.evaluate.report.figures import Example
 from tasks.evaluate.spec import (
     EvaluateReport,
     EvaluateSpec,
@@ -31,7 +31,7 @@ from tasks.evaluate.spec import (
     model_sha256,
     provenance_of,
 )
-from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP, Row
+from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, ORACLES, REAL, ROUND_TRIP, TRIP, Row
 from tasks.evaluation_record import REPORT_FILE, REPORT_SCHEMA, EvaluationRecord
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
@@ -39,6 +39,15 @@ from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
 
 PROTOCOL = "protocol.json"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sample of a system whose clips are made here; `label` names it on progress lines."""
+
+    method: Method
+    animator: AnimatorSpec
+    label: str
 
 
 class _Worker:
@@ -60,27 +69,22 @@ class _Worker:
 
 
 class Generator(_Worker):
-    """Loads the model, or its untrained base, once, then animates batches."""
+    """Animates batches; keeps what it loaded last, since the batches of one system follow each other."""
 
-    pipeline: Any = None
+    loaded: tuple[AnimatorSpec, Animator] | None = None
 
-    def __init__(self, spec: EvaluateSpec, frames: int, folder: str, scaled: bool, base: UntrainedBase | None) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int, models: Sequence[Generated], scaled: bool) -> None:
         super().__init__(spec, frames)
-        self.folder, self.scaled, self.base = folder, scaled, base
+        self.models, self.scaled = models, scaled
 
-    def run(self, batch: Batch) -> None:
-        if self.pipeline is None:
-            from trip_model.pipeline import TripPipeline
-
-            if self.base is None:
-                self.pipeline = TripPipeline.from_folder(storage.local_folder(self.spec.model), device=self.device)
-            else:
-                self.pipeline = load_base(self.base, self.frames, self.device)
-        of = self.spec if self.base is None else self.base
-        steps, guidance = of.steps, of.guidance
-        generate.generate_batch(
-            self.pipeline, self.dataset, batch, self.frames, self.folder, steps, guidance, self.scaled
-        )
+    def run(self, index: int, batch: Batch) -> None:
+        model = self.models[index]
+        if self.loaded is None or self.loaded[0] != model.animator:
+            self.loaded = None  # before the next one: two models may not fit
+            spec = self.spec
+            animator = load_animator(model.animator, spec.model, self.frames, spec.steps, spec.guidance, self.device)
+            self.loaded = model.animator, animator
+        generate.generate_batch(self.loaded[1], self.dataset, batch, self.frames, model.method.folder, self.scaled)
 
 
 class Extractor(_Worker):
@@ -88,30 +92,30 @@ class Extractor(_Worker):
 
     extractors: Any = None
 
-    def __init__(self, spec: EvaluateSpec, frames: int, table: Sequence[Row], made: dict[str, Any]) -> None:
+    def __init__(self, spec: EvaluateSpec, frames: int, table: Sequence[Row], clips: dict[str, Any]) -> None:
         super().__init__(spec, frames)
-        self.rows, self.made = {row.name: row for row in table}, made
+        self.rows, self.clips = {row.name: row for row in table}, clips
 
     def run(self, names: Sequence[str], batch: Batch) -> None:
         if self.extractors is None:
             self.extractors = load_extractors(self.spec.judges, self.device)
         reals = [generate.real_pixels(self.dataset, item, self.frames) for item in batch]
         for name in names:
-            rows.look(self.spec.output, self.rows[name], self.made, batch, reals, self.extractors)
+            systems.measure_batch(self.spec.output, self.rows[name], self.clips, batch, reals, self.extractors)
 
 
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
-    """Evaluates a model export, or finishes an evaluation: frames and features that are there are not made again.
+    """Evaluates a model export, or finishes an evaluation: existing frames and features are not made again.
 
-    Runs in the Ray session that is open, else in one of its own. `report.json` is written last; where one of the same
-    key stands already, it is the answer.
+    Runs in the Ray session that is open, else in one of its own. `report.json` is written last; an existing one of the
+    same key is returned.
 
     Raises:
         UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are missing
             although the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
-    for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker"):
+    for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker", "samples"):
         if getattr(spec, name) < 1:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
     output = storage.absolute(spec.output)
@@ -124,72 +128,102 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             raise UserError(
                 f"{extractor.metric} needs {extractor.least_frames} frames, the protocol's clips have {protocol.frames}"
             )
-    others = [find_method(name, folder, protocol.items) for name, folder in spec.methods.items()]
+    others = [Row(name, find_method(name, folder, protocol.items)) for name, folder in spec.methods.items()]
     if spec.champion is not None:
-        others.append(find_champion(spec.champion, protocol))
-    without_missing(protocol, {method.name: missing_of(method, protocol.items) for method in others})
+        first, *further = find_champion(spec.champion, protocol)
+        others.append(Row(CHAMPION, first, tuple(further)))
+    without_missing(protocol, {row.name: missing_of(row.methods, protocol.items) for row in others})
     clips = {
         "dataset_manifest_sha256": dataset.manifest_sha256,
         "items": digest([asdict(item) for item in protocol.items]),
         "frames": protocol.frames,
         "batch": spec.batch,
     }
-    made = clips | {
+    model_identity = clips | {
         "model_sha256": spec.model_sha256 or model_sha256(spec.model),
         "steps": spec.steps,
         "guidance": spec.guidance,
     }
     base = None if spec.base is None else find_base(spec.base, spec.model, spec.steps, spec.guidance)
-    summed = made | {
+    deterministic = spec.deterministic_motion or protocol.rules.deterministic_motion
+    identity = model_identity | {
         "protocol_sha": protocol.sha,
         "judges": [extractor.id for extractor in extractors],
-        "methods": {method.name: method.identity for method in others},
+        "methods": {row.name: _identity(row) for row in others},
         "base": base and base.identity(),
+        "references": spec.references,
+        "samples": spec.samples,
+        "deterministic_motion": deterministic,
+        "gate": asdict(spec.gate),
         "schema": REPORT_SCHEMA,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
     }
-    key = digest(summed)
-    found = finished_report(output, key, start)
-    if found is not None:
+    key = digest(identity)
+    existing = finished_report(output, key, start)
+    if existing is not None:
         progress(f"evaluate   report of before is up to date: {storage.join(output, 'report.html')}")
-        return found
-    generations = storage.join("generations", digest(made))
+        return existing
+
+    def generated(kind: Kind, row: str, label: str, folder: str, clips_identity: Any, samples: int) -> list[Generated]:
+        models = []
+        for sample in range(samples):
+            name = digest(clips_identity | ({"sample": sample} if sample else {}))
+            method = _method(row, storage.join(folder, name), name, protocol.items)
+            animator = AnimatorSpec(kind, sample, base if kind == "base" else None)
+            models.append(Generated(method, animator, label if sample == 0 else f"{label} {sample + 1}"))
+        return models
+
     try:
         storage.write_json(storage.join(output, PROTOCOL), protocol.manifest())
-        trip = _generated(TRIP, storage.join(output, generations), digest(made), protocol.items)
-        models: list[tuple[Method, UntrainedBase | None]] = [(trip, None)]
+        generations = storage.join(output, "generations")
+        trip = generated("model", TRIP, "generate", generations, model_identity, spec.samples)
+        by_row = {TRIP: trip}
+        samples = 1 if deterministic else spec.samples  # of the references: the energy score does not decide there
         if base is not None:
-            name = digest(clips | base.identity())
-            folder = storage.join(spec.base_clips or storage.join(output, "base"), name)
-            models.insert(0, (_generated(BASE, folder, name, protocol.items), base))
-        methods = [*(method for method, of in models if of is not None), *others, trip]
-        table = [Row(FROZEN), *(Row(method.name, method) for method in methods), Row(REAL)]
+            folder = spec.base_clips or storage.join(output, "base")
+            by_row[BASE] = generated("base", BASE, "base", folder, clips | base.identity(), samples)
+        if spec.references:
+            closed, trip_round = (model_identity | {"system": name} for name in (CLOSED_FORM, ROUND_TRIP))
+            by_row[CLOSED_FORM] = generated("closed_form", CLOSED_FORM, "closed", generations, closed, samples)
+            by_row[ROUND_TRIP] = generated("round_trip", ROUND_TRIP, "round trip", generations, trip_round, 1)
+        rows = {name: _row(models) for name, models in by_row.items()}
+        if spec.references and spec.samples > 1:
+            rows[BEST_OF] = replace(rows[TRIP], name=BEST_OF, nearest=True)
+        order = (BASE, CLOSED_FORM, TRIP, BEST_OF, ROUND_TRIP)
+        own = [rows[name] for name in order if name in rows]
+        before = [row for row in own if row.name in (BASE, CLOSED_FORM)]
+        table = [Row(FROZEN), *before, *others, *own[len(before) :], Row(REAL)]
+        models = [model for name in order for model in by_row.get(name, ())]
         records, items, excluded = _run_stages(spec, protocol, dataset, table, extractors, models, progress)
-        summary = score.summarise(
+        summary = aggregate.summarise(
             protocol,
             items,
             records,
-            lambda extractor, row: rows.load_features(output, extractor, records[row]),
+            lambda extractor, row: systems.load_features(output, extractor, records[row]),
             extractors,
             spec.bootstrap,
             excluded,
         )
-        trip_row = summary.metrics[TRIP]
-        ratio = trip_row["motion_ratio"].value if "motion_ratio" in trip_row else None
-        from_champion = summary.differences.get(CHAMPION, {})
+        best, champions = _champions(spec, summary, items, identity["model_sha256"], deterministic, extractors)
+        trip_row, score = summary.metrics[TRIP], CLIP_DISTANCE if deterministic else ENERGY_SCORE
         verdict = gate(
-            ratio,
-            trip_row["clip_distance_minus_frozen"],
-            summary.clips,
-            {name: from_champion[name] for name in score.lower_is_better(extractors) if name in from_champion},
+            Evidence(
+                summary.clips,
+                trip_row.get("motion_ratio"),
+                score,
+                trip_row.get(f"{score}_minus_{FROZEN}"),
+                champions,
+            ),
+            spec.gate,
         )
-        provenance = summed | provenance_of(spec, dataset, protocol, extractors)
-        for note in score.exclusions(summary.counts):
+        provenance = identity | provenance_of(spec, dataset, protocol, extractors)
+        for note in aggregate.exclusions(summary.counts):
             progress(f"evaluate   {note}")
-        progress(f"report     writing tables, pictures and {min(spec.examples, len(items))} videos")
+        progress(f"report     writing tables, figures and {min(spec.examples, len(items))} videos")
         examples = _examples(dataset, protocol.frames, items[: spec.examples], table)
-        pages = report.build(summary, verdict, extractors, protocol, examples, provenance)
+        pages = page.build(summary, verdict, extractors, protocol, examples, provenance)
+        pages |= {champion.BEST_FILE: champion.best_bytes(best)}
         for name, content in pages.items():
             storage.write_bytes(storage.join(output, name), content)
         record = EvaluationRecord(
@@ -205,7 +239,9 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             clips=summary.clips,
             items=len(items),
             files=tuple(sorted([*pages, PROTOCOL])),
-            generations=generations,
+            generations=storage.join("generations", trip[0].method.identity),
+            samples=tuple(storage.join("generations", model.method.identity) for model in trip[1:]),
+            best={measure: model.model_sha256 for measure, model in best.items()},
             provenance=provenance,
         )
         storage.write_json(storage.join(output, REPORT_FILE), asdict(record))
@@ -215,17 +251,62 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         raise UserError(
             f"the evaluation cannot read or write a file ({error}); free space, or choose another output than {output}"
         ) from error
-    done = finished_report(output, key, start)
-    assert done is not None, f"the report at {output} does not read back"
-    said = "gate passed" if verdict.passed else f"gate not passed: {'; '.join(verdict.reasons)}"
-    progress(f"evaluate   {summary.clips} clips, {said}; {storage.join(output, 'report.html')}")
-    return done
+    report = finished_report(output, key, start)
+    assert report is not None, f"the report at {output} does not read back"
+    message = "gate passed" if verdict.passed else f"gate not passed: {'; '.join(verdict.reasons)}"
+    progress(f"evaluate   {summary.clips} clips, {message}; {storage.join(output, 'report.html')}")
+    return report
 
 
-def _generated(name: str, folder: str, identity: str, items: Sequence[Item]) -> Method:
-    """A row whose clips a `Generator` keeps in a folder."""
+def _method(name: str, folder: str, identity: str, items: Sequence[Item]) -> Method:
+    """The clips that a `Generator` keeps in a folder."""
     files = {item.key: (storage.join(folder, generate.file_name(item)),) for item in items}
     return Method(name, folder, files, identity, given_frame=True)
+
+
+def _identity(row: Row) -> str:
+    """Of the bytes of a baseline's clips."""
+    identities = [method.identity for method in row.methods]
+    return identities[0] if len(identities) == 1 else digest(identities)
+
+
+def _row(models: Sequence[Generated]) -> Row:
+    first, *further = (model.method for model in models)
+    return Row(first.name, first, tuple(further))
+
+
+def _champions(
+    spec: EvaluateSpec,
+    summary: Summary,
+    items: Sequence[Item],
+    model_sha256: str,
+    deterministic: bool,
+    extractors: Sequence[ExtractorInfo],
+) -> tuple[dict[champion.Measure, champion.PerClip], tuple[Against, ...]]:
+    """The best champions including this model, and the comparisons with the champion and with the best before."""
+    score, by_item = CLIP_DISTANCE if deterministic else ENERGY_SCORE, summary.by_item
+    real = by_item["motion_ratio"][REAL]
+    model = champion.model_values(model_sha256, TRIP, items, by_item)
+    if spec.champion is None:
+        return champion.best_so_far(model, {}, real, score), ()
+    still = champion.model_values("", FROZEN, items, by_item)
+    current = champion.model_values(champion.champion_model(spec.champion), CHAMPION, items, by_item)
+    differences = summary.differences[CHAMPION]
+    sets = {name: differences[name] for name in aggregate.distances_of_sets(extractors) if name in differences}
+    champions = [champion.compare("the champion", model, current, still, real, score, items, spec.bootstrap, sets=sets)]
+    earlier: dict[champion.Measure, champion.PerClip] = {}
+    for measure, earlier_best in champion.read_best(spec.champion).items():
+        best = earlier_best.for_items(items)
+        if best is not None:
+            earlier[measure] = best
+            if best.model_sha256 != current.model_sha256:
+                name = f"the best champion so far ({best.model_sha256[:8]})"
+                champions.append(
+                    champion.compare(name, model, best, still, real, score, items, spec.bootstrap, [measure])
+                )
+    for measure in ("score", "motion"):
+        earlier.setdefault(measure, current)
+    return champion.best_so_far(model, earlier, real, score), tuple(champions)
 
 
 def _run_stages(
@@ -234,72 +315,86 @@ def _run_stages(
     dataset: ShardDataset,
     table: Sequence[Row],
     extractors: Sequence[ExtractorInfo],
-    models: Sequence[tuple[Method, UntrainedBase | None]],
+    models: Sequence[Generated],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], tuple[Item, ...], dict[str, dict[str, int]]]:
-    """Makes what is missing. Returns each row's records of the items that all rows have, those items, and the others.
+    """Makes what is missing. Returns each system's records of the items that all systems have, those items, and counts
+    of the others.
 
-    Other methods' clips come first: one that cannot be used is told before any is animated. `models` are the rows that
-    are animated here.
+    Other methods' clips come first: a file that cannot be used is reported before any clip is animated. `models` are
+    the systems that are animated here.
     """
-    made = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
-    made |= {"shifted": True} if protocol.rules.shifted else {}
+    clips: dict[str, Any] = {"dataset_manifest_sha256": dataset.manifest_sha256, "frames": protocol.frames}
+    clips |= {"shifted": True} if protocol.rules.shifted else {}
     plan = generate.batches(protocol.items, spec.batch)
-    own = [method.name for method, _ in models]
+    own = {model.method.name for model in models} | {BEST_OF}
     given = [row for row in table if row.method is not None and row.name not in own]
 
     def missing_items() -> dict[str, dict[str, str]]:
-        found = {}
+        reasons = {}
         for row in given:
-            assert row.method is not None
-            read = rows.read_records(spec.output, row, made, plan)
-            failed = {key: record["failed"] for key, record in read.items() if "failed" in record}
-            found[row.name] = missing_of(row.method, protocol.items) | failed
-        return found
+            rows = systems.read_records(spec.output, row, clips, plan)
+            failed = {key: record["failed"] for key, record in rows.items() if "failed" in record}
+            reasons[row.name] = missing_of(row.methods, protocol.items) | failed
+        return reasons
 
-    def extract(label: str, of: Sequence[Row]) -> None:
-        tasks = rows.unmeasured(spec.output, of, made, plan, extractors)
+    def extract(label: str, rows: Sequence[Row]) -> None:
+        tasks = systems.unmeasured(spec.output, rows, clips, plan, extractors)
         done = len(protocol.items) - sum(len(batch) for _, batch in tasks)
-        _drive(label, Extractor, (of, made), spec, protocol, tasks, done, progress)
+        _drive(Extractor, (rows, clips), spec, protocol, [(label, task) for task in tasks], {label: done}, progress)
 
-    missing = [generate.unfinished(plan, method.folder) for method, _ in models]
-    if any(missing) or rows.unmeasured(spec.output, table, made, plan, extractors):
+    missing = [generate.unfinished(plan, model.method.folder) for model in models]
+    if any(missing) or systems.unmeasured(spec.output, table, clips, plan, extractors):
         with ray_session(spec.ray_address):
             if given:
                 extract("methods", given)
                 without_missing(protocol, missing_items())
-            for (method, base), batches in zip(models, missing, strict=True):
-                label, arguments = "base" if base else "generate", (method.folder, protocol.rules.scaled, base)
-                done = len(protocol.items) - sum(map(len, batches))
-                _drive(label, Generator, arguments, spec, protocol, [(batch,) for batch in batches], done, progress)
+            tasks = [
+                (model.label, (index, batch))
+                for index, (model, batches) in enumerate(zip(models, missing, strict=True))
+                for batch in batches
+            ]
+            done = {
+                model.label: len(protocol.items) - sum(map(len, batches))
+                for model, batches in zip(models, missing, strict=True)
+            }
+            _drive(Generator, (models, protocol.rules.scaled), spec, protocol, tasks, done, progress)
             extract("judge", table)
     items, excluded = without_missing(protocol, missing_items())
-    found = {row.name: rows.read_records(spec.output, row, made, plan) for row in table}
-    return {name: [records[item.key] for item in items] for name, records in found.items()}, items, excluded
+    records = {row.name: systems.read_records(spec.output, row, clips, plan) for row in table}
+    return {name: [rows[item.key] for item in items] for name, rows in records.items()}, items, excluded
 
 
 def _drive(
-    label: str,
     kind: type[_Worker],
     arguments: tuple[Any, ...],
     spec: EvaluateSpec,
     protocol: Protocol,
-    tasks: Sequence[tuple[Any, ...]],
-    done: int,
+    tasks: Sequence[tuple[str, tuple[Any, ...]]],
+    done: Mapping[str, int],
     progress: Callable[[str], None],
 ) -> None:
-    """Runs tasks over actors, each actor with one in hand; the task of one that is lost goes to another.
+    """Runs tasks over actors, each actor with one at a time; the task of a lost actor goes to another.
 
-    A task is the arguments of `run`, the batch last; `done` items need none.
+    A task is the label of its progress line and the arguments of `run`, the batch last; `done` items of a label need
+    none.
     """
     if not tasks:
         return
-    ticks = Ticks(label, len(protocol.items), progress, done)
     actors = (kind, (spec, protocol.frames, *arguments), spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
+    labels = "/".join(dict.fromkeys(label for label, _ in tasks))
+    ticks: dict[str, Ticks] = {}
+
+    def send(actor: Any, task: tuple[str, tuple[Any, ...]]) -> Any:
+        label, arguments = task
+        if label not in ticks:  # its clock starts with its first task
+            ticks[label] = Ticks(label, len(protocol.items), progress, done[label])
+        return actor.run.remote(*arguments)
+
     try:
         with WorkerPool(*actors) as pool:
-            for task, _ in pool.run(tasks, lambda actor, task: actor.run.remote(*task)):
-                ticks.tick(len(task[-1]))
+            for (label, task), _ in pool.run(tasks, send):
+                ticks[label].tick(len(task[-1]))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError | OSError):
@@ -308,21 +403,21 @@ def _drive(
             raise UserError(str(cause)) from None
         raise
     except NoRoom as error:
-        raise UserError(f"{label}: {error}") from None
+        raise UserError(f"{labels}: {error}") from None
     except WorkerDied as error:
         if error.task is None:
-            raise UserError(f"{label}: {error}") from error
+            raise UserError(f"{labels}: {error}") from error
         raise UserError(
-            f"a {label} worker died {MAX_DEATHS} times; give it more memory, or a smaller batch than {spec.batch}"
+            f"a {error.task[0]} worker died {MAX_DEATHS} times; give it more memory, or a smaller batch than"
+            f" {spec.batch}"
         ) from error
 
 
-def _examples(
-    dataset: ShardDataset, frames: int, items: Sequence[Item], table: Sequence[Row]
-) -> Sequence[report.Example]:
+def _examples(dataset: ShardDataset, frames: int, items: Sequence[Item], table: Sequence[Row]) -> Sequence[Example]:
     examples = []
     for item in items:
         real = generate.real_pixels(dataset, item, frames)
-        shown = {row.name: row.frames(item, real)[0] for row in table if row.method is not None}
-        examples.append(report.Example(item.key, item.caption, real, shown.pop(TRIP), shown))
+        visible = [row for row in table if row.method is not None and row.name not in (CLOSED_FORM, *ORACLES)]
+        clips = {row.name: row.frames(item, real)[0] for row in visible}
+        examples.append(Example(item.key, item.caption, real, clips.pop(TRIP), clips))
     return examples

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and what it answers."""
+"""The spec of an evaluation and its report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.redaction import redact
+from tasks.evaluate.gate import GateRule
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluation_record import REPORT_FILE, Gate, read_evaluation
 from tasks.metrics.extractors.files import ExtractorFiles
@@ -28,15 +29,20 @@ VERSIONS = ("torch", "diffusers", "open_clip_torch", "numpy", "opencv-python-hea
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """What to evaluate, on what, and with which feature extractors; the rest says by how many hands.
+    """What to evaluate, on what, and with which feature extractors; the rest are means.
 
     `model` is the folder of a model export and `dataset` that of a shard data set with pixels; `output` receives the
     report. `protocol` names a preset, or is the address of a file: a preset's .toml, a manifest's .json. Where a preset
-    leaves it to the run, `clips` windows are judged at most; `held_out_fraction` is the one training split by. None for
+    leaves it to the run, at most `clips` windows are taken; `held_out_fraction` is the one training split by. None for
     `steps` and `guidance`: the model's own values. `methods` are folders of other methods' videos by the name of their
     row, and `champion` is the folder of an earlier report, whose model this one must not be worse than. `base` is the
     base that the model was trained from: untrained, it is a row of the table (None: no such row). Its clips lie below
-    `base_clips`, which evaluations of several models of one base share (None: below `output`).
+    `base_clips`, which evaluations of several models of one base share (None: below `output`). With `references` the
+    table also has the closed form, the round trip through the VAE, and the best of an item's samples.
+
+    `samples` clips are made of each item, each from its own seed; the energy score needs two. Where the data set has
+    `deterministic_motion`, the first frame and the caption decide the clip, so the distance to the true clip decides in
+    the gate; elsewhere the energy score does. `gate` holds the thresholds.
     """
 
     model: str
@@ -54,6 +60,10 @@ class EvaluateSpec:
     champion: str | None = None
     base: Artifact | None = None
     base_clips: str | None = None
+    references: bool = True
+    samples: int = 2
+    deterministic_motion: bool = False
+    gate: GateRule = field(default_factory=GateRule)
     judges: ExtractorFiles = ExtractorFiles()  # the feature extractors; a recipe's hash covers this field's name
     bootstrap: int = 2000
     examples: int = 6
@@ -86,7 +96,7 @@ class EvaluateReport:
 
 
 def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
-    """The report at an address, if it is whole and of this key; `start` is when somebody began to ask for it."""
+    """The report at an address, if it is complete and of this key; `start` is the clock at the start of the call."""
     try:
         record = read_evaluation(output)
     except UserError:  # none, or of another schema: this evaluation writes it

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from infra import storage
-from tasks.evaluate.report.ablation import Arm, compare, tables, two_way_mean, verdicts, write
+from tasks.evaluate.generate import load_arrays, save_arrays
+from tasks.evaluate.report import ablation
+from tasks.evaluate.report.ablation import Arm, compare, per_clip_arrays, tables, two_way_mean, verdicts, write
 from tasks.metrics.statistics import Estimate
 from tasks.records import UserError
 from tests.support.reports import write_record
@@ -59,13 +62,51 @@ def test_pairing_tells_apart_what_the_spread_of_clips_would_hide() -> None:
     assert 0.015 < minus.ci_low < minus.value < minus.ci_high < 0.025  # the clips alone spread over 0.2
     assert comparison.differences["TRIP^-"]["motion_ratio"].value == pytest.approx(0.02)
     assert comparison.distances["TRIP^-"] == {FRECHET: [1.02] * 3}
-    said = verdicts(comparison)
-    assert [line.split(" here")[0] for line in said] == [
+    lines = verdicts(comparison)
+    assert [line.split(" here")[0] for line in lines] == [
         "TRIP_TE is not told apart from TRIP",
         "TRIP^- is worse than TRIP",
         "TRIP^W is better than TRIP",
     ]
-    assert "in the paper FVD 39.9 against 38.9" in said[1]
+    assert "in the paper FVD 39.9 against 38.9" in lines[1] and "p = 0.0005 or less (Holm)" in lines[1]
+
+
+def test_a_difference_counts_only_after_the_correction_for_the_number_of_variants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A p of 0.03 tells one variant apart, but not one of three."""
+    monkeypatch.setattr(ablation, "p_value", lambda interval: 0.03 if abs(interval(0.95).value) < 0.01 else 0.5)
+    made = arms("memory://ablation-holm")
+    three, one = compare(made), compare([arm for arm in made if arm.variant in ("TRIP", "TRIP_TE")])
+    assert three.p_values["TRIP_TE"]["clip_distance"] == pytest.approx(0.09)
+    assert one.p_values["TRIP_TE"]["clip_distance"] == pytest.approx(0.03)
+    assert "is not told apart from" in verdicts(three)[0] and "is not told apart from" not in verdicts(one)[0]
+
+
+def test_a_learning_curve_has_a_column_for_each_budget_and_arrays_of_every_clip() -> None:
+    curve = [replace(one, steps=steps) for steps in (50, 100) for one in arms(f"memory://ablation-{steps}")]
+    comparisons = [compare([one for one in curve if one.steps == steps]) for steps in (50, 100)]
+    places = write("memory://ablation-curve/out", comparisons, {}, "chosen of 5 pairs", per_clip_arrays(curve))
+    text = storage.read_bytes(places["md"]).decode()
+    assert "| Variant | 50 steps | 100 steps |" in text and "chosen of 5 pairs" in text and "not tuned" not in text
+    arrays = load_arrays(places["npz"])
+    assert arrays["50/TRIP^-/clip_distance"].shape == (3, CLIPS) and len(arrays["key"]) == CLIPS
+    minus = arrays["100/TRIP^-/clip_distance"] - arrays["100/TRIP/clip_distance"]
+    assert minus.mean() == pytest.approx(comparisons[1].differences["TRIP^-"]["clip_distance"].value)
+    assert storage.read_json(places["json"])["curve"][0]["steps"] == 50
+
+
+def test_where_chance_decides_the_energy_score_does() -> None:
+    chance = arms("memory://ablation-chance", seeds=2)
+    for one in chance:
+        report = storage.read_json(f"{one.report}/report.json") | {"provenance": {"deterministic_motion": False}}
+        storage.write_json(f"{one.report}/report.json", report)
+        worse = 0.05 if one.variant == "TRIP_TE" else 0.0
+        noise = np.random.default_rng([one.seed, len(one.variant)]).normal(0, 0.003, CLIPS)
+        save_arrays(f"{one.report}/per_clip.npz", {"trip/energy_score": 0.1 + worse + noise})
+    lines = verdicts(compare(chance))
+    assert lines[0].startswith("TRIP_TE is worse than TRIP here: energy score")
+    assert "Energy score" in tables(compare(chance))[0].header[2]
 
 
 def test_an_interval_knows_that_seeds_differ() -> None:
@@ -119,7 +160,7 @@ def test_what_does_not_match_is_refused() -> None:
 
 def test_the_report_holds_every_variant_beside_the_papers_rows() -> None:
     comparison = compare(arms("memory://ablation-report"))
-    places = write("memory://ablation-report/out", comparison, {"recipe": "demo", "steps": 5})
+    places = write("memory://ablation-report/out", [comparison], {"recipe": "demo", "steps": 5})
     page, text = (storage.read_bytes(places[ending]).decode() for ending in ("html", "md"))
     for word in ("TRIP_TE", "TRIP^-", "as published, other harness", "43", "Seeds: 0, 1, 2,"):
         assert word in page and word in text
@@ -132,5 +173,5 @@ def test_the_report_holds_every_variant_beside_the_papers_rows() -> None:
     assert not bare.base and [row[0] for row in tables(bare)[0].rows] == ["TRIP", "Real video"]
     assert len(values.rows) == 6 and len(differences.rows) == 3 and len(paper.rows) == 4
     assert storage.read_json(places["json"])["comparison"]["clips"] == CLIPS
-    alone = write("memory://ablation-one/out", compare(arms("memory://ablation-one", seeds=1)), {})
+    alone = write("memory://ablation-one/out", [compare(arms("memory://ablation-one", seeds=1))], {})
     assert "say nothing of another seed" in storage.read_bytes(alone["md"]).decode()

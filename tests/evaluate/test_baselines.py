@@ -58,7 +58,7 @@ def test_a_video_is_found_in_every_form_and_read_frame_by_frame(tmp_path: Path) 
         write_video(tmp_path / name, clip(int(name[4]), frames=20), fps)
     np.savez(tmp_path / "clip5.npz", clip(5, size=2 * SIZE))
     found = find_method("Other", str(tmp_path), ITEMS)
-    assert missing_of(found, ITEMS) == {"clip6_000": "missing"}
+    assert missing_of([found], ITEMS) == {"clip6_000": "missing"}
     for item in ITEMS[:6]:
         pixels = read_method(found.files[item.key], FRAMES, SIZE)
         assert pixels.shape == (FRAMES, SIZE, SIZE, 3) and pixels.dtype == np.uint8
@@ -71,7 +71,7 @@ def test_a_video_is_found_in_every_form_and_read_frame_by_frame(tmp_path: Path) 
     assert find_method("Other", str(tmp_path), ITEMS).identity != before
     # Of a clip with two windows the clip's name says too little.
     two = [*ITEMS, Item("clip3_001", "clip3", 7, "a shape", 7)]
-    assert set(missing_of(find_method("Other", str(tmp_path), two), two)) == {"clip3_000", "clip3_001", "clip6_000"}
+    assert set(missing_of([find_method("Other", str(tmp_path), two)], two)) == {"clip3_000", "clip3_001", "clip6_000"}
 
 
 def gray_frames(folder: Path, names: dict[str, int]) -> Method:
@@ -196,7 +196,9 @@ def cluster() -> Iterator[None]:
 
 
 def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
-    spec = EvaluateSpec(str(model), dataset, str(output), held_out_fraction=1.0, bootstrap=100, examples=1)
+    spec = EvaluateSpec(
+        str(model), dataset, str(output), held_out_fraction=1.0, bootstrap=100, examples=1, references=False
+    )
     return replace(spec, **({"steps": 1, "workers": 1, "clips": 6, "batch": 3} | changes))
 
 

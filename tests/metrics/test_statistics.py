@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from tasks.metrics.statistics import (
+    Estimate,
     disjoint_parts,
+    function_of_sums,
+    holm,
     mean_over_clips,
+    p_value,
     paired_difference,
     ratio_of_sums,
     student_quantile,
@@ -82,3 +86,34 @@ def test_items_of_one_video_are_counted_once_and_never_parted():
     assert sorted(np.concatenate(parts)) == list(range(21))
     first, second = ({names[i] for i in part} for part in parts)
     assert not first & second and {len(first), len(second)} == {3, 4}
+
+
+def test_a_p_value_agrees_with_its_interval_and_holm_with_its_definition():
+    rng = np.random.default_rng(3)
+    names = [str(i) for i in range(40)]
+    for shift in (0.0, 0.3, 0.6):
+        values = rng.normal(shift, 1, 40)
+        interval, p = (
+            mean_over_clips(values, names),
+            p_value(lambda level, v=values: mean_over_clips(v, names, level=level)),
+        )
+        assert interval.ci_low is not None and interval.ci_high is not None
+        assert (p < 0.05) == (not interval.ci_low <= 0 <= interval.ci_high)
+    assert p_value(lambda level: Estimate(1.0, 0.5, 1.5)) == pytest.approx(1e-4)
+    assert p_value(lambda level: Estimate(1.0)) == 1
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.7, 0.6]) == [1, 1]
+    assert [student_quantile(5, level) for level in (0.5, 0.99)] == pytest.approx([0.7267, 4.0321], abs=1e-4)
+
+
+def test_a_function_of_sums_has_the_interval_of_its_linearisation():
+    rng = np.random.default_rng(4)
+    names = [str(i) for i in range(60)]
+    real, moved = rng.uniform(1, 2, 60), rng.uniform(1, 2, 60)
+    ratio = function_of_sums([moved, real], lambda sums: sums[..., 0] / sums[..., 1], names)
+    expected = ratio_of_sums(moved, real, names)
+    assert ratio.value == pytest.approx(expected.value)
+    assert (ratio.ci_low, ratio.ci_high) == pytest.approx((expected.ci_low, expected.ci_high), abs=0.004)
+    twice = function_of_sums([np.tile(moved, 2), np.tile(real, 2)], lambda s: s[..., 0] / s[..., 1], names * 2)
+    assert twice.ci_low == pytest.approx(ratio.ci_low)  # windows of one clip do not narrow it
+    with pytest.raises(ValueError, match="3 values for 2 items"):
+        function_of_sums([[1, 2, 3]], lambda sums: sums[..., 0], ["a", "b"])

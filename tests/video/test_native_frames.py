@@ -200,7 +200,9 @@ def test_cinns_protocol_from_videos_to_the_report(
     video = (tmp_path / "dtdb" / first.category / "video5.mp4").read_bytes()
     np.testing.assert_array_equal(generate.real_pixels(data, first, 17), squares(video, 128, "squash")[:17])
 
-    spec = EvaluateSpec(str(tiny_model), prepared.dataset, str(tmp_path / "out"), protocol="cinn-exact", steps=1)
+    spec = EvaluateSpec(
+        str(tiny_model), prepared.dataset, str(tmp_path / "out"), protocol="cinn-exact", steps=1, samples=1
+    )
     report = evaluate(replace(spec, held_out_fraction=1.0, bootstrap=50, examples=1, batch=10), lambda line: None)
     content = storage.read_json(storage.join(report.uri, "report.json"))
     assert (report.items, report.clips) == (80, 16)

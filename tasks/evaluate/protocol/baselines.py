@@ -25,7 +25,8 @@ from tasks.video.frame import to_square
 from tasks.video.streams import decoded_frames, deinterlaced, main_stream
 from trip_model.images import load_image
 
-OWN_ROWS = ("frozen", "base", "trip", "real")  # and `champion`: rows that no folder may take the name of
+# And `champion`: names that no folder may have.
+OWN_ROWS = ("frozen", "base", "closed_form", "trip", "round_trip", "best_of_k", "real")
 CHAMPION = "champion"
 SUFFIXES = (".npz", ".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -80,9 +81,9 @@ def find_method(name: str, folder: str, items: Sequence[Item], given_frame: bool
     files: dict[str, tuple[str, ...]] = {}
     for item in items:
         keys = [item.key, item.clip] if windows[item.clip] == 1 else [item.key]
-        found = next(filter(None, (_files(folder, key, names) for key in keys)), ())
-        if found:
-            files[item.key] = found
+        item_files = next(filter(None, (_files(folder, key, names) for key in keys)), ())
+        if item_files:
+            files[item.key] = item_files
     if not files:
         raise UserError(
             f"method {name}: none of the {len(items)} items has a video in {folder}; name each after its item, such as "
@@ -90,7 +91,7 @@ def find_method(name: str, folder: str, items: Sequence[Item], given_frame: bool
         )
     with ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(_digest, files.values())
-    identity = [[key, of] for key, of in zip(files, digests, strict=True)]
+    identity = [[key, hashes] for key, hashes in zip(files, digests, strict=True)]
     return Method(name, folder, files, digest(identity), given_frame)
 
 
@@ -98,8 +99,12 @@ def _digest(files: Sequence[str]) -> list[str]:
     return [hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in files]
 
 
-def find_champion(address: str, protocol: Protocol) -> Method:
-    """The clips that the model of an earlier report made of the same items. Raises UserError where it made others."""
+def find_champion(address: str, protocol: Protocol) -> tuple[Method, ...]:
+    """The clips of the model of an earlier report, a method for each sample of the items.
+
+    Raises:
+        UserError: no report, or one of other items.
+    """
     try:
         record = read_evaluation(address)
     except UserError as error:
@@ -108,8 +113,8 @@ def find_champion(address: str, protocol: Protocol) -> Method:
         raise UserError(
             f"the champion's report at {address} is of other items; evaluate it with --protocol of this evaluation"
         )
-    generations = storage.join(storage.absolute(address), record.generations)
-    return find_method(CHAMPION, generations, protocol.items, given_frame=True)
+    folders = (storage.join(storage.absolute(address), name) for name in (record.generations, *record.samples))
+    return tuple(find_method(CHAMPION, folder, protocol.items, given_frame=True) for folder in folders)
 
 
 def _files(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
@@ -120,8 +125,8 @@ def _files(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
     if key not in names:
         return ()
     frames = storage.join(folder, key)
-    found = [n for n in storage.list_dir(frames) if n.lower().endswith(FRAME_SUFFIXES) and not n.startswith(".")]
-    return tuple(storage.join(frames, name) for name in _numbered(frames, found))
+    frame_names = [n for n in storage.list_dir(frames) if n.lower().endswith(FRAME_SUFFIXES) and not n.startswith(".")]
+    return tuple(storage.join(frames, name) for name in _numbered(frames, frame_names))
 
 
 def _numbered(folder: str, names: Sequence[str]) -> list[str]:
@@ -152,8 +157,8 @@ def _numbered(folder: str, names: Sequence[str]) -> list[str]:
         if len(steps) > 1:
             gap = next(b for b, a in itertools.pairwise(numbers) if a - b > min(steps))
             raise UserError(f"the frames in {folder} have no number {gap + min(steps)}, which follows {gap}; add it")
-        place = groups.index(group)
-        return sorted(names, key=lambda name: int(parts[name][1::2][place]))
+        position = groups.index(group)
+        return sorted(names, key=lambda name: int(parts[name][1::2][position]))
     order = {name: tuple(map(int, split[1::2])) for name, split in parts.items()}
     if len({*order.values()}) < len(names) or any(len({*map(len, group)}) > 1 for group in groups):
         raise UserError(
@@ -173,18 +178,18 @@ def read_method(files: Sequence[str], frames: int, size: int) -> NDArray[np.uint
     """
     try:
         if files[0].lower().endswith(FRAME_SUFFIXES):
-            found = [load_image(storage.read_bytes(file), size) for file in files[:frames]]
+            clip = [load_image(storage.read_bytes(file), size) for file in files[:frames]]
         elif files[0].lower().endswith(".npz"):
-            found = _arrays(storage.read_bytes(files[0]), frames, size)
+            clip = _arrays(storage.read_bytes(files[0]), frames, size)
         else:
-            found = _video(storage.read_bytes(files[0]), frames, size)
+            clip = _video(storage.read_bytes(files[0]), frames, size)
     except ClipError:
         raise
     except (ValueError, OSError, KeyError, av.FFmpegError) as error:
         raise ClipError("undecodable", f"{files[0]}: {error}") from error
-    if len(found) < frames:
-        raise ClipError("too_short", f"{files[0]} has {len(found)} frames, {frames} are needed")
-    return np.stack(found)
+    if len(clip) < frames:
+        raise ClipError("too_short", f"{files[0]} has {len(clip)} frames, {frames} are needed")
+    return np.stack(clip)
 
 
 def _arrays(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
@@ -196,7 +201,7 @@ def _arrays(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
 
 
 def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
-    found: list[NDArray[np.uint8]] = []
+    frames_read: list[NDArray[np.uint8]] = []
     reformatter = VideoReformatter()
     with av.open(
         io.BytesIO(data), "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore"
@@ -207,10 +212,10 @@ def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
         stream.codec_context.thread_count = 1
         aspect = float(stream.sample_aspect_ratio or 1)
         for frame, _ in deinterlaced(decoded_frames(container, stream)):
-            found.append(to_square(frame, size, aspect, reformatter))
-            if len(found) == frames:
+            frames_read.append(to_square(frame, size, aspect, reformatter))
+            if len(frames_read) == frames:
                 break
-    return found
+    return frames_read
 
 
 def without_missing(
@@ -227,25 +232,29 @@ def without_missing(
     counts = {
         name: dict(sorted(Counter(reasons.values()).items())) for name, reasons in missing_items.items() if reasons
     }
-    gone = {key for reasons in missing_items.values() for key in reasons}
-    if gone and protocol.rules.missing == "error":
+    incomplete = {key for reasons in missing_items.values() for key in reasons}
+    if incomplete and protocol.rules.missing == "error":
         raise UserError(
-            "; ".join(_told(name, reasons, len(protocol.items)) for name, reasons in missing_items.items() if reasons)
+            "; ".join(
+                _missing_sentence(name, reasons, len(protocol.items))
+                for name, reasons in missing_items.items()
+                if reasons
+            )
             + '; make them, or state missing = "exclude" in a copy of the protocol'
         )
-    left = tuple(item for item in protocol.items if item.key not in gone)
+    left = tuple(item for item in protocol.items if item.key not in incomplete)
     if not left:
         raise UserError(f"no item of protocol {protocol.name} is left that every method has: {counts}")
     check_clips(replace(protocol, items=left))
     return left, counts
 
 
-def _told(name: str, reasons: Mapping[str, str], total: int) -> str:
+def _missing_sentence(name: str, reasons: Mapping[str, str], total: int) -> str:
     first = ", ".join(f"{key} ({reason})" for key, reason in list(reasons.items())[:5])
     more = ", ..." if len(reasons) > 5 else ""
     return f"method {name} lacks {len(reasons)} of {total} items: {first}{more}"
 
 
-def missing_of(method: Method, items: Iterable[Item]) -> dict[str, str]:
-    """Item key -> reason, of the items that have no file."""
-    return {item.key: "missing" for item in items if item.key not in method.files}
+def missing_of(methods: Sequence[Method], items: Iterable[Item]) -> dict[str, str]:
+    """Item key -> reason, of the items that one of a system's samples has no file of."""
+    return {item.key: "missing" for item in items if any(item.key not in method.files for method in methods)}

@@ -16,7 +16,7 @@ from trip_model.config import Fit
 PRESETS = Path(__file__).with_name("published")
 AS_PUBLISHED = "as published, other harness"
 # Not named in a manifest where they say nothing, so that manifests from before they existed are still of their hash.
-_UNNAMED = ("fit", "stride", "repeats", "shifted", "scaled")
+_UNNAMED = ("fit", "stride", "repeats", "shifted", "scaled", "deterministic_motion")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Preset:
     scaled: bool = False  # a model of another size animates the frame scaled to its own, and its clips are scaled back
     repeats: int = 1  # items of each window, each with a seed of its own
     shifted: bool = False  # sets of clips are compared as real frames 1..F-1, the given one among them, and made 2..F
+    deterministic_motion: bool = False  # the first frame and the caption decide the clip: its distance then decides
     captions: Literal["first", "random", "all"] | None = None  # of MSR-VTT's 20: how the data set was prepared
     categories: tuple[str, ...] = ()  # clips of these captions; distances are the mean of the categories' own
     least_clips: int = 1  # in each category, or of all

@@ -190,19 +190,19 @@ def resolve(
                     key = f"{keys[i]}.{repeat}" if repeat else keys[i]
                     yield Item(key, clip, i, caption, item_seed(key, seed), category, start)
 
-    found = tuple(items())
+    chosen_items = tuple(items())
     excluded = []
     if isinstance(rules.number, int):
-        held = dict.fromkeys(item.clip for item in found)
-        missing_items = rules.number - len(held)
+        clips_in_order = dict.fromkeys(item.clip for item in chosen_items)
+        missing_items = rules.number - len(clips_in_order)
         if missing_items > 0:
-            what = f"protocol {name} asks for {rules.number} clips, {dataset.uri} holds {len(held)}"
+            what = f"protocol {name} asks for {rules.number} clips, {dataset.uri} holds {len(clips_in_order)}"
             if rules.missing == "error":
                 raise UserError(f'{what}; prepare the others, or state missing = "exclude" in a copy of the protocol')
             excluded = [("not in the data set", missing_items)]
-        taken = set(list(held)[: rules.number])
-        found = tuple(item for item in found if item.clip in taken)
-    return check_clips(Protocol(name, rules, found, frames, fps, size, tuple(excluded)))
+        taken = set(list(clips_in_order)[: rules.number])
+        chosen_items = tuple(item for item in chosen_items if item.clip in taken)
+    return check_clips(Protocol(name, rules, chosen_items, frames, fps, size, tuple(excluded)))
 
 
 def check_clips(protocol: Protocol) -> Protocol:
@@ -211,9 +211,9 @@ def check_clips(protocol: Protocol) -> Protocol:
     clips = Counter(category for category, _ in {(item.category, item.clip) for item in protocol.items})
     for category in rules.categories or ("",):
         if clips[category] < rules.least_clips:
-            of = f" of category {category!r}" if category else ""
+            suffix = f" of category {category!r}" if category else ""
             raise UserError(
-                f"protocol {protocol.name} needs at least {rules.least_clips} clips{of}, {clips[category]} are left"
+                f"protocol {protocol.name} needs at least {rules.least_clips} clips{suffix}, {clips[category]} are left"
             )
     return protocol
 
@@ -221,7 +221,7 @@ def check_clips(protocol: Protocol) -> Protocol:
 def _check_source(name: str, rules: Preset, dataset: ShardDataset) -> None:
     recipe = dataset.published.recipe
     captions = recipe.get("captions", "first")
-    found = {
+    actual = {
         "format": recipe.get("format", "csv"),
         "split": recipe.get("split"),
         "captions": "random" if isinstance(captions, int) else captions,
@@ -230,11 +230,11 @@ def _check_source(name: str, rules: Preset, dataset: ShardDataset) -> None:
     wanted |= {"split": [rules.split]} if rules.split else {}
     wanted |= {"captions": [rules.captions]} if rules.captions else {}
     for field, values in wanted.items():
-        if values and found[field] not in values:
-            asked = " or ".join(map(str, values))
+        if values and actual[field] not in values:
+            expected = " or ".join(map(str, values))
             raise UserError(
-                f"protocol {name} takes data of {field} {asked}, {dataset.uri} was prepared with {field} "
-                f"{found[field]}; prepare it so, or choose another protocol ({', '.join(preset_names())})"
+                f"protocol {name} takes data of {field} {expected}, {dataset.uri} was prepared with {field} "
+                f"{actual[field]}; prepare it so, or choose another protocol ({', '.join(preset_names())})"
             )
 
 
@@ -244,23 +244,23 @@ def _frames(name: str, rules: Preset, dataset: ShardDataset, order: Sequence[int
     if not order:
         raise UserError(f"protocol {name} finds no clip in {dataset.uri}")
     try:
-        held = dataset.num_frames(order[0], "pixels")
+        stored = dataset.num_frames(order[0], "pixels")
     except KeyError as error:
         raise UserError(
             f"{dataset.uri} holds no real frames to compare with; prepare it again with keep_pixels"
         ) from error
-    held = min(held, recipe.get("num_frames", held))
-    frames, fps, size = rules.frames or held, float(recipe["fps"]), int(recipe["size"])
+    stored = min(stored, recipe.get("num_frames", stored))
+    frames, fps, size = rules.frames or stored, float(recipe["fps"]), int(recipe["size"])
     stride, fit = recipe.get("stride"), recipe.get("fit", "crop")
-    asked = (
+    wanted = (
         (rules.fps or fps, rules.stride or (None if rules.fps else stride)),
         (rules.size or size, rules.fit or ("crop" if rules.size else fit)),
     )
-    if frames > held or asked != ((fps, stride), (size, fit)):
-        (asked_fps, asked_stride), (asked_size, asked_fit) = asked
+    if frames > stored or wanted != ((fps, stride), (size, fit)):
+        (wanted_fps, wanted_stride), (wanted_size, wanted_fit) = wanted
         raise UserError(
-            f"protocol {name} takes {_sampling(frames, asked_fps, asked_stride)} and {asked_size} pixels ({asked_fit}),"
-            f" {dataset.uri} holds {_sampling(held, fps, stride)} and {size} ({fit}); "
+            f"protocol {name} takes {_sampling(frames, wanted_fps, wanted_stride)} and {wanted_size} pixels"
+            f" ({wanted_fit}), {dataset.uri} holds {_sampling(stored, fps, stride)} and {size} ({fit}); "
             "prepare-latents --protocol makes one that fits"
         )
     if frames < LEAST_FRAMES:
@@ -277,15 +277,16 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
         raise UserError(f"{address} is no protocol of schema {SCHEMA} ({error}); give that of a report") from error
     if manifest.schema != SCHEMA or manifest.sha256 != _sha256(manifest):
         raise UserError(f"{address} is not of schema {SCHEMA} or was changed after it was written; write it again")
-    place = {key: i for i, key in enumerate(dataset.keys)}
-    found = {line.key: place.get(line.key.partition(".")[0]) for line in manifest.items}  # behind the dot: its repeat
-    missing_items = [key for key, i in found.items() if i is None]
+    index_of = {key: i for i, key in enumerate(dataset.keys)}
+    # After the dot comes the number of the repeat.
+    indices = {line.key: index_of.get(line.key.partition(".")[0]) for line in manifest.items}
+    missing_items = [key for key, i in indices.items() if i is None]
     if missing_items and manifest.rules.missing == "error":
         raise UserError(
             f"{dataset.uri} lacks {len(missing_items)} of {len(manifest.items)} items of {address}:"
             f" {', '.join(missing_items[:5])}{', ...' if len(missing_items) > 5 else ''}; prepare them too"
         )
-    items = [Item(index=i, **asdict(line)) for line in manifest.items if (i := found[line.key]) is not None]
+    items = [Item(index=i, **asdict(line)) for line in manifest.items if (i := indices[line.key]) is not None]
     rules = replace(manifest.rules, frames=manifest.frames, fps=manifest.fps, size=manifest.size)
     _frames(manifest.name, rules, dataset, [item.index for item in items])
     excluded = (("not in the data set", len(missing_items)),) if missing_items else ()

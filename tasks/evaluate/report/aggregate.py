@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.distances import Sums, Values
-from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, TRIP, Features
+from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, SPREAD, TO_TRUTH, TRIP, Features
 from tasks.metrics.alignment import Alignment
 from tasks.metrics.consistency import (
     PAIR_RULES,
@@ -21,8 +22,9 @@ from tasks.metrics.consistency import (
     consistency_curve,
     consistency_name,
 )
+from tasks.metrics.energy import energy_score
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
-from tasks.metrics.statistics import Estimate, mean_over_clips
+from tasks.metrics.statistics import Estimate, mean_over_clips, ratio_of_sums
 
 ALIGNMENT = tuple(field.name for field in fields(Alignment))  # names in a record, and of the metrics
 
@@ -36,7 +38,7 @@ class Summary:
     where there are clips enough for it;
     curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
     ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
-    and why others are not.
+    and why others are not; by_item[metric][row]: the values that a mean or ratio is of, in the order of the items.
     """
 
     rows: tuple[str, ...]
@@ -48,6 +50,7 @@ class Summary:
     per_clip: list[dict[str, Any]]
     counts: dict[str, Any]
     notes: list[str]
+    by_item: dict[str, dict[str, Values]] = field(default_factory=dict)
 
     @property
     def clips(self) -> int:
@@ -55,9 +58,9 @@ class Summary:
         return self.counts["clips"]
 
 
-def lower_is_better(extractors: Sequence[ExtractorInfo]) -> tuple[str, ...]:
-    """The metrics of which the gate asks whether a champion's are lower."""
-    return ("clip_distance", *(extractor.metric for extractor in extractors if extractor.of_sets))
+def distances_of_sets(extractors: Sequence[ExtractorInfo]) -> tuple[str, ...]:
+    """The metrics that compare sets of clips or frames."""
+    return tuple(extractor.metric for extractor in extractors if extractor.of_sets)
 
 
 def summarise(
@@ -78,11 +81,11 @@ def summarise(
     Args:
         protocol: says which frames and rows count.
         items: the items that every system has, in order.
-        records: of each row, what `rows.measure` said of every item.
-        features: of an extractor and a row, what it made of every item.
+        records: of each row and item, the record of `systems.measure_batch`.
+        features: an extractor's features of a row's items.
         extractors: the feature extractors to report.
         bootstrap: number of resamples.
-        excluded: by row, how many of the protocol's items it lacked, by reason.
+        excluded: by row, how many of the protocol's items it lacks, by reason.
     Raises:
         ValueError: a video of fewer than 4 frames, features that are not finite.
     """
@@ -100,25 +103,28 @@ def summarise(
     sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
     for name in ALIGNMENT:
         sums.add(name, {row: column[row][name] for row in rows})
-    for row in (FROZEN, BASE):
-        if row in column:
-            minus = column[TRIP]["distance"] - column[row]["distance"]
-            sums.metrics[TRIP][f"clip_distance_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
+    _add_energy_score(sums, column)
+    for metric in (CLIP_DISTANCE, ENERGY_SCORE):
+        values = sums.by_item.get(metric, {})
+        for row in (FROZEN, BASE):
+            if row in values:
+                minus = values[TRIP] - values[row]
+                sums.metrics[TRIP][f"{metric}_minus_{row}"] = mean_over_clips(minus, sums.clips, bootstrap)
     for kind, metric in (("psnr", "first_frame_psnr_db"), ("ssim", "first_frame_ssim")):
-        made = {row: column[row][kind] for row in rows if kind in column[row]}
-        sums.add(metric, {row: values[:, 0] for row, values in made.items()})
-        sums.add_curve(kind, made)
+        curves = {row: column[row][kind] for row in rows if kind in column[row]}
+        sums.add(metric, {row: values[:, 0] for row, values in curves.items()})
+        sums.add_curve(kind, curves)
     for extractor in extractors:
         if extractor.kind is MetricKind.FLOW_RATIO:
             flow = {row: np.array([f["flow"].mean() for f in features(extractor, row)], np.float64) for row in rows}
             sums.add(extractor.metric, flow, ratio=True)
         elif extractor.of_sets:
-            found = {row: [f[extractor.features[0]] for f in features(extractor, row)] for row in rows}
+            by_row = {row: [f[extractor.features[0]] for f in features(extractor, row)] for row in rows}
             if extractor.kind is MetricKind.FRAME_SETS and not protocol.rules.shifted:
                 # Its first row is the given frame, which all rows share.
-                sums.add_with_given_frame(extractor, found)
-                found = {row: [values[1:] for values in of] for row, of in found.items()}
-            sums.add_distances(extractor, found)
+                sums.add_with_given_frame(extractor, by_row)
+                by_row = {row: [values[1:] for values in clips] for row, clips in by_row.items()}
+            sums.add_distances(extractor, by_row)
     return Summary(
         rows=rows,
         metrics=dict(sums.metrics),
@@ -129,18 +135,37 @@ def summarise(
         per_clip=_per_clip(sums, column, extractors),
         counts=_counts(protocol, items, excluded or {}),
         notes=_notes(protocol, items, extractors, excluded or {}),
+        by_item=dict(sums.by_item),
     )
 
 
-def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Sequence[Features]]) -> None:
+def _add_energy_score(sums: Sums, column: Mapping[str, Mapping[str, Values]]) -> None:
+    """The energy score of systems with several samples of each item, and of the still, which has one answer.
+
+    The spread ratio is the distance between two samples relative to the distance of one to the true clip: 1 where the
+    true clip is one more draw of the system's distribution.
+    """
+    if SPREAD not in column[TRIP]:
+        return
+    scores = {FROZEN: column[FROZEN]["distance"]}
+    for row, values in column.items():
+        if SPREAD in values:
+            scores[row] = energy_score(values[TO_TRUTH], values[SPREAD])
+            sums.metrics[row]["spread_ratio"] = ratio_of_sums(
+                values[SPREAD], values[TO_TRUTH].mean(axis=1), sums.clips, sums.resamples
+            )
+    sums.add(ENERGY_SCORE, {row: scores[row] for row in sums.rows if row in scores})
+
+
+def _add_consistency(sums: Sums, extractor: ExtractorInfo, features: Mapping[str, Sequence[Features]]) -> None:
     """Frame consistency by every pair rule; frame 1 of every row is the given image, whatever a method made of it."""
-    given = [f["clip_frames"][:1] for f in seen[REAL]]
+    given = [f["clip_frames"][:1] for f in features[REAL]]
     frames = {
-        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, found, strict=True)]
-        for row, found in seen.items()
+        row: [np.concatenate([first, f["clip_frames"][1:]]) for first, f in zip(given, clips, strict=True)]
+        for row, clips in features.items()
     }
     for rule in PAIR_RULES:
-        curves = {row: np.stack([consistency_curve(e, rule) for e in found]) for row, found in frames.items()}
+        curves = {row: np.stack([consistency_curve(e, rule) for e in clips]) for row, clips in frames.items()}
         for values in curves.values():
             consistency_at(values[0], 4)  # a video of fewer than 4 frames is an error, not a shorter average
         sums.add(consistency_name(extractor.metric, 4, rule), {row: values[:, 2] for row, values in curves.items()})
@@ -148,12 +173,12 @@ def _add_consistency(sums: Sums, extractor: ExtractorInfo, seen: Mapping[str, Se
             consistency_name(extractor.metric, "all", rule), {row: values[:, -1] for row, values in curves.items()}
         )
         sums.add_curve(rule, curves)
-    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in found]) for row, found in frames.items()})
+    sums.add_curve("lag", {row: np.stack([consistency_by_lag(e) for e in clips]) for row, clips in frames.items()})
     if "clip_text" in extractor.features:
-        texts = [f["clip_text"] for f in seen[REAL]]
+        texts = [f["clip_text"] for f in features[REAL]]
         agreement = {
-            row: np.array([_cosine(e, text) for e, text in zip(found, texts, strict=True)])
-            for row, found in frames.items()
+            row: np.array([_cosine(e, text) for e, text in zip(clips, texts, strict=True)])
+            for row, clips in frames.items()
         }
         sums.add(f"text_alignment{extractor.mark}", agreement)
 
@@ -243,7 +268,11 @@ def _notes(
         "Every row is the clip as its user gets it: of TRIP frame 1 is the given image, of a folder the method's own. "
         "First-frame PSNR and SSIM are of the own frame 1. A folder's frames are taken one by one, whatever rate "
         "it states.",
-        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1.",
+        "Clip distance: root mean square error to the true clip over frames 2 to the last, pixels in 0-1. Where chance "
+        "decides the motion it prefers a still or a blurred mean to a perfect model.",
+        "Energy score: mean distance of the samples of an item to the true clip, minus half of that between samples. "
+        "It is least for the model whose clips are distributed as the true ones. The still has one answer, so its "
+        "score is its distance. Spread ratio: distance between samples over distance to the true clip, 1 is best.",
         "Motion, flicker and smoothness ratios are to the real clips: 1 is best.",
         "Warped errors and the distance of the moving part: root mean square errors after optical flow (OpenCV's DIS) "
         "has followed the picture, pixels in 0-1. A still has 0, so the real row's value is the target, and a larger "

@@ -68,18 +68,18 @@ class Sums:
         """The Frechet distance of all frames, the given one among them, under a name of its own."""
         for row in self.rows:
             if row != REAL:
-                found = []
-                for places in _categories(self.items):
-                    one, other = (Moments.of(np.concatenate([by_row[r][i] for i in places])) for r in (row, REAL))
-                    found.append(frechet_distance(one, other))
-                self.metrics[row][f"{extractor.metric}/with_given_frame"] = Estimate(float(np.mean(found)))
+                category_distances = []
+                for indices in _categories(self.items):
+                    one, other = (Moments.of(np.concatenate([by_row[r][i] for i in indices])) for r in (row, REAL))
+                    category_distances.append(frechet_distance(one, other))
+                self.metrics[row][f"{extractor.metric}/with_given_frame"] = Estimate(float(np.mean(category_distances)))
 
     def add_distances(self, extractor: ExtractorInfo, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
         """Frechet and kernel distances to the real clips, of several categories the mean of their own.
 
         The real row holds the floor: every second clip against the others, which are not paired as the rows are.
         """
-        sets = [_Category(extractor, by_row, places, self.clips) for places in _categories(self.items)]
+        sets = [_Category(extractor, by_row, indices, self.clips) for indices in _categories(self.items)]
         for row in self.rows:
             if row == REAL:
                 continue
@@ -108,12 +108,12 @@ class _Category:
         self,
         extractor: ExtractorInfo,
         by_row: Mapping[str, Sequence[NDArray[Any]]],
-        places: Sequence[int],
+        indices: Sequence[int],
         clips: Sequence[str],
     ) -> None:
         self.framewise = extractor.kind is MetricKind.FRAME_SETS
-        self.by_clip = {row: [values[i] for i in places] for row, values in by_row.items()}
-        self.clips = [clips[i] for i in places]
+        self.by_clip = {row: [values[i] for i in indices] for row, values in by_row.items()}
+        self.clips = [clips[i] for i in indices]
         self.clusters = [clip for clip, values in zip(self.clips, self.by_clip[REAL], strict=True) for _ in values]
         names = list(dict.fromkeys(self.clips))
         if len(names) < 2:
@@ -130,27 +130,30 @@ class _Category:
         rows = {row: np.concatenate(values) for row, values in self.by_clip.items()}
         if self.many:
             sets = {row: FeatureSet.of(values, self.clusters) for row, values in rows.items()}
-            self.found = {row: frechet_to_real(of, sets[REAL]) for row, of in sets.items() if row != REAL}
-            self.values = {row: found.value for row, found in self.found.items()}
+            self.distances = {
+                row: frechet_to_real(features, sets[REAL]) for row, features in sets.items() if row != REAL
+            }
+            self.values = {row: distance.value for row, distance in self.distances.items()}
         else:
             moments = {row: Moments.of(values) for row, values in rows.items()}
-            self.values = {row: frechet_distance(of, moments[REAL]) for row, of in moments.items() if row != REAL}
+            self.values = {row: frechet_distance(own, moments[REAL]) for row, own in moments.items() if row != REAL}
 
     def frechet(self, row: str) -> Estimate:
         return Estimate(self.values[row])
 
     def kernel(self, row: str) -> Estimate:
-        places = range(len(self.clips))
-        return self._kernel(self.by_clip[row], self.by_clip[REAL], places, places)
+        indices = range(len(self.clips))
+        return self._kernel(self.by_clip[row], self.by_clip[REAL], indices, indices)
 
     def infinity(self, row: str) -> Estimate:
-        found = self.found[row]
-        return Estimate(found.infinity, found.infinity - 1.96 * found.sd, found.infinity + 1.96 * found.sd)
+        distance = self.distances[row]
+        reach = 1.96 * distance.sd
+        return Estimate(distance.infinity, distance.infinity - reach, distance.infinity + reach)
 
     def difference(self, row: str, resamples: int) -> Estimate:
         if not self.many:
             return Estimate(self.values[row] - self.values[TRIP])
-        return paired_frechet_difference(self.found[row], self.found[TRIP], self.clusters, resamples)
+        return paired_frechet_difference(self.distances[row], self.distances[TRIP], self.clusters, resamples)
 
     def floor(self) -> tuple[Estimate, Estimate]:
         """Frechet and kernel distance of one half of the real clips to the other."""
@@ -160,23 +163,23 @@ class _Category:
         return Estimate(distance), self._kernel(real, real, *self.halves)
 
     def _kernel(
-        self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]], places: Sequence[int], others: Sequence[int]
+        self, one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]], indices: Sequence[int], others: Sequence[int]
     ) -> Estimate:
-        """The kernel distance of the clips at some places to those at others."""
+        """The kernel distance of the clips at some indices to those at others."""
         if self.framewise:
-            count = min(len(places), len(others))
-            x, y = np.stack([one[i] for i in places[:count]]), np.stack([other[i] for i in others[:count]])
-            x_clips, y_clips = ([self.clips[i] for i in of[:count]] for of in (places, others))
+            count = min(len(indices), len(others))
+            x, y = np.stack([one[i] for i in indices[:count]]), np.stack([other[i] for i in others[:count]])
+            x_clips, y_clips = ([self.clips[i] for i in group[:count]] for group in (indices, others))
             return Estimate(kernel_distance_of_frames(x, y, x_clips, y_clips))
         # In float64: the kernel distance of small features is near the rounding of float32.
-        x = np.concatenate([one[i] for i in places]).astype(np.float64)
+        x = np.concatenate([one[i] for i in indices]).astype(np.float64)
         y = np.concatenate([other[i] for i in others]).astype(np.float64)
-        x_clips, y_clips = ([self.clips[i] for i in of for _ in one[i]] for of in (places, others))
+        x_clips, y_clips = ([self.clips[i] for i in group for _ in one[i]] for group in (indices, others))
         return Estimate(kernel_distance(x, y, x_clips, y_clips))
 
 
 def _categories(items: Sequence[Item]) -> list[list[int]]:
-    """The places of the items of each category; of all where there are none."""
+    """The indices of the items of each category; of all where there are none."""
     names = dict.fromkeys(item.category for item in items)
     return [[i for i, item in enumerate(items) if item.category == name] for name in names]
 

@@ -143,11 +143,11 @@ def side_by_side(example: Example) -> Pixels:
     sides = lines * (height + strip), columns * width + (columns - 1) * gap
     canvas = Image.new("RGB", (_block(sides[1]), _block(sides[0])), PAPER)
     draw = ImageDraw.Draw(canvas)
-    places = [(i // columns * (height + strip), i % columns * (width + gap)) for i in range(len(clips))]
-    for (top, left), row in zip(places, clips, strict=True):
+    corners = [(i // columns * (height + strip), i % columns * (width + gap)) for i in range(len(clips))]
+    for (top, left), row in zip(corners, clips, strict=True):
         draw.text((left + 4, top + 2), _fitted(draw, _short(row), font, width - 8), colours[row], font=font)
     frames = np.repeat(np.asarray(canvas)[None], count, axis=0)
-    for (top, left), pixels in zip(places, clips.values(), strict=True):
+    for (top, left), pixels in zip(corners, clips.values(), strict=True):
         large = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
         frames[:, top + strip : top + strip + height, left : left + width] = large
     return frames

@@ -9,6 +9,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
@@ -22,8 +24,8 @@ from tasks.evaluate.report.figures import (
     side_by_side,
     strip_png,
 )
-from tasks.evaluate.report.tables import Table, all_tables
-from tasks.evaluate.systems import BASE
+from tasks.evaluate.report.tables import Table, all_tables, gate_table
+from tasks.evaluate.systems import BASE, CLOSED_FORM
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from trip_model.images import video_bytes
 
@@ -38,8 +40,8 @@ REPORT_STYLE = (
     f".gate{{font-weight:600;color:{ACCENT}}}.passed{{color:#15803d}}"
 )
 GUIDE = (
-    "Every row starts from the same photo and sentence. The real video is the aim; the frozen first frame is what a "
-    "method must beat by moving.",
+    "Every row starts from the same photo and sentence. The real video is the aim; the still is what a method must "
+    "beat by moving.",
     "Distances to the real clips: lower is nearer. The real row holds the distance of two halves of the real clips, "
     "not paired, at half the number. The other rows are paired with the real clips and may lie below it.",
     "Frame consistency is best where it is nearest to the real row, not where it is highest: a still clip scores 100.",
@@ -49,6 +51,13 @@ GUIDE = (
 BASE_GUIDE = (
     "The base, not trained, is what training started from. It is sampled as TRIP^-: the clean first frame before the "
     "noised ones, neither prior nor fusion. What training adds is the difference from this row, not from the still."
+)
+
+REFERENCES_GUIDE = (
+    "Closed form only: the shrunk prior is the predicted noise; neither the 3D-UNet nor the fusion is used. "
+    "The rows marked oracle know the true clip: it is encoded and decoded again, or it chooses one of a model's "
+    "samples (k is `samples` in the provenance). No model can be expected to reach them, and neither takes part in "
+    "the gate."
 )
 
 FOLDED = ("table_5", "table_6")  # the ablations repeat this run's rows of Table 1
@@ -74,6 +83,16 @@ def per_clip_parquet(summary: Summary) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def per_clip_npz(summary: Summary) -> bytes:
+    """Keys, source clips and `ROW/METRIC` [N] of every metric that is a mean or ratio over items, in one order."""
+    arrays: dict[str, Any] = {name: np.array([line[name] for line in summary.per_clip]) for name in ("key", "clip")}
+    for metric, by_row in summary.by_item.items():
+        arrays |= {f"{row}/{metric}": values for row, values in by_row.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
 def build(
     summary: Summary,
     gate: Gate,
@@ -84,6 +103,7 @@ def build(
 ) -> dict[str, bytes]:
     """All files for people, by their name in the report's folder; equal inputs give equal bytes, H.264 excepted."""
     files = {"per_clip.csv": per_clip_csv(summary), "per_clip.parquet": per_clip_parquet(summary)}
+    files["per_clip.npz"] = per_clip_npz(summary)
     for name, file in CURVE_FILES.items():
         if name in summary.curves:
             files[file] = curve_png(summary, extractors, name)
@@ -102,7 +122,9 @@ def build(
 
 
 def _guide(summary: Summary) -> tuple[str, ...]:
-    return (GUIDE[0], *([BASE_GUIDE] if BASE in summary.rows else []), *GUIDE[1:])
+    base = [BASE_GUIDE] if BASE in summary.rows else []
+    references = [REFERENCES_GUIDE] if CLOSED_FORM in summary.rows else []
+    return (GUIDE[0], *base, *references, *GUIDE[1:])
 
 
 def _verdict(gate: Gate) -> str:
@@ -126,6 +148,7 @@ def _markdown(tables: Sequence[Table], origin: Table, gate: Gate, summary: Summa
         "# Evaluation",
         f"**{_verdict(gate)}**",
         _bullets(gate.reasons),
+        gate_table(gate).markdown() if gate.rules else "",
         "## How to read it",
         _bullets(_guide(summary)),
     ]
@@ -176,12 +199,14 @@ def _page(
         picture(file, f"{curve_title(name)} of all rows") for name, file in CURVE_FILES.items() if file in files
     )
     strips = "".join(picture(f"strips/{e.key}.png", f"four frames each: {e.caption}") for e in examples)
+    rules = f"<div class=wide>{gate_table(gate).html()}</div>" if gate.rules else ""
     sections = "".join(section(table, name not in FOLDED) for name, table in tables.items())
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width,initial-scale=1"><title>TRIP evaluation</title>'
         f'<style>{REPORT_STYLE}</style><h1>Evaluation</h1><p class="gate{" passed" if gate.passed else ""}">'
-        f"{_verdict(gate)}</p>{items(gate.reasons)}<h2>How to read it</h2>{items(_guide(summary))}"
+        f"{_verdict(gate)}</p>{items(gate.reasons)}"
+        f"{rules}<h2>How to read it</h2>{items(_guide(summary))}"
         f"<h2>Clips, all methods in step</h2><div class=clips>{videos}</div>{sections}"
         f'<h2>Curves</h2><div class="clips strips">{curves}</div>'
         f'<h2>Frames</h2><div class="clips strips">{strips}</div>'

@@ -8,17 +8,21 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
-from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
+from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, REAL, ROUND_TRIP, TRIP
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate
 
 LABELS = {
-    FROZEN: "Frozen first frame",
+    FROZEN: "Prior only: a still",
     BASE: "Base, not trained",
+    CLOSED_FORM: "Closed form only, no network",
     TRIP: "TRIP (this run)",
+    BEST_OF: "TRIP, best of k (oracle)",
+    ROUND_TRIP: "Real video through the VAE (oracle)",
     REAL: "Real video",
     "champion": "Champion",
 }
@@ -46,6 +50,10 @@ _TITLES = {
     "clip_distance": ("Distance to the true clip (lower)", ".4f"),
     "clip_distance_minus_frozen": ("Distance minus that of frozen (below 0)", "+.4f"),
     "clip_distance_minus_base": ("Distance minus that of the base, not trained (below 0)", "+.4f"),
+    "energy_score": ("Energy score (lower)", ".4f"),
+    "energy_score_minus_frozen": ("Energy score minus that of frozen (below 0)", "+.4f"),
+    "energy_score_minus_base": ("Energy score minus that of the base, not trained (below 0)", "+.4f"),
+    "spread_ratio": ("Spread of samples to error (1 is best)", ".3f"),
     "first_frame_psnr_db": ("First-frame PSNR, dB (higher)", ".2f"),
     "first_frame_ssim": ("First-frame SSIM (higher)", ".4f"),
     "flicker_ratio": ("Flicker ratio to real (1 is best)", ".3f"),
@@ -114,8 +122,8 @@ class Table:
 def latex_text(text: str) -> str:
     """Plain text as LaTeX prints it, indices of the paper's names as indices."""
 
-    def indexed(found: re.Match[str]) -> str:
-        name, mark, index = found.groups()
+    def indexed(match: re.Match[str]) -> str:
+        name, mark, index = match.groups()
         return f"{name}${'_' if mark.endswith('_') else '^'}\\mathrm{{{index}}}$"
 
     return _INDEXED.sub(indexed, " ".join(text.split()).translate(_LATEX))
@@ -150,6 +158,19 @@ def consistency_extractor(extractors: Sequence[ExtractorInfo]) -> ExtractorInfo:
     return next(extractor for extractor in extractors if extractor.kind is MetricKind.CONSISTENCY)
 
 
+def gate_table(gate: Gate) -> Table:
+    """Every rule of the gate as it was applied."""
+    rows = [
+        [v.rule, "met" if v.passed else "not met", NOTHING if v.value is None else _gate_value(v.value), v.threshold]
+        for v in gate.rules
+    ]
+    return Table("Gate", ["Rule", "Verdict", "Value (95 % interval)", "Required"], rows)
+
+
+def _gate_value(value: Estimate) -> str:
+    return number(value, ".4g" if value.ci_low is not None else "g")
+
+
 def all_tables(summary: Summary, extractors: Sequence[ExtractorInfo], protocol: Protocol) -> dict[str, Table]:
     """Every table by the name of its file, those of the paper first."""
     return paper_tables(summary, extractors, protocol) | {
@@ -167,12 +188,12 @@ def paper_tables(summary: Summary, extractors: Sequence[ExtractorInfo], protocol
     """
     by_table = {n: [row for row in protocol.published if row.table == n] for n in PAPER_TABLES}
     whole = [row for row in by_table[1] if row.method == "TRIP"]  # the paper repeats it in its ablations
-    found = {}
+    tables = {}
     for n, published in by_table.items():
         if published:
             rows = [*published, *(whole if n in _ABLATIONS else ())]
-            found[f"table_{n}"] = _paper_table(n, rows, summary, extractors, protocol)
-    return found
+            tables[f"table_{n}"] = _paper_table(n, rows, summary, extractors, protocol)
+    return tables
 
 
 def _paper_table(
@@ -218,12 +239,12 @@ def _in_column(summary: Summary, extractors: Sequence[ExtractorInfo], row: str, 
     kind, slash, which = metric.partition("/")
     by_feature = {extractor.features[0]: extractor for extractor in extractors}
     extractor = next((by_feature[name] for name in _IN_COLUMN.get(kind, ()) if name in by_feature), None)
-    found = summary.metrics[row].get(extractor.metric + slash + which) if extractor else None
-    if extractor is None or found is None:
+    estimate = summary.metrics[row].get(extractor.metric + slash + which) if extractor else None
+    if extractor is None or estimate is None:
         return NOTHING
     remarks = [] if extractor.official else [f"{extractor.metric}, {NOT_COMPARABLE}"]
     remarks += [FLOOR] if row == REAL and not slash else []
-    return _with(number(found, _digits(extractor.metric, extractors)), remarks)
+    return _with(number(estimate, _digits(extractor.metric, extractors)), remarks)
 
 
 def _published(value: float | None, metric: str) -> str:
@@ -267,8 +288,8 @@ def limit_table(summary: Summary, extractors: Sequence[ExtractorInfo]) -> Table:
     others = [row for row in summary.rows if row != REAL]
     rows = []
     for metric in dict.fromkeys([*summary.floors, *_all_metrics(summary.infinity)]):
-        found = [summary.floors.get(metric), *(summary.infinity.get(row, {}).get(metric) for row in others)]
-        cells = [_with(number(value, _digits(metric, extractors)), _remarks(metric, extractors)) for value in found]
+        estimates = [summary.floors.get(metric), *(summary.infinity.get(row, {}).get(metric) for row in others)]
+        cells = [_with(number(value, _digits(metric, extractors)), _remarks(metric, extractors)) for value in estimates]
         rows.append([_title(metric, extractors), *cells])
     header = [
         "Distance",
@@ -290,8 +311,10 @@ def count_table(summary: Summary) -> Table:
     rows = [["items asked", str(counts["asked"])], ["items judged", str(counts["items"])]]
     rows.append(["unique clips, the N of all intervals", str(counts["clips"])])
     rows += [[f"unique clips of {name}", str(count)] for name, count in counts["clips_by_category"].items()]
-    left_out = [(name, reason, count) for name, of in counts["excluded"].items() for reason, count in of.items()]
-    rows += [[f"left out of all rows: {name} lacks ({reason})", str(count)] for name, reason, count in left_out]
+    left_out = [
+        (name, reason, count) for name, reasons in counts["excluded"].items() for reason, count in reasons.items()
+    ]
+    rows += [[f"left out reasons all rows: {name} lacks ({reason})", str(count)] for name, reason, count in left_out]
     return Table("Counts", ["What", "Number"], rows if left_out else [*rows, ["left out", "0"]])
 
 
