@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,11 @@ from infra import storage
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, SCORES
 from tasks.evaluate.generate import load_arrays, save_arrays
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, published_rows
-from tasks.evaluate.report.page import REPORT_STYLE
 from tasks.evaluate.report.tables import Table, number
 from tasks.evaluation_record import EvaluationRecord, read_evaluation
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.statistics import LEVEL, Estimate, holm, mean_over_clips, p_value, student_quantile
+from tasks.pages import render
 from tasks.records import UserError
 
 SCHEMA_VERSION = 1
@@ -396,14 +395,7 @@ def write(
     for table in [*shown, origin]:
         parts += [f"## {table.title}", "", table.markdown(), ""]
     parts += ["## How to read it", "", *(f"- {note}" for note in notes)]
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts(comparison))
-    body = "".join(f"<h2>{html.escape(t.title)}</h2><div class=wide>{t.html()}</div>" for t in [*shown, origin])
-    hints = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>TRIP ablation</title>'
-        f"<style>{REPORT_STYLE}</style><h1>Ablation</h1><ul>{items}</ul>{body}"
-        f"<h2>How to read it</h2><ul>{hints}</ul></html>\n"
-    )
+    page = render("ablation.html", verdicts=verdicts(comparison), tables=[*shown, origin], notes=notes)
     addresses = {ending: storage.join(output, f"ablation.{ending}") for ending in ("md", "html", "json", "npz")}
     save_arrays(addresses["npz"], dict(arrays or {}))
     storage.write_bytes(addresses["md"], ("\n".join(parts) + "\n").encode())

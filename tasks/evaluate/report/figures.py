@@ -16,10 +16,10 @@ from tasks.evaluate.report.aggregate import Summary
 from tasks.evaluate.report.tables import consistency_extractor, label
 from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo
+from tasks.pages import ACCENT, BLUE, INK, PAPER
 
 STRIP_FRAMES = 4
-INK, PAPER, ACCENT = "#1c1c1e", "#ffffff", "#c2410c"
-COLOURS = {FROZEN: "#8e8e93", TRIP: ACCENT, REAL: "#1d4ed8"}
+COLOURS = {FROZEN: "#8e8e93", TRIP: ACCENT, REAL: BLUE}
 OTHER_COLOURS = ("#0f766e", "#7c3aed", "#a16207", "#be185d")
 
 Pixels = NDArray[np.uint8]

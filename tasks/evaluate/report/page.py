@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +13,7 @@ from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
 from tasks.evaluate.report.figures import (
-    ACCENT,
     CURVE_FILES,
-    INK,
     Example,
     curve_png,
     curve_title,
@@ -27,18 +23,9 @@ from tasks.evaluate.report.figures import (
 from tasks.evaluate.report.tables import Table, all_tables, gate_table
 from tasks.evaluate.systems import BASE, CLOSED_FORM
 from tasks.metrics.extractors.extractor import ExtractorInfo
+from tasks.pages import data_url, render
 from trip_model.images import video_bytes
 
-REPORT_STYLE = (
-    f"body{{font:16px/1.5 system-ui,sans-serif;color:{INK};max-width:1200px;margin:2rem auto;padding:0 1rem}}"
-    "table{border-collapse:collapse;font-size:14px}th,td{padding:.4rem .7rem;border-bottom:1px solid #ddd;"
-    "text-align:left;vertical-align:top}td:first-child,th:first-child{position:sticky;left:0;background:#fff;"
-    "min-width:8rem;max-width:11rem;overflow-wrap:anywhere}small{color:#6b6b70}.wide{overflow-x:auto}img,video{max-width:100%}"
-    ".clips{display:grid;gap:1.5rem 1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}"
-    ".strips{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}figure{margin:0}"
-    "summary{font-size:1.3em;font-weight:600;margin:1rem 0;cursor:pointer}"
-    f".gate{{font-weight:600;color:{ACCENT}}}.passed{{color:#15803d}}"
-)
 GUIDE = (
     "Every row starts from the same photo and sentence. The real video is the aim; the still is what a method must "
     "beat by moving.",
@@ -171,44 +158,30 @@ def _page(
     examples: Sequence[Example],
     files: Mapping[str, bytes],
 ) -> str:
-    """One file that opens anywhere: every picture and video lies inside it, nothing is fetched.
+    """Returns one file that opens anywhere: it contains every picture and video and loads nothing.
 
-    The methods' clips stand in one video, so no browser can let them drift apart.
+    The methods' clips are one video, so that they stay in step.
     """
-
-    def data(name: str, kind: str) -> str:
-        return f"data:{kind};base64,{base64.b64encode(files[name]).decode()}"
-
-    def items(lines: Sequence[str]) -> str:
-        return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
-
-    def picture(name: str, title: str) -> str:
-        return f'<figure><img loading="lazy" alt="{html.escape(title)}" src="{data(name, "image/png")}"></figure>'
-
-    def section(table: Table, opened: bool) -> str:
-        state = " open" if opened else ""
-        title = f"<summary>{html.escape(table.title)}</summary>"
-        return f"<details{state}>{title}<div class=wide>{table.html()}</div></details>"
-
-    videos = "".join(
-        f'<figure><video src="{data(f"videos/{e.key}.mp4", "video/mp4")}" autoplay loop muted playsinline '
-        f"controls></video><figcaption>{html.escape(e.caption)}</figcaption></figure>"
-        for e in examples
-    )
-    curves = "".join(
-        picture(file, f"{curve_title(name)} of all rows") for name, file in CURVE_FILES.items() if file in files
-    )
-    strips = "".join(picture(f"strips/{e.key}.png", f"four frames each: {e.caption}") for e in examples)
-    rules = f"<div class=wide>{gate_table(gate).html()}</div>" if gate.rules else ""
-    sections = "".join(section(table, name not in FOLDED) for name, table in tables.items())
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width,initial-scale=1"><title>TRIP evaluation</title>'
-        f'<style>{REPORT_STYLE}</style><h1>Evaluation</h1><p class="gate{" passed" if gate.passed else ""}">'
-        f"{_verdict(gate)}</p>{items(gate.reasons)}"
-        f"{rules}<h2>How to read it</h2>{items(_guide(summary))}"
-        f"<h2>Clips, all methods in step</h2><div class=clips>{videos}</div>{sections}"
-        f'<h2>Curves</h2><div class="clips strips">{curves}</div>'
-        f'<h2>Frames</h2><div class="clips strips">{strips}</div>'
-        f"<h2>What was measured</h2>{items(summary.notes)}{section(origin, False)}</html>\n"
+    return render(
+        "evaluation.html",
+        gate=gate,
+        verdict=_verdict(gate),
+        rules=gate_table(gate) if gate.rules else None,
+        guide=_guide(summary),
+        clips=[
+            {
+                "caption": example.caption,
+                "video": data_url(files[f"videos/{example.key}.mp4"], "video/mp4"),
+                "strip": data_url(files[f"strips/{example.key}.png"], "image/png"),
+            }
+            for example in examples
+        ],
+        tables=[(table, name not in FOLDED) for name, table in tables.items()],
+        curves=[
+            {"title": curve_title(name), "address": data_url(files[file], "image/png")}
+            for name, file in CURVE_FILES.items()
+            if file in files
+        ],
+        notes=summary.notes,
+        provenance=origin,
     )

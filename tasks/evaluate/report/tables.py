@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,16 +86,6 @@ class Table:
         escaped = ((cell.replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines)
         table = "\n".join("| " + " | ".join(line) + " |" for line in escaped)
         return "\n\n".join([table, *self.notes])
-
-    def html(self) -> str:
-        def cell(text: str) -> str:
-            value, _, remark = html.escape(text).partition("\n")
-            return value + (f"<br><small>{remark}</small>" if remark else "")
-
-        head = "".join(f"<th>{cell(text)}</th>" for text in self.header)
-        body = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in self.rows)
-        notes = "".join(f"<p><small>{html.escape(note)}</small></p>" for note in self.notes)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
     def latex(self) -> str:
         r"""A fragment to `\input` where `booktabs` is loaded."""
@@ -314,7 +303,7 @@ def count_table(summary: Summary) -> Table:
     left_out = [
         (name, reason, count) for name, reasons in counts["excluded"].items() for reason, count in reasons.items()
     ]
-    rows += [[f"left out reasons all rows: {name} lacks ({reason})", str(count)] for name, reason, count in left_out]
+    rows += [[f"left out of all rows: {name} lacks ({reason})", str(count)] for name, reason, count in left_out]
     return Table("Counts", ["What", "Number"], rows if left_out else [*rows, ["left out", "0"]])
 
 
