@@ -144,7 +144,7 @@ def test_a_pickle_inside_an_array_is_not_opened(tmp_path: Path) -> None:
     np.lib.format.write_array(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(pytest.fail.Exception):
         np.load(io.BytesIO(buffer.getvalue()), allow_pickle=True)  # the bomb is live
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="an array of Python objects"):
         shards.decode_field("latents", buffer.getvalue())
 
 
