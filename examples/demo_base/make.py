@@ -300,7 +300,7 @@ def load_training_clips(out: Path, scenes: range) -> tuple[torch.Tensor, list[st
     vae_sha256 = hashlib.sha256((out / "vae" / VAE_WEIGHTS).read_bytes()).hexdigest()
     file = training_folder(out) / f"clips-{scenes.start}-{scenes.stop}-{scenes.step}-{vae_sha256[:12]}.pt"
     if file.is_file():
-        saved = torch.load(file)
+        saved = torch.load(file, weights_only=True)
         return saved["latents"], saved["captions"]
     vae, start = load_vae(out), time.time()
     latents, captions = [], []
