@@ -386,7 +386,7 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     command = {"steps": steps, "clips": clips, "seed": seed, "batch": batch, "go_on": go_on, "world": world}
     state_file = training_folder(out) / "denoiser.pt"
-    state = torch.load(state_file) if state_file.is_file() else None
+    state = torch.load(state_file, weights_only=True) if state_file.is_file() else None
     if state is not None and state["command"] != command:
         raise SystemExit(
             f"{state_file} holds step {state['step']} of the training {state['command']}, this one is {command};"
