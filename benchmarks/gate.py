@@ -126,6 +126,7 @@ def run(random: np.random.Generator, correlation: float, clips: int, systems: Se
             Evidence(
                 clips,
                 ratio_of_sums(model.values[MAGNITUDE], moved, names, RESAMPLES),
+                champion.still_clips(model.values[MAGNITUDE], moved, names),
                 ENERGY_SCORE,
                 mean_over_clips(minus, names, RESAMPLES),
                 (against,),

@@ -122,6 +122,7 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "evaluate.gate.least_clips": Ours("the gate of a promotion (docs/decisions/gate.md)"),
     "evaluate.gate.least_motion_ratio": Ours("half of the real motion, by the whole interval"),
     "evaluate.gate.most_motion_ratio": Ours("twice the real motion, by the whole interval"),
+    "evaluate.gate.most_still_clips": Ours("share of clips with less than a tenth of the real motion"),
     "evaluate.gate.champion_margin": Ours("share of the champion's gain that may be lost"),
     "evaluate.judges": Silent("FVD with I3D, FID, CLIP ViT-L/14 (4.1); their weights are files that you give"),
     "evaluate.bootstrap": Ours("intervals; the paper gives none"),

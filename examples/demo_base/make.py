@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -375,16 +376,19 @@ class Denoiser(torch.nn.Module):
         return drop_condition_slot(self.unet(unet_input(z_t, z_first, "head"), t, text), "head")
 
 
-def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool) -> None:
-    """Trains text encoder and 3D-UNet on velocity with the paper's schedule and a text dropout of 0.1.
+def make_denoiser(
+    out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool, target: str, first_frame_share: float
+) -> None:
+    """Trains text encoder and 3D-UNet on velocity or noise with the paper's schedule and a text dropout of 0.1.
 
-    In FIRST_FRAME_SHARE of the steps the clean first frame precedes the noised ones (Figure 1 (a), without prior
+    In `first_frame_share` of the steps the clean first frame precedes the noised ones (Figure 1 (a), without prior
     or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
     and gradients are averaged. `go_on` continues from the pair in `out` at half the rates. A training that was stopped
     resumes from its last hundred steps when the same command is given again.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     command = {"steps": steps, "clips": clips, "seed": seed, "batch": batch, "go_on": go_on, "world": world}
+    command |= {"target": target, "first_frame_share": first_frame_share}
     state_file = training_folder(out) / "denoiser.pt"
     state = torch.load(state_file, weights_only=True) if state_file.is_file() else None
     if state is not None and state["command"] != command:
@@ -417,7 +421,7 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
     if rank == 0:
         print("unet and text encoder: M parameters", [sum(p.numel() for p in m.parameters()) / 1e6 for m, _ in groups])
     scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, prediction_type="v_prediction",
+        beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, prediction_type=target,
         timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0,
     )  # fmt: skip
     alphas = scheduler.alphas_cumprod
@@ -446,8 +450,9 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
         tokens = torch.where((torch.rand(batch, generator=draw) < 0.1)[:, None], empty_ids, token_ids[pick])
         same_everywhere = addressed_generator("base first frame", seed, step)
-        with_first = bool(torch.rand((), generator=same_everywhere) < FIRST_FRAME_SHARE)
-        loss = F.mse_loss(model(a * z0 + s * noise, z0[:, :, :1], t, tokens, with_first), a * noise - s * z0)
+        with_first = bool(torch.rand((), generator=same_everywhere) < first_frame_share)
+        goal = noise if target == "epsilon" else a * noise - s * z0
+        loss = F.mse_loss(model(a * z0 + s * noise, z0[:, :, :1], t, tokens, with_first), goal)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -474,7 +479,8 @@ def make_denoiser(out: Path, steps: int, clips: int, seed: int, batch: int, go_o
             saved.text.half().save_pretrained(out / "text_encoder", safe_serialization=True)
             scheduler.save_pretrained(out / "scheduler")
             _forget_origin(out / "unet")
-            _score(out, "denoiser_velocity_loss", round(float(np.mean(trail[-500:])), 5))
+            loss_name = "denoiser_noise_loss" if target == "epsilon" else "denoiser_velocity_loss"
+            _score(out, loss_name, round(float(np.mean(trail[-500:])), 5))
     if rank == 0:
         state_file.unlink(missing_ok=True)
 
@@ -515,8 +521,14 @@ if __name__ == "__main__":
     parser.add_argument("--go-on", action="store_true", help="train the denoiser in --out further")
     parser.add_argument("--batch", type=int, default=4, help="of each process")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", choices=["v_prediction", "epsilon"], default="v_prediction")
+    parser.add_argument("--first-frame-share", type=float, default=FIRST_FRAME_SHARE, help="0: text-to-video only")
+    parser.add_argument("--parts-of", type=Path, help="take tokenizer and VAE from this base")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.parts_of is not None:
+        for part in ("tokenizer", "vae"):
+            shutil.copytree(args.parts_of / part, args.out / part, dirs_exist_ok=True)
     if args.only in (None, "tokenizer"):
         make_tokenizer(args.out)
     if args.only in (None, "vae"):
@@ -524,6 +536,8 @@ if __name__ == "__main__":
     if args.only in (None, "decoder"):
         steady_decoder(args.out, args.decoder_steps, args.seed, args.steadiness)
     if args.only in (None, "denoiser"):
-        make_denoiser(args.out, args.steps, args.clips, args.seed, args.batch, args.go_on)
+        make_denoiser(
+            args.out, args.steps, args.clips, args.seed, args.batch, args.go_on, args.target, args.first_frame_share
+        )
     if args.only in (None, "preview"):
         preview(args.out)

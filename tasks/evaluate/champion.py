@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, SCORES, Against
+from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, SCORES, STILL_MOTION, Against
 from tasks.evaluate.protocol.protocol import Item
 from tasks.evaluation_record import read_evaluation
-from tasks.metrics.statistics import Estimate, function_of_sums, ratio_of_sums
+from tasks.metrics.statistics import Estimate, function_of_sums, ratio_of_sums, share_of
 
 BEST_FILE = "best.npz"
 MAGNITUDE = "magnitude"
@@ -78,6 +78,22 @@ def compare(
 
         motion_error = function_of_sums(moving, error, clips)
     return Against(name, lost_gain, motion_error, sets or {})
+
+
+def still_clips(magnitude: Values, real_magnitude: Values, clips: Sequence[str]) -> Estimate | None:
+    """The share of moving clips that stand still in the model's version; None where no real clip moves.
+
+    Args:
+        magnitude: the model's motion magnitude by item.
+        real_magnitude: the same of the real clips.
+        clips: the source clip of each item; several items of one clip count as one.
+    """
+    moves = real_magnitude > 0
+    if not moves.any():
+        return None
+    still = magnitude[moves] < STILL_MOTION * real_magnitude[moves]
+    names, index = np.unique(np.asarray(clips)[moves], return_inverse=True)
+    return share_of(float((np.bincount(index, still) / np.bincount(index)).sum()), len(names))
 
 
 def value_of(measure: Measure, model: PerClip, real_magnitude: Values, score: str) -> float | None:

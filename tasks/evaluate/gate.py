@@ -9,6 +9,7 @@ from tasks.evaluation_record import Gate, Verdict
 from tasks.metrics.statistics import Estimate
 
 ENERGY_SCORE, CLIP_DISTANCE = "energy_score", "clip_distance"
+STILL_MOTION = 0.1  # a clip with less of its real clip's motion stands still
 SCORES = {
     ENERGY_SCORE: "energy score",
     CLIP_DISTANCE: "distance to the true clip",
@@ -20,16 +21,19 @@ class GateRule:
     """The thresholds of the gate. An interval passes a threshold if all of it does.
 
     Args:
-        least_clips: unique held-out clips.
+        least_clips: unique held-out clips; of fewer, not even one without a still clip shows a share below a tenth.
         least_motion_ratio, most_motion_ratio: motion relative to the real clips; from half of it to twice as much.
+        most_still_clips: the share of clips that may stand still; a clip does if it has less than `STILL_MOTION` of its
+            real clip's motion.
         champion_margin: of the champion's gain over the still, the share that a model may lose; and by how much the
             logarithm of its motion ratio may be further from 0. The same margin holds against the best champion so far,
             so a series of small losses does not add up.
     """
 
-    least_clips: int = 32
+    least_clips: int = 35
     least_motion_ratio: float = 0.5
     most_motion_ratio: float = 2.0
+    most_still_clips: float = 0.1
     champion_margin: float = 0.1
 
 
@@ -58,6 +62,7 @@ class Evidence:
     Attributes:
         clips: unique clips.
         motion_ratio: of the model; None if the real clips do not move.
+        still_clips: the share of the model's clips that stand still; None if the real clips do not move.
         score: the name of the metric that decides, one of `SCORES`.
         score_minus_still: the model's score minus that of the still, paired by clip; None if it was not measured.
         champions: the comparisons with the champion and with the best champion so far, where there are any.
@@ -65,6 +70,7 @@ class Evidence:
 
     clips: int
     motion_ratio: Estimate | None
+    still_clips: Estimate | None
     score: str
     score_minus_still: Estimate | None
     champions: tuple[Against, ...] = ()
@@ -73,9 +79,9 @@ class Evidence:
 def gate(evidence: Evidence, rule: GateRule | None = None) -> Gate:
     """Applies every rule; a rule whose value has no interval is not met.
 
-    A model passes if enough clips were measured, its motion ratio lies in bounds, it is better than the still by a
-    score that a perfect model wins, and it is not worse than the champion, or the best champion so far, by more than
-    the margin.
+    A model passes if enough clips were measured, its motion ratio lies in bounds, few clips stand still, it is better
+    than the still by a score that a perfect model wins, and it is not worse than the champion, or the best champion so
+    far, by more than the margin.
 
     Args:
         evidence: the values.
@@ -90,7 +96,7 @@ def gate(evidence: Evidence, rule: GateRule | None = None) -> Gate:
             evidence.clips >= rule.least_clips,
             f"{evidence.clips} held-out clips, at least {rule.least_clips} are needed to say anything",
         ),
-        _motion(evidence.motion_ratio, rule),
+        *_motion(evidence.motion_ratio, evidence.still_clips, rule),
         _better_than_still(evidence),
     ]
     for against in evidence.champions:
@@ -106,15 +112,25 @@ def _interval(estimate: Estimate, digits: str) -> str:
     return f"{estimate.value:{digits}} ({estimate.ci_low:{digits}} to {estimate.ci_high:{digits}})"
 
 
-def _motion(ratio: Estimate | None, rule: GateRule) -> Verdict:
-    low, high = rule.least_motion_ratio, rule.most_motion_ratio
+def _motion(ratio: Estimate | None, still_clips: Estimate | None, rule: GateRule) -> list[Verdict]:
+    low, high, most = rule.least_motion_ratio, rule.most_motion_ratio, rule.most_still_clips
     title, threshold = "motion relative to the real clips", f"{low:g} to {high:g}, by the whole interval"
-    if ratio is None:
+    if ratio is None or still_clips is None:
         missing = "the real clips do not move, so there is no motion ratio"
-        return Verdict(title, None, threshold, False, missing)
+        return [Verdict(title, None, threshold, False, missing)]
     inside = ratio.ci_low is not None and ratio.ci_high is not None and low <= ratio.ci_low <= ratio.ci_high <= high
     reason = f"motion ratio {_interval(ratio, '.3g')}, expected all of the interval in {low:g} to {high:g}"
-    return Verdict(title, ratio, threshold, inside, reason)
+    few = still_clips.ci_high is not None and still_clips.ci_high < most
+    too_many = (
+        f"not shown that few clips stand still: the share is {_interval(still_clips, '.3f')}, expected all of the"
+        f" interval below {most:g}"
+    )
+    return [
+        Verdict(title, ratio, threshold, inside, reason),
+        Verdict(
+            "share of clips that stand still", still_clips, f"below {most:g}, by the whole interval", few, too_many
+        ),
+    ]
 
 
 def _better_than_still(evidence: Evidence) -> Verdict:

@@ -207,10 +207,12 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         )
         best, champions = _champions(spec, summary, items, identity["model_sha256"], deterministic, extractors)
         trip_row, score = summary.metrics[TRIP], CLIP_DISTANCE if deterministic else ENERGY_SCORE
+        moved = summary.by_item["motion_ratio"]
         verdict = gate(
             Evidence(
                 summary.clips,
                 trip_row.get("motion_ratio"),
+                champion.still_clips(moved[TRIP], moved[REAL], [item.clip for item in items]),
                 score,
                 trip_row.get(f"{score}_minus_{FROZEN}"),
                 champions,

@@ -127,6 +127,22 @@ def function_of_sums(
     return Estimate(value, value - reach, value + reach)
 
 
+def share_of(hits: float, count: int, level: float = LEVEL) -> Estimate:
+    """A share with Wilson's score interval (1927), which has an end above 0 where nothing was hit.
+
+    Args:
+        hits: the sum of the shares, 0 to `count`; whole where every source clip has one item.
+        count: independent trials, the source clips; at least 1.
+        level: of the interval.
+    """
+    if not 0 <= hits <= count or count < 1:
+        raise ValueError(f"{hits} hits of {count}, expected a count of at least 1 and hits in 0 to the count")
+    share, z2 = hits / count, NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
+    return Estimate(share, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
 def p_value(interval: Callable[[float], Estimate]) -> float:
     """The two-sided p of "the true value is 0": 1 minus the highest level at which the interval leaves out 0.
 

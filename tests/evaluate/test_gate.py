@@ -19,7 +19,7 @@ from tasks.metrics.energy import distances_to_truth, energy_score, spread
 from tasks.metrics.pixels import clip_distance, motion_magnitude
 from tasks.metrics.statistics import Estimate
 
-GOOD = Evidence(32, Estimate(0.9, 0.8, 1.0), ENERGY_SCORE, Estimate(-0.05, -0.07, -0.02))
+GOOD = Evidence(35, Estimate(0.9, 0.8, 1.0), Estimate(0.0, 0.0, 0.099), ENERGY_SCORE, Estimate(-0.05, -0.07, -0.02))
 ITEMS = [Item(f"clip{i}_000", f"clip{i}", i, "a", i) for i in range(40)]
 
 
@@ -34,18 +34,19 @@ def test_a_model_passes_and_every_rule_names_its_value_and_threshold() -> None:
     assert reasons() == ()
     rows = gate_table(gate(GOOD)).rows
     assert rows[1] == ["motion relative to the real clips", "met", "0.9 (0.8 to 1)", "0.5 to 2, by the whole interval"]
-    assert [row[1] for row in rows] == ["met"] * 3
+    assert [row[1] for row in rows] == ["met"] * 4
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"clips": 31}, "31 held-out clips"),
+        ({"clips": 34}, "34 held-out clips"),
         ({"motion_ratio": None}, "real clips do not move"),
         # The value is in bounds, the interval is not.
         ({"motion_ratio": Estimate(0.6, 0.49, 0.7)}, "motion ratio 0.6 (0.49 to 0.7)"),
         ({"motion_ratio": Estimate(1.9, 1.8, 2.01)}, "motion ratio 1.9"),
         ({"motion_ratio": Estimate(0.9)}, "without an interval"),
+        ({"still_clips": Estimate(0.025, 0.004, 0.13)}, "few clips stand still: the share is 0.025 (0.004 to 0.130)"),
         ({"score_minus_still": Estimate(-0.02, -0.04, 0.001)}, "energy score minus that of the still is -0.0200"),
         ({"score_minus_still": Estimate(-0.02)}, "without an interval"),
         ({"score_minus_still": None}, "samples of at least 2"),
@@ -115,6 +116,17 @@ def test_motion_is_compared_by_its_logarithm_on_either_side_of_1() -> None:
         assert against.motion_error is not None and against.motion_error.value == pytest.approx(expected)
     frozen = champion.compare("it", model("a", 0.4, 0.0), still, still, real, CLIP_DISTANCE, ITEMS, 200)
     assert frozen.motion_error is None and frozen.lost_gain is None
+
+
+def test_a_clip_stands_still_below_a_tenth_of_its_real_motion_and_windows_of_a_clip_count_once() -> None:
+    real = np.array([1.0, 1.0, 0.0, 2.0, 2.0])
+    made = np.array([0.09, 0.2, 0.0, 0.1, 0.1])
+    found = champion.still_clips(made, real, ["a", "a", "b", "c", "c"])  # b does not move in truth
+    assert found is not None and found.value == pytest.approx((0.5 + 1) / 2)
+    assert champion.still_clips(made, np.zeros(5), ["a"] * 5) is None
+    none_of = [champion.still_clips(np.ones(n), np.ones(n), [str(i) for i in range(n)]) for n in (34, 35)]
+    assert none_of[0] is not None and none_of[0].ci_high is not None and none_of[0].ci_high > 0.1
+    assert none_of[1] is not None and none_of[1].ci_high is not None and none_of[1].ci_high < 0.1
 
 
 def test_the_energy_score_is_unbiased_and_least_for_the_true_distribution() -> None:
