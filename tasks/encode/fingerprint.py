@@ -9,6 +9,7 @@ from tasks.encode.spec import PrepareSpec
 from tasks.ingest.sources import source_identity
 from tasks.records import UserError
 from tasks.shards import SCHEMA_VERSION
+from tasks.video.decode import DECODE_VERSION
 from tasks.video.decode_pool import check_decoding
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
@@ -27,6 +28,7 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
     tracks = {"clip": spec.clip, "longest_track": spec.longest_track}
     return {
         "schema_version": SCHEMA_VERSION,
+        "decode_version": DECODE_VERSION,
         **source_identity(spec.source),
         "num_frames": spec.num_frames,
         "fps": spec.fps,

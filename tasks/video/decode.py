@@ -26,8 +26,9 @@ from tasks.video.selective_decode import can_skip_frames, frames_of_spans, selec
 from tasks.video.streams import alpha_decoder, decoded_frames, deinterlaced, has_display_stamps, main_stream
 from trip_model.config import Fit
 
-# In the meta of samples whose pixels or times version 1 decoded otherwise: colour, fields, alpha, stream or stamps.
-VERSION = 2
+# Of the pixels and times that a file gives; in the fingerprint of a data set and in the meta of its samples. 2: colour,
+# fields, alpha, streams and stamps. 3: exact conversion to RGB at even widths.
+DECODE_VERSION = 3
 # Containers that hold their own frames. A playlist would make the decoder open the addresses it lists.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif,mxf"
 SPAN_TOLERANCE = 0.0005  # seconds; stamps of tables are rounded to milliseconds
@@ -267,6 +268,7 @@ def _open(source: bytes | str | Path) -> Iterator[tuple[InputContainer, VideoStr
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = 1  # automatic threads under many workers can deadlock
         info = {
+            "decode_version": DECODE_VERSION,
             "codec": stream.codec_context.name,
             "container": container.format.name,
             "average_fps": float(stream.average_rate or 0),
@@ -277,8 +279,6 @@ def _open(source: bytes | str | Path) -> Iterator[tuple[InputContainer, VideoStr
             info["duration_seconds"] = round(container.duration / av.time_base, 3)
         if len(container.streams.video) > 1:
             info["video_stream"] = container.streams.video.index(stream)
-        if alpha_decoder(stream) is not None or not has_display_stamps(container):
-            info["decode_version"] = VERSION
         yield container, stream, info
 
 
@@ -367,9 +367,6 @@ def _complete(
     info |= {"corrupt_frames": grid.corrupt, "backward_stamps": grid.backward, "start_seconds": start_seconds}
     if grid.deinterlaced:
         info["deinterlaced_frames"] = grid.deinterlaced
-    guessed = "matrix" in info.get("assumed", ()) and info["matrix"] != "smpte170m"
-    if grid.deinterlaced or guessed or "colour_conversion" in info or info.get("video_stream"):
-        info["decode_version"] = VERSION
     if broken:
         info["broken"] = broken
 

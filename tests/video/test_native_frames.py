@@ -64,7 +64,7 @@ def test_a_squashed_frame_is_the_entire_frame_rescaled(container: str, codec: st
             size,
             size,
             "rgb24",
-            interpolation=Interpolation.BICUBIC,
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
             src_color_range=full if codec == "gif" else ColorRange.MPEG,
             dst_color_range=full,
             threads=1,

@@ -75,7 +75,6 @@ def test_b_frames_are_displayed_in_order(container: str, codec: str, options: di
     np.testing.assert_allclose(levels, LEVELS[expected], atol=5)
     np.testing.assert_allclose(clip.times, expected / 24, atol=0.002)
     assert clip.info["backward_stamps"] == 0
-    assert ("decode_version" in clip.info) == (container == "avi")
 
 
 def test_the_default_stream_is_taken_and_covers_and_single_frames_are_not() -> None:
@@ -83,7 +82,6 @@ def test_the_default_stream_is_taken_and_covers_and_single_frames_are_not() -> N
     for default, expected in ((1, 1), (0, 0)):
         clip = read_clip(written([small, large], default=default), 8, 6.0, 32)
         assert clip.info["video_stream"] == expected, default
-        assert (clip.info["decode_version"] if expected else "none") == (2 if expected else "none")
     for first in (plain([7], (128, 128)), plain([7], (32, 32))):  # a track of one frame, default or larger
         clip = read_clip(written([first, large], default=0), 8, 6.0, 32)
         assert clip.info["video_stream"] == 1
@@ -114,7 +112,7 @@ def test_the_alpha_layer_of_webm_is_composited_on_white(codec: str) -> None:
     data = written([picture], "webm", codec, "yuva420p", metadata={"alpha_mode": "1"}, **options)
     clip = read_clip(data, 4, 5.0, 32)
     assert clip.pixels[:, 16, 6].min() > 245 and np.abs(clip.pixels[0, 16, 26].astype(int) - [200, 0, 0]).max() <= 8
-    assert clip.info["pixel_format"] == "yuva420p" and clip.info["decode_version"] == 2
+    assert clip.info["pixel_format"] == "yuva420p"
     np.testing.assert_allclose(clip.times, [0, 4 / 24, 9 / 24, 14 / 24], atol=0.002)
 
 
@@ -155,11 +153,11 @@ def test_interlaced_frames_are_deinterlaced_and_counted(container: str, codec: s
         raw = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0) if frame.interlaced_frame]
     assert len(raw) == 32 and combing(raw[8]) > 20
     assert max(combing(frame) for frame in clip.pixels) < 5
-    assert clip.info["deinterlaced_frames"] >= 20 and clip.info["decode_version"] == 2
+    assert clip.info["deinterlaced_frames"] >= 20
     np.testing.assert_allclose(clip.times, np.arange(0, 24, 4) / 24, atol=0.003)
 
 
 def test_progressive_frames_are_left_alone() -> None:
     data = written([plain()])
     [clip] = read_windows(data, 8, 6.0, 32)
-    assert "deinterlaced_frames" not in clip.info and "decode_version" not in clip.info
+    assert "deinterlaced_frames" not in clip.info
