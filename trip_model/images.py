@@ -11,6 +11,7 @@ import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -20,30 +21,74 @@ from trip_model.request_limits import MAX_ASPECT, MAX_PHOTO_PIXELS, readable_for
 # Pillow's names of the formats that `load_image` reads. Never EPS: Pillow opens it by running Ghostscript.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 FRAME_NAME = "{:03d}.png"
+PhotoSource = bytes | str | Path | Image.Image | np.ndarray
+PhotoFit = Literal["crop", "pad"]  # crop: cover the frame. pad: lie in it as a whole
 
 
 def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Returns how to resize the shorter side to `size` and crop the centre: (new width, new height, left, top)."""
-    scale = size / min(width, height)
-    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
-    return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
+    return crop_box(width, height, (size, size))
 
 
-def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """Reads a photo as uint8 [size, size, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
+def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns how to cover (height, width) and crop the centre: (new width, new height, left, top)."""
+    scale = max(size[0] / height, size[1] / width)
+    new_height, new_width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return new_width, new_height, (new_width - size[1]) // 2, (new_height - size[0]) // 2
+
+
+def frame_size(
+    source: PhotoSource, side: int, multiple: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Returns the (height, width) nearest to a photo's aspect ratio, in multiples of `multiple`, in pixels.
+
+    Without `height` and `width` the area is near side x side; with one of them, the other follows.
+    """
+    photo_width, photo_height = open_photo(source).size
+    aspect = photo_width / photo_height
+
+    def rounded(value: float) -> int:
+        return max(multiple, round(value / multiple) * multiple)
+
+    if height is not None:
+        return height, width or rounded(height * aspect)
+    if width is not None:
+        return rounded(width / aspect), width
+    return rounded(side / aspect**0.5), rounded(side * aspect**0.5)
+
+
+def load_image(source: PhotoSource, size: int | tuple[int, int], fit: PhotoFit = "crop") -> np.ndarray:
+    """Reads a photo as uint8 [H, W, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
+
+    `size` is the side of a square, or (height, width). With `fit="crop"` the photo covers it and its centre is kept;
+    with `pad` the whole photo lies in it, on black.
 
     Colours of an embedded ICC profile become sRGB; a profile that cannot be applied is ignored. Files and bytes are
     read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
     Pillow's modes `I;16` and `I`) from 0..65535, floats from 0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels
-    (gray, gray and alpha, RGB, RGBA). An array that is uint8 [size, size, 3] already is returned as it is.
+    (gray, gray and alpha, RGB, RGBA). An array that is uint8 [H, W, 3] already is returned as it is.
 
     Raises:
         ValueError: not an image of these formats, more than `MAX_PHOTO_PIXELS` pixels, sides whose ratio exceeds
             `MAX_ASPECT`, an array of another shape or type, or values outside their range.
     """
+    size = (size, size) if isinstance(size, int) else size
+    if isinstance(source, np.ndarray) and source.shape == (*size, 3) and source.dtype == np.uint8:
+        return source
+    image = open_photo(source)
+    if fit == "pad":
+        image = ImageOps.contain(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+        padded = Image.new("RGB", (size[1], size[0]))
+        padded.paste(image, ((size[1] - image.width) // 2, (size[0] - image.height) // 2))
+        return np.asarray(padded, dtype=np.uint8)
+    width, height, left, top = crop_box(image.width, image.height, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])), dtype=np.uint8)
+
+
+def open_photo(source: PhotoSource) -> Image.Image:
+    """Returns a photo at its own size, RGB and upright, as `load_image` describes; raises ValueError as it does."""
     if isinstance(source, np.ndarray):
-        if source.shape == (size, size, 3) and source.dtype == np.uint8:
-            return source
         image = _from_array(source)
     elif isinstance(source, Image.Image):
         image = source
@@ -75,10 +120,7 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB")
-    width, height, left, top = square_box(image.width, image.height, size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+    return image.convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
