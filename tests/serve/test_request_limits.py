@@ -53,7 +53,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model: Path) -> TripPipeline:
-    return TripPipeline.from_folder(tiny_model)
+    return TripPipeline.from_pretrained(tiny_model)
 
 
 @pytest.fixture
