@@ -101,9 +101,8 @@ def edges(photo: Image.Image, threshold: float = 0.15) -> Image.Image:
     gray = np.asarray(photo.convert("L").filter(ImageFilter.GaussianBlur(1.4)), dtype=np.float32) / 255
     rows, columns = np.gradient(gray)
     strength = np.hypot(rows, columns)
-    return Image.fromarray(np.where(strength > threshold * max(strength.max(), 0.05), 255, 0).astype(np.uint8)).convert(
-        "RGB"
-    )
+    white = strength > threshold * max(float(strength.max()), 0.05)  # a picture without edges stays black
+    return Image.fromarray(white.astype(np.uint8) * 255).convert("RGB")
 
 
 def _load(spec: PictureSpec, dtype: torch.dtype) -> Any:

@@ -148,7 +148,12 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         kwargs.setdefault("use_safetensors", True)
         folder = Path(pretrained_model_name_or_path)
         record = read_record(folder) if folder.is_dir() else None
-        if folder.is_dir() and "trip_config" not in json.loads((folder / INDEX).read_text()):
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text()) if record is not None else {}
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+        missing = [part for part in parts if not (folder / part).is_dir() and part not in kwargs]
+        if missing:
+            raise BaseFolderError(f"{folder} cannot be loaded: it has no {', '.join(missing)}; export the model again")
+        if record is not None and "trip_config" not in index:
             pipe = cls.from_model(load_model(folder), load_vae(folder), load_text_encoder(folder))
             pipe.to(dtype)  # the folder is of a version that wrote no index for diffusers
         else:
@@ -207,12 +212,11 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             from safetensors.torch import load_file
 
             settings = json.loads((Path(source) / "adapter_config.json").read_text())
-            rank, alpha = settings["r"], settings["lora_alpha"]
-            weights = load_file(Path(source) / "adapter_model.safetensors")
-            source = {f"unet.{name.removeprefix('base_model.model.')}": value for name, value in weights.items()}
-            modules = [name.removesuffix(".lora_A.weight") for name in source if name.endswith(".lora_A.weight")]
-            # diffusers reads the scale alpha / rank from entries of this name.
-            source |= {f"{module}.alpha": torch.tensor(float(alpha)) for module in modules if alpha != rank}
+            scale = settings["lora_alpha"] / settings["r"]  # diffusers scales weights without an alpha by 1
+            source = {
+                f"unet.{name.removeprefix('base_model.model.')}": value * scale if "lora_B" in name else value
+                for name, value in load_file(Path(source) / "adapter_model.safetensors").items()
+            }
         super().load_lora_weights(source, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> TripPipeline:

@@ -168,13 +168,13 @@ def test_each_solver_gets_the_noise_of_its_own_time_steps(tiny_base: Path, sampl
         sampled = sample_latents(trip, z_first, text, text[:1], start, steps, 1.0, options=options)
         return (sampled.double() - clips.flow(start, exact_abars(steps)[0])).square().mean().sqrt().item()
 
-    by_steps = {steps: (error(sampler, steps), error("ddim", steps)) for steps in (20, 100)}
+    by_steps = {steps: (error(sampler, steps), error("ddim", steps)) for steps in (10, 30)}
     for ours, ddim in by_steps.values():
         if sampler == "euler":  # with the same noise it is DDIM, in other variables
             assert ours == pytest.approx(ddim, rel=0.02, abs=1e-4)
         else:
             assert ours < 0.5 * ddim
-    assert by_steps[100][0] < by_steps[20][0]
+    assert by_steps[30][0] < by_steps[10][0]
 
 
 def test_no_motion_returns_the_first_frame_with_each_solver(tiny_base: Path) -> None:
@@ -197,13 +197,12 @@ def test_windows_and_chunks_cover_a_video(frames: int) -> None:
 
 def test_joint_windows_of_an_exact_still_are_that_still(tiny_base: Path) -> None:
     z_first = torch.randn(1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    start = torch.randn(1, 4, 40, 2, 2, generator=torch.Generator().manual_seed(2))
+    start = torch.randn(1, 4, 14, 2, 2, generator=torch.Generator().manual_seed(2))
     config = TripConfig(size=32, num_frames=FRAMES, residual_std=(0.0, *(0.5,) * (FRAMES - 1)))
     trip = Trip.from_base(tiny_base, replace(config, fusion=FusionConfig(kind="linear", lambda_last=1.0))).eval()
     text = torch.zeros(1, 32, 16)
-    still = sample_latents(
-        trip, z_first, text, text, start, 10, 1.0, options=SamplingOptions(window=FRAMES, overlap=2)
-    )  # fmt: skip
+    options = SamplingOptions(window=FRAMES, overlap=2)
+    still = sample_latents(trip, z_first, text, text, start, 3, 1.0, options=options)
     torch.testing.assert_close(still, z_first.expand_as(still), rtol=0, atol=1e-3)
 
 
