@@ -43,11 +43,8 @@ def test_a_video_has_the_tags_of_bt709_and_its_frames(format):
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        assert (context.name, context.pix_fmt) == (
-            {"mp4": "h264", "webm": "vp9"}[format].replace("vp9", context.name),
-            "yuv420p",
-        )
-        assert context.name in ("h264", "vp9", "libvpx-vp9") and stream.average_rate == 5
+        assert context.codec.canonical_name == {"mp4": "h264", "webm": "vp9"}[format]
+        assert context.pix_fmt == "yuv420p" and stream.average_rate == 5
         assert (context.colorspace, context.color_range) == (1, 1)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 6 and np.abs(np.stack(frames).astype(int) - PIXELS).mean() < 4
