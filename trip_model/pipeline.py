@@ -29,7 +29,7 @@ from trip_model.encoders import (
     text_encoder,
     vae_factor,
 )
-from trip_model.folders import BaseFolderError
+from trip_model.folders import BaseFolderError, is_hub_name
 from trip_model.images import PhotoFit, PhotoSource, frame_size, load_image
 from trip_model.model import Trip
 from trip_model.objective import addressed_generator
@@ -147,7 +147,7 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         types = {"default": dtype, "vae": torch.float32, "fusion": torch.float32}
         kwargs.setdefault("use_safetensors", True)
         folder = Path(pretrained_model_name_or_path)
-        record = read_record(folder) if folder.is_dir() else None
+        record = None if is_hub_name(str(pretrained_model_name_or_path)) else read_record(folder)
         index: dict[str, Any] = json.loads((folder / INDEX).read_text()) if record is not None else {}
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
         missing = [part for part in parts if not (folder / part).is_dir() and part not in kwargs]

@@ -262,8 +262,9 @@ def test_a_missing_part_is_one_sentence(tiny_model, tmp_path, part):
     shutil.rmtree(broken / part)
     with pytest.raises(BaseFolderError, match="cannot be loaded"):
         TripPipeline.from_pretrained(broken)
-    with pytest.raises(BaseFolderError, match=r"no trip\.json"):
-        TripPipeline.from_pretrained(tmp_path)
+    for wrong in (tmp_path, tmp_path / "typo", "./typo"):
+        with pytest.raises(BaseFolderError, match=r"no trip\.json"):
+            TripPipeline.from_pretrained(wrong)
 
 
 def test_pushing_to_the_hub_uploads_the_whole_folder(pipe, monkeypatch):
