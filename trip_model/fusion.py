@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ class TemporalNoiseFusion(ModelMixin, ConfigMixin):
         channels = values.pop("channels")
         return cls(FusionConfig(**values_before(FusionConfig) | values), channels)
 
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Writes `config.json`; `save_pretrained` calls it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

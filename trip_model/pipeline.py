@@ -134,7 +134,9 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     # --- loading and saving
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TripPipeline:
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - also takes a Path
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> TripPipeline:
         """Loads a model folder or a model of the hub; the keywords are those of diffusers' `from_pretrained`.
 
         Weights are read from safetensors only, in float32 unless `dtype` (or `torch_dtype`) gives another type.
@@ -190,7 +192,9 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         _deprecated("TripPipeline.from_folder", "TripPipeline.from_pretrained(folder).to(device)")
         return cls.from_pretrained(folder).to(device)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is in the keywords
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Writes a model folder that diffusers and `trip_model` load; `trip.json` is written last.
 
         The keywords are those of diffusers' `save_pretrained`; with `push_to_hub`, those of `push_to_hub` too.
@@ -201,13 +205,15 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> None:
+    def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is in the keywords
+        self, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any
+    ) -> None:
         """Adds low-rank adapters: a folder `adapter/` of a training, or what diffusers' method of this name takes.
 
         Raises:
             ValueError: weights that are not adapters of this 3D-UNet.
         """
-        source = pretrained_model_name_or_path_or_dict
+        source: Any = pretrained_model_name_or_path_or_dict
         if isinstance(source, str | Path) and (Path(source) / "adapter_config.json").is_file():
             from safetensors.torch import load_file
 
@@ -217,7 +223,8 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"unet.{name.removeprefix('base_model.model.')}": value * scale if "lora_B" in name else value
                 for name, value in load_file(Path(source) / "adapter_model.safetensors").items()
             }
-        super().load_lora_weights(source, **kwargs)
+        weights: Any = source if isinstance(source, dict) else str(source)
+        super().load_lora_weights(weights, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> TripPipeline:
         """Moves the pipeline to a device; a data type is that of the 3D-UNet and the text encoder only."""
@@ -248,8 +255,10 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             self._model is None or self._model.unet is not self.unet or self._model.fusion is not self.fusion
         )
         if stale:
-            self._model = Trip(self.unet, self.trip_config, self.fusion).eval()
-        return self._model
+            unet: Any = self.unet
+            self._model = Trip(unet, self.trip_config, self.fusion).eval()
+        model: Any = self._model
+        return model
 
     @property
     def text(self) -> TextEncoder:
@@ -415,7 +424,8 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         request = _Request(photos, text, empty, noise, steps, guidance, options, long)
 
         self._interrupt = False
-        with self.progress_bar(total=steps) as bar:
+        show: Any = self.progress_bar
+        with show(total=steps) as bar:
 
             def hook(index: int, t: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 bar.update()
@@ -548,7 +558,7 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             videos[:, 0] = request.photos
         return videos
 
-    def _checked_frames(self, num_frames: int | None, long: str | None) -> int:
+    def _checked_frames(self, num_frames: Any, long: str | None) -> int:
         frames = self.model.config.num_frames if num_frames is None else num_frames
         if long is None:
             return int(check_number("num_frames", frames))
@@ -577,7 +587,7 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             raise ValueError(f"{name} is an empty list; give a text, or one for each image")
         return self.text.encode(self.text.tokenize(prompts))
 
-    def _photos(self, images: Sequence[ImageSource], height: int | None, width: int | None, fit: str) -> np.ndarray:
+    def _photos(self, images: Sequence[ImageSource], height: Any, width: Any, fit: str) -> np.ndarray:
         if fit not in FITS:
             raise ValueError(f"fit {fit!r}, expected one of {', '.join(FITS)}")
         factor = vae_factor(self.vae)

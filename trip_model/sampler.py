@@ -155,12 +155,10 @@ def windows(frames: int, window: int, overlap: int) -> list[tuple[int, int]]:
 def low_pass(x_BCFHW: torch.Tensor, cutoff: float = LOW_PASS_CUTOFF) -> torch.Tensor:
     """Returns the low frequencies of latents, by a Gaussian over time and space (FreeInit, arXiv 2312.07537)."""
     axes = (2, 3, 4)
-    square = sum(
-        torch.fft.fftfreq(x_BCFHW.shape[axis], device=x_BCFHW.device)
-        .square()
-        .view(*(-1 if a == axis else 1 for a in range(5)))
-        for axis in axes
-    )
+    square = torch.zeros((), device=x_BCFHW.device)
+    for axis in axes:
+        shape = [-1 if other == axis else 1 for other in range(5)]
+        square = square + torch.fft.fftfreq(x_BCFHW.shape[axis], device=x_BCFHW.device).square().view(shape)
     gain = torch.exp(-2 * square / cutoff**2)  # fftfreq is in cycles per sample, whose Nyquist frequency is 0.5
     return torch.fft.ifftn(torch.fft.fftn(x_BCFHW.float(), dim=axes) * gain, dim=axes).real
 

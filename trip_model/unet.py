@@ -6,6 +6,7 @@ docs/decisions/unet.md explains the reasons and the differences. Shape suffixes 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -180,7 +181,7 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Returns a new network; `from_pretrained` calls it with the contents of `config.json`."""
         return cls(UNetConfig.from_json(dict(config)))
 
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Writes `config.json`; `save_pretrained` calls it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def test_where_the_steps_divide_the_schedule_each_is_diffusers_own_to_the_bit(st
 
 
 @pytest.mark.parametrize("sampler", ["dpm++", "unipc", "euler"])
-@pytest.mark.parametrize("path", ["none", "shrinkage in units"])
+@pytest.mark.parametrize("path", ["none", pytest.param("shrinkage in units", marks=pytest.mark.slow)])
 def test_each_solver_gets_the_noise_of_its_own_time_steps(tiny_base: Path, sampler: str, path: str) -> None:
     generator = torch.Generator().manual_seed(0)
     z_first = torch.randn(2, 4, 1, 2, 2, generator=generator)
@@ -168,13 +168,13 @@ def test_each_solver_gets_the_noise_of_its_own_time_steps(tiny_base: Path, sampl
         sampled = sample_latents(trip, z_first, text, text[:1], start, steps, 1.0, options=options)
         return (sampled.double() - clips.flow(start, exact_abars(steps)[0])).square().mean().sqrt().item()
 
-    by_steps = {steps: (error(sampler, steps), error("ddim", steps)) for steps in (10, 30)}
+    by_steps = {steps: (error(sampler, steps), error("ddim", steps)) for steps in (20, 100)}
     for ours, ddim in by_steps.values():
         if sampler == "euler":  # with the same noise it is DDIM, in other variables
             assert ours == pytest.approx(ddim, rel=0.02, abs=1e-4)
         else:
             assert ours < 0.5 * ddim
-    assert by_steps[30][0] < by_steps[10][0]
+    assert by_steps[100][0] < by_steps[20][0]
 
 
 def test_no_motion_returns_the_first_frame_with_each_solver(tiny_base: Path) -> None:
