@@ -195,6 +195,7 @@ def test_windows_and_chunks_cover_a_video(frames: int) -> None:
         assert all(later[0] <= earlier[1] - 4 < later[1] for earlier, later in itertools.pairwise(cover))
 
 
+@pytest.mark.slow
 def test_joint_windows_of_an_exact_still_are_that_still(tiny_base: Path) -> None:
     z_first = torch.randn(1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     start = torch.randn(1, 4, 14, 2, 2, generator=torch.Generator().manual_seed(2))
