@@ -128,7 +128,7 @@ def main() -> None:
     from trip_model.pipeline import TripPipeline
 
     extractor = I3DPort(given.i3d_port)
-    pipeline = TripPipeline.from_folder(given.model)
+    pipeline = TripPipeline.from_pretrained(given.model)
     seeds = range(FIRST_SEED, FIRST_SEED + given.clips)
     others = range(seeds.stop, seeds.stop + given.clips)
     generate(pipeline, seeds, given.output / "clips", given.batch)

@@ -120,7 +120,7 @@ def main() -> None:
     for kind in (untrained(DEMO_BASE, model.config), trained(model)):
         reference = None
         for name, variant in kind:
-            pipeline = TripPipeline(variant, vae, text)
+            pipeline = TripPipeline.from_model(variant, vae, text)
             made = [
                 pipeline.generate(
                     [real[0] for real in reals[i : i + BATCH]],

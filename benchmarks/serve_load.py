@@ -153,7 +153,8 @@ def load(running: Service, requests: int, clients: int, num_frames: int, steps: 
 
     @functools.cache
     def expected(version: str, seed: int) -> np.ndarray:
-        return _pipeline(running.folders[version])(photo, PROMPT, seed=seed, num_frames=num_frames, steps=steps)
+        pipe = _pipeline(running.folders[version])
+        return pipe.generate([photo], [PROMPT], [seed], num_frames=num_frames, steps=steps)[0]
 
     for version in running.folders:
         for seed in range(SEEDS):
@@ -240,7 +241,7 @@ def drained(running: Service, valid: dict[str, Any]) -> bool:
 
 @functools.cache
 def _pipeline(folder: Path) -> TripPipeline:
-    return TripPipeline.from_folder(folder)
+    return TripPipeline.from_pretrained(folder)
 
 
 def _frames(archive: bytes) -> np.ndarray:

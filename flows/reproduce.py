@@ -46,9 +46,9 @@ def animate_photo(model: Artifact, data: Artifact, held_out_fraction: float, see
         from trip_model.pipeline import TripPipeline
 
         photo = clips.read(item.index, ("first",))["first"]
-        pipeline = TripPipeline.from_folder(storage.local_folder(model.uri))
+        pipeline = TripPipeline.from_pretrained(storage.local_folder(model.uri))
         log(f"animate     {item.key}: {item.caption}")
-        pixels = pipeline(photo, item.caption, seed=item.seed)
+        (pixels,) = pipeline.generate([photo], [item.caption], [item.seed])
         png = io.BytesIO()
         Image.fromarray(photo).save(png, "PNG")
         storage.write_bytes(files["photo.png"], png.getvalue())

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # for type checkers and editors; Python reads `_MODULES`
     from trip_model.model import Trip
     from trip_model.noise_prior import image_noise_prior
     from trip_model.objective import training_loss
-    from trip_model.pipeline import TripPipeline, sample_latents
+    from trip_model.pipeline import TripPipeline
+    from trip_model.sampler import sample_latents
     from trip_model.schedule import NoiseSchedule
     from trip_model.unet import UNet3D
 
@@ -63,7 +64,7 @@ _MODULES = {
     "image_noise_prior": "noise_prior",
     "load_image": "images",
     "load_model": "checkpoint",
-    "sample_latents": "pipeline",
+    "sample_latents": "sampler",
     "save_model": "checkpoint",
     "training_loss": "objective",
     "video_bytes": "images",

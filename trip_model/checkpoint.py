@@ -1,6 +1,6 @@
 """Saves and loads a TRIP model as one self-contained folder of safetensors and JSON, in the base's own layout.
 
-trip.json  model_index.json  unet/  fusion/  vae/  text_encoder/  tokenizer/  scheduler/
+trip.json  model_index.json  pipeline.py  unet/  fusion/  vae/  text_encoder/  tokenizer/  scheduler/
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import diffusers
+from safetensors.torch import load_file
 
 from trip_model.config import BaseSchedule, FusionConfig, ScheduleConfig, TripConfig, values_before
 from trip_model.folders import BaseFolderError
 from trip_model.model import Trip
-from trip_model.unet import load_unet, save_unet
+from trip_model.unet import WEIGHTS, load_unet, save_unet
 
 FORMAT = 1
+INDEX = "model_index.json"
+RECORD = "trip.json"
+CODE = "pipeline.py"  # what diffusers loads by `custom_pipeline`
+_CODE_TEXT = '''"""The pipeline class of this folder, which diffusers loads by `custom_pipeline`."""
+
+from trip_model.pipeline import TripPipeline
+
+__all__ = ["TripPipeline"]
+'''
 
 
 def config_from_json(data: dict[str, Any]) -> TripConfig:
@@ -41,21 +51,46 @@ def save_model(folder: str | Path, model: Trip, base: str | Path, provenance: di
     folder.mkdir(parents=True, exist_ok=True)
     save_unet(model.unet, folder / "unet")
     if model.fusion is not None:
-        (folder / "fusion").mkdir(exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in model.fusion.state_dict().items()}
-        save_file(tensors, folder / "fusion" / "model.safetensors")
+        model.fusion.save_pretrained(folder / "fusion")
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(Path(base) / part, folder / part, dirs_exist_ok=True)
     model.schedule.ddim().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "TripPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "fusion": [None, None] if model.fusion is None else ["trip_model.fusion", "TemporalNoiseFusion"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "trip_config": asdict(model.config),
+        "unet": ["trip_model.unet", "UNet3D"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "unet": ["diffusers", "UNet3DConditionModel"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    record = {"format": FORMAT, "config": asdict(model.config), "provenance": provenance or {}}
-    (folder / "trip.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_record(folder, model.config, provenance)
     return folder
+
+
+def write_record(folder: Path, config: TripConfig, provenance: dict[str, Any] | None) -> None:
+    """Writes `pipeline.py` for diffusers, then `trip.json`, which marks completion."""
+    (folder / CODE).write_text(_CODE_TEXT)
+    record = {"format": FORMAT, "config": asdict(config), "provenance": provenance or {}}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Returns the contents of a model folder's `trip.json`.
+
+    Raises:
+        BaseFolderError: not a TRIP model folder, or an unknown format.
+    """
+    try:
+        record = json.loads((Path(folder) / RECORD).read_text())
+    except OSError as error:
+        raise BaseFolderError(f"{folder} is not a TRIP model folder: it has no trip.json") from error
+    if record.get("format") != FORMAT:
+        raise BaseFolderError(f"{folder}/trip.json has format {record.get('format')!r}, expected {FORMAT}")
+    return record
 
 
 def load_model(folder: str | Path) -> Trip:
@@ -65,15 +100,12 @@ def load_model(folder: str | Path) -> Trip:
         BaseFolderError: not a TRIP model folder, an unknown format, or weights that are missing or do not fit.
     """
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "trip.json").read_text())
-    except OSError as error:
-        raise BaseFolderError(f"{folder} is not a TRIP model folder: it has no trip.json") from error
-    if record.get("format") != FORMAT:
-        raise BaseFolderError(f"{folder}/trip.json has format {record.get('format')!r}, expected {FORMAT}")
+    record = read_record(folder)
     model = Trip(load_unet(folder), config_from_json(record["config"]))
     if model.fusion is not None:
-        file = folder / "fusion" / "model.safetensors"
+        file = folder / "fusion" / WEIGHTS
+        if not file.is_file():
+            file = folder / "fusion" / "model.safetensors"  # its name in older folders
         try:
             model.fusion.load_state_dict(load_file(file))
         except (OSError, RuntimeError) as error:

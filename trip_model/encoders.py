@@ -35,30 +35,41 @@ def vae_factor(vae: Any) -> int:
 
 
 @torch.no_grad()
-def encode_pixels(vae: Any, pixels: np.ndarray, batch: int = 32) -> torch.Tensor:
+def encode_pixels(
+    vae: Any, pixels: np.ndarray, batch: int = 32, device: str | torch.device | None = None
+) -> torch.Tensor:
     """Encodes pixels uint8 [F, H, W, 3] to *raw latents* float32 [F, 4, h, w]: the posterior mean, unscaled.
 
     Frames are encoded independently: the image latent of a photo equals frame 1 of the clip that starts with it.
     """
-    return encode_posterior(vae, pixels, batch)[0]
+    return encode_posterior(vae, pixels, batch, device)[0]
 
 
 @torch.no_grad()
-def encode_posterior(vae: Any, pixels: np.ndarray, batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes pixels uint8 [F, H, W, 3] to the posterior's mean and log variance, float32 [F, 4, h, w], unscaled."""
-    device = next(vae.parameters()).device
+def encode_posterior(
+    vae: Any, pixels: np.ndarray, batch: int = 32, device: str | torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes pixels uint8 [F, H, W, 3] to the posterior's mean and log variance, float32 [F, 4, h, w], unscaled.
+
+    `device` is where the VAE computes, by default where its weights are; the two differ if it is offloaded.
+    """
+    weights = next(vae.parameters())
+    device = device or weights.device
     frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-    parts = [vae.encode(part.to(device, torch.float32) / 127.5 - 1).latent_dist for part in frames.split(batch)]
+    scaled = (part.to(device, torch.float32) / 127.5 - 1 for part in frames.split(batch))
+    parts = [vae.encode(part.to(weights.dtype)).latent_dist for part in scaled]
     mean, logvar = torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts])
     return mean.float().cpu(), logvar.float().cpu()
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32) -> np.ndarray:
-    """Decodes *final latents* [F, 4, h, w] to pixels uint8 [F, H, W, 3]."""
-    device = next(vae.parameters()).device
-    latents = final_latents_FCHW.to(device, torch.float32) / vae.config.scaling_factor
-    frames = torch.cat([vae.decode(part).sample.float().cpu() for part in latents.split(batch)])
+def decode_latents(
+    vae: Any, final_latents_FCHW: torch.Tensor, batch: int = 32, device: str | torch.device | None = None
+) -> np.ndarray:
+    """Decodes *final latents* [F, 4, h, w] to pixels uint8 [F, H, W, 3]; `device` as in `encode_posterior`."""
+    weights = next(vae.parameters())
+    latents = final_latents_FCHW.to(device or weights.device, torch.float32) / vae.config.scaling_factor
+    frames = torch.cat([vae.decode(part.to(weights.dtype)).sample.float().cpu() for part in latents.split(batch)])
     pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -83,8 +94,15 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, token_ids_BL: torch.Tensor) -> torch.Tensor:
         """Returns text features float32 [B, length, width]: the last hidden state after the final layer norm."""
-        device = next(self.model.parameters()).device
+        device = getattr(getattr(self.model, "_hf_hook", None), "execution_device", None)  # set if it is offloaded
+        device = next(self.model.parameters()).device if device is None else device
         return self.model(token_ids_BL.to(device))[0].float()
+
+
+def text_encoder(model: Any, tokenizer: Any) -> TextEncoder:
+    """Returns the text encoder of a CLIP text model and its tokenizer."""
+    length = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
+    return TextEncoder(model, tokenizer, length, int(model.config.hidden_size), int(model.config.vocab_size))
 
 
 def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
@@ -101,6 +119,4 @@ def load_text_encoder(base: str | Path, device: str | torch.device = "cpu") -> T
         tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except OSError as error:
         raise BaseFolderError(f"the text encoder of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    length = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
-    sizes = int(model.config.hidden_size), int(model.config.vocab_size)
-    return TextEncoder(model, tokenizer, length, *sizes).to(device)
+    return text_encoder(model, tokenizer).to(device)

@@ -24,9 +24,7 @@ def resolve_base(base: str | Path) -> Path:
     """
     folder = Path(base)
     if not folder.is_dir():
-        # `runs/typo` is a path where there is a folder `runs`.
-        is_path = folder.is_absolute() or str(base)[:1] in (".", "~") or folder.parent.is_dir() or "\\" in str(base)
-        if is_path or str(base).count("/") != 1:
+        if not is_hub_name(base):
             raise BaseFolderError(f"base {str(base)!r} is not a folder; give a folder with {', '.join(BASE_PARTS)}")
         from huggingface_hub import snapshot_download
 
@@ -42,6 +40,13 @@ def resolve_base(base: str | Path) -> Path:
     if missing:
         raise BaseFolderError(f"base {folder} has no {', '.join(missing)}; it needs {', '.join(BASE_PARTS)}")
     return folder
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a name that is no folder can be one on the hub, owner/name; `runs/typo` is a path next to `runs`."""
+    path = Path(name)
+    is_path = path.is_absolute() or str(name)[:1] in (".", "~") or path.parent.is_dir() or "\\" in str(name)
+    return not is_path and str(name).count("/") == 1
 
 
 def folder_hash(folder: str | Path, part: str = "") -> str:

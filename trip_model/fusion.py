@@ -6,15 +6,21 @@ L = H W spatial tokens, D width. docs/decisions/fusion.md explains the choices w
 
 from __future__ import annotations
 
+import json
 import math
-from typing import NamedTuple
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from trip_model.config import FusionConfig
+from trip_model.config import FusionConfig, values_before
 
 FIRST_THRESHOLD = 0.2  # at initialisation, local shrinkage halves a motion of root mean square 0.45 s_i
 
@@ -67,7 +73,7 @@ class Shrinkage(NamedTuple):
     prior: torch.Tensor  # sqrt(lambda) prior, [B, C, F, H, W]
 
 
-class TemporalNoiseFusion(nn.Module):
+class TemporalNoiseFusion(ModelMixin, ConfigMixin):
     """TNF (Equation 11, Figure 3): predicted noise = phi(residual noise, image noise prior, t), frame by frame.
 
     As in the paper: adaptive layer norm by time step, self-attention, adaptive layer norm, then cross-attention whose
@@ -85,9 +91,11 @@ class TemporalNoiseFusion(nn.Module):
     with lambda(t, i) of `noise_prior.optimal_shrinkage`, for an error of `residual_error` or 1.
     """
 
+    config_name = "config.json"
+
     def __init__(self, config: FusionConfig, channels: int) -> None:
         super().__init__()
-        self.config = config
+        self._config, self._channels = config, channels
         width = config.width
         self.time_features = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)
@@ -108,6 +116,29 @@ class TemporalNoiseFusion(nn.Module):
         if config.local_shrinkage:
             self.log_threshold = nn.Parameter(torch.tensor(math.log(FIRST_THRESHOLD)))
 
+    @property
+    def config(self) -> FusionConfig:  # pyright: ignore[reportIncompatibleMethodOverride] - a frozen dataclass of it
+        """The configuration of the module; `config.json` contains it with the number of latent channels."""
+        return self._config
+
+    @config.setter
+    def config(self, config: FusionConfig) -> None:
+        self._config = config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> TemporalNoiseFusion:
+        """Returns a new module; `from_pretrained` calls it with the contents of `config.json`."""
+        values = {name: value for name, value in dict(config).items() if not name.startswith("_")}
+        channels = values.pop("channels")
+        return cls(FusionConfig(**values_before(FusionConfig) | values), channels)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Writes `config.json`; `save_pretrained` calls it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": type(self).__name__, "channels": self._channels, **asdict(self.config)}
+        (folder / self.config_name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
     def attend(self, residual_BCFHW: torch.Tensor, prior_BCFHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """Returns the output of the attention layers, [B, C, F, H, W]."""
         batch, channels, frames, height, width = residual_BCFHW.shape
@@ -115,8 +146,9 @@ class TemporalNoiseFusion(nn.Module):
         def tokens(x_BCFHW: torch.Tensor) -> torch.Tensor:
             return x_BCFHW.permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, channels)
 
-        residual_NLC, prior_NLC = tokens(residual_BCFHW), tokens(prior_BCFHW.to(residual_BCFHW.dtype))
-        time_BD = self.time_embedding(self.time_features(t_B).to(self.out.weight.dtype))
+        dtype = self.out.weight.dtype
+        residual_NLC, prior_NLC = tokens(residual_BCFHW.to(dtype)), tokens(prior_BCFHW.to(dtype))
+        time_BD = self.time_embedding(self.time_features(t_B).to(dtype))
         time_ND = time_BD.repeat_interleave(frames, dim=0, output_size=batch * frames)
 
         x_NLD = self.residual_in(residual_NLC)

@@ -1,4 +1,4 @@
-"""Reads a photo as a square of pixels and writes pixels as an mp4, a gif or png files.
+"""Reads a photo as the pixels of a frame and writes pixels as a video, a looping image or png files.
 
 *Pixels* are uint8 [F, H, W, 3] RGB.
 """
@@ -7,43 +7,99 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from trip_model.request_limits import MAX_ASPECT, MAX_PHOTO_PIXELS, readable_formats, without_png_text
 
 # Pillow's names of the formats that `load_image` reads. Never EPS: Pillow opens it by running Ghostscript.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 FRAME_NAME = "{:03d}.png"
+VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
+# One thread, no B-frames, no look-ahead: x264 then nearly always writes the same bytes for the same frames.
+_CODECS = {
+    "mp4": (
+        "libx264",
+        {"preset": "veryfast", "bf": "0", "mbtree": "0", "sc_threshold": "0", "rc-lookahead": "0"},
+    ),
+    "webm": ("libvpx-vp9", {"b": "0", "deadline": "good", "cpu-used": "4", "lag-in-frames": "0"}),
+}
+PhotoSource = bytes | str | Path | Image.Image | np.ndarray
+PhotoFit = Literal["crop", "pad"]  # crop: cover the frame. pad: lie in it as a whole
 
 
 def square_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Returns how to resize the shorter side to `size` and crop the centre: (new width, new height, left, top)."""
-    scale = size / min(width, height)
-    new_width, new_height = max(size, round(width * scale)), max(size, round(height * scale))
-    return new_width, new_height, (new_width - size) // 2, (new_height - size) // 2
+    return crop_box(width, height, (size, size))
 
 
-def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """Reads a photo as uint8 [size, size, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
+def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns how to cover (height, width) and crop the centre: (new width, new height, left, top)."""
+    scale = max(size[0] / height, size[1] / width)
+    new_height, new_width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return new_width, new_height, (new_width - size[1]) // 2, (new_height - size[0]) // 2
+
+
+def frame_size(
+    source: PhotoSource, side: int, multiple: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """Returns the (height, width) nearest to a photo's aspect ratio, in multiples of `multiple`, in pixels.
+
+    Without `height` and `width` the area is near side x side; with one of them, the other follows.
+    """
+    photo_width, photo_height = open_photo(source).size
+    aspect = photo_width / photo_height
+
+    def rounded(value: float) -> int:
+        return max(multiple, round(value / multiple) * multiple)
+
+    if height is not None:
+        return height, width or rounded(height * aspect)
+    if width is not None:
+        return rounded(width / aspect), width
+    return rounded(side / aspect**0.5), rounded(side * aspect**0.5)
+
+
+def load_image(source: PhotoSource, size: int | tuple[int, int], fit: PhotoFit = "crop") -> np.ndarray:
+    """Reads a photo as uint8 [H, W, 3]: EXIF rotation applied, transparency on white, cropped like a video frame.
+
+    `size` is the side of a square, or (height, width). With `fit="crop"` the photo covers it and its centre is kept;
+    with `pad` the whole photo lies in it, on black.
 
     Colours of an embedded ICC profile become sRGB; a profile that cannot be applied is ignored. Files and bytes are
     read in `PHOTO_FORMATS` only. Pixels of more than 8 bits are scaled: 16-bit pixels (also in
     Pillow's modes `I;16` and `I`) from 0..65535, floats from 0..1. An array is [H, W] or [H, W, C] with 1 to 4 channels
-    (gray, gray and alpha, RGB, RGBA). An array that is uint8 [size, size, 3] already is returned as it is.
+    (gray, gray and alpha, RGB, RGBA). An array that is uint8 [H, W, 3] already is returned as it is.
 
     Raises:
         ValueError: not an image of these formats, more than `MAX_PHOTO_PIXELS` pixels, sides whose ratio exceeds
             `MAX_ASPECT`, an array of another shape or type, or values outside their range.
     """
+    size = (size, size) if isinstance(size, int) else size
+    if isinstance(source, np.ndarray) and source.shape == (*size, 3) and source.dtype == np.uint8:
+        return source
+    image = open_photo(source)
+    if fit == "pad":
+        image = ImageOps.contain(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+        padded = Image.new("RGB", (size[1], size[0]))
+        padded.paste(image, ((size[1] - image.width) // 2, (size[0] - image.height) // 2))
+        return np.asarray(padded, dtype=np.uint8)
+    width, height, left, top = crop_box(image.width, image.height, size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])), dtype=np.uint8)
+
+
+def open_photo(source: PhotoSource) -> Image.Image:
+    """Returns a photo at its own size, RGB and upright, as `load_image` describes; raises ValueError as it does."""
     if isinstance(source, np.ndarray):
-        if source.shape == (size, size, 3) and source.dtype == np.uint8:
-            return source
         image = _from_array(source)
     elif isinstance(source, Image.Image):
         image = source
@@ -75,10 +131,7 @@ def load_image(source: bytes | str | Path | Image.Image | np.ndarray, size: int)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB")
-    width, height, left, top = square_box(image.width, image.height, size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+    return image.convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -126,42 +179,50 @@ def _from_array(values: np.ndarray, transparent: int | None = None) -> Image.Ima
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 16) -> bytes:
-    """Encodes pixels uint8 [F, H, W, 3] as an H.264 mp4 (web-playable, yuv420p, tagged BT.709) or a looping gif.
+def video_bytes(
+    pixels: np.ndarray,
+    fps: float,
+    format: str = "mp4",
+    crf: int = 16,
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
+    """Encodes pixels uint8 [F, H, W, 3] as one of `VIDEO_SUFFIXES`, without the dot.
 
+    An mp4 is H.264, yuv420p, tagged BT.709, with its index at the front; a webm is VP9 of the same colours; gif and
+    webp loop. A gif shows a frame for at least 20 ms, because browsers show shorter ones for 100 ms.
+
+    Args:
+        pixels: the frames.
+        fps: frames per second.
+        format: `mp4`, `webm`, `gif` or `webp`.
+        crf: quality of mp4 and webm, lower is better.
+        metadata: written into the file as JSON: the comment of mp4, webm and gif, the EXIF description of webp.
     Raises:
-        ValueError: a format other than `mp4` or `gif`, or odd sides for mp4.
+        ValueError: another format, or odd sides for mp4 or webm.
     """
-    if format == "gif":
-        frames = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in pixels]
-        buffer = io.BytesIO()
-        frames[0].save(
-            buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, optimize=False
-        )
-        return buffer.getvalue()
-    if format != "mp4":
-        raise ValueError(f"video format {format!r}, expected 'mp4' or 'gif'")
+    if f".{format}" not in VIDEO_SUFFIXES:
+        known = ", ".join(repr(suffix[1:]) for suffix in VIDEO_SUFFIXES)
+        raise ValueError(f"video format {format!r}, expected one of {known}")
+    text = None if metadata is None else json.dumps(dict(metadata), sort_keys=True)
+    if format in ("gif", "webp"):
+        return _looping_image(pixels, fps, format, text)
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(f"frames of {width}x{height}, mp4 needs even sides")
-    import av  # only to write an mp4
+        raise ValueError(f"frames of {width}x{height}, {format} needs even sides")
+    import av  # only to write a video
     from av.video.reformatter import ColorRange, Colorspace
 
     # `faststart` reopens the file to move its index to the front, so that a browser plays it while it loads.
-    with tempfile.TemporaryDirectory(prefix="trip-mp4-") as folder:
-        path = Path(folder) / "video.mp4"
-        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+    options = {"movflags": "faststart"} if format == "mp4" else {"fflags": "+bitexact"}  # or a random id in each webm
+    with tempfile.TemporaryDirectory(prefix="trip-video-") as folder:
+        path = Path(folder) / f"video.{format}"
+        with av.open(str(path), "w", format=format, options=options) as container:
+            if text is not None:
+                container.metadata["comment"] = text
+            codec, settings = _CODECS[format]
+            stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # One thread, no B-frames, no look-ahead: x264 then nearly always writes the same bytes for the same frames.
-            stream.options = {
-                "crf": str(crf),
-                "preset": "veryfast",
-                "bf": "0",
-                "mbtree": "0",
-                "sc_threshold": "0",
-                "rc-lookahead": "0",
-            }
+            stream.options = {"crf": str(crf), **settings}
             stream.codec_context.thread_count = 1
             # Without tags a player guesses the matrix from the size. The numbers are BT.709's in ITU-T H.273.
             stream.codec_context.color_range = ColorRange.MPEG
@@ -179,6 +240,35 @@ def video_bytes(pixels: np.ndarray, fps: float, format: str = "mp4", crf: int = 
         return path.read_bytes()
 
 
+def _looping_image(pixels: np.ndarray, fps: float, format: str, text: str | None) -> bytes:
+    buffer = io.BytesIO()
+    unit, shortest = (10, 20) if format == "gif" else (1, 1)  # ms; a gif counts in hundredths of a second
+    ends = [round(1000 * (index + 1) / fps / unit) for index in range(len(pixels))]
+    durations = [max(shortest, (end - begin) * unit) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if format == "gif":
+        frames = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in pixels]
+        comment = {} if text is None else {"comment": text.encode()}
+        frames[0].save(
+            buffer,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            optimize=False,
+            **comment,
+        )
+        return buffer.getvalue()
+    frames = [Image.fromarray(f) for f in pixels]
+    exif = Image.Exif()
+    if text is not None:
+        exif[ExifTags.Base.ImageDescription] = text
+    frames[0].save(
+        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90, exif=exif
+    )
+    return buffer.getvalue()
+
+
 def check_video_target(path: str | Path) -> None:
     """Checks, before a clip is made, that `write_video` can write it to `path`.
 
@@ -187,12 +277,13 @@ def check_video_target(path: str | Path) -> None:
             a folder for frames that contains anything but numbered frames, which `write_video` replaces.
     """
     path = Path(path)
-    is_file = path.suffix.lower() in (".mp4", ".gif")
+    is_file = path.suffix.lower() in VIDEO_SUFFIXES
     if path.suffix and not is_file:
-        raise ValueError(f"{path} ends in {path.suffix!r}; name an .mp4, a .gif, or a folder for png frames")
+        files = ", ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"{path} ends in {path.suffix!r}; name a file of {files}, or a folder for png frames")
     if path.exists() and path.is_dir() == is_file:
         kind, expected = ("a folder", "a file") if is_file else ("a file", "a folder for png frames")
-        raise ValueError(f"{path} is {kind}; name {expected}, or name an .mp4 or .gif file")
+        raise ValueError(f"{path} is {kind}; name {expected}, or name a file of {', '.join(VIDEO_SUFFIXES)}")
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if existing != path and not existing.is_dir():
         raise ValueError(f"{path}: {existing} is not a folder; name another folder")
@@ -204,23 +295,28 @@ def check_video_target(path: str | Path) -> None:
             raise ValueError(f"{path} contains {min(other)}, which is not a frame; name a new or empty folder")
 
 
-def write_video(path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16) -> Path:
-    """Writes pixels uint8 [F, H, W, 3] as `.mp4` or `.gif` by suffix, else as a folder of numbered png files.
+def write_video(
+    path: str | Path, pixels: np.ndarray, fps: float, crf: int = 16, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes pixels uint8 [F, H, W, 3] as a file of `VIDEO_SUFFIXES`, else as a folder of numbered png files.
 
-    Replaces what `path` is: the file, or the numbered frames of an earlier clip. Raises ValueError as
-    `check_video_target` does.
+    Replaces what `path` is: the file, or the numbered frames of an earlier clip. `metadata` is as in `video_bytes`; a
+    png has it as its text `Comment`. Raises ValueError as `check_video_target` does.
     """
     path = Path(path)
     check_video_target(path)
     if path.suffix:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(video_bytes(pixels, fps, path.suffix.lower()[1:], crf))
+        path.write_bytes(video_bytes(pixels, fps, path.suffix.lower()[1:], crf, metadata))
     else:
         path.mkdir(parents=True, exist_ok=True)
         for earlier in filter(_is_frame, list(path.iterdir())):
             earlier.unlink()
+        text = PngImagePlugin.PngInfo()
+        if metadata is not None:
+            text.add_text("Comment", json.dumps(dict(metadata), sort_keys=True))
         for index, frame in enumerate(pixels):
-            Image.fromarray(frame).save(path / FRAME_NAME.format(index))
+            Image.fromarray(frame).save(path / FRAME_NAME.format(index), pnginfo=text)
     return path
 
 

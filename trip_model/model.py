@@ -25,13 +25,16 @@ MIN_RESIDUAL_STD = 0.02  # lower bound, so that a data set of still clips cannot
 class Trip(nn.Module):
     """Predicts the noise eps(z_t, t, c, z_0^1) from a 3D-UNet, the image noise prior and their fusion."""
 
-    def __init__(self, unet: UNet3D, config: TripConfig) -> None:
+    def __init__(self, unet: UNet3D, config: TripConfig, fusion: TemporalNoiseFusion | None = None) -> None:
+        """Assembles a model; without `fusion` the fusion module is new, if the configuration has one."""
         super().__init__()
         self.config = config
         self.unet = widen_input(unet) if config.condition == "channel" and unet.config.in_channels == 4 else unet
         set_dropout(self.unet, config.unet_dropout)
         channels = unet.config.out_channels
-        self.fusion = TemporalNoiseFusion(config.fusion, channels) if config.fusion.kind == "tnf" else None
+        if fusion is None and config.fusion.kind == "tnf":
+            fusion = TemporalNoiseFusion(config.fusion, channels)
+        self.fusion = fusion
         self.schedule = NoiseSchedule(config.schedule)
 
     @classmethod
@@ -39,10 +42,10 @@ class Trip(nn.Module):
         """Returns a new model on the 3D-UNet of a base folder; `config.unet_output` must be its prediction type."""
         return cls(load_unet(base), config)
 
-    def residual_std(self, frames: int, device: torch.device) -> torch.Tensor:
-        """Returns s_i as [1, 1, F, 1, 1]; frames beyond the trained ones repeat the last value."""
+    def residual_std(self, frames: int, device: torch.device, offset: int = 0) -> torch.Tensor:
+        """Returns s_i from frame `offset` on, [1, 1, F, 1, 1]; frames beyond the trained ones repeat the last value."""
         known = self.config.residual_std
-        values = [known[min(i, len(known) - 1)] for i in range(frames)]
+        values = [known[min(i, len(known) - 1)] for i in range(offset, offset + frames)]
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, frames, 1, 1)
 
     def shrinkage(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
@@ -61,6 +64,7 @@ class Trip(nn.Module):
         z_first_BC1HW: torch.Tensor,
         t_B: torch.Tensor,
         text_BLD: torch.Tensor,
+        offset: int = 0,
     ) -> torch.Tensor:
         """Returns the predicted noise, float32 [B, C, F, H, W].
 
@@ -69,6 +73,7 @@ class Trip(nn.Module):
             z_first_BC1HW: clean final latent of the first frame.
             t_B: time steps, int64, 0-based.
             text_BLD: text features c.
+            offset: 0-based index of the first of these frames in its video, for a window of a longer one.
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
@@ -83,7 +88,8 @@ class Trip(nn.Module):
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)
             if fusion.kind == "tnf" and fusion.prediction == "shrinkage":
-                residual, prior, shrinkage = self._shrunk(output, z_t_BCFHW, z_first_BC1HW, signal, sigma)
+                std = self.residual_std(frames, z_t_BCFHW.device, offset)
+                residual, prior, shrinkage = self._shrunk(output, z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
             else:
                 residual, shrinkage = self._as_noise(output, z_t_BCFHW, signal, sigma), None
                 if fusion.kind == "none":
@@ -91,6 +97,10 @@ class Trip(nn.Module):
                 prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
                 if fusion.kind == "linear":
                     decay = linear_decay(frames, fusion.lambda_first, fusion.lambda_last)
+                    if offset:  # a later window: the decay of a whole video of the trained length
+                        whole = linear_decay(self.config.num_frames, fusion.lambda_first, fusion.lambda_last)
+                        index = torch.arange(offset, offset + frames).clamp_max(self.config.num_frames - 1)
+                        decay = whole[:, :, index]
                     return linear_fusion(prior, residual, decay.to(prior.device))
         assert self.fusion is not None
         return self.fusion(residual, prior, t_B, shrinkage)
@@ -110,9 +120,9 @@ class Trip(nn.Module):
         z_first_BC1HW: torch.Tensor,
         signal: torch.Tensor,
         sigma: torch.Tensor,
+        std: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, Shrinkage]:
         """Returns the inputs of TNF under `prediction="shrinkage"`: residual, normalised prior, weights of both."""
-        std = self.residual_std(z_t_BCFHW.shape[2], z_t_BCFHW.device)
         normalised = normalised_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
         if self.config.fusion.residual == "unit":
             known = optimal_shrinkage(signal, sigma, std).sqrt()

@@ -6,6 +6,7 @@ docs/decisions/unet.md explains the reasons and the differences. Shape suffixes 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -118,8 +122,10 @@ class Level(nn.Module):
         return x
 
 
-class UNet3D(nn.Module):
+class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The 3D-UNet eps(x, t, c), with the state dict of diffusers' `UNet3DConditionModel`, name for name.
+
+    It is one of diffusers' models, so that a pipeline loads, saves, moves and offloads it and adds low-rank adapters.
 
     `recompute_activations` stores only the input of each layer and recomputes the rest in the backward pass (a third
     more computation, bitwise equal results, dropout included); diffusers' class does not support it.
@@ -127,9 +133,11 @@ class UNet3D(nn.Module):
 
     recompute_activations = False
 
+    config_name = "config.json"
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
         widths, layers = config.block_out_channels, config.layers_per_block
         channels = widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
@@ -159,8 +167,28 @@ class UNet3D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
+    @property
+    def config(self) -> UNetConfig:  # pyright: ignore[reportIncompatibleMethodOverride] - a frozen dataclass of it
+        """The network's `config.json`."""
+        return self._config
+
+    @config.setter
+    def config(self, config: UNetConfig) -> None:
+        self._config = config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> UNet3D:
+        """Returns a new network; `from_pretrained` calls it with the contents of `config.json`."""
+        return cls(UNetConfig.from_json(dict(config)))
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Writes `config.json`; `save_pretrained` calls it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.config_name).write_text(self.config.to_json())
+
     def forward(self, x_BCFHW: torch.Tensor, t: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
-        """The network's output, [B, C, F, H, W] with `out_channels`.
+        """The network's output, [B, C, F, H, W] with `out_channels`, in the data type of the weights.
 
         Args:
             x_BCFHW: noised latents with the condition.
@@ -168,11 +196,13 @@ class UNet3D(nn.Module):
             text_BLD: text features c, one for each sample.
         """
         batch, _, frames = x_BCFHW.shape[:3]
+        dtype = self.conv_in.weight.dtype
+        text_BLD = text_BLD.to(dtype)
         t = t if t.ndim == 2 else t.expand(batch)
-        time = F.silu(self.time_embedding(self.time_proj(t.flatten()).to(self.conv_in.weight.dtype)))
+        time = F.silu(self.time_embedding(self.time_proj(t.flatten()).to(dtype)))
         time_NT = time.unflatten(0, (batch, -1)).expand(-1, frames, -1).flatten(0, 1)
 
-        x = x_BCFHW.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = x_BCFHW.to(dtype).transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self._run(self.transformer_in, self.conv_in(x), frames)
         skips = [x]
         for level in _levels(self.down_blocks):

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "flows.cli.plan",
     "selftest": "flows.cli.selftest",
     "serve": "flows.cli.serve",
+    "animate": "flows.cli.animate",
     "promote": "flows.cli.promote",
     "rollback": "flows.cli.promote",
     "live": "flows.cli.promote",
@@ -166,8 +167,10 @@ def _run_command(name: str, module: str, function: str, given: dict[str, Any]) -
         root = storage.parent(storage.parent(storage.absolute(given["data"])))
         if storage.exists(storage.join(root, ".lock")):
             lock = locked(root)
+    flags = dict(given)
+    passed_on = flags.pop("arguments", ())  # of `animate`, for another command line
     with lock:
-        return getattr(importlib.import_module(module), function)(**given)
+        return getattr(importlib.import_module(module), function)(*passed_on, **flags)
 
 
 def _without_credentials(arguments: list[str]) -> list[str]:

@@ -131,7 +131,7 @@ def load_animator(
         return RoundTrip(cast(Any, load_vae(folder)).to(device), described(model)["config"]["size"])
     if spec.kind == "closed_form":
         return PipelineAnimator(load_closed_form(model, device), steps, 1.0, spec.sample)
-    return PipelineAnimator(TripPipeline.from_folder(folder, device=device), steps, guidance, spec.sample)
+    return PipelineAnimator(TripPipeline.from_pretrained(folder).to(device), steps, guidance, spec.sample)
 
 
 def described(model: str) -> dict[str, Any]:
@@ -189,7 +189,8 @@ def load_base(base: UntrainedBase, frames: int, device: str) -> TripPipeline:
         residual_std=(0.0,) * frames,  # of the prior, which TRIP^- does not have
         unet_output=base_unet_output(folder),
     )
-    return TripPipeline(Trip.from_base(folder, config), load_vae(folder), load_text_encoder(folder), device)
+    trip = Trip.from_base(folder, config)
+    return TripPipeline.from_model(trip, load_vae(folder), load_text_encoder(folder), device)
 
 
 def load_closed_form(model: str, device: str) -> TripPipeline:
@@ -201,4 +202,4 @@ def load_closed_form(model: str, device: str) -> TripPipeline:
 
     folder = storage.local_folder(model)
     trip: Any = ClosedForm(config_from_json(described(model)["config"]))
-    return TripPipeline(trip, load_vae(folder), load_text_encoder(folder), device)
+    return TripPipeline.from_model(trip, load_vae(folder), load_text_encoder(folder), device)

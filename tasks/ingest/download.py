@@ -10,7 +10,7 @@ import re
 import threading
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -22,13 +22,14 @@ from yarl import URL
 from infra import storage
 from infra.redaction import name_of, redact
 from tasks.ingest.files import is_over_http
-from tasks.ingest.http_checks import AGENT, Refused, is_video, looks_like, opts_out, seconds_to_wait
+from tasks.ingest.http_checks import AGENT, Refused, is_photo, is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.sources import has_scheme, local_root, resolve_url, source_files
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.tables import read_cell
 from tasks.ingest.url_guard import Access, AddressGuard, blocked_cause, host_and_port, written_url
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, Inside, UserError
 from trip_model import __version__
+from trip_model.request_limits import MAX_PHOTO_BYTES
 
 # Retried within the run; 403 and the rarer 5xx only by a later run with `retry`.
 _RETRYABLE = RETRY_CLASSES["network"] | RETRY_CLASSES["timeout"]
@@ -94,6 +95,29 @@ def download_clips(
         loop.close()
 
 
+def download_photo(url: str, spec: DownloadSpec | None = None) -> bytes:
+    """Downloads one photo with the checks of `download_clips`: public addresses only, each redirect checked, bounded.
+
+    Raises:
+        UserError: the reason why it cannot be downloaded; the message names the host only.
+    """
+    spec = replace(spec or DownloadSpec(), max_bytes=MAX_PHOTO_BYTES)
+
+    async def download() -> Fetched | Failure:
+        downloader = await _open_downloader(SourceSpec(table=url), spec, Access())
+        try:
+            return await downloader.fetch(ClipRef(key="photo", row=0, url=url, caption=""), is_photo)
+        finally:
+            await downloader.session.close()
+
+    result = asyncio.run(download())
+    if isinstance(result, Failure):
+        raise UserError(
+            f"the photo cannot be downloaded ({result.reason}: {result.detail}); give another URL or a file"
+        )
+    return result.data
+
+
 def access_of(source: SourceSpec) -> Access:
     """Returns what the caller of a source allows: its base URL, or else a table over HTTP, `allow` and the proxy.
 
@@ -149,14 +173,14 @@ class _Downloader:
             trust_env=False,  # a proxy bypasses the guard's name resolution, so only one that the caller names is used
         )
 
-    async def fetch(self, ref: ClipRef) -> Fetched | Failure:
-        """Downloads one clip, with retries."""
+    async def fetch(self, ref: ClipRef, accepts: Callable[[bytes], bool] = is_video) -> Fetched | Failure:
+        """Downloads one clip, or another file that `accepts` recognises, with retries."""
         spec = self._spec
         for attempt in range(1, max(1, spec.attempts) + 1):
             try:
                 data = await self._read(ref)
-                if not is_video(data):
-                    raise Refused("not_a_video", looks_like(data))
+                if not accepts(data):
+                    raise Refused("not_a_video" if accepts is is_video else "not_accepted", looks_like(data))
                 return Fetched(data, hashlib.sha256(data).hexdigest(), attempt)
             except Refused as refused:
                 if refused.reason not in _RETRYABLE or attempt >= spec.attempts:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from time import time
 
+from trip_model.request_limits import RequestError, check_photo
+
 AGENT = "trip-i2v"
 # Directives of X-Robots-Tag that exclude a file from collections or from training.
 _OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
@@ -39,6 +41,15 @@ def is_video(data: bytes) -> bool:
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
         return True
     return data[:1] == b"G" and data[188:189] == b"G"  # transport stream: a sync byte every 188
+
+
+def is_photo(data: bytes) -> bool:
+    """Returns whether data begins like a photo that can be animated, by its header."""
+    try:
+        check_photo(data)
+    except RequestError:
+        return False
+    return True
 
 
 def looks_like(data: bytes) -> str:

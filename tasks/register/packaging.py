@@ -29,7 +29,7 @@ from trip_model.request_limits import BOUNDS, VIDEO_FORMATS
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent
 DESCRIPTIONS = ("trip.json", "model_index.json")
-REQUIREMENTS = ("torch", "diffusers", "transformers", "av", "numpy", "pandas", "pillow", "safetensors")
+REQUIREMENTS = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy", "pandas", "pillow", "safetensors")
 # Files for the wheel in addition to the package: settings, and the texts that they name.
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"

@@ -62,7 +62,7 @@ class TripModel(PythonModel):
         from trip_model.pipeline import TripPipeline
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = TripPipeline.from_folder(context.artifacts["model"], device=device)
+        self.pipe = TripPipeline.from_pretrained(context.artifacts["model"]).to(device)
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride], MLflow allows a narrower input
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -90,7 +90,7 @@ class TripModel(PythonModel):
         rows = []
         for row, (photo, prompt) in enumerate(inputs):
             try:
-                pixels = self.pipe(photo, prompt, seed=first_seed + row, **given)
+                pixels = self.pipe.generate([photo], [prompt], [first_seed + row], **given)[0]
             except ValueError as error:
                 raise InputError(f"row {row}: {error}") from error
             rows.append(

@@ -125,7 +125,8 @@ class Engine:
                     return
                 folder = self._aliased.fetch(version)
                 self._failed = version
-                self._live = _LoadedVersion(version, _tested(TripPipeline.from_folder(folder, self.device)))
+                pipe = TripPipeline.from_pretrained(folder).to(self.device)
+                self._live = _LoadedVersion(version, _tested(pipe))
                 self._failed = None
                 self._aliased.remove_all_except(version, current.id if current else version)
             self._trouble = self._registry_error
@@ -273,7 +274,7 @@ class Engine:
 
 def _tested(pipe: TripPipeline) -> TripPipeline:
     """Runs one step of the smallest clip, which finds a broken model before it is used and initialises the device."""
-    pipe(np.zeros((pipe.size, pipe.size, 3), np.uint8), "a test", num_frames=2, steps=1)
+    pipe.generate([np.zeros((pipe.size, pipe.size, 3), np.uint8)], ["a test"], [0], num_frames=2, steps=1)
     return pipe
 
 

@@ -12,7 +12,15 @@ import torch
 
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 from trip_model.model import Trip
-from trip_model.pipeline import sample_latents
+from trip_model.sampler import (
+    SAMPLERS,
+    SamplingOptions,
+    chunks,
+    low_pass,
+    sample_latents,
+    start_latents,
+    windows,
+)
 from trip_model.schedule import NoiseSchedule
 
 FRAMES, CORRELATION = 6, 0.9
@@ -143,3 +151,72 @@ def test_where_the_steps_divide_the_schedule_each_is_diffusers_own_to_the_bit(st
         expected = theirs.step(noise, t, expected).prev_sample
         ours = schedule.ddim_step(ours, noise, t, t_next)
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc", "euler"])
+@pytest.mark.parametrize("path", ["none", pytest.param("shrinkage in units", marks=pytest.mark.slow)])
+def test_each_solver_gets_the_noise_of_its_own_time_steps(tiny_base: Path, sampler: str, path: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z_first = torch.randn(2, 4, 1, 2, 2, generator=generator)
+    start = torch.randn(2, 4, FRAMES, 2, 2, generator=generator)
+    clips = GaussianClips(z_first)
+    trip = exact_model(tiny_base, clips, PATHS[path])
+    text = torch.zeros(2, 32, 16)
+
+    def error(name: str, steps: int) -> float:
+        options = SamplingOptions(sampler=name)
+        sampled = sample_latents(trip, z_first, text, text[:1], start, steps, 1.0, options=options)
+        return (sampled.double() - clips.flow(start, exact_abars(steps)[0])).square().mean().sqrt().item()
+
+    by_steps = {steps: (error(sampler, steps), error("ddim", steps)) for steps in (20, 100)}
+    for ours, ddim in by_steps.values():
+        if sampler == "euler":  # with the same noise it is DDIM, in other variables
+            assert ours == pytest.approx(ddim, rel=0.02, abs=1e-4)
+        else:
+            assert ours < 0.5 * ddim
+    assert by_steps[100][0] < by_steps[20][0]
+
+
+def test_no_motion_returns_the_first_frame_with_each_solver(tiny_base: Path) -> None:
+    z_first = torch.randn(1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(1, 4, FRAMES, 2, 2, generator=torch.Generator().manual_seed(2))
+    trip = exact_model(tiny_base, GaussianClips(z_first), PATHS["none"])
+    text = torch.zeros(1, 32, 16)
+    for sampler in SAMPLERS:
+        still = sample_latents(trip, z_first, text, text, start, 10, 1.0, options=SamplingOptions(sampler, motion=0.0))
+        torch.testing.assert_close(still, z_first.expand_as(still), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("frames", [16, 17, 40, 64, 100])
+def test_windows_and_chunks_cover_a_video(frames: int) -> None:
+    for cover in (windows(frames, 16, 4), chunks(frames, 16, 4)):
+        assert cover[0] == (0, 16) and cover[-1][1] == frames
+        assert all(stop - start <= 16 for start, stop in cover)
+        assert all(later[0] <= earlier[1] - 4 < later[1] for earlier, later in itertools.pairwise(cover))
+
+
+@pytest.mark.slow
+def test_joint_windows_of_an_exact_still_are_that_still(tiny_base: Path) -> None:
+    z_first = torch.randn(1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(1, 4, 14, 2, 2, generator=torch.Generator().manual_seed(2))
+    config = TripConfig(size=32, num_frames=FRAMES, residual_std=(0.0, *(0.5,) * (FRAMES - 1)))
+    trip = Trip.from_base(tiny_base, replace(config, fusion=FusionConfig(kind="linear", lambda_last=1.0))).eval()
+    text = torch.zeros(1, 32, 16)
+    options = SamplingOptions(window=FRAMES, overlap=2)
+    still = sample_latents(trip, z_first, text, text, start, 3, 1.0, options=options)
+    torch.testing.assert_close(still, z_first.expand_as(still), rtol=0, atol=1e-3)
+
+
+def test_a_low_pass_start_keeps_the_photo_in_low_frequencies_and_the_noise_in_high_ones() -> None:
+    x = torch.randn(1, 4, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    constant = torch.full_like(x, 3.0)
+    torch.testing.assert_close(low_pass(constant), constant)
+    assert low_pass(x).std() < 0.2 * x.std()
+    z_first = torch.full((1, 4, 1, 8, 8), 5.0)
+    schedule = NoiseSchedule()
+    mixed = start_latents(schedule, "low-pass", z_first, x, 500)
+    photo = start_latents(schedule, "photo", z_first, x, 500)
+    torch.testing.assert_close(
+        mixed - low_pass(mixed), (x - low_pass(x)) + low_pass(photo - x) - low_pass(low_pass(photo - x))
+    )
+    assert torch.equal(start_latents(schedule, "noise", z_first, x, 500), x)

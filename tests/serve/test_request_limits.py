@@ -53,7 +53,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model: Path) -> TripPipeline:
-    return TripPipeline.from_folder(tiny_model)
+    return TripPipeline.from_pretrained(tiny_model)
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_the_package_and_the_openapi_page_state_the_bounds_of_the_table():
 
 
 TARGETS = {
-    "another suffix": ("out.webm", "ends in '.webm'"),
+    "another suffix": ("out.avi", "ends in '.avi'"),
     "a folder where a file is expected": ("folder.mp4", "is a folder"),
     "a file where a folder is expected": ("file", "is a file"),
     "below a file": ("file/out.mp4", "is not a folder"),

@@ -87,7 +87,7 @@ class Store:
     folders: dict[str, Path]  # version -> model folder
 
     def expected(self, version: str, data: bytes, seed: int, **numbers) -> np.ndarray:
-        return TripPipeline.from_folder(self.folders[version])(data, PROMPT, seed=seed, **numbers)
+        return TripPipeline.from_pretrained(self.folders[version]).generate([data], [PROMPT], [seed], **numbers)[0]
 
     def point(self, alias: str, version: str) -> None:
         connect(self.uri).set_registered_model_alias("trip", alias, version)
