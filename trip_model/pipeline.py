@@ -151,6 +151,8 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         folder = Path(pretrained_model_name_or_path)
         record = None if is_hub_name(str(pretrained_model_name_or_path)) else read_record(folder)
         index: dict[str, Any] = json.loads((folder / INDEX).read_text()) if record is not None else {}
+        if record is not None:
+            kwargs["trip_config"] = record["config"]  # of a folder, `trip.json` holds the configuration
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
         missing = [part for part in parts if not (folder / part).is_dir() and part not in kwargs]
         if missing:
