@@ -15,6 +15,7 @@ from infra import storage
 from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
 from tasks.evaluate.protocol.baselines import READERS, Method
 from tasks.evaluate.protocol.protocol import Item
+from tasks.evaluation_record import REAL
 from tasks.metrics.alignment import alignment
 from tasks.metrics.energy import distances_to_truth, spread
 from tasks.metrics.extractors.extractor import ExtractorInfo, FeatureExtractor, extract_features
@@ -25,7 +26,6 @@ from tasks.video.decode import ClipError
 
 # References, in every table: a still clip scores 100 on consistency, so a score alone says nothing.
 # BASE is what the model's base does before training: without it nobody knows what training adds.
-FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
 CLOSED_FORM, ROUND_TRIP, BEST_OF = "closed_form", "round_trip", "best_of_k"
 ORACLES = (ROUND_TRIP, BEST_OF)  # systems that know the true clip
 HASHES = ("content", "shifted")  # of a record: which pixels were measured, all of a clip and those for sets
