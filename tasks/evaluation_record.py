@@ -14,6 +14,8 @@ from tasks.records import UserError, digest
 
 REPORT_FILE = "report.json"  # written last, so it marks the evaluation as complete
 REPORT_SCHEMA = 4
+PAGE_FILE = "report.html"
+PER_CLIP_FILE = "per_clip.npz"
 # Rows of every report: the first frame repeated, the untrained base, the true clips, the model under evaluation.
 FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
 PROTOCOL_FILE = "protocol.json"

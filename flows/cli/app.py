@@ -40,6 +40,9 @@ COMMANDS = {
     "show": "flows.cli.curate",
     "forget": "flows.cli.curate",
     "deduplicate": "flows.cli.curate",
+    "preference-study": "flows.cli.preference",
+    "preference-serve": "flows.cli.preference",
+    "preference-tally": "flows.cli.preference",
 }
 CHANGE_DATA = ("forget", "deduplicate")  # they take the lock of the root that the data set lies below
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -231,3 +231,13 @@ def _read(files: Sequence[str], folder: str, key: str, frames: int, size: int) -
         return read_frames(files, frames, size)
     except ClipError as error:
         raise UserError(f"item {key} in {folder}: {error}") from error
+
+
+def report_rows(sources: Mapping[str, str]) -> dict[str, str]:
+    """The row of a report that each system is, for systems that come from one; addresses by system."""
+    rows = {}
+    for name, address in sources.items():
+        plain, _, row = address.partition("#")
+        if row or storage.exists(storage.join(plain, REPORT_FILE)):
+            rows[name] = row or TRIP
+    return rows
