@@ -3,7 +3,8 @@
 A vote on an item by a rater resembles the other votes on that item and of that rater, so neither votes nor raters alone
 are independent. The variance of a sum over votes is that of the sums by item plus that of the sums by rater minus that
 of single votes (Cameron, Gelbach and Miller, 2011): the limit of a bootstrap over items, plus one over raters, minus
-one over votes. Intervals take Student's t with one degree of freedom fewer than the smaller number of items and raters.
+one over votes. Intervals take Student's t with the degrees of freedom of Satterthwaite (1946), at least one fewer than the
+smaller number of items and raters.
 """
 
 from __future__ import annotations
@@ -41,21 +42,39 @@ class Clusters:
         return int(min(len(np.unique(self.items)), len(np.unique(self.raters))))
 
 
-def two_way_variance(influence: Floats, clusters: Clusters) -> float:
-    """The variance of a statistic that is a sum of `influence` [N] over votes, with mean 0.
+@dataclass(frozen=True)
+class Spread:
+    """The variance of a statistic over items and raters, and its degrees of freedom, at least 1."""
 
-    Where the difference is not positive, the variance of independent votes.
+    variance: float
+    degrees: int
+
+
+def two_way_spread(influence: Floats, clusters: Clusters) -> Spread:
+    """The spread of a statistic that is a sum of `influence` [N] over votes, with mean 0.
+
+    Where the difference of variances is not positive, the variance is that of independent votes.
     """
-    of_votes = _variance(influence, np.arange(len(influence)))
-    total = _variance(influence, clusters.items) + _variance(influence, clusters.raters) - of_votes
-    return total if total > 0 else of_votes
+    of_votes, _ = _variance(influence, np.arange(len(influence)))
+    (of_items, items), (of_raters, raters) = (_variance(influence, i) for i in (clusters.items, clusters.raters))
+    total = of_items + of_raters - of_votes
+    variance = total if total > 0 else of_votes
+    parts = of_items**2 / (items - 1) + of_raters**2 / (raters - 1) if min(items, raters) > 1 else 0.0
+    degrees = int(variance**2 / parts) if parts > 0 else 1
+    return Spread(variance, max(degrees, min(items, raters) - 1, 1))
 
 
-def _variance(influence: Floats, index: NDArray[np.int64]) -> float:
-    count = len(np.unique(index))
-    if count < 2:
-        return 0.0
-    return float((np.bincount(index, influence) ** 2).sum() * count / (count - 1))
+def _variance(influence: Floats, index: NDArray[np.int64]) -> tuple[float, int]:
+    """The variance of a sum of independent clusters, and their number.
+
+    The mean that was taken off shrinks a cluster with a share w of the votes, so its square is divided by 1 - w
+    (Bell and McCaffrey, 2002); for clusters of one size that is the usual n / (n - 1).
+    """
+    sums, counts = np.bincount(index, influence), np.bincount(index)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if len(sums) < 2:
+        return 0.0, len(sums)
+    return float((sums**2 / (1 - counts / len(index))).sum()), len(sums)
 
 
 def share(scores: Floats, clusters: Clusters, level: float = LEVEL) -> Estimate:
@@ -76,10 +95,10 @@ def share(scores: Floats, clusters: Clusters, level: float = LEVEL) -> Estimate:
     if value in (0.0, 1.0):
         reach = ((1 - level) / 2) ** (1 / count)
         return Estimate(value, reach, 1.0) if value else Estimate(value, 0.0, 1 - reach)
-    variance = two_way_variance((scores - value) / len(scores), clusters)
-    if variance == 0:  # every vote is "not sure"
+    spread = two_way_spread((scores - value) / len(scores), clusters)
+    if spread.variance == 0:  # every vote is "not sure"
         return Estimate(value, value, value)
-    return wilson(value, value * (1 - value) / variance, student_quantile(count - 1, level))
+    return wilson(value, value * (1 - value) / spread.variance, student_quantile(spread.degrees, level))
 
 
 def wilson(value: float, votes: float, quantile: float) -> Estimate:
@@ -109,8 +128,8 @@ def bootstrap_share(scores: Floats, clusters: Clusters, seed: int = 0, level: fl
 def effective_votes(scores: Floats, clusters: Clusters) -> float:
     """How many independent votes would have the same variance; the number of votes where it cannot be told."""
     value = float(scores.mean())
-    variance = two_way_variance((scores - value) / len(scores), clusters)
-    independent = _variance((scores - value) / len(scores), np.arange(len(scores)))
+    variance = two_way_spread((scores - value) / len(scores), clusters).variance
+    independent, _ = _variance((scores - value) / len(scores), np.arange(len(scores)))
     return len(scores) * independent / variance if variance > 0 else float(len(scores))
 
 
@@ -206,8 +225,8 @@ def bradley_terry(
         if clusters.smaller < 2:
             values[name] = Estimate(value)
             continue
-        error = sqrt(two_way_variance(influence[:, index], clusters))
-        reach_of = student_quantile(clusters.smaller - 1, level) * error
+        spread = two_way_spread(influence[:, index], clusters)
+        reach_of = student_quantile(spread.degrees, level) * sqrt(spread.variance)
         values[name] = Estimate(value, value - reach_of, value + reach_of)
     return Strengths(values)
 

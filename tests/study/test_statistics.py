@@ -17,7 +17,7 @@ from tasks.study.statistics import (
     rank_correlation,
     share,
     sign_test,
-    two_way_variance,
+    two_way_spread,
 )
 
 STUDIES = 500
@@ -67,8 +67,8 @@ def test_the_bootstrap_of_items_and_raters_at_once_is_longer():
     assert theirs.value == ours.value and theirs.ci_low < ours.value < theirs.ci_high
     independent = np.arange(40)
     scores = np.random.default_rng(0).integers(0, 2, 40).astype(float)
-    variance = two_way_variance((scores - scores.mean()) / 40, Clusters(independent, independent))
-    assert variance == pytest.approx(scores.var(ddof=1) / 40)
+    spread = two_way_spread((scores - scores.mean()) / 40, Clusters(independent, independent))
+    assert spread.variance == pytest.approx(scores.var(ddof=1) / 40)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
