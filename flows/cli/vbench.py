@@ -29,10 +29,8 @@ def vbench_export(
     if full_info is not None:
         for dimension, count in missing(storage.read_bytes(full_info), set(keys)).items():
             log(f"vbench      {dimension}: {count} videos of the standard suite are missing")
-    results(
-        "vbench-export",
-        {"--videos_path": storage.join(output, VIDEOS), "--custom_image_folder": storage.join(output, IMAGES)},
-    )
+    folders = {"--videos_path": VIDEOS, "--custom_image_folder": IMAGES}
+    results("vbench-export", {flag: storage.join(output, name) for flag, name in folders.items()})
 
 
 def vbench_read(

@@ -31,8 +31,17 @@ from tasks.evaluate.spec import (
     model_sha256,
     provenance_of,
 )
-from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, ORACLES, REAL, ROUND_TRIP, TRIP, Row
-from tasks.evaluation_record import PROTOCOL_FILE, REPORT_FILE, REPORT_SCHEMA, EvaluationRecord
+from tasks.evaluate.systems import BEST_OF, CLOSED_FORM, ORACLES, ROUND_TRIP, Row
+from tasks.evaluation_record import (
+    BASE,
+    FROZEN,
+    PROTOCOL_FILE,
+    REAL,
+    REPORT_FILE,
+    REPORT_SCHEMA,
+    TRIP,
+    EvaluationRecord,
+)
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
 from tasks.records import UserError, digest

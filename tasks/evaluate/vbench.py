@@ -1,8 +1,8 @@
 """VBench-I2V: exports the clips of an evaluation under the names that its tool expects, and reads its result back.
 
 Its tool (`evaluate_i2v.py` of Vchitect/VBench) finds the videos PROMPT-0.mp4, PROMPT-1.mp4 .. in one folder. With
-`--mode custom_input` the photo of a video is the file of the image folder that is named like its prompt; in the standard
-mode prompts and photos are those of its image suite. Its result is NAME_eval_results.json.
+`--mode custom_input` the photo of a video is the file of the image folder that is named like its prompt; in the
+standard mode prompts and photos are those of its image suite. Its result is NAME_eval_results.json.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A vote on an item by a rater resembles the other votes on that item and of that rater, so neither votes nor raters alone
 are independent. The variance of a sum over votes is that of the sums by item plus that of the sums by rater minus that
 of single votes (Cameron, Gelbach and Miller, 2011): the limit of a bootstrap over items, plus one over raters, minus
-one over votes. Intervals take Student's t with the degrees of freedom of Satterthwaite (1946), at least one fewer than the
-smaller number of items and raters.
+one over votes. Intervals take Student's t with the degrees of freedom of Satterthwaite (1946), at least one fewer than
+the smaller number of items and raters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tasks.metrics.statistics import LEVEL, Estimate, student_quantile
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
+MOST_DEGREES = 1000  # where Student's t is the normal distribution to three digits
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def two_way_spread(influence: Floats, clusters: Clusters) -> Spread:
     variance = total if total > 0 else of_votes
     parts = of_items**2 / (items - 1) + of_raters**2 / (raters - 1) if min(items, raters) > 1 else 0.0
     degrees = int(variance**2 / parts) if parts > 0 else 1
-    return Spread(variance, max(degrees, min(items, raters) - 1, 1))
+    return Spread(variance, max(min(degrees, MOST_DEGREES), min(items, raters) - 1, 1))
 
 
 def _variance(influence: Floats, index: NDArray[np.int64]) -> tuple[float, int]:

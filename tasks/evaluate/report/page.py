@@ -21,8 +21,8 @@ from tasks.evaluate.report.figures import (
     strip_png,
 )
 from tasks.evaluate.report.tables import Table, all_tables, gate_table
-from tasks.evaluate.systems import BASE, CLOSED_FORM
-from tasks.evaluation_record import PAGE_FILE, PER_CLIP_FILE
+from tasks.evaluate.systems import CLOSED_FORM
+from tasks.evaluation_record import BASE, PAGE_FILE, PER_CLIP_FILE
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.pages import data_url, render
 from trip_model.images import video_bytes
