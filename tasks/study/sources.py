@@ -65,7 +65,7 @@ class Folder:
             )
         return names
 
-    @cached_property
+    @property
     def keys(self) -> set[str]:
         suffixes = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
         files = {name[: -len(PurePosixPath(name).suffix)] for name in self.names if name.endswith(suffixes)}

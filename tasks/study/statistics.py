@@ -213,13 +213,13 @@ def bradley_terry(
     centred = np.eye(count) - 1 / count
     theta = np.zeros(count)
     for _ in range(100):
-        expected = 1 / (1 + np.exp(-design @ theta))
-        information = (design * (expected * (1 - expected))[:, None]).T @ design
-        step = np.linalg.pinv(information) @ (design.T @ (scores - expected))
+        expected, inverse = _fitted(design, theta)
+        step = inverse @ (design.T @ (scores - expected))
         theta = theta + centred @ step * min(1.0, 2 / max(np.abs(step).max(), 1e-12))
         if np.abs(step).max() < 1e-10:
             break
-    influence = ((scores - expected)[:, None] * design) @ np.linalg.pinv(information)
+    expected, inverse = _fitted(design, theta)
+    influence = ((scores - expected)[:, None] * design) @ inverse
     values: dict[str, Estimate] = {}
     for index, name in enumerate(systems):
         value = float(theta[index])
@@ -230,6 +230,12 @@ def bradley_terry(
         reach_of = student_quantile(spread.degrees, level) * sqrt(spread.variance)
         values[name] = Estimate(value, value - reach_of, value + reach_of)
     return Strengths(values)
+
+
+def _fitted(design: Floats, theta: Floats) -> tuple[Floats, Floats]:
+    """The expected scores [N] and the pseudo-inverse of the information [systems, systems]."""
+    expected = 1 / (1 + np.exp(-design @ theta))
+    return expected, np.linalg.pinv((design * (expected * (1 - expected))[:, None]).T @ design)
 
 
 def rank_correlation(a: Floats, b: Floats, seed: int = 0, level: float = LEVEL) -> Estimate | None:
