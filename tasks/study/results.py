@@ -130,10 +130,12 @@ def tables(
     if tally.kept_raters is not None and tally.excluded:
         result.append(_win_rates(f"The {tally.kept_raters.raters} raters kept by the rule", tally.kept_raters, titles))
     result.append(_by_rater(tally, titles))
-    for name, strengths in tally.all_raters.strengths.items():
-        rows = [[system, _signed(value)] for system, value in strengths.values.items()]
-        note = (strengths.reason,) if strengths.reason else ("Log-odds against an average system.",)
-        result.append(Table(f"Bradley-Terry strengths: {titles[name]}", ["System", "Strength"], rows, note))
+    strengths = tally.all_raters.strengths
+    if strengths:
+        rows = [[system, *(_signed(strengths[name].values.get(system)) for name in titles)] for system in tally.systems]
+        reasons = tuple(f"{titles[name]}: {found.reason}." for name, found in strengths.items() if found.reason)
+        notes = ("Log-odds against an average system, of all raters.", *reasons)
+        result.append(Table("Bradley-Terry strengths", ["System", *titles.values()], rows, notes))
     if metrics:
         names = [n for n in next(iter(metrics.values())) if all(n in values for values in metrics.values())]
         rows = [[name, *(_number(values[name]) for values in metrics.values())] for name in names]
@@ -154,7 +156,15 @@ def tables(
 
 
 def _win_rates(title: str, count: Count, titles: Mapping[str, str]) -> Table:
-    header = ["Question", "Systems", "Win rate of the first", "For / not sure / against", "Items", "p", "alpha"]
+    header = [
+        "Question",
+        "Systems",
+        "Win rate of the first",
+        "Votes for / not sure / against",
+        "Items for / tied / against",
+        "p",
+        "alpha",
+    ]
     rows = [
         [
             titles[line.question],

@@ -149,7 +149,8 @@ def tally(plan: Plan, key: Key, votes: Sequence[Vote]) -> Tally:
     sealed = {pair.name: pair for pair in key.pairs}
     _check(plan, votes)
     facts = tuple(_facts(plan, sealed, rater, mine) for rater, mine in _by_rater(votes).items())
-    everyone = _count(key.systems, sealed, votes)
+    questions = [question.name for question in plan.questions]
+    everyone = _count(key.systems, questions, sealed, votes)
     kept = {fact.rater for fact in facts if not fact.excluded}
     left = [vote for vote in votes if vote.rater in kept]
     has_votes = any(sealed[vote.pair].kind == "study" for vote in left)
@@ -158,7 +159,7 @@ def tally(plan: Plan, key: Key, votes: Sequence[Vote]) -> Tally:
         plan_sha256=plan.sha256,
         systems=key.systems,
         all_raters=everyone,
-        kept_raters=_count(key.systems, sealed, left) if has_votes else None,
+        kept_raters=_count(key.systems, questions, sealed, left) if has_votes else None,
         raters=facts,
         excluded=dict(sorted(Counter(fact.excluded for fact in facts if fact.excluded).items())),
     )
@@ -251,12 +252,13 @@ def _facts(plan: Plan, sealed: dict[str, SealedPair], rater: int, votes: Sequenc
     return RaterFacts(rater, len(votes), places, shares[0], shares[1], shares[2], seconds, excluded)
 
 
-def _count(systems: Sequence[str], sealed: dict[str, SealedPair], votes: Sequence[Vote]) -> Count:
+def _count(
+    systems: Sequence[str], questions: Sequence[str], sealed: dict[str, SealedPair], votes: Sequence[Vote]
+) -> Count:
     study = [vote for vote in votes if sealed[vote.pair].kind == "study"]
     if not study:
         raise UserError("no votes on pairs of the study yet")
     lines = _choices(systems, sealed, study)
-    questions = list(dict.fromkeys(line.question for line in lines))
     comparisons = [
         _compare(first, second, question, chosen)
         for first, second in itertools.combinations(systems, 2)

@@ -396,7 +396,7 @@ def test_a_preference_study_of_a_report_is_shown_in_its_page_beside_its_metrics(
     for _ in range(2):
         assert main(["preference-tally", "--study", study, "--report", report, "--tracking-uri", tracking]) == 0
     page = (Path(report) / "report.html").read_text()
-    assert page.count("<h2>Preference study</h2>") == 1 and page.count("<h2>Curves</h2>") == 1
+    assert page.count("<h1>Preference study</h1>") == 1 and page.count("<h2>Curves</h2>") == 1
     assert "Automatic metrics of the evaluation" in page
     content = json.loads((Path(study) / "tally" / "tally.json").read_text())
     lines = {(line["first"], line["second"]): line for line in content["all_raters"]["comparisons"]}
