@@ -19,7 +19,7 @@ _LEAST = 4 + 1 + 1 + 1 + len(_SEI_UUID) + 1  # length, kind of unit, kind and si
 
 def frame_sizes(video: bytes) -> list[int]:
     """The coded size of every frame of an mp4, in bytes."""
-    with av.open(io.BytesIO(video)) as container:
+    with av.open(io.BytesIO(video), "r") as container:
         return [packet.size for packet in container.demux(video=0) if packet.size]
 
 
@@ -36,7 +36,7 @@ def padded(video: bytes, sizes: Sequence[int]) -> bytes:
     """
     sink = io.BytesIO()
     with (
-        av.open(io.BytesIO(video)) as source,
+        av.open(io.BytesIO(video), "r") as source,
         av.open(sink, "w", format="mp4", options={"fflags": "+bitexact"}) as target,
     ):
         stream = target.add_stream_from_template(source.streams.video[0])

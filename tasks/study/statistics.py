@@ -235,7 +235,8 @@ def bradley_terry(
 def _fitted(design: Floats, theta: Floats) -> tuple[Floats, Floats]:
     """The expected scores [N] and the pseudo-inverse of the information [systems, systems]."""
     expected = 1 / (1 + np.exp(-design @ theta))
-    return expected, np.linalg.pinv((design * (expected * (1 - expected))[:, None]).T @ design)
+    information = (design * (expected * (1 - expected))[:, None]).T @ design
+    return expected, np.linalg.pinv(information).astype(np.float64)
 
 
 def rank_correlation(a: Floats, b: Floats, seed: int = 0, level: float = LEVEL) -> Estimate | None:
