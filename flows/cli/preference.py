@@ -194,7 +194,7 @@ def preference_tally(
         log(f"tally       excluded by the rule of the plan: {counted.excluded}")
     if tracking_uri is not None:
         _track(plan, sealed, counted, output, tracking_address(tracking_uri or None, root))
-    results("preference-tally", {storage.join("", address).rsplit("/", 1)[-1]: address for address in written})
+    results("preference-tally", {address.rsplit("/", 1)[-1]: address for address in written})
 
 
 def database_address(given: str | None, study: str) -> str:
