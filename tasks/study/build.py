@@ -38,7 +38,7 @@ from tasks.study.plan import (
 )
 from tasks.study.power import power_sentences
 from tasks.study.rating_page import write_page
-from tasks.study.sources import Clips, Pixels, Report, open_system, read_photo, read_prompts
+from tasks.study.sources import Clips, Folder, Pixels, Report, open_system, read_photo, read_prompts
 from trip_model.images import video_bytes
 
 FRAMES, FPS, SIZE = 16, 4.0, 256  # of clips from folders, where no report says otherwise: Section 4.1 of the paper
@@ -117,6 +117,10 @@ class _Sources:
         self.systems: dict[str, Clips] = {name: clips for name, (clips, _) in opened.items()}
         self.reports = [report for _, report in opened.values() if report is not None]
         self.report: Report | None = self.reports[0] if self.reports else None
+        if self.report is not None:
+            for name, clips in self.systems.items():
+                if isinstance(clips, Folder):
+                    self.systems[name] = replace(clips, clips=self.report.clips)
         known = self.report.items if self.report is not None else None
         self.frames = spec.frames or (known.frames if known else FRAMES)
         self.fps = spec.fps or (known.fps if known else FPS)

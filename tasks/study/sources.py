@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,9 +53,15 @@ class Clips(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with KEY.mp4 (.gif, .npz ..) or KEY/ with numbered frames."""
+    """A folder with KEY.mp4 (.gif, .npz ..) or KEY/ with numbered frames; KEY is the item's, or its clip's.
+
+    Attributes:
+        address: of the folder.
+        clips: by item the name of its clip, of items that are the only one of theirs.
+    """
 
     address: str
+    clips: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def names(self) -> set[str]:
@@ -69,10 +76,15 @@ class Folder:
     def keys(self) -> set[str]:
         suffixes = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
         files = {name[: -len(PurePosixPath(name).suffix)] for name in self.names if name.endswith(suffixes)}
-        return files | {name for name in self.names if "." not in name}
+        found = files | {name for name in self.names if "." not in name}
+        by_clip = {key for key, clip in self.clips.items() if clip in found}
+        return (found - set(self.clips.values())) | by_clip | (found & set(self.clips))
 
     def read(self, key: str, frames: int, size: int) -> Pixels:
-        return _read(files_of(self.address, key, self.names), self.address, key, frames, size)
+        files = files_of(self.address, key, self.names)
+        if not files and key in self.clips:
+            files = files_of(self.address, self.clips[key], self.names)
+        return _read(files, self.address, key, frames, size)
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,12 @@ class Report:
         return set(self.by_key) & set(self._indices)
 
     @cached_property
+    def clips(self) -> dict[str, str]:
+        """The clip of each item that is the only one of its clip: another method may name its video after either."""
+        windows = Counter(item.clip for item in self.items.items)
+        return {item.key: item.clip for item in self.items.items if windows[item.clip] == 1}
+
+    @cached_property
     def _record(self) -> EvaluationRecord:
         return read_evaluation(self.address)
 
@@ -156,7 +174,7 @@ class Report:
             if name not in ("champion", "base")
         }
         if row in folders:
-            return Folder(folders[row])
+            return Folder(folders[row], self.clips)
         raise UserError(
             f"the report at {self.address} keeps no clips of {row!r}; use {', '.join((TRIP, REAL, FROZEN, *folders))}"
         )
