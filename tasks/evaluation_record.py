@@ -14,6 +14,12 @@ from tasks.records import UserError, digest
 
 REPORT_FILE = "report.json"  # written last, so it marks the evaluation as complete
 REPORT_SCHEMA = 4
+PAGE_FILE = "report.html"
+PER_CLIP_FILE = "per_clip.npz"
+# Rows of every report: the first frame repeated, the untrained base, the true clips, the model under evaluation.
+FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
+PROTOCOL_FILE = "protocol.json"
+PROTOCOL_SCHEMA = "trip-protocol/1"
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,48 @@ class EvaluationRecord:
     def champion(self) -> str | None:
         """Address of the champion's report that the gate compared with, None without a comparison."""
         return self.provenance.get("folders", {}).get("champion")
+
+
+@dataclass(frozen=True)
+class EvaluatedItem:
+    """One item of a finished evaluation: `key` names its clips, `clip` is its source clip."""
+
+    key: str
+    clip: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class EvaluatedItems:
+    """The items of a finished evaluation in their order, and their clips' frames, fps and pixels a side."""
+
+    items: tuple[EvaluatedItem, ...]
+    frames: int
+    fps: float
+    size: int
+
+
+def read_items(uri: str) -> EvaluatedItems:
+    """Reads the items of a finished evaluation from its protocol.
+
+    Args:
+        uri: address of the evaluation's folder.
+
+    Raises:
+        UserError: no protocol there, or one of another schema version.
+    """
+    address = storage.join(uri, PROTOCOL_FILE)
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(address))
+        if content.get("schema") != PROTOCOL_SCHEMA:
+            raise ValueError(f"schema {content.get('schema')!r}, expected {PROTOCOL_SCHEMA!r}")
+        lines: list[dict[str, Any]] = content["items"]
+        items = tuple(EvaluatedItem(str(i["key"]), str(i["clip"]), str(i["caption"])) for i in lines)
+        return EvaluatedItems(items, int(content["frames"]), float(content["fps"]), int(content["size"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{address} is not the protocol of an evaluation ({error}); run the evaluation again"
+        ) from error
 
 
 def read_evaluation(uri: str) -> EvaluationRecord:

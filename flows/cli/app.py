@@ -41,6 +41,11 @@ COMMANDS = {
     "show": "flows.cli.curate",
     "forget": "flows.cli.curate",
     "deduplicate": "flows.cli.curate",
+    "vbench-export": "flows.cli.vbench",
+    "vbench-read": "flows.cli.vbench",
+    "preference-study": "flows.cli.preference",
+    "preference-serve": "flows.cli.preference",
+    "preference-tally": "flows.cli.preference",
 }
 CHANGE_DATA = ("forget", "deduplicate")  # they take the lock of the root that the data set lies below
 

@@ -31,14 +31,21 @@ from tasks.evaluate.spec import (
     model_sha256,
     provenance_of,
 )
-from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, ORACLES, REAL, ROUND_TRIP, TRIP, Row
-from tasks.evaluation_record import REPORT_FILE, REPORT_SCHEMA, EvaluationRecord
+from tasks.evaluate.systems import BEST_OF, CLOSED_FORM, ORACLES, ROUND_TRIP, Row
+from tasks.evaluation_record import (
+    BASE,
+    FROZEN,
+    PROTOCOL_FILE,
+    REAL,
+    REPORT_FILE,
+    REPORT_SCHEMA,
+    TRIP,
+    EvaluationRecord,
+)
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
-
-PROTOCOL = "protocol.json"
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         return models
 
     try:
-        storage.write_json(storage.join(output, PROTOCOL), protocol.manifest())
+        storage.write_json(storage.join(output, PROTOCOL_FILE), protocol.manifest())
         generations = storage.join(output, "generations")
         trip = generated("model", TRIP, "generate", generations, model_identity, spec.samples)
         by_row = {TRIP: trip}
@@ -240,7 +247,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             notes=summary.notes,
             clips=summary.clips,
             items=len(items),
-            files=tuple(sorted([*pages, PROTOCOL])),
+            files=tuple(sorted([*pages, PROTOCOL_FILE])),
             generations=storage.join("generations", trip[0].method.identity),
             samples=tuple(storage.join("generations", model.method.identity) for model in trip[1:]),
             best={measure: model.model_sha256 for measure, model in best.items()},

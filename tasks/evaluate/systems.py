@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 
 from infra import storage
 from tasks.evaluate.generate import Batch, load_arrays, save_arrays, shown
-from tasks.evaluate.protocol.baselines import READERS, Method, read_method
+from tasks.evaluate.protocol.baselines import READERS, Method
 from tasks.evaluate.protocol.protocol import Item
+from tasks.evaluation_record import REAL
 from tasks.metrics.alignment import alignment
 from tasks.metrics.energy import distances_to_truth, spread
 from tasks.metrics.extractors.extractor import ExtractorInfo, FeatureExtractor, extract_features
 from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, psnr_curve, smoothness_residual, ssim_curve
 from tasks.records import digest
+from tasks.video.clip_files import read_frames
 from tasks.video.decode import ClipError
 
 # References, in every table: a still clip scores 100 on consistency, so a score alone says nothing.
 # BASE is what the model's base does before training: without it nobody knows what training adds.
-FROZEN, BASE, REAL, TRIP = "frozen", "base", "real", "trip"
 CLOSED_FORM, ROUND_TRIP, BEST_OF = "closed_form", "round_trip", "best_of_k"
 ORACLES = (ROUND_TRIP, BEST_OF)  # systems that know the true clip
 HASHES = ("content", "shifted")  # of a record: which pixels were measured, all of a clip and those for sets
@@ -78,7 +79,7 @@ class Row:
         """Each sample of an item as `frames` returns it; none of a reference."""
         samples = []
         for method in self.methods:
-            frames = read_method(method.files[item.key], len(real), real.shape[1])
+            frames = read_frames(method.files[item.key], len(real), real.shape[1])
             samples.append((shown(frames, real) if method.given_frame else frames, frames[0]))
         return samples
 

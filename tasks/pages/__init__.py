@@ -24,6 +24,26 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def with_section(page: str, name: str, section: str) -> str | None:
+    """Returns a page of an evaluation with a section in its place of this name; an earlier section is replaced.
+
+    Args:
+        page: the page as HTML.
+        name: of the place, a comment in the template.
+        section: HTML.
+
+    Returns:
+        None for a page without such a place.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, after = page.partition(start)
+    if not found:
+        return None
+    if end in after:
+        after = after.partition(end)[2]
+    return f"{before}{start}\n{section}{end}{after}"
+
+
 def data_url(content: bytes, kind: str) -> str:
     """Returns a file as a data URL, so that the page needs no other file.
 

@@ -27,7 +27,6 @@ from tasks.evaluate.protocol.baselines import (
     find_method,
     missing_of,
     parse_methods,
-    read_method,
     without_missing,
 )
 from tasks.evaluate.protocol.presets import load_preset
@@ -38,6 +37,7 @@ from tasks.metrics.extractors.extractor import NOT_COMPARABLE
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import UserError
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, write_shard
+from tasks.video.clip_files import read_frames
 from tasks.video.decode import ClipError
 from tests.metrics.test_video_extractors import StandInI3D
 from trip_model.images import write_video
@@ -60,7 +60,7 @@ def test_a_video_is_found_in_every_form_and_read_frame_by_frame(tmp_path: Path) 
     found = find_method("Other", str(tmp_path), ITEMS)
     assert missing_of([found], ITEMS) == {"clip6_000": "missing"}
     for item in ITEMS[:6]:
-        pixels = read_method(found.files[item.key], FRAMES, SIZE)
+        pixels = read_frames(found.files[item.key], FRAMES, SIZE)
         assert pixels.shape == (FRAMES, SIZE, SIZE, 3) and pixels.dtype == np.uint8
         # Lossless where the file is, near where a codec or a resize lies between; and no frame twice or left out.
         least = 0 if item.index < 2 else 16
@@ -102,7 +102,7 @@ def test_frames_are_read_in_the_order_of_their_numbers(tmp_path: Path, case: str
     values = {name: 10 * place for place, name in enumerate(NAMES[case])}
     method = gray_frames(tmp_path, values)
     assert len(method.files["clip0_000"]) == 25
-    pixels = read_method(method.files["clip0_000"], FRAMES, SIZE)
+    pixels = read_frames(method.files["clip0_000"], FRAMES, SIZE)
     assert np.abs(pixels.mean(axis=(1, 2, 3)) - [10 * place for place in range(FRAMES)]).max() < 3
 
 
@@ -134,7 +134,7 @@ def test_videos_of_other_containers_are_found(tmp_path: Path, name: str) -> None
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     found = find_method("Other", str(tmp_path), ITEMS)
-    assert np.abs(read_method(found.files["clip0_000"], FRAMES, SIZE).astype(int) - clip(0)).mean() < 25
+    assert np.abs(read_frames(found.files["clip0_000"], FRAMES, SIZE).astype(int) - clip(0)).mean() < 25
 
 
 def test_a_video_that_cannot_be_used_says_why(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_video_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     reasons = {"short.mp4": "too_short: .* has 7 frames, 16 are needed"}
     for name in ("short.mp4", "text.mp4", "bad.npz", "gray.npz", "objects.npz"):
         with pytest.raises(ClipError, match=reasons.get(name, "undecodable")):
-            read_method([str(tmp_path / name)], FRAMES, SIZE)
+            read_frames([str(tmp_path / name)], FRAMES, SIZE)
 
 
 def test_what_is_missing_is_an_error_or_leaves_all_rows_and_is_counted() -> None:

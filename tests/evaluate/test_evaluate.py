@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,22 +15,28 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
+from flows.cli.app import main
 from flows.evaluate_trip import with_base_row
 from flows.layout import Run
 from flows.recipes import demo
 from infra import storage
 from infra.cluster import ray_session
+from infra.tracking import connect
 from tasks.evaluate import generate
 from tasks.evaluate.gate import SCORES
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocol.protocol import held_out_protocol, item_seed
 from tasks.evaluate.spec import EvaluateSpec
+from tasks.evaluate.vbench import prompt_of
 from tasks.evaluation_record import read_evaluation
 from tasks.ingest.drawing import draw_clip
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import Artifact, UserError, to_json
 from tasks.shards import Sample, ShardDataset, publish_dataset, sample_key, split_keys, write_shard
+from tasks.study.plan import read_key, read_plan
+from tasks.study.store import Store, Vote
 from trip_model.checkpoint import save_model
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
 from trip_model.folders import folder_hash
@@ -364,3 +371,66 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
             evaluate(case, lambda line: None)
         assert "\n" not in str(caught.value), message
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_preference_study_of_a_report_is_shown_in_its_page_beside_its_metrics(
+    whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
+):
+    report = str(tmp_path / "report")
+    shutil.copytree(whole[0].output, report)
+    study, tracking = str(tmp_path / "study"), f"sqlite:///{tmp_path}/mlflow.db"
+    systems = ["--system", f"ours={report}", "--system", f"still={report}#frozen", "--system", f"Other={report}#Other"]
+    assert main(["preference-study", "-o", study, *systems, "--raters", "3", "--gold", "2", "--repeats", "1"]) == 0
+    plan = read_plan(study)
+    sealed = {pair.name: pair for pair in read_key(f"{study}-key.json", plan).pairs}
+    votes = Store(f"sqlite:///{study}/votes.db", plan)
+    for rater in range(3):
+        votes.enrol(f"token {rater}", None)
+        for position, place in enumerate(plan.assignments[rater]):
+            pair = sealed[plan.pairs[place.pair].name]
+            left, right = (pair.second, pair.first) if place.swapped else (pair.first, pair.second)
+            side = "right" if right in ("ours", "real") else "left" if left in ("ours", "real") else "unsure"
+            answers = {question.name: side for question in plan.questions}
+            votes.add(Vote(rater, position, pair.name, place.swapped, answers, 5000, 1, "desktop", 0))
+    votes.close()
+    for _ in range(2):
+        assert main(["preference-tally", "--study", study, "--report", report, "--tracking-uri", tracking]) == 0
+    page = (Path(report) / "report.html").read_text()
+    assert page.count("<h1>Preference study</h1>") == 1 and page.count("<h2>Curves</h2>") == 1
+    assert "Automatic metrics of the evaluation" in page
+    content = json.loads((Path(study) / "tally" / "tally.json").read_text())
+    lines = {(line["first"], line["second"]): line for line in content["all_raters"]["comparisons"]}
+    assert lines["ours", "still"]["win_rate"]["value"] == 1 and lines["still", "Other"]["ties"] == 15
+    assert not content["excluded"] and content["systems"] == ["ours", "still", "Other"]
+    client = connect(tracking)
+    runs = client.search_runs([client.get_experiment_by_name("trip").experiment_id])
+    assert len(runs) == 1
+    assert runs[0].data.metrics["preference/all/ours_vs_still/visual_quality/win_rate"] == 1
+    table = parquet.read_table(Path(study) / "tally" / "votes.parquet").to_pylist()
+    assert len(table) == 3 * len(plan.assignments[0])
+    assert {line["visual_quality_system"] for line in table} == {"ours", "real", ""}
+
+
+def test_clips_go_to_vbench_and_its_result_comes_back(whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path):
+    report, output = str(tmp_path / "report"), tmp_path / "vbench"
+    shutil.copytree(whole[0].output, report)
+    assert main(["vbench-export", "--report", report, "-o", str(output)]) == 0
+    videos = sorted(path.name for path in (output / "videos").iterdir())
+    images = {path.stem for path in (output / "images").iterdir()}
+    assert len(videos) == 10 and {prompt_of(name) for name in videos} == images  # five items, two samples of each
+    assert {name[-6:] for name in videos} == {"-0.mp4", "-1.mp4"}
+    scores = {name: 60 + 3.0 * number for number, name in enumerate(videos)}
+    lines = [{"video_path": f"/elsewhere/videos/{name}", "video_results": score} for name, score in scores.items()]
+    mean = sum(scores.values()) / 1000
+    subject = [line | {"image_path": "x.png", "video_results": line["video_results"] / 100} for line in lines]
+    content = {"imaging_quality": [mean, lines], "i2v_subject": [mean, subject]}
+    result = tmp_path / "ours_eval_results.json"
+    result.write_text(json.dumps(content))
+    rows = tmp_path / "rows.json"
+    words = ["--result", f"ours={result}", "--export", str(output), "--report", report, "--output", str(rows)]
+    assert main(["vbench-read", *words]) == 0
+    (row,) = json.loads(rows.read_text())
+    assert row["clips"] == 5 and row["metrics"]["vbench-imaging_quality"]["value"] == pytest.approx(mean)
+    assert "Video-Image Subject Consistency" in (Path(report) / "report.html").read_text()
+    result.write_text(json.dumps({"imaging_quality": [0.1, lines]}))
+    assert main(["vbench-read", *words]) == 2

@@ -11,11 +11,11 @@ from typing import Any
 
 from infra import storage
 from tasks.evaluate.protocol.presets import Preset, PublishedRow, load_preset, preset_names, published_rows
+from tasks.evaluation_record import PROTOCOL_SCHEMA
 from tasks.json_records import parse_record
 from tasks.records import UserError
 from tasks.shards import ShardDataset, split_keys
 
-SCHEMA = "trip-protocol/1"
 LEAST_FRAMES = 4  # of F-Consistency/4
 
 
@@ -101,7 +101,7 @@ class Protocol:
     def manifest(self) -> dict[str, Any]:
         """The protocol as JSON that `load_protocol` takes again; another lab with the same clips can use it."""
         lines = tuple(_Line(i.key, i.clip, i.caption, i.seed, i.category, i.start) for i in self.items)
-        open_ = Manifest(SCHEMA, self.name, self.rules, self.frames, self.fps, self.size, lines)
+        open_ = Manifest(PROTOCOL_SCHEMA, self.name, self.rules, self.frames, self.fps, self.size, lines)
         return _content(replace(open_, sha256=_sha256(open_)))
 
 
@@ -274,9 +274,13 @@ def _from_manifest(address: str, dataset: ShardDataset) -> Protocol:
     except FileNotFoundError as error:
         raise UserError(f"no protocol at {address}; give the protocol.json of a report") from error
     except ValueError as error:
-        raise UserError(f"{address} is no protocol of schema {SCHEMA} ({error}); give that of a report") from error
-    if manifest.schema != SCHEMA or manifest.sha256 != _sha256(manifest):
-        raise UserError(f"{address} is not of schema {SCHEMA} or was changed after it was written; write it again")
+        raise UserError(
+            f"{address} is no protocol of schema {PROTOCOL_SCHEMA} ({error}); give that of a report"
+        ) from error
+    if manifest.schema != PROTOCOL_SCHEMA or manifest.sha256 != _sha256(manifest):
+        raise UserError(
+            f"{address} is not of schema {PROTOCOL_SCHEMA} or was changed after it was written; write it again"
+        )
     index_of = {key: i for i, key in enumerate(dataset.keys)}
     # After the dot comes the number of the repeat.
     indices = {line.key: index_of.get(line.key.partition(".")[0]) for line in manifest.items}

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.distances import Sums, Values
-from tasks.evaluate.systems import BASE, FROZEN, HASHES, REAL, SPREAD, TO_TRUTH, TRIP, Features
+from tasks.evaluate.systems import HASHES, SPREAD, TO_TRUTH, Features
+from tasks.evaluation_record import BASE, FROZEN, REAL, TRIP
 from tasks.metrics.alignment import Alignment
 from tasks.metrics.consistency import (
     PAIR_RULES,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.evaluate.protocol.protocol import Item
-from tasks.evaluate.systems import REAL, TRIP
+from tasks.evaluation_record import REAL, TRIP
 from tasks.metrics.extractors.extractor import ExtractorInfo, MetricKind
 from tasks.metrics.frechet import (
     PARTS,

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tasks.evaluate.report.aggregate import Summary
 from tasks.evaluate.report.tables import consistency_extractor, label
-from tasks.evaluate.systems import BASE, FROZEN, REAL, TRIP
+from tasks.evaluation_record import BASE, FROZEN, REAL, TRIP
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo
 from tasks.pages import ACCENT, BLUE, INK, PAPER
 

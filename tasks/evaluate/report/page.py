@@ -21,7 +21,8 @@ from tasks.evaluate.report.figures import (
     strip_png,
 )
 from tasks.evaluate.report.tables import Table, all_tables, gate_table
-from tasks.evaluate.systems import BASE, CLOSED_FORM
+from tasks.evaluate.systems import CLOSED_FORM
+from tasks.evaluation_record import BASE, PAGE_FILE, PER_CLIP_FILE
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.pages import data_url, render
 from trip_model.images import video_bytes
@@ -90,7 +91,7 @@ def build(
 ) -> dict[str, bytes]:
     """All files for people, by their name in the report's folder; equal inputs give equal bytes, H.264 excepted."""
     files = {"per_clip.csv": per_clip_csv(summary), "per_clip.parquet": per_clip_parquet(summary)}
-    files["per_clip.npz"] = per_clip_npz(summary)
+    files[PER_CLIP_FILE] = per_clip_npz(summary)
     for name, file in CURVE_FILES.items():
         if name in summary.curves:
             files[file] = curve_png(summary, extractors, name)
@@ -104,7 +105,7 @@ def build(
     files |= {f"tables/{name}.tex": table.latex().encode() for name, table in tables.items()}
     origin = Table("Provenance", ["what", "value"], _flat(provenance))
     files["report.md"] = _markdown(list(tables.values()), origin, gate, summary, examples).encode()
-    files["report.html"] = _page(tables, origin, gate, summary, examples, files).encode()
+    files[PAGE_FILE] = _page(tables, origin, gate, summary, examples, files).encode()
     return files
 
 

@@ -11,7 +11,8 @@ from tasks.evaluate.gate import Gate
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, PublishedRow
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluate.report.aggregate import Summary
-from tasks.evaluate.systems import BASE, BEST_OF, CLOSED_FORM, FROZEN, REAL, ROUND_TRIP, TRIP
+from tasks.evaluate.systems import BEST_OF, CLOSED_FORM, ROUND_TRIP
+from tasks.evaluation_record import BASE, FROZEN, REAL, TRIP
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, MetricKind
 from tasks.metrics.statistics import Estimate
 
