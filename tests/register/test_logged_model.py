@@ -100,7 +100,7 @@ def test_the_service_loads_only_the_registered_weights(spec, package, tmp_path):
     assert folder_hash(aliased.fetch(version)) == model_hash
     assert Model.load(str(package)).metadata["model_sha256"] == model_hash
     aliased.remove_all_except()
-    weights = package / "artifacts" / "model" / "fusion" / "model.safetensors"
+    weights = package / "artifacts" / "model" / "fusion" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
