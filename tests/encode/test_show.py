@@ -61,7 +61,7 @@ def test_what_cannot_be_shown_is_one_sentence(
     for change, words in (
         ({"--key": "nobody"}, "key 'nobody' is not in"),
         ({"--data": str(tmp_path / "none")}, "none"),
-        ({"-o": str(tmp_path / "clip.webm")}, "ends in '.webm'"),
+        ({"-o": str(tmp_path / "clip.avi")}, "ends in '.avi'"),
         ({"--base": str(tiny_base)}, "has another VAE than the one that encoded the data set"),
         ({"--base": str(tmp_path)}, "vae"),
         ({"--scale": "99"}, "--scale 99, expected 1 to 16"),
