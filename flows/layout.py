@@ -7,6 +7,7 @@ meets old files and the same command resumes. Asking for an address runs nothing
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -134,9 +135,20 @@ class Run:
         }
 
 
-def resolve(recipe: str, source: str | None, root: str, base: str | None, options: SourceOptions) -> Run:
-    """The run that the flags of a command ask for. Raises UserError for an unknown recipe or unusable options."""
-    return Run(find_recipe(recipe, base), named_source(source, options), storage.absolute(root))
+def resolve(
+    recipe: str,
+    source: str | None,
+    root: str,
+    base: str | None,
+    options: SourceOptions,
+    values: Sequence[str] | None = None,
+) -> Run:
+    """The run that the flags of a command ask for.
+
+    Raises:
+        UserError: an unknown recipe, unusable options, or values that the recipe does not have.
+    """
+    return Run(find_recipe(recipe, base, values), named_source(source, options), storage.absolute(root))
 
 
 def data_set(uri: str) -> Artifact:

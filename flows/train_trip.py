@@ -10,6 +10,7 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra.settings import DEFAULT_ROOT
@@ -60,21 +61,23 @@ def train_trip(
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Train TRIP on a prepared data set; continues from the newest checkpoint.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
-    return to_json(train_stage(run.train(data), uri, f"train {recipe}"))
+    return to_json(train_stage(run.train(data), uri, f"train {run.recipe.name}"))

@@ -144,11 +144,32 @@ def spool_file(spec: TrainSpec) -> Path:
     return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
 
 
+_BOUNDS = (
+    ("learning_rate_unet", 0.0, math.inf),
+    ("learning_rate_fusion", 0.0, math.inf),
+    ("weight_decay", 0.0, math.inf),
+    ("clip_norm", 0.0, math.inf),
+    ("warmup_steps", 0, math.inf),
+    ("average_decay", 0.0, 1.0),
+    ("held_out_fraction", 0.0, 1.0),
+    ("measure_clips", 1, math.inf),
+    ("cpus_per_worker", 1, math.inf),
+    ("gpus_per_worker", 0, math.inf),
+)
+
+
 def check_spec(spec: TrainSpec) -> None:
     """Raises UserError for invalid values."""
     for name, least in (("steps", 1), ("global_batch", 1), ("workers", 1), ("checkpoint_every", 1), ("tick_every", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
+    for name, least, most in _BOUNDS:
+        value = getattr(spec, name)
+        if not least <= value <= most:
+            expected = f"{least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}"
+            raise UserError(f"{name} {value:g}, expected {expected}")
+    if not 0 <= spec.objective.text_dropout <= 1:
+        raise UserError(f"objective.text_dropout {spec.objective.text_dropout:g}, expected a share from 0 to 1")
     if spec.workers > spec.global_batch:
         raise UserError(
             f"a global batch of {spec.global_batch} leaves some of {spec.workers} workers without a sample;"

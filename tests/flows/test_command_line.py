@@ -47,6 +47,7 @@ def test_flags_follow_from_the_signature() -> None:
         "base": None,
         "dataset": "s3://bucket/data",
         "tracking_uri": None,
+        "values": None,
         "options": SourceOptions(),
     }
 
