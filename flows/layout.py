@@ -26,7 +26,7 @@ from tasks.ingest.sources import opened
 from tasks.ingest.spec import SourceSpec
 from tasks.records import Artifact, UserError, digest
 from tasks.shards import ShardDataset
-from tasks.train.spec import TrainSpec, finished_report, spec_digest
+from tasks.train.spec import Start, TrainSpec, finished_report, spec_digest
 from trip_model.folders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"  # of MLflow
@@ -76,9 +76,10 @@ class Run:
         """The data set of this run. Raises UserError if it is not finished."""
         return data_set(self.prepare.output)
 
-    def train(self, data: Artifact) -> TrainSpec:
-        """The spec of a training on a data set."""
-        spec = replace(self.recipe.train, dataset=data.uri)
+    def train(self, data: Artifact, start: Start | None = None) -> TrainSpec:
+        """The spec of a training on a data set; the recipe's steps come after those that `start` goes on from."""
+        spec = replace(self.recipe.train, dataset=data.uri, start=start)
+        spec = replace(spec, steps=spec.steps + (start.step if start is not None else 0))
         identity = {"spec": spec_digest(spec), "dataset": data.sha256, "base": base_hash(spec.base)}
         return replace(spec, output=address(self.root, "train", identity))
 

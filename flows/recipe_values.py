@@ -41,6 +41,7 @@ REFUSED = {
     "train.dataset": "give --dataset",
     "train.output": _ADDRESS,
     "train.base": _BASE,
+    "train.start": "give --from",
     "train.model.residual_std": "it is measured on the data set",
     "train.model.unet_output": _READ,
     "train.model.schedule.base": _READ,
