@@ -14,7 +14,7 @@ from torch import nn
 
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import TripConfig
-from trip_model.fusion import Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.fusion import Shrinkage, TemporalNoiseFusion, closed_form_fusion, linear_decay, linear_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage, unknown_share
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
@@ -87,9 +87,11 @@ class Trip(nn.Module):
         fusion = self.config.fusion
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)
-            if fusion.kind == "tnf" and fusion.prediction == "shrinkage":
+            if fusion.kind in ("tnf", "closed") and fusion.prediction == "shrinkage":
                 std = self.residual_std(frames, z_t_BCFHW.device, offset)
                 residual, prior, shrinkage = self._shrunk(output, z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
+                if fusion.kind == "closed":
+                    return closed_form_fusion(residual, shrinkage, fusion)
             else:
                 residual, shrinkage = self._as_noise(output, z_t_BCFHW, signal, sigma), None
                 if fusion.kind == "none":
