@@ -51,7 +51,8 @@ class Clips:
     """Final latents [N, C, F, h, w], text features and pixels [N, F, H, W, 3] of drawn scenes."""
 
     def __init__(self, base: str, scenes: range) -> None:
-        vae, text = load_vae(base), load_text_encoder(base)
+        vae: Any = load_vae(base)
+        text = load_text_encoder(base)
         drawn = [draw_scene(seed) for seed in scenes]
         self.pixels = np.stack([[draw_frame(s, k / FPS, SIZE) for k in range(FRAMES)] for s in drawn])
         raw = torch.stack([encode_pixels(vae, clip) for clip in self.pixels])
@@ -107,15 +108,16 @@ def train(base: str, fusion: FusionConfig, seed: int, clips: Clips, held_out: Cl
     optimizer, weights = make_optimizer(trip, spec), trained_weights(trip)
     average = MovingAverage(weights, 0.99)
     curves: list[tuple[np.ndarray, np.ndarray]] = []
-    for step in range(BUDGETS[-1] + 1):
+
+    def measure() -> None:
+        trip.eval()
+        with average.applied():
+            curves.append(errors(trip, held_out))
+        trip.train()
+
+    for step in range(BUDGETS[-1]):
         if step in BUDGETS:
-            trip.eval()
-            with average.applied():
-                curves.append(errors(trip, held_out))
-                sampled = distances(trip, held_out) if step == BUDGETS[-1] else None
-            trip.train()
-        if step == BUDGETS[-1]:
-            break
+            measure()
         order = torch.randperm(len(clips.z_0), generator=addressed_generator("pilot order", seed, step))[:BATCH]
         drawn = draw(seed, step, range(BATCH), BATCH, tuple(clips.z_0.shape[1:]), 1000, 0.0)
         loss, _ = training_loss(trip, clips.z_0[order], clips.text[order], clips.empty, drawn, ObjectiveConfig())
@@ -126,7 +128,9 @@ def train(base: str, fusion: FusionConfig, seed: int, clips: Clips, held_out: Cl
             group["lr"] = group["base_lr"] * learning_rate_factor(step, spec)
         optimizer.step()
         average.update(step)
-    assert sampled is not None
+    measure()
+    with average.applied():
+        sampled = distances(trip.eval(), held_out)
     noise, z0 = (np.stack([curve[i] for curve in curves]) for i in (0, 1))
     return {"noise_error": noise, "z0_error": z0, "distance": sampled}
 
