@@ -16,10 +16,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is imported: on tiny models more threads than one only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = REPOSITORY.parent / "shared" / "data" / "clips" / "manifest.csv"
