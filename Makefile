@@ -33,8 +33,8 @@ test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
 test-slow: $(STAMP) ## the tests with servers, kills and several processes
 	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
 
-test-servers: $(STAMP) ## of the slow tests those of Prefect's pages, of the pages in Chromium and of PostgreSQL
-	@$(PYTHON) -m pytest tests/flows/test_prepare_pages.py tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py -m "slow and not gpu and not network"
+test-servers: $(STAMP) ## of the slow tests those of Prefect and MLflow, of the pages in Chromium and of PostgreSQL
+	@$(PYTHON) -m pytest tests/flows/test_prepare_pages.py tests/infra/test_tracking.py tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py -m "slow and not gpu and not network"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(PYTHON) -m pytest -m "gpu and not network"

@@ -96,7 +96,7 @@ def whole(
     cluster: None, dataset: str, others: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateSpec, Any, list[str]]:
     """One evaluation that nobody interrupted, beside another method: its spec, its report, and what it said."""
-    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2, methods={"Other": others})
+    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=1, methods={"Other": others})
     spec = replace(spec, references=True, samples=2)
     lines: list[str] = []
     return spec, evaluate(spec, lines.append), lines
@@ -205,7 +205,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
 ):
     spec, report, _ = whole
-    spec = replace(spec, workers=1)
+    spec = replace(spec, workers=2)
     fields = to_json(replace(spec, output=str(tmp_path / "killed")))
     script = (
         f"from tasks.evaluate.job import *; from tasks.json_records import *; "
