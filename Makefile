@@ -26,14 +26,15 @@ $(STAMP):
 demo: $(STAMP) ## draw clips, prepare, train, evaluate, register, animate a photo (under 15 minutes on 2 cores)
 	@$(PYTHON) -m flows reproduce --recipe $(RECIPE) --root $(ROOT)
 
+# Two processes, each with whole files, in the order of the folders: the long files are not the last.
 test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
-	@$(PYTHON) -m pytest -m "not slow and not gpu and not network"
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not network"
 
 test-slow: $(STAMP) ## the tests with servers, kills and several processes
 	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
 
-test-servers: $(STAMP) ## of the slow tests those of the pages in Chromium and of PostgreSQL
-	@$(PYTHON) -m pytest tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py -m "slow and not gpu and not network"
+test-servers: $(STAMP) ## of the slow tests those of Prefect and MLflow, of the pages in Chromium and of PostgreSQL
+	@$(PYTHON) -m pytest tests/flows/test_prepare_pages.py tests/infra/test_tracking.py tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py -m "slow and not gpu and not network"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(PYTHON) -m pytest -m "gpu and not network"

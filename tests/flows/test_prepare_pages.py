@@ -21,6 +21,8 @@ from flows.prefect_artifacts import PrepareArtifacts
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tests.support.tiny_cli import tiny
 
+pytestmark = pytest.mark.slow  # a Prefect server, and calls that wait for one that is gone
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

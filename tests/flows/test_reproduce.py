@@ -17,6 +17,7 @@ import pytest
 
 from tasks.shards import ShardDataset
 from tasks.video.decode import read_clip
+from tests.support.hashes import model_hashes, recording
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
 
@@ -36,8 +37,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(base: Path, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(base, root, *flags), capture_output=True, text=True, timeout=900, env=environment())
+def run(base: Path, root: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    arguments, variables = command(base, root, *flags), environment() | variables
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=variables)
 
 
 def only(folder: Path) -> Path:
@@ -66,7 +68,7 @@ def state(root: Path) -> dict[str, object]:
 def done(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root where the tiny recipe has run, and what the command printed."""
     root = tmp_path_factory.mktemp("road") / "run"
-    finished = run(tiny_base, root)
+    finished = run(tiny_base, root, **recording(root.with_name("hashes")))
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return root, finished.stdout
 
@@ -93,17 +95,25 @@ def test_every_stage_shows_progress(done: tuple[Path, str]) -> None:
     assert "Traceback" not in output
 
 
-def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path) -> None:
+def test_a_run_hashes_its_model_at_the_export_and_at_the_registration(done: tuple[Path, str], tiny_base: Path) -> None:
+    root, _ = done
+    exported, registered = model_hashes(root.with_name("hashes"), tiny_base)
+    assert "trip-export-" in exported and Path(registered).is_relative_to(only(root / "train"))
+
+
+def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path, tmp_path: Path) -> None:
     root, _ = done
     before = state(root)
     weights = {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")}
-    again = run(tiny_base, root)
+    again = run(tiny_base, root, **recording(tmp_path / "hashes"))
     assert again.returncode == 0, again.stderr[-3000:]
+    assert len(model_hashes(tmp_path / "hashes", tiny_base)) <= 1  # the registration's check of the folder
     assert state(root) == before
     assert {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")} == weights
     assert "version 1" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_missing_table_is_one_sentence(done: tuple[Path, str], tiny_base: Path) -> None:
     root, _ = done
     refused = run(tiny_base, root, "--source", str(root / "nowhere.csv"))

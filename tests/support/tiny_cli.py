@@ -19,7 +19,7 @@ def tiny(base: str) -> recipes.Recipe:
     return replace(
         demo,
         name="tiny",
-        prepare=replace(demo.prepare, base=base, size=32, clips_per_shard=4),
+        prepare=replace(demo.prepare, base=base, size=32, clips_per_shard=4, workers=1),  # each one imports torch
         train=replace(
             demo.train,
             base=base,
@@ -36,7 +36,7 @@ def tiny(base: str) -> recipes.Recipe:
             held_out_fraction=0.4,
             cpus_per_worker=1,
         ),
-        evaluate=replace(demo.evaluate, clips=4, batch=2, bootstrap=50, examples=2, steps=None),
+        evaluate=replace(demo.evaluate, clips=4, batch=2, bootstrap=50, examples=2, steps=None, workers=0),
         demo_clips=12,
     )
 
