@@ -27,6 +27,10 @@ from trip_model.folders import BaseFolderError
 FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
 # Every other command and the module of its function.
 COMMANDS = {
+    "up": "flows.cli.up",
+    "down": "flows.cli.up",
+    "status": "flows.cli.up",
+    "deploy": "flows.cli.deploy",
     "recipes": "flows.cli.recipes",
     "plan": "flows.cli.plan",
     "selftest": "flows.cli.selftest",
