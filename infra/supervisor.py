@@ -171,17 +171,23 @@ class Supervisor:
         records = {name: self._record(name) for name in names}
         return {name for name, record in records.items() if _is_alive(record.get("pid", 0), record.get("began", ""))}
 
+    def end_leftovers(self, adopting: Sequence[str]) -> None:
+        """Ends the children of services that do not run, but those of `adopting`: they may hold a port."""
+        dead = {path.parent.name for path in self.folder.glob("*/process.json")} - self.running() - set(adopting)
+        for name in dead:
+            _kill(_family(set(), self._marks(name)))
+
     def stop(self, service: Service) -> bool:
         """Ends a service and its children; False if it did not run."""
         record = self._record(service.name)
         pid = record.get("pid", 0)
         running = _is_alive(pid, record.get("began", ""))
-        members = _family({pid} if running else set(), self._marks(service))
+        members = _family({pid} if running else set(), self._marks(service.name))
         if running and service.is_healthy is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, service.stop_signal)
             _wait_for_end(pid, record["began"], 20)
-        _kill(members | _family(set(), self._marks(service)))
+        _kill(members | _family(set(), self._marks(service.name)))
         if service.is_healthy is not None:
             (self.folder / service.name / "process.json").unlink(missing_ok=True)
         return running
@@ -238,7 +244,7 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 cwd=folder,
-                env=os.environ | service.environment | self._marks(service),
+                env=os.environ | service.environment | self._marks(service.name),
                 start_new_session=True,  # Ctrl-C reaches the supervisor only
                 # A background shell leaves SIGINT ignored, and Prefect's worker then never ends.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
@@ -250,8 +256,8 @@ class Supervisor:
         _write(folder / "process.json", text)
         return process
 
-    def _marks(self, service: Service) -> dict[str, str]:
-        return {STACK_VARIABLE: str(self.folder), SERVICE_VARIABLE: service.name}
+    def _marks(self, name: str) -> dict[str, str]:
+        return {STACK_VARIABLE: str(self.folder), SERVICE_VARIABLE: name}
 
     def _record(self, name: str) -> dict[str, Any]:
         try:

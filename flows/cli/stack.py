@@ -50,6 +50,7 @@ S3_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN
 # Prefect's worker and server end in an orderly way on SIGINT.
 PREFECT_STOP = Signals.SIGINT
 LOOPBACK = "127.0.0.1"
+ADOPTING = ("worker",)  # its flow runs go on after its death
 
 
 @dataclass(frozen=True)
@@ -319,12 +320,12 @@ class Stack:
 
     def _deployments(self) -> Service:
         # The files that the deployments are made of: a change of them deploys again.
-        files = [CHECKOUT / "prefect.yaml", CHECKOUT / "infra" / "work_pool_process.json"]
-        sizes = " ".join(str(hash_of(file)) for file in files)
+        files = " ".join(map(hash_of, (CHECKOUT / "prefect.yaml", CHECKOUT / "infra" / "work_pool_process.json")))
+        client = {name: value for name, value in self.client_environment.items() if name.startswith("PREFECT_")}
         return Service(
             "deployments",
             (sys.executable, "-m", "flows", "deploy", "--pool", POOL),
-            self._plain | self.client_environment | {"TRIP_DEPLOYED_FILES": sizes},
+            self._plain | client | {"TRIP_DEPLOYED_FILES": files},
             after=("prefect",),
         )
 
@@ -382,9 +383,8 @@ def prepare(folder: Path, database: str, s3: str | None, bucket: str, cpus: int 
     """
     if not Path("/proc/self/stat").exists():
         raise UserError("the command up finds processes in /proc, which this system does not have; use Linux")
-    missing = [module for module in ("flask_wtf", "prometheus_client") if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} is not installed; install the extra: pip install -e '.[stack]'")
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise UserError("MLflow's login needs flask-wtf, which is not installed; run: pip install flask-wtf")
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
     path = folder / "stack.json"

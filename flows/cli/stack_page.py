@@ -29,7 +29,7 @@ LOGIN = {
 def text_page(stack: Stack, states: Sequence[State]) -> str:
     """The page for a terminal."""
     address = {service.name: service.address for service in stack.services}
-    rows = [(s.name, s.status, address[s.name] or (f"for {s.reason}" if s.reason else "")) for s in states]
+    rows = [(s.name, s.status, f"for {s.reason}" if s.reason else address[s.name]) for s in states]
     lines = [f"  {name:<12} {status:<10} {where}".rstrip() for name, status, where in rows]
     more = [
         f"  page         {stack.folder}/index.html",

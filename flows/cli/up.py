@@ -40,6 +40,7 @@ def up(
     stack = stacks.prepare(_path(folder), database, s3, bucket, cpus)
     supervisor = Supervisor(stack.folder)
     with supervisor.locked():
+        supervisor.end_leftovers(stacks.ADOPTING)
         stacks.choose_ports(stack, supervisor.running())
         stack.write_files()
         try:
