@@ -200,9 +200,13 @@ class Stack:
     def scheduled_run(self, deployment: str, seconds: float) -> dict[str, Any]:
         """Gives a deployment a schedule whose first run is due; returns that run when it has ended."""
         known = {run["id"] for run in self.runs(deployment)}
-        first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)  # a busy server plans after some seconds
+        first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(
+            seconds=30
+        )  # a busy server plans after some seconds
         interval = {"interval": 86400, "anchor_date": first.isoformat(), "timezone": "UTC"}
         self.api("POST", f"/deployments/{deployment}/schedules", [{"schedule": interval, "active": True}])
+        # Prefect plans a changed deployment within seconds, and the others once a minute.
+        self.api("PATCH", f"/deployments/{deployment}", {"paused": False})
 
         def ended() -> dict[str, Any] | None:
             runs = [r for r in self.runs(deployment) if r["id"] not in known and r["state_type"] in ENDED]
