@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 from typing import Any
 
@@ -26,12 +25,7 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 def code_version() -> str:
-    """The commit of the checkout, with a mark when files differ from it; `unknown` outside of git.
-
-    An image has no repository: there TRIP_CODE_VERSION contains the commit that it was built from.
-    """
-    if os.environ.get("TRIP_CODE_VERSION"):
-        return os.environ["TRIP_CODE_VERSION"]
+    """The commit of the checkout, with a mark when files differ from it; `unknown` outside of git."""
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -30,7 +30,6 @@ COMMANDS = {
     "up": "flows.cli.up",
     "down": "flows.cli.up",
     "status": "flows.cli.up",
-    "deploy": "flows.cli.deploy",
     "recipes": "flows.cli.recipes",
     "plan": "flows.cli.plan",
     "selftest": "flows.cli.selftest",

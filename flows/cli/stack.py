@@ -22,7 +22,7 @@ from signal import Signals
 from typing import Any
 from urllib.parse import quote
 
-from infra.settings import CHECKOUT, QUIET, TELEMETRY_OFF
+from infra.settings import CHECKOUT, QUIET, TELEMETRY_OFF, code_version
 from infra.supervisor import Service, responds
 from tasks.records import UserError
 
@@ -267,7 +267,8 @@ class Stack:
         return Service(
             "ray",
             tuple(command),
-            self._plain | access | self._s3_environment,
+            # Workers import the code of the driver, whose path they get; another one here would mix two commits.
+            self._plain | access | self._s3_environment | {"PYTHONPATH": os.pathsep.join(_python_path())},
             is_healthy=_responds(f"{self.url('ray-dashboard')}/api/gcs_healthz"),
             address=self.url("ray-dashboard"),
         )
@@ -319,13 +320,16 @@ class Stack:
         )
 
     def _deployments(self) -> Service:
-        # The files that the deployments are made of: a change of them deploys again.
-        files = " ".join(map(hash_of, (CHECKOUT / "prefect.yaml", CHECKOUT / "infra" / "work_pool_process.json")))
+        # A run executes the files of the deployed commit; a checkout with changes of its own is deployed as it is.
+        version = code_version()
+        pinned = not version.endswith("-dirty") and version != "unknown"
         client = {name: value for name, value in self.client_environment.items() if name.startswith("PREFECT_")}
+        command = (sys.executable, "-m", "flows", "deploy", "--roots", str(self.folder.parent))
+        files = " ".join(map(hash_of, (CHECKOUT / "prefect.yaml", CHECKOUT / "infra" / "work_pool_process.json")))
         return Service(
             "deployments",
-            (sys.executable, "-m", "flows", "deploy", "--pool", POOL),
-            self._plain | client | {"TRIP_DEPLOYED_FILES": files},
+            command if pinned else (*command, "--in-place"),
+            self._plain | client | {"TRIP_DEPLOYED": f"{version} {files}"},  # another commit is deployed again
             after=("prefect",),
         )
 
