@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
@@ -13,10 +13,11 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import PROTOCOL, RECIPE
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY, code_version
+from flows.stage import STAGE_POLICY
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
@@ -81,14 +82,14 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 
 @flow(name="evaluate-trip")
 def evaluate_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     model: str | None = None,
     held_out: str | None = None,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
     method: list[str] | None = None,
     champion: str | None = None,
     tracking_uri: str | None = None,

@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
 from flows import layout
 from flows.console import log
 from flows.layout import Run, prepared_for
+from flows.parameters import PROTOCOL, RECIPE, RETRY
 from flows.prefect_artifacts import PrepareArtifacts
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
@@ -74,13 +75,13 @@ def prepare_stage(run: Run) -> PrepareReport:
 
 @flow(name="prepare-latents")
 def prepare_latents(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     keep_frames: bool = False,
-    protocol: str | None = None,
-    retry: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
+    retry: Annotated[str | None, RETRY] = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:

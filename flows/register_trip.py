@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, task
 
@@ -10,10 +10,11 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import RECIPE
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY, code_version
+from flows.stage import STAGE_POLICY
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, code_version
 from tasks.records import Artifact, UserError, to_json
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def register_stage(
 
 @flow(name="register-trip")
 def register_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,

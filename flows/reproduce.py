@@ -16,6 +16,7 @@ from flows.console import log, results
 from flows.evaluate_trip import evaluate_stage, with_base_row
 from flows.layout import prepared_for
 from flows.mlflow_store import tracking_address
+from flows.parameters import PROTOCOL, RECIPE
 from flows.prepare_latents import prepare_stage
 from flows.register_trip import register_stage
 from flows.source import DEFAULT, SourceOptions
@@ -78,13 +79,13 @@ def _is_current(mark: str, identity: dict[str, Any], files: list[str]) -> bool:
 
 @flow(name="reproduce")
 def reproduce(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
     *,
     options: SourceOptions = DEFAULT,
     held_out_options: Annotated[

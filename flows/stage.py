@@ -1,9 +1,8 @@
-"""What the stage tasks share: when a stage is tried again, and the version of the code."""
+"""What the stage tasks share: when a stage is tried again, and what a run is linked to."""
 
 from __future__ import annotations
 
 import logging
-import subprocess
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
@@ -12,7 +11,6 @@ from prefect.tasks import Task
 
 from infra.cluster import lost_a_machine
 from infra.redaction import RedactingFilter
-from infra.settings import CHECKOUT
 
 # Prefect logs the errors of flows and tasks, with the tracebacks of the libraries' own ones.
 for _logger in ("prefect.flow_runs", "prefect.task_runs"):
@@ -22,15 +20,6 @@ for _logger in ("prefect.flow_runs", "prefect.task_runs"):
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a second attempt can end otherwise: Ray lost a machine. A bad table is not tried twice."""
     return lost_a_machine(state.data)
-
-
-def code_version() -> str:
-    """The commit of the checkout, with a mark when files differ from it; `unknown` outside of git."""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 # Clips and shards are retried inside a stage, by Ray; retrying both there and here would multiply.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
@@ -10,6 +10,7 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
+from flows.parameters import RECIPE
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra.settings import DEFAULT_ROOT
@@ -54,7 +55,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
 
 @flow(name="train-trip")
 def train_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,

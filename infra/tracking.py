@@ -78,6 +78,18 @@ def open_run(client: MlflowClient, experiment: str, name: str, key: str | None, 
     return client.create_run(experiment, run_name=name, tags={**tags, **key_tag}).info.run_id
 
 
+def page_of(uri: str, experiment: str, key: str) -> str:
+    """The web address of the run tagged with `key` in the experiment of this name; "" if the store has none."""
+    try:
+        client = connect(uri)
+        existing = client.get_experiment_by_name(experiment)
+        ids = [existing.experiment_id] if existing else []
+        runs = client.search_runs(ids, f"tags.`{KEY_TAG}` = '{key}'", max_results=1) if ids else []
+        return run_page(uri, ids[0], runs[0].info.run_id) if runs else ""
+    except TROUBLE:
+        return ""
+
+
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     """Logs parameters once. MLflow forbids a changed parameter, so a different value becomes a tag `changed.NAME`."""
     known = client.get_run(run_id).data.params

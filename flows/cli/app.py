@@ -38,6 +38,7 @@ COMMANDS = {
     "promote": "flows.cli.promote",
     "rollback": "flows.cli.promote",
     "live": "flows.cli.promote",
+    "deploy": "flows.cli.deploy",
     "check-source": "flows.cli.check_source",
     "sample": "flows.cli.curate",
     "verify": "flows.cli.curate",
