@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from flows.parameters import PROTOCOL, RECIPE
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
@@ -47,7 +49,11 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate clips and extract features; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
-    return evaluate(spec, log)
+    began = time.time()
+    report = evaluate(spec, log)
+    result = {"stage_seconds": time.time() - began, "complete_timestamp_seconds": time.time()}
+    record("evaluate", result | {"gate_passed": int(report.passed)})
+    return report
 
 
 @task(name="track-evaluation", **STAGE_POLICY)

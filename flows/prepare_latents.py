@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from flows.prefect_artifacts import PrepareArtifacts
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.spec import SourceSpec
@@ -65,6 +67,7 @@ def prepare_stage(run: Run) -> PrepareReport:
     artifacts = PrepareArtifacts()
     with reachable_source(run) as spec:
         report = prepare(spec, artifacts)
+    record("prepare", {"complete_timestamp_seconds": time.time()}, {"failed_clips": report.failed})
     reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
     reused = f", {report.shards_reused} of {report.shards} shards reused" if report.shards_reused else ""
     log(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")

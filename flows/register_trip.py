@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, task
@@ -14,6 +15,7 @@ from flows.parameters import RECIPE
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.records import Artifact, UserError, to_json
 
@@ -36,7 +38,24 @@ def register_stage(
         experiment=EXPERIMENT,
         lineage=run.lineage(data, code_version()),
     )
-    return register(spec, log)
+    registered = register(spec, log)
+    _record_champion(tracking_uri, name)
+    return registered
+
+
+def _record_champion(tracking_uri: str, name: str) -> None:
+    """Writes the metrics of the champion: its version, and when it was promoted."""
+    from infra.tracking import connect
+
+    client = connect(tracking_uri)
+    version = client.get_registered_model(name).aliases.get("champion")
+    if version is None:
+        return
+    values: dict[str, float] = {"version": int(version)}
+    promoted = client.get_model_version(name, version).tags.get("trip.promoted_at")
+    if promoted:
+        values["promoted_timestamp_seconds"] = datetime.datetime.fromisoformat(promoted).timestamp()
+    record("champion", values)
 
 
 @flow(name="register-trip")

@@ -13,6 +13,7 @@ from flows.mlflow_store import tracking_address
 from flows.parameters import RECIPE
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
@@ -39,6 +40,8 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
             "eta_seconds": values["seconds_left"],
         }
         log(counts | {name: value for name, value in values.items() if name not in ("step", "steps", "seconds_left")})
+        spool = spool_file(spec)
+        record("train", {"spool_bytes": spool.stat().st_size if spool.exists() else 0})
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session

@@ -22,6 +22,7 @@ from signal import Signals
 from typing import Any
 from urllib.parse import quote
 
+from infra.metrics import FOLDER_VARIABLE
 from infra.settings import CHECKOUT, QUIET, TELEMETRY_OFF, code_version
 from infra.supervisor import Service, responds
 from tasks.records import UserError
@@ -40,6 +41,7 @@ PORTS = {
     "ray-metrics": 8090,
     "worker": 8080,
     "model": 8000,
+    "metrics": 9464,
 }
 POOL = "trip-local"
 MODEL = "trip"
@@ -127,7 +129,7 @@ class Stack:
     def services(self) -> list[Service]:
         """The services in the order of their dependencies."""
         services = [*self._databases(), *self._object_store(), self._ray(), self._prefect(), self._mlflow()]
-        services += [self._deployments(), self._worker(), self._model()]
+        services += [self._deployments(), self._worker(), self._model(), self._metrics()]
         known = {service.name for service in services}
         return [replace(s, after=tuple(name for name in s.after if name in known)) for s in services]
 
@@ -338,6 +340,7 @@ class Stack:
         port = str(self.settings.ports["worker"])
         extra = {"PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK, "PREFECT_WORKER_WEBSERVER_PORT": port}
         extra |= {"PREFECT_WORKER_QUERY_SECONDS": "5", "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,infra,trip_model"}
+        extra |= {FOLDER_VARIABLE: str(self.folder / "metrics" / "stages")}
         return Service(
             "worker",
             (*command, "--name", "trip-worker", "--with-healthcheck"),
@@ -361,6 +364,17 @@ class Stack:
             is_healthy=_responds(f"{self.url('model')}/readyz"),
             missing=lambda: "" if self.has_champion() else f"a champion of {MODEL!r} in the registry",
             address=self.url("model"),
+        )
+
+    def _metrics(self) -> Service:
+        command = (sys.executable, "-m", "infra.metrics_server", "--folder", str(self.folder / "metrics" / "stages"))
+        url = f"{self.url('metrics')}/metrics"
+        return Service(
+            "metrics",
+            (*command, "--stack", str(self.folder), "--port", str(self.settings.ports["metrics"])),
+            self._plain,
+            is_healthy=_responds(url),
+            address=url,
         )
 
     def has_champion(self) -> bool:

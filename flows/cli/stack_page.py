@@ -15,14 +15,15 @@ ABOUT = {
     "mlflow": "curves, reports and registered models",
     "deployments": "the work pool and the deployments of prefect.yaml",
     "worker": "runs the flows that are scheduled",
+    "metrics": "Prometheus metrics of the stages, and which services run",
     "model": "animates photos with the champion: web UI, API, metrics",
 }
-# Of each service that asks: where the user name and the password are in client.env or secrets.json.
+# Where the password of each service is that asks for one.
 LOGIN = {
-    "prefect": "trip:PASSWORD, with `prefect` of secrets.json",
-    "mlflow": "user trip, password `mlflow` of secrets.json",
-    "ray": "token in ray.token",
-    "model": "key `model` of secrets.json",
+    "prefect": "trip:PASSWORD; the password is prefect in secrets.json",
+    "mlflow": "user trip; the password is mlflow in secrets.json",
+    "ray": "the token is in ray.token",
+    "model": "the key is model in secrets.json",
 }
 
 
