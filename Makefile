@@ -41,8 +41,8 @@ test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
 test-slow: $(STAMP) ## the tests with servers, kills and several processes
 	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
 
-test-servers: $(STAMP) ## of the slow tests those of the pages in Chromium, of PostgreSQL and of `make up`
-	@$(PYTHON) -m pytest tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py tests/flows/test_stack.py -m "slow and not gpu and not network"
+test-servers: $(STAMP) ## of the slow tests those of the pages in Chromium, of PostgreSQL, `make up` and alerts
+	@$(PYTHON) -m pytest tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py tests/flows/test_stack.py tests/infra/test_metrics.py -m "slow and not gpu and not network"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(PYTHON) -m pytest -m "gpu and not network"

@@ -108,6 +108,7 @@ def test_the_panels_of_the_dashboard_do_not_overlap_and_have_their_own_numbers()
     assert len(cells) == len(panels) and all(p["targets"] and p["title"] for p in panels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["check config prometheus.yaml", "check rules alerts.yaml", "test rules alerts_test.yaml"]
 )
