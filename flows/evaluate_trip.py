@@ -14,11 +14,13 @@ from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
 from flows.parameters import PROTOCOL, RECIPE
+from flows.prefect_artifacts import stage_artifact
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
+from tasks.evaluation_record import PAGE_FILE
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
 
@@ -47,7 +49,13 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate clips and extract features; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
-    return evaluate(spec, log)
+    report = evaluate(spec, log)
+    numbers = {"clips": report.clips, "gate": "passed" if report.passed else "; ".join(report.gate.reasons)}
+    numbers |= {rule.rule: "passed" if rule.passed else rule.reason for rule in report.gate.rules}
+    stage_artifact(
+        "evaluate-result", f"protocol {spec.protocol}", numbers, {"report": storage.join(report.uri, PAGE_FILE)}
+    )
+    return report
 
 
 @task(name="track-evaluation", **STAGE_POLICY)
@@ -63,7 +71,10 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     origin = facts.record.provenance
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
     tags = {f"evaluation.{name}": str(origin[name]) for name in names}
-    tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
+    tags |= run_tags() | {
+        "evaluation.code_version": code_version(),
+        "evaluation.gate": "passed" if report.passed else "not passed",
+    }
     tracking = Tracking(tracking_uri, EXPERIMENT)
     tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.record.digest}", tags=tags)
     tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")

@@ -11,8 +11,9 @@ from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
 from flows.parameters import RECIPE
+from flows.prefect_artifacts import stage_artifact
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.records import Artifact, UserError, to_json
@@ -35,8 +36,13 @@ def register_stage(
         name=name,
         experiment=EXPERIMENT,
         lineage=run.lineage(data, code_version()),
+        tags=run_tags(),
     )
-    return register(spec, log)
+    registered = register(spec, log)
+    numbers = {"version": registered.version, "aliases": ", ".join(registered.aliases) or "none"}
+    numbers |= {"not promoted": "; ".join(registered.reasons)} if registered.reasons else {}
+    stage_artifact("register-result", f"{name} version {registered.version}", numbers, {"MLflow": registered.run_page})
+    return registered
 
 
 @flow(name="register-trip")

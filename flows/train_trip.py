@@ -11,8 +11,9 @@ from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
 from flows.parameters import RECIPE
+from flows.prefect_artifacts import stage_artifact
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, run_tags
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
@@ -21,7 +22,7 @@ from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_repo
 @task(name="train", **STAGE_POLICY)
 def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainReport:
     """Ray Train runs the loop; it continues from the newest complete checkpoint."""
-    tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name)
+    tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name, tags=run_tags())
     report = finished_report(spec)
     if report is not None:
         if spool_file(spec).exists():
@@ -42,6 +43,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
+    from infra.tracking import page_of
     from tasks.train.job import train
 
     check_gpu_at_hand(spec)
@@ -50,6 +52,10 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
         report = train(spec, tick, tracking)
     losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
+    numbers = {"steps": report.step, "samples": report.samples_seen, "seconds": f"{report.seconds:.0f}"}
+    numbers |= {"smoothed loss": f"{report.loss_last:.4f}"}
+    page = page_of(tracking_uri, EXPERIMENT, tracking.key(spec))
+    stage_artifact("train-result", run_name, numbers, {"model": report.model, "MLflow": page})
     return report
 
 
