@@ -55,6 +55,7 @@ PROTOCOL = Schema(_protocols)
 FORMAT = Schema(_formats)
 RETRY = Schema(_retry_classes)
 POSITIVE = Schema(lambda: {"minimum": 1})
+NOT_NEGATIVE = Schema(lambda: {"minimum": 0})
 SHARE = Schema(lambda: {"minimum": 0, "maximum": 0.5})
 CAPTIONS = Schema(lambda: {"anyOf": [{"type": "string", "enum": ["first", "all"]}, {"type": "integer"}]})
 

@@ -20,8 +20,10 @@ from flows.stage import STAGE_POLICY
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.evaluate.protocol.protocol import load_protocol
 from tasks.ingest.spec import SourceSpec
-from tasks.records import to_json
+from tasks.records import Artifact, to_json
+from tasks.shards import ShardDataset
 
 
 @contextlib.contextmanager
@@ -71,6 +73,20 @@ def prepare_stage(run: Run) -> PrepareReport:
     log(f"report      {report.page}")
     artifacts.close(report)
     return report
+
+
+def prepare_held_out(second: Run, protocol: str | None) -> Artifact:
+    """Prepares a second source with the frames that the evaluation needs, of this protocol or else the recipe's.
+
+    Raises:
+        UserError: the data cannot serve the protocol; known before days of training.
+    """
+    numbers = second.recipe.evaluate
+    rules = protocol or numbers.protocol
+    frames = prepared_for(second.recipe.prepare, None if rules.endswith(".json") else rules)
+    held_out = prepare_stage(replace(second, recipe=replace(second.recipe, prepare=frames))).data
+    load_protocol(rules, ShardDataset(held_out.uri), 1.0, numbers.clips, numbers.seed)
+    return held_out
 
 
 @flow(name="prepare-latents")
