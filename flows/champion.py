@@ -75,7 +75,7 @@ def _fetched(root: str, champion: Champion, tracking_uri: str) -> str:
     from tasks.serve.versions import AliasedModel, RegistryTrouble, VersionId
 
     folder = storage.local_path(root)
-    cache = (folder if folder is not None else Path.home() / ".cache" / "trip-i2v") / "champions" / champion.name
+    cache = (folder if folder is not None else Path.home() / ".cache" / "trip-i2v") / "registry" / champion.name
     with addresses(tracking_uri):
         try:
             model = AliasedModel(champion.name, "champion", tracking_uri, cache)

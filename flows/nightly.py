@@ -8,11 +8,13 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 from prefect import flow
 
-from flows import layout, nights
+from flows import continuing, layout, nights
 from flows.console import log, results
+from flows.continuing import BASE, From
 from flows.mlflow_store import tracking_address
 from flows.nights import Night
 from flows.parameters import POSITIVE, PROTOCOL, RECIPE
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from infra import storage
 from infra.settings import DEFAULT_ROOT
@@ -34,6 +36,8 @@ def nightly(
     protocol: Annotated[str | None, PROTOCOL] = None,
     name: str = "trip",
     least_new: Annotated[int, POSITIVE] = 1,
+    start: From = BASE,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
     held_out_options: Annotated[
@@ -45,7 +49,7 @@ def nightly(
     A night whose source, recipe and base are those of the night before ends within seconds.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
             without it the demo draws its own clips.
         root: folder or address that everything is written below.
@@ -55,19 +59,22 @@ def nightly(
         protocol: the evaluation's protocol, as of evaluate-trip; without it the recipe's if there is a second source.
         name: the model's name in the registry.
         least_new: new clips that a training needs; with fewer, the night ends after prepare.
+        start: base, last, champion, or the address of a trained model: what the training continues, as of train-trip.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source is read.
         held_out_options: how the second source is read.
     """
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     second = None
     if held_out_source is not None:
-        second = layout.resolve(recipe, held_out_source, root, base, held_out_options)
+        second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
     elif not run.recipe.prepare.keep_pixels:
         raise UserError(
-            f"recipe {recipe!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
+            f"recipe {run.recipe.name!r} keeps no frames to evaluate on; name a second table:"
+            " --held-out-source TABLE.csv"
         )
     uri = tracking_address(tracking_uri, root)
-    question = nights.question_of(run, second, protocol, name, least_new)
+    question = nights.question_of(run, second, [protocol, name, least_new, start])
     sentence = nights.nothing_new(run, question)
     if sentence is not None:
         log(f"nightly     {sentence}")
@@ -93,7 +100,8 @@ def nightly(
             return asdict(night)
         log(f"nightly     {new_clips} new clips")
         held_out = data if second is None else prepare_held_out(second, protocol)
-        model = train_stage(run.train(data), uri, f"train {recipe}").exported
+        spec = continuing.training(run, data, start, uri)
+        model = train_stage(spec, uri, f"train {run.recipe.name}").exported
         report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, name)
     version = register_stage(run, data, model, report.uri, uri, name)
     reasons = "; ".join(report.gate.reasons or version.reasons)

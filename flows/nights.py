@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -61,11 +62,11 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%fZ")
 
 
-def question_of(run: Run, held_out: Run | None, protocol: str | None, name: str, least_new: int) -> str:
+def question_of(run: Run, held_out: Run | None, parameters: Sequence[object]) -> str:
     """The digest of all that a night's result follows from; reads the source, downloads nothing."""
     sources = [[asdict(r.prepare.source), r.prepare.fingerprint] for r in (run, held_out) if r is not None]
     base = layout.base_hash(run.recipe.train.base)
-    return digest([run.recipe.identity(), base, sources, protocol, name, least_new])
+    return digest([run.recipe.identity(), base, sources, list(parameters)])
 
 
 def nothing_new(run: Run, question: str) -> str | None:
@@ -102,11 +103,15 @@ def check(
     protocol: str | None,
     name: str,
     least_new: int,
+    start: str,
+    values: Sequence[str] | None,
     options: SourceOptions,
     held_out_options: SourceOptions,
     **_: object,
 ) -> str | None:
     """`nothing_new` for the parameters of the nightly flow."""
-    run = layout.resolve(recipe, source, root, base, options)
-    held_out = held_out_source and layout.resolve(recipe, held_out_source, root, base, held_out_options)
-    return nothing_new(run, question_of(run, held_out or None, protocol, name, least_new))
+    run = layout.resolve(recipe, source, root, base, options, values)
+    second = None
+    if held_out_source is not None:
+        second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
+    return nothing_new(run, question_of(run, second, [protocol, name, least_new, start]))

@@ -29,7 +29,8 @@ class Schema:
 def _recipes() -> dict[str, Any]:
     from flows.recipes import RECIPES
 
-    return {"enum": list(RECIPES)}
+    file = {"title": "File", "type": "string", "pattern": r"\.toml$"}
+    return {"anyOf": [{"title": "Recipe", "type": "string", "enum": list(RECIPES)}, file]}
 
 
 def _protocols() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flows.console import log, results
 from flows.mlflow_store import tracking_address
 from flows.parameters import PROTOCOL, RECIPE
 from flows.prepare_latents import prepare_held_out, prepare_stage
+from flows.recipe_values import Values
 from flows.register_trip import register_stage
 from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
@@ -84,6 +85,7 @@ def reproduce(
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
     protocol: Annotated[str | None, PROTOCOL] = None,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
     held_out_options: Annotated[
@@ -93,7 +95,7 @@ def reproduce(
     """Run every stage: prepare, train, evaluate, register, and animate a held-out photo. The same command resumes.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
             without it the demo draws its own clips.
         root: folder or address that everything is written below.
@@ -101,23 +103,24 @@ def reproduce(
         held_out_source: a second source to evaluate on; needed if the recipe keeps no frames of the first.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         protocol: the evaluation's protocol, as of evaluate-trip; without it the recipe's if there is a second source.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source is read.
         held_out_options: how the second source is read.
     """
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     numbers = run.recipe
     uri = tracking_address(tracking_uri, root)
     if not numbers.prepare.keep_pixels and held_out_source is None:
         raise UserError(
-            f"recipe {recipe!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
+            f"recipe {numbers.name!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
         )
     with kept_ray_session():
         data = prepare_stage(run).data
         held_out = data
         if held_out_source is not None:
-            second = layout.resolve(recipe, held_out_source, root, base, held_out_options)
+            second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
             held_out = prepare_held_out(second, protocol)
-        model = train_stage(run.train(data), uri, f"train {recipe}").exported
+        model = train_stage(run.train(data), uri, f"train {numbers.name}").exported
         foreign = held_out_source is not None
         report = evaluate_beside_champion(run, model, held_out, protocol, foreign, uri, "trip")
     version = register_stage(run, data, model, report.uri, uri, "trip")
