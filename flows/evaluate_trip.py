@@ -15,12 +15,15 @@ from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
 from flows.parameters import PROTOCOL, RECIPE
+from flows.prefect_artifacts import stage_artifact
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.metrics import record
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
+from tasks.evaluation_record import PAGE_FILE
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
 
@@ -53,6 +56,11 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     report = evaluate(spec, log)
     result = {"stage_seconds": time.time() - began, "complete_timestamp_seconds": time.time()}
     record("evaluate", result | {"gate_passed": int(report.passed)})
+    numbers = {"clips": report.clips, "gate": "passed" if report.passed else "; ".join(report.gate.reasons)}
+    numbers |= {rule.rule: "passed" if rule.passed else rule.reason for rule in report.gate.rules}
+    stage_artifact(
+        "evaluate-result", f"protocol {spec.protocol}", numbers, {"report": storage.join(report.uri, PAGE_FILE)}
+    )
     return report
 
 
@@ -69,7 +77,10 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     origin = facts.record.provenance
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
     tags = {f"evaluation.{name}": str(origin[name]) for name in names}
-    tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
+    tags |= run_tags() | {
+        "evaluation.code_version": code_version(),
+        "evaluation.gate": "passed" if report.passed else "not passed",
+    }
     tracking = Tracking(tracking_uri, EXPERIMENT)
     tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.record.digest}", tags=tags)
     tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")
@@ -100,6 +111,7 @@ def evaluate_trip(
     champion: str | None = None,
     tracking_uri: str | None = None,
     base_row: bool = True,
+    values: Values = None,
     *,
     extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
@@ -107,7 +119,7 @@ def evaluate_trip(
     """Evaluate a model on a protocol's clips, next to other methods; continues an earlier call.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
@@ -122,6 +134,7 @@ def evaluate_trip(
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
             model, once for all models of this base below the root.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
@@ -129,7 +142,7 @@ def evaluate_trip(
 
     uri = tracking_uri and tracking_address(tracking_uri, root)
     methods = parse_methods(method or [])
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = layout.data_set(held_out) if held_out is not None else None
     if model is None or data is None:
         trained_on = layout.data_set(dataset) if dataset is not None else run.prepared()

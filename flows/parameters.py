@@ -29,7 +29,8 @@ class Schema:
 def _recipes() -> dict[str, Any]:
     from flows.recipes import RECIPES
 
-    return {"enum": list(RECIPES)}
+    file = {"title": "File", "type": "string", "pattern": r"\.toml$"}
+    return {"anyOf": [{"title": "Recipe", "type": "string", "enum": list(RECIPES)}, file]}
 
 
 def _protocols() -> dict[str, Any]:
@@ -55,6 +56,7 @@ PROTOCOL = Schema(_protocols)
 FORMAT = Schema(_formats)
 RETRY = Schema(_retry_classes)
 POSITIVE = Schema(lambda: {"minimum": 1})
+NOT_NEGATIVE = Schema(lambda: {"minimum": 0})
 SHARE = Schema(lambda: {"minimum": 0, "maximum": 0.5})
 CAPTIONS = Schema(lambda: {"anyOf": [{"type": "string", "enum": ["first", "all"]}, {"type": "integer"}]})
 

@@ -19,9 +19,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from infra import storage
 from infra.redaction import redact
@@ -31,6 +32,8 @@ RENEW_SECONDS = 15.0
 EXPIRE_SECONDS = 90.0
 SETTLE_SECONDS = 2.0  # on a store without conditional writes: until the last of several simultaneous writers is known
 _SUFFIX = ".lease-"
+P = ParamSpec("P")
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -106,6 +109,18 @@ def lease(output: str) -> Iterator[None]:
             _write(output, number, replace(own, renewed=time.time(), released=True))
     if lost.is_set():
         raise LeaseHeld(f"{_held(output, newest(output)[1])}; it took over since this process did not answer")
+
+
+def leased(stage: Callable[P, T]) -> Callable[P, T]:
+    """A stage that holds the lease of its output; the first argument is its spec, with the address as `output`."""
+
+    @functools.wraps(stage)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        spec: Any = arguments[0]
+        with lease(storage.absolute(spec.output)):
+            return stage(*arguments, **options)
+
+    return run
 
 
 def newest(output: str) -> tuple[int, Lease | None]:

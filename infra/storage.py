@@ -258,6 +258,20 @@ def list_dir(uri: str) -> list[str]:
     return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
 
 
+def modified(uri: str) -> float | None:
+    """When a file or local folder was last written, in seconds since 1970; None if there is none, or no time of it."""
+    path = local_path(uri)
+    if path is not None:
+        return path.stat().st_mtime if path.exists() else None
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        filesystem.invalidate_cache()
+        try:
+            return filesystem.modified(name).timestamp()
+        except (FileNotFoundError, IsADirectoryError, NotImplementedError):
+            return None
+
+
 def drop_unfinished(uri: str) -> None:
     """Removes the unfinished writes of killed processes from a local folder; other stores never show theirs."""
     path = local_path(uri)

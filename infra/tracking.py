@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alembic.util.exc import CommandError
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -22,8 +23,8 @@ MODEL_HASH = (
     "trip.model_sha256"  # tag of a version: `folder_hash` of its model, checked by the service after a download
 )
 
-# Errors of a tracking store that is down, slow, locked or full; requests' errors are OSErrors.
-TROUBLE = (MlflowException, SQLAlchemyError, OSError)
+# Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
+TROUBLE = (MlflowException, SQLAlchemyError, CommandError, OSError)
 
 
 def sqlite_file(uri: str) -> Path | None:

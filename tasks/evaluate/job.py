@@ -13,6 +13,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.leases import leased
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import champion, generate, systems
 from tasks.evaluate.animators import Animator, AnimatorSpec, Kind, find_base, load_animator
@@ -27,6 +28,7 @@ from tasks.evaluate.report.figures import Example
 from tasks.evaluate.spec import (
     EvaluateReport,
     EvaluateSpec,
+    check_spec,
     finished_report,
     model_sha256,
     provenance_of,
@@ -111,6 +113,7 @@ class Extractor(_Worker):
             systems.measure_batch(self.spec.output, self.rows[name], self.clips, batch, reals, self.extractors)
 
 
+@leased
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
     """Evaluates a model export, or finishes an evaluation: existing frames and features are not made again.
 
@@ -118,13 +121,12 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     same key is returned.
 
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are missing
             although the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
-    for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker", "samples"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
+    check_spec(spec)
     output = storage.absolute(spec.output)
     spec = replace(spec, output=output)
     dataset = ShardDataset(spec.dataset)

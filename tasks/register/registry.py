@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class RegisterSpec:
         photo: photo of the consumer check and the input example; by default a drawn one.
         prompt: prompt of the consumer check and the input example.
         check_steps: denoising steps of the consumer check.
+        tags: of the MLflow run and of the version, such as the flow run.
     """
 
     model: str
@@ -59,6 +60,7 @@ class RegisterSpec:
     photo: str | None = None
     prompt: str = "a red circle moving right slowly"
     check_steps: int = 4
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,14 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
+    spec = replace(spec, lineage=spec.lineage | _parent(client, spec.name, settings))
     with addresses(spec.tracking_uri):
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(model_sha256)
         key = f"register-{spec.name}-{package_digest}-{report.record.digest}"
-        run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
+        run_id = tracking.open_run(
+            client, experiment, f"register {spec.name}", key, {"trip.stage": "register"} | spec.tags
+        )
         status = "FAILED"
         try:
             result = _register(
@@ -199,6 +204,17 @@ def _find_version(client: MlflowClient, name: str, package_digest: str, report_d
     return None
 
 
+def _parent(client: MlflowClient, name: str, settings: dict[str, Any]) -> dict[str, str]:
+    """Of a model that continues another one: that model, its newest version, and steps and samples of both in all."""
+    names = ("parent_sha256", "total_steps", "total_samples")
+    lineage = {n: str(settings["provenance"][n]) for n in names if n in settings.get("provenance", {})}
+    if lineage:
+        versions = client.search_model_versions(f"name = '{name}'")
+        of_parent = [int(v.version) for v in versions if v.tags.get("trip.judged_model") == lineage["parent_sha256"]]
+        lineage["parent_version"] = str(max(of_parent)) if of_parent else "not registered"
+    return lineage
+
+
 def _card(spec: RegisterSpec, folder: Path, settings: dict[str, Any], report: ReportFacts) -> str:
     schedule = packaging.read_model_json(folder, "scheduler", "scheduler_config.json")
     return write_model_card(
@@ -287,6 +303,7 @@ def _create_version(
         "trip.gate": "passed" if report.record.gate.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.record.gate.reasons)[:4900] or "none",
         **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
+        **spec.tags,
     }
     return client.create_model_version(
         spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=card[:4900], model_id=model_id

@@ -147,7 +147,7 @@ def test_a_paused_schedule_stays_paused_and_a_misspelt_parameter_is_refused(
     assert again["parameters"]["root"] == str(tmp_path / "elsewhere" / "nightly")
 
     choices = again["parameter_openapi_schema"]
-    assert "demo" in choices["properties"]["recipe"]["enum"]
+    assert "demo" in choices["properties"]["recipe"]["anyOf"][0]["enum"]
     assert choices["definitions"]["SourceOptions"]["properties"]["limit"]["description"] == "the first rows only."
     for wrong in (
         {"sorce": "x.csv"},
