@@ -254,6 +254,8 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
         "root": "s3://trip/night",
         "base": str(tiny_base),
     }
+    # The form's list of recipes does not have the one of the tests.
+    stack.api("PATCH", f"/deployments/{deployment}", {"enforce_parameter_schema": False})
     changes = {"entrypoint": "tests/support/tiny_flow.py:reproduce", "parameters": parameters}
     stack.api("PATCH", f"/deployments/{deployment}", changes)
 
