@@ -9,10 +9,9 @@ from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
-from flows.continuing import BASE, From
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
-from flows.parameters import RECIPE
+from flows.parameters import BASE, RECIPE, From
 from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
