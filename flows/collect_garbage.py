@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows import garbage
 from flows.mlflow_store import tracking_address
-from flows.parameters import NOT_NEGATIVE, POSITIVE
+from flows.parameters import HOURS, NIGHTS, NOT_NEGATIVE, POSITIVE
 from infra.settings import DEFAULT_ROOT
 
 
@@ -16,8 +16,8 @@ from infra.settings import DEFAULT_ROOT
 def collect_garbage(
     root: str = DEFAULT_ROOT,
     tracking_uri: str | None = None,
-    nights: Annotated[int, POSITIVE] = garbage.NIGHTS,
-    hours: Annotated[float, NOT_NEGATIVE] = garbage.HOURS,
+    nights: Annotated[int, POSITIVE] = NIGHTS,
+    hours: Annotated[float, NOT_NEGATIVE] = HOURS,
     dry_run: bool = True,
 ) -> dict[str, int]:
     """Remove data sets, trainings and evaluations that no alias, night or running stage refers to.

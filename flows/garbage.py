@@ -22,8 +22,6 @@ from tasks.train.spec import TrainReport
 
 # Folders of the root with results by content, and the file that marks one as finished.
 MARKS = {"data": MANIFEST, "train": REPORT_FILE, "evaluate": REPORT_FILE}
-NIGHTS = 7
-HOURS = 24.0
 _RESULT = re.compile(r"[0-9a-f]{16}")
 _REMOVING = ".removing-"  # before the name of a local folder whose removal has begun
 

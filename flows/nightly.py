@@ -10,10 +10,9 @@ from prefect import flow
 
 from flows import continuing, layout, nights
 from flows.console import log, results
-from flows.continuing import BASE, From
 from flows.mlflow_store import tracking_address
 from flows.nights import Night
-from flows.parameters import POSITIVE, PROTOCOL, RECIPE
+from flows.parameters import BASE, POSITIVE, PROTOCOL, RECIPE, From
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from infra import storage

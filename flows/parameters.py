@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import docstring_parser
+from cyclopts import Parameter
 
 from tasks.records import RETRY_CLASSES
 
@@ -50,6 +51,12 @@ def _retry_classes() -> dict[str, Any]:
     name = "|".join(map(re.escape, RETRY_CLASSES))
     return {"anyOf": [{"type": "string", "pattern": rf"^\s*({name})\s*(,\s*({name})\s*)*$"}, {"type": "null"}]}
 
+
+# What a training starts from.
+From = Annotated[str, Parameter(name="--from")]
+BASE, LAST, CHAMPION = "base", "last", "champion"
+# What `gc` keeps by default: results of the last nights, and of the last hours.
+NIGHTS, HOURS = 7, 24.0
 
 RECIPE = Schema(_recipes)
 PROTOCOL = Schema(_protocols)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from cyclopts import Parameter
 from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
-from flows.parameters import RECIPE
+from flows.parameters import BASE, RECIPE, From
 from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
@@ -71,7 +70,7 @@ def train_trip(
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
-    start: Annotated[str, Parameter(name="--from")] = "base",
+    start: From = BASE,
     profile: int = 0,
     values: Values = None,
     *,

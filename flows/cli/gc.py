@@ -5,6 +5,7 @@ from __future__ import annotations
 from flows import garbage
 from flows.cli.session import locked
 from flows.mlflow_store import tracking_address
+from flows.parameters import HOURS, NIGHTS
 from infra import storage
 from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
@@ -13,8 +14,8 @@ from tasks.records import UserError
 def gc(
     root: str = DEFAULT_ROOT,
     tracking_uri: str | None = None,
-    nights: int = garbage.NIGHTS,
-    hours: float = garbage.HOURS,
+    nights: int = NIGHTS,
+    hours: float = HOURS,
     dry_run: bool = True,
 ) -> None:
     """List data sets, trainings and evaluations that no alias, night or running stage refers to; --no-dry-run removes.

@@ -214,16 +214,16 @@ def found(environment: dict[str, str], name: str) -> dict[str, Any]:
     return deployment
 
 
-def post(environment: dict[str, str], path: str, body: dict[str, Any], method: str = "POST") -> Any:
+def post(environment: dict[str, str], path: str, body: Any, method: str = "POST") -> Any:
     import httpx
 
-    for _ in range(10):
+    for attempt in range(10):
+        time.sleep(2 * (attempt > 0))
         answer = httpx.request(method, environment["PREFECT_API_URL"] + path, json=body, timeout=30, trust_env=False)
         if answer.status_code != 503:  # SQLite is locked; Prefect's own client waits and retries too
-            break
-        time.sleep(2)
-    answer.raise_for_status()
-    return answer.json() if answer.content else None
+            answer.raise_for_status()
+            return answer.json() if answer.content else None
+    raise AssertionError(f"{path}: the database was locked ten times")
 
 
 def schedule(environment: dict[str, str], name: str, parameters: dict[str, str]) -> tuple[UUID, str]:
