@@ -14,6 +14,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.leases import leased
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import champion, generate, systems
 from tasks.evaluate.animators import Animator, AnimatorSpec, Kind, find_base, load_animator
@@ -114,6 +115,7 @@ class Extractor(_Worker):
             systems.measure_batch(self.spec.output, self.rows[name], self.clips, batch, reals, self.extractors)
 
 
+@leased
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
     """Evaluates a model export, or finishes an evaluation: existing frames and features are not made again.
 
@@ -121,6 +123,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
     written last; an existing one of the same key is returned.
 
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are missing
             although the protocol allows none, or an output that cannot be written.
     """

@@ -48,6 +48,7 @@ class RegisterSpec:
         photo: photo of the consumer check and the input example; by default a drawn one.
         prompt: prompt of the consumer check and the input example.
         check_steps: denoising steps of the consumer check.
+        tags: of the MLflow run and of the version, such as the flow run.
     """
 
     model: str
@@ -60,6 +61,7 @@ class RegisterSpec:
     photo: str | None = None
     prompt: str = "a red circle moving right slowly"
     check_steps: int = 4
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(model_sha256)
         key = f"register-{spec.name}-{package_digest}-{report.record.digest}"
-        run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
+        run_id = tracking.open_run(
+            client, experiment, f"register {spec.name}", key, {"trip.stage": "register"} | spec.tags
+        )
         status = "FAILED"
         try:
             result = _register(
@@ -293,6 +297,7 @@ def _create_version(
         "trip.gate": "passed" if report.record.gate.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.record.gate.reasons)[:4900] or "none",
         **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
+        **spec.tags,
     }
     return client.create_model_version(
         spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=card[:4900], model_id=model_id

@@ -27,7 +27,7 @@ ONE_STAGE = {("encode", "ingest")}
 # Libraries below the stages.
 SHARED = {"records", "json_records", "evaluation_record", "model_folder", "shards", "video", "metrics", "pages"}
 # Flows that run other flows' stages.
-PARENTS = {"reproduce", "ablate"}
+PARENTS = {"reproduce", "ablate", "nightly"}
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ def tiny(base: str) -> recipes.Recipe:
                 fusion=FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit"),
                 schedule=replace(model.schedule, sampling_steps=2),
             ),
-            steps=6,
+            steps=int(os.environ.get("TINY_STEPS", "6")),
             global_batch=2,
             tick_every=2,
             checkpoint_every=2,
