@@ -183,6 +183,7 @@ class _Child:
                 raise RuntimeError("the decoders are closed")
             is_new = process is None or process.poll() is not None
             if is_new:
+                self.close_pipes()  # of the one that died
                 # The child gets the import path of this process, which Ray may have unpacked anywhere.
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -136,7 +136,7 @@ def test_shards_divide_the_state_and_adapters_have_little() -> None:
 
 
 def test_a_gpu_too_small_for_the_step_is_reported_before(tiny_base: Path) -> None:
-    train = TrainSpec("", "", str(tiny_base), model=SMALL, global_batch=8, gpus_per_worker=1)
+    train = TrainSpec("", "", str(tiny_base), model=replace(SMALL, size=128), global_batch=8, gpus_per_worker=1)
     check_gpu_memory(train, 10e9)
     with pytest.raises(UserError, match=r"does not fit: 8 clips at once need .* a micro_batch of [1-7] fits"):
         check_gpu_memory(train, 80e6)

@@ -243,7 +243,7 @@ def test_an_error_names_what_is_missing_and_the_fix(registered, tmp_path):
     spec, _, _ = registered
     with pytest.raises(UserError, match="no model folder at"):
         register(replace(spec, model=str(tmp_path / "absent")), silent)
-    with pytest.raises(UserError, match=r"has no model_index\.json"):
+    with pytest.raises(UserError, match=r"has no trip\.json"):
         register(replace(spec, model=str(tmp_path)), silent)
     with pytest.raises(UserError, match=r"no report\.json at"):
         register(replace(spec, report=str(tmp_path)), silent)
