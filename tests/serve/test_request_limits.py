@@ -1,4 +1,4 @@
-"""One table of bounds: library, command line, logged model, API and web UI accept and reject the same values."""
+"""One table of bounds: library, command line, logged model and API accept and reject the same values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.register.packaging import bounds, drawn_photo
 from tasks.serve.api import create_app
 from tasks.serve.gateway import Gateway
 from tasks.serve.messages import Clip, Progress, Status
-from tasks.serve.web_ui import build_web_ui
+from tasks.serve.videos import Videos
 from trip_model.__main__ import main
 from trip_model.images import check_video_target, write_video
 from trip_model.pipeline import TripPipeline
@@ -89,15 +89,16 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
         rows = pd.DataFrame({"image": [image], "prompt": [prompt]})
         return run(lambda: model.predict(None, rows, numbers))  # type: ignore[arg-type]
 
-    def post(**request: Any) -> bool:
+    def post(route: str = "/v1/animate", **request: Any) -> bool:
         async def go() -> httpx.Response:
-            transport = httpx.ASGITransport(create_app(Gateway(Recorder(), 60)))
+            gateway = Gateway(Recorder(), 60)
+            transport = httpx.ASGITransport(create_app(gateway, Videos(gateway, "memory://limits")))
             async with httpx.AsyncClient(transport=transport, base_url="http://trip") as client:
-                return await client.post("/v1/animate", **request)
+                return await client.post(route, **request)
 
         status = asyncio.run(go()).status_code
-        assert status in (200, 400, 413, 422), status
-        return status == 200
+        assert status in (200, 202, 400, 413, 422), status
+        return status < 300
 
     def api_json(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
         text = base64.b64encode(image).decode() if isinstance(image, bytes) else image
@@ -109,30 +110,17 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
         data = {"prompt": prompt, **{name: str(value) for name, value in numbers.items()}}
         return post(data=data, files={"image": ("photo", image)})
 
-    def web_ui(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
-        from gradio import Error
+    def background(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
+        data = {"prompt": prompt, **{name: str(value) for name, value in numbers.items()}}
+        return post("/v1/videos", data=data, files={"image": ("photo", image)})
 
-        (tmp_path / "upload").write_bytes(image)
-        submit: Any = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
-        given = {"seed": "", "steps": 50, "guidance": 1, "num_frames": 16, "fps": 4, **numbers}
-        given["seed"] = str(given["seed"])  # a text field
-        try:
-            asyncio.run(submit(str(tmp_path / "upload"), prompt, *given.values(), []))
-        except Error as error:
-            if error.title != "Request rejected":
-                raise
-            return False
-        return True
-
-    # The web UI keeps its files in the temporary folder of Gradio.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     return {
         "library": library,
         "command line": command_line,
         "logged model": logged_model,
         "API, JSON": api_json,
         "API, form": api_form,
-        "web UI": web_ui,
+        "videos, which the web UI uses": background,
     }
 
 
@@ -250,23 +238,27 @@ def test_json_escapes_in_base64_are_read_in_bodies_of_any_size():
             assert read_json(body.encode()) == {"image": text}
 
 
-def test_the_service_lowers_the_steps_by_one_setting_and_the_web_ui_shows_the_models_maximum():
+def test_the_service_lowers_the_steps_by_one_setting_and_tells_the_web_ui_the_smaller_of_both_bounds():
     gateway = Gateway(Recorder(), 60, max_steps=80)
+    app = create_app(gateway, Videos(gateway, "memory://limits"))
 
-    async def go(steps: int) -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(gateway))
+    async def go(method: str, path: str, **request: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://trip") as client:
-            assert (await client.get("/openapi.json")).text.count('"maximum":80.0') == 2  # JSON and form
-            body = {"image": base64.b64encode(PHOTO).decode(), "prompt": "a cat", "steps": steps}
-            return await client.post("/v1/animate", json=body)
+            return await client.request(method, path, **request)
 
-    assert asyncio.run(go(80)).status_code == 200
-    assert "steps is 81; use an integer from 1 to 80" in asyncio.run(go(81)).text
+    body = {"image": base64.b64encode(PHOTO).decode(), "prompt": "a cat"}
+    for route in ("/v1/animate", "/v1/videos"):
+        described = asyncio.run(go("GET", "/openapi.json")).json()["paths"][route]["post"]["requestBody"]["content"]
+        assert {form["schema"]["properties"]["steps"]["maximum"] for form in described.values()} == {80}
+        assert asyncio.run(go("POST", route, json={**body, "steps": 80})).is_success
+        assert (
+            "steps is 81; use an integer from 1 to 80"
+            in asyncio.run(go("POST", route, json={**body, "steps": 81})).text
+        )
     for limit, shown in ((80, 80), (1000, 700)):
         gateway.max_steps = limit
-        load = build_web_ui(gateway)
-        model_values = next(fn.fn for fn in load.fns.values() if fn.fn and fn.fn.__name__ == "model_values")
-        assert asyncio.run(model_values())[0].maximum == shown
+        assert asyncio.run(go("GET", "/v1/model")).json()["bounds"]["steps"]["maximum"] == shown
 
 
 def test_a_model_with_fewer_time_steps_than_the_table_rejects_more(pipe):
