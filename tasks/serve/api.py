@@ -229,6 +229,7 @@ def _headers(clip: Clip) -> dict[str, str]:
         "X-Model": clip.model,
         "X-Model-Version": clip.version,
         "X-Batch": str(clip.batch),
+        "X-Prompt-Truncated": str(clip.prompt_truncated).lower(),
         "Content-Disposition": f'inline; filename="{file_name(clip.seed, clip.format)}"',
     }
 

@@ -97,10 +97,12 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not self._whole:
             self._set_timer(LINGER_SECONDS, "rest")
+        elif self.transport.is_closing():
+            self._set_timer(FLUSH_SECONDS, "flush")  # a client that reads nothing keeps a closing connection open
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._set_timer(FLUSH_SECONDS, "flush")  # a client that reads nothing keeps a closing connection open
+        self._set_timer(FLUSH_SECONDS, "flush")
 
     def _set_timer(self, seconds: float | None, reason: str) -> None:
         if self._timer is not None:

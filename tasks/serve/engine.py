@@ -280,6 +280,7 @@ class Engine:
             version=loaded.version,
             batch=batch,
             seconds=self._seconds,
+            prompt_truncated=loaded.pipe.text.truncates(animation.prompt),
         )
 
 

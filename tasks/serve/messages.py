@@ -63,6 +63,7 @@ class Clip:
     version: str
     batch: int  # number of requests in its batch, itself included
     seconds: float  # in the model, without waiting
+    prompt_truncated: bool = False  # the text encoder did not read the end of the prompt
 
     def as_file(self) -> bytes:
         """Returns the video, or a zip of the frames."""

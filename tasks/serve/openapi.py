@@ -10,7 +10,7 @@ from tasks.serve.messages import MEDIA_TYPES
 from tasks.serve.videos import STATES
 
 LINES = "application/x-ndjson"
-RESULT_HEADERS = ("X-Seed", "X-Model", "X-Model-Version", "X-Batch")
+RESULT_HEADERS = ("X-Seed", "X-Model", "X-Model-Version", "X-Batch", "X-Prompt-Truncated")
 EXAMPLE = {
     "image": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAJUlEQVR4nGO0cctjwAaYsIoSJ7Hsw6Fl"
     "Hw4R1sECZ0UJ2FFmOQD6ZgZaiicHigAAAABJRU5ErkJggg==",

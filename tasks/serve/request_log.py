@@ -20,6 +20,7 @@ from tasks.serve.limits import FIELDS, Refusal
 ACCESS_LOG = "tasks.serve.access"  # the logger of the lines, each a JSON object
 DISCONNECTED = 499  # the status of a request whose client does not wait for the response
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_TRACE = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # `traceparent` of W3C Trace Context
 _PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -56,8 +57,8 @@ def error_response(refusal: Refusal, request_id: str, headers: Mapping[str, str]
 class RequestLog:
     """Gives every request an id (or keeps a valid `X-Request-Id`), logs and counts its end, and answers HEAD as GET.
 
-    A line of the log has the name of the caller's key, never a key, and the path without its query. An error of the
-    application is logged with the id and answered with 500.
+    A line of the log has the name of the caller's key, never a key, the path without its query, and the trace of a
+    `traceparent` header. An error of the application is logged with the id and answered with 500.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, int, float], None]) -> None:
@@ -68,7 +69,9 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
+        trace = _TRACE.fullmatch(headers.get(b"traceparent", b""))
         request_id = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id, "caller": "", "received_bytes": 0}
@@ -115,6 +118,7 @@ class RequestLog:
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": request_id,
+                "trace_id": trace[1].decode() if trace else "",
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": end,

@@ -69,7 +69,7 @@ class Video:
     fingerprint: str
     created: float
     ended: float | None = None
-    clip: dict[str, str | int | float] | None = None
+    clip: dict[str, bool | str | int | float] | None = None
     error: tuple[int, str] | None = None
     schema: Literal[1] = 1
 

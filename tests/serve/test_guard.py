@@ -183,7 +183,8 @@ def test_every_request_is_one_line_of_the_log_and_one_count(caplog):
     caplog.set_level(logging.INFO, ACCESS_LOG)
     with running_service(QuickBackend(0.5)) as service:
         with httpx.Client(base_url=service.url) as client:
-            client.post("/v1/animate", headers={"X-Request-Id": "abc"}, **FORM)
+            trace = {"traceparent": f"00-{'a1' * 16}-{'b2' * 8}-01"}
+            client.post("/v1/animate", headers={"X-Request-Id": "abc", **trace}, **FORM)
             client.get("/nothing")
             client.head("/livez")
         connection = socket.create_connection(service.address)
@@ -199,6 +200,7 @@ def test_every_request_is_one_line_of_the_log_and_one_count(caplog):
     assert [(line["method"], line["path"], line["status"]) for line in lines] == [
         ("POST", "/v1/animate", 200), ("GET", "/nothing", 404), ("HEAD", "/livez", 200), ("POST", "/v1/animate", 499),
     ]  # fmt: skip
+    assert [line["trace_id"] for line in lines] == ["a1" * 16, "", "", ""]
     assert lines[0]["request_id"] == "abc" and lines[0]["bytes_received"] > 300 and lines[0]["client"] == "127.0.0.1"
 
 

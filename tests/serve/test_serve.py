@@ -326,6 +326,13 @@ def test_a_clip_says_in_its_file_that_it_is_generated_and_from_what(engine, form
     assert about == {"generated": True, "model": "trip version 2", "seed": 5, "prompt": PROMPT}
 
 
+def test_a_clip_says_whether_the_end_of_its_prompt_was_not_read(engine):
+    request = {**GOOD, "num_frames": 2, "steps": 1}
+    for prompt, truncated in ((PROMPT, "false"), ("a red circle " * 100, "true")):
+        answer = ask(engine, json={**request, "prompt": prompt})
+        assert answer.headers["x-prompt-truncated"] == truncated
+
+
 def test_steps_times_frames_are_bounded_but_the_models_own_values_always_pass(store, tmp_path):
     with engine_of(store, tmp_path, step_frames=40) as engine:
         answer = ask(engine, json={**GOOD, "num_frames": 64, "steps": 1000})

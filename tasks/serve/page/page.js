@@ -264,7 +264,8 @@ async function showClip(video) {
   $("stage").replaceChildren(await player(video));
   const size = `${video.width} × ${video.height} pixels`;
   $("facts").textContent = `Seed ${video.seed} · ${video.num_frames} frames of ${size} · ${video.steps} steps · `
-    + `guidance ${video.guidance} · ${video.model} version ${video.version} · ${video.seconds.toFixed(1)} s`;
+    + `guidance ${video.guidance} · ${video.model} version ${video.version} · ${video.seconds.toFixed(1)} s`
+    + (video.prompt_truncated ? " · The prompt is longer than the model reads; its end was ignored." : "");
   $("download").href = urls[video.id];
   $("download").download = `trip-${video.seed}.${video.format}`;
   $("last").hidden = video.format === "gif";
