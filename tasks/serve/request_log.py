@@ -23,7 +23,7 @@ _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _TRACE = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # `traceparent` of W3C Trace Context
 _PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "connect-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 # FastAPI's page has a script and styles inside of it.
 _DOCS = _PAGE.replace("script-src 'self'", "script-src 'self' 'unsafe-inline'").replace(

@@ -98,6 +98,7 @@ async function choosePhoto(blob) {
   }
   photo = { blob, width: image.naturalWidth, height: image.naturalHeight };
   $("position").value = 50;
+  $("preview").style.setProperty("--ratio", photo.width / photo.height);
   $("preview").hidden = false;
   $("move").hidden = Math.abs(photo.width - photo.height) < 0.02 * photo.width;
   showCrop();
