@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
@@ -13,11 +14,16 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import PROTOCOL, RECIPE
+from flows.prefect_artifacts import stage_artifact
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY, code_version
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.metrics import record
+from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
+from tasks.evaluation_record import PAGE_FILE
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
 
@@ -46,7 +52,16 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate clips and extract features; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
-    return evaluate(spec, log)
+    began = time.time()
+    report = evaluate(spec, log)
+    result = {"stage_seconds": time.time() - began, "complete_timestamp_seconds": time.time()}
+    record("evaluate", result | {"gate_passed": int(report.passed)})
+    numbers = {"clips": report.clips, "gate": "passed" if report.passed else "; ".join(report.gate.reasons)}
+    numbers |= {rule.rule: "passed" if rule.passed else rule.reason for rule in report.gate.rules}
+    stage_artifact(
+        "evaluate-result", f"protocol {spec.protocol}", numbers, {"report": storage.join(report.uri, PAGE_FILE)}
+    )
+    return report
 
 
 @task(name="track-evaluation", **STAGE_POLICY)
@@ -62,7 +77,10 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     origin = facts.record.provenance
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
     tags = {f"evaluation.{name}": str(origin[name]) for name in names}
-    tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
+    tags |= run_tags() | {
+        "evaluation.code_version": code_version(),
+        "evaluation.gate": "passed" if report.passed else "not passed",
+    }
     tracking = Tracking(tracking_uri, EXPERIMENT)
     tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.record.digest}", tags=tags)
     tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")
@@ -81,18 +99,19 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 
 @flow(name="evaluate-trip")
 def evaluate_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     model: str | None = None,
     held_out: str | None = None,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
     method: list[str] | None = None,
     champion: str | None = None,
     tracking_uri: str | None = None,
     base_row: bool = True,
+    values: Values = None,
     *,
     extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
@@ -100,7 +119,7 @@ def evaluate_trip(
     """Evaluate a model on a protocol's clips, next to other methods; continues an earlier call.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
@@ -115,6 +134,7 @@ def evaluate_trip(
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
             model, once for all models of this base below the root.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
@@ -122,7 +142,7 @@ def evaluate_trip(
 
     uri = tracking_uri and tracking_address(tracking_uri, root)
     methods = parse_methods(method or [])
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = layout.data_set(held_out) if held_out is not None else None
     if model is None or data is None:
         trained_on = layout.data_set(dataset) if dataset is not None else run.prepared()

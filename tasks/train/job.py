@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.cluster import lost_a_machine
+from infra.leases import leased
 from infra.telemetry import Tracking
 from infra.tracking import default_artifact_location
 from tasks.shards import read_manifest
@@ -30,15 +31,18 @@ from tasks.train.checkpoints import CheckpointStore, SavedCheckpoint
 from tasks.train.loop import ControlSignal, Tick, TrainingStopped, run_training
 from tasks.train.preflight import preflight
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
+from tasks.train.ticks import TickFile
 
 NO_TRACKING = TrackingSpec()
 MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the group resumes from the newest one
 # Interval at which an elastic training looks for machines. Growing costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
 FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
+STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow
 _logger = logging.getLogger(__name__)
 
 
+@leased
 def train(
     spec: TrainSpec,
     progress: Tick | None = None,
@@ -57,6 +61,7 @@ def train(
     triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
 
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: an invalid spec. RuntimeError: the workers failed repeatedly without a new checkpoint.
         RayError: the session's machine is lost. TrainingStopped: SIGTERM came. The same call continues after either.
     """
@@ -85,14 +90,15 @@ def train(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
-        ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
-        for warning in warnings:
-            _logger.warning(warning)
-        if progress is not None:
-            for tick in ticks:
-                progress(tick)
+    with _closed_when_stopped(spec, tracking):
+        while thread.is_alive():
+            thread.join(timeout=1.0)
+            ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
+            for warning in warnings:
+                _logger.warning(warning)
+            if progress is not None:
+                for tick in ticks:
+                    progress(tick)
     report = finished_report(spec)
     if report is None:
         cause = errors[0] if errors else None
@@ -100,6 +106,19 @@ def train(
             raise cause
         raise RuntimeError(f"training ended without a report: {cause or 'no worker finished'}") from cause
     return report
+
+
+@contextlib.contextmanager
+def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[None]:
+    """Ends the MLflow run as KILLED if a signal ends the block: rank 0, which would, ends with the Ray session."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and tracking.uri:
+            run = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location)
+            run.start_run(tracking.run_name, None, tracking.key(spec), tags=tracking.tags, wait_seconds=0)
+            run.finish("KILLED", STOP_SECONDS)
+        raise
 
 
 def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
@@ -209,9 +228,10 @@ def _both(first: Tick, second: Tick | None) -> Tick:
 
 
 class _RunLog:
-    """Logs to MLflow on rank 0: one run per training, also after a resume; listens to the checkpoints."""
+    """Logs to a file and MLflow on rank 0: one run per training, also after a resume; listens to the checkpoints."""
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
+        self._ticks = TickFile(spec)
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
@@ -223,9 +243,10 @@ class _RunLog:
             tracking.artifact_location or default_artifact_location(tracking.uri),
             spool_file(spec),
         )
-        key = f"train-{spec_digest(spec)}"
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
-        self._tracking.start_run(tracking.run_name, None, key, params, {"trip.stage": "train"}, wait_seconds=0)
+        parent = {"trip.parent": spec.start.parent} if spec.start is not None else {}
+        tags = {"trip.stage": "train"} | parent | tracking.tags
+        self._tracking.start_run(tracking.run_name, None, tracking.key(spec), params, tags, wait_seconds=0)
         self._tracking.document("spec.json", asdict(spec))
         self._tracking.dataset_input("latents", manifest_sha256, spec.dataset)
 
@@ -233,11 +254,13 @@ class _RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ticks.upload()
         if self._tracking is not None:
             stopped = isinstance(error, TrainingStopped | KeyboardInterrupt)
             self._tracking.finish("KILLED" if stopped else "FAILED" if error is not None else "FINISHED")
 
     def tick(self, values: dict[str, Any]) -> None:
+        self._ticks.tick(values)
         if self._tracking is not None:
             numbers = {k: float(v) for k, v in values.items() if k not in ("step", "steps", "seconds_left")}
             self._tracking.metrics(numbers, values["step"])
@@ -248,6 +271,7 @@ class _RunLog:
             self._tracking.flush(FLUSH_SECONDS)
 
     def after_mark(self, saved: SavedCheckpoint) -> None:
+        self._ticks.upload()
         if self._tracking is not None:
             self._tracking.checkpoint(saved.step, saved.uri, saved.digest, saved.metrics)
             for step in saved.removed:

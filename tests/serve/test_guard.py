@@ -54,6 +54,7 @@ def closes(connection: socket.socket, seconds: float = 10) -> bytes:
             data += part
     except ConnectionResetError:
         pass
+    connection.close()
     return data
 
 
@@ -91,6 +92,7 @@ def test_a_slow_sender_of_few_bytes_each_second_is_cut_off_too():
 
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             drip()
+        connection.close()
         assert time.monotonic() - start < 10
 
 
@@ -99,8 +101,10 @@ def test_one_connection_too_many_closes_the_oldest_without_a_request():
         idle = [socket.create_connection(service.address) for _ in range(8)]
         until(lambda: len(service.server.server_state.connections) == 8)
         assert httpx.post(f"{service.url}/v1/animate", **FORM).status_code == 200
-        assert closes(idle[0]) == b""
+        assert closes(idle.pop(0)) == b""
         assert metric(service.url, 'trip_connections_closed_total{reason="number"}') >= 1
+        for connection in idle:
+            connection.close()
 
 
 @pytest.mark.parametrize("parts", [1, 50])
