@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None, download: Callable[[str], bytes] | 
     options = parse(arguments)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
-    from trip_model.images import check_video_target, write_video
+    from trip_model.images import check_video_target, generated_metadata, write_video
 
     try:
         # All that can be checked without the model is checked before it is loaded.
@@ -120,15 +120,6 @@ def main(arguments: list[str] | None = None, download: Callable[[str], bytes] | 
         return 2
     print(out)
     return 0
-
-
-def generated_metadata(**values: Any) -> dict[str, Any]:
-    """Returns what a file says of its origin: that it is generated, by which version, and the given values."""
-    from trip_model import __version__
-
-    return {"generated": True, "version": f"trip-i2v {__version__}"} | {
-        name: value for name, value in values.items() if value is not None
-    }
 
 
 def _picture(

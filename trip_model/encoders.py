@@ -91,6 +91,10 @@ class TextEncoder(nn.Module):
         out = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         return out["input_ids"].to(torch.int64)
 
+    def truncates(self, caption: str) -> bool:
+        """Returns whether `tokenize` drops the end of a caption."""
+        return len(self.tokenizer(unescape_entities(caption))["input_ids"]) > self.length
+
     @torch.no_grad()
     def encode(self, token_ids_BL: torch.Tensor) -> torch.Tensor:
         """Returns text features float32 [B, length, width]: the last hidden state after the final layer norm."""

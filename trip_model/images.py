@@ -240,6 +240,15 @@ def video_bytes(
         return path.read_bytes()
 
 
+def generated_metadata(**values: Any) -> dict[str, Any]:
+    """Returns what a file says of its origin: that it is generated, by which version, and the given values."""
+    from trip_model import __version__
+
+    return {"generated": True, "version": f"trip-i2v {__version__}"} | {
+        name: value for name, value in values.items() if value is not None
+    }
+
+
 def _looping_image(pixels: np.ndarray, fps: float, format: str, text: str | None) -> bytes:
     buffer = io.BytesIO()
     unit, shortest = (10, 20) if format == "gif" else (1, 1)  # ms; a gif counts in hundredths of a second

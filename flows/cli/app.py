@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": "flows.cli.plan",
     "selftest": "flows.cli.selftest",
     "serve": "flows.cli.serve",
+    "serve-key": "flows.cli.serve",
     "animate": "flows.cli.animate",
     "promote": "flows.cli.promote",
     "rollback": "flows.cli.promote",

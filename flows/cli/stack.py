@@ -148,7 +148,7 @@ class Stack:
     @property
     def _plain(self) -> dict[str, str]:
         """Variables of every service: telemetry off, quiet, no proxy for loopback."""
-        more = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *_python_path()])}
+        more = {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *_python_path()])}
         proxy = dict.fromkeys(("NO_PROXY", "no_proxy"), f"{LOOPBACK},localhost")
         return TELEMETRY_OFF | QUIET | proxy | more
 

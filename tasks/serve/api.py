@@ -1,107 +1,125 @@
-"""The HTTP API of the service: POST /v1/animate, its documentation at /docs, health, readiness and metrics."""
+"""The HTTP API of the service: animate and wait, videos in the background, documentation, health and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import dataclasses
-import hmac
-import io
 import json
-import logging
-import re
-import uuid
-import zipfile
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from fastapi import FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as ASGIMessage
 
+from tasks.serve.body import JSON, READERS, read_request
 from tasks.serve.gateway import Gateway
-from tasks.serve.limits import (
-    MAX_BODY_BYTES,
-    Animation,
-    Refusal,
-    animation_schema,
-    body_too_large,
-    read_animation,
-    read_json,
-)
-from tasks.serve.messages import Clip, Progress
+from tasks.serve.guard import Guard, ServerLimits
+from tasks.serve.keys import Keys
+from tasks.serve.limits import FORMATS, Animation, Refusal
+from tasks.serve.messages import MEDIA_TYPES, Clip, Progress, file_name
+from tasks.serve.openapi import LINES, RESULT_HEADERS, describe_animate, describe_model, describe_ready
+from tasks.serve.request_log import DISCONNECTED, RequestLog, error_body, error_response
+from tasks.serve.videos import Videos
+from tasks.serve.videos_api import video_routes
+from tasks.serve.web_ui import add_page
+from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS
 
-MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
-JSON, LINES, MULTIPART = "application/json", "application/x-ndjson", "multipart/form-data"
-_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-READERS = 2  # threads that parse bodies
-_log = logging.getLogger(__name__)
-
+ABOUT_MODEL = "The model adds small movements to scenes like those it was trained on; others dissolve into blur."
 ABOUT = """\
 Makes a short clip from a photo and a text prompt. The clip begins with the photo.
 
-The response is the file; with `Accept: application/json` it is JSON with the file in base64, and with
+`POST /v1/animate` waits and returns the file; with `Accept: application/json` JSON with the file in base64, and with
 `Accept: application/x-ndjson` one line of JSON for each denoising step, then one with the result or the error.
-The same values, `X-Seed` and `X-Model-Version` give the same clip. Every error is JSON with a message.
+`POST /v1/videos` returns an id at once; `GET /v1/videos/{id}` says how far it is, and `/content` is the file.
+
+The same values, seed and model version give the same clip. Every error is JSON with a message.
 """
-EXAMPLE = {
-    "image": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAJUlEQVR4nGO0cctjwAaYsIoSJ7Hsw6Fl"
-    "Hw4R1sECZ0UJ2FFmOQD6ZgZaiicHigAAAABJRU5ErkJggg==",
-    "prompt": "a red circle moving right slowly",
-    "seed": 7,
-}
 
 
-def create_app(gateway: Gateway, key: str | None = None) -> FastAPI:
-    """Returns the application; with a `key`, /v1/animate requires it as bearer token or `X-API-Key`."""
-    app = FastAPIOffline(title="TRIP", version="1", description=ABOUT, redoc_url=None)
+@dataclass(frozen=True)
+class AppOptions:
+    """How the application is reached.
+
+    Args:
+        limits: of requests and callers.
+        keys: the accepted keys; None: no key is required.
+        hosts: the values of `Host` that are served; empty: all.
+        origins: other sites whose pages may use the API.
+        page: whether the web UI is at /.
+        about: what the model can do, for the page.
+    """
+
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    keys: Keys | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    page: bool = True
+    about: str = ABOUT_MODEL
+
+
+def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = None) -> FastAPI:
+    """Returns the application: the API, its documentation, health, metrics and the web UI."""
+    options = options or AppOptions()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with videos.running():
+            yield
+
+    app = FastAPIOffline(
+        title="TRIP", version="1", description=ABOUT, redoc_url=None, lifespan=lifespan, redirect_slashes=False
+    )
     app.state.readers = CapacityLimiter(READERS)
-    # Without origins, pages of other sites cannot read responses. Gradio would allow all of them.
-    app.add_middleware(CORSMiddleware)
-    app.add_middleware(_SameOrigin)
-    app.add_middleware(_RequestId)
+    # The last one is the outermost.
+    app.add_middleware(Guard, limits=options.limits, keys=options.keys, hosts=options.hosts, origins=options.origins)
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-Id", "Idempotency-Key"],
+            expose_headers=[*RESULT_HEADERS, "X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(RequestLog, count=gateway.count_http)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
-        headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-        return _error_response(refusal, request.state.request_id, headers)
+        return error_response(refusal, request.state.request_id)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         refusal = Refusal(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}; see /docs")
-        return _error_response(refusal, request.state.request_id, error.headers)
+        return error_response(refusal, request.state.request_id, error.headers)
 
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> Response:
-        _log.error("request %s failed", request.state.request_id, exc_info=error)
-        refusal = Refusal(500, "the service failed on this request; quote the request id when reporting this")
-        return _error_response(refusal, request.state.request_id)
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameter(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        refusal = Refusal(422, f"{first['loc'][-1]} is {str(first['input'])[:40]!r}; {first['msg']}")
+        return error_response(refusal, request.state.request_id)
 
-    # A field for the key in /docs. `_authorize` checks it and also accepts a bearer token.
-    security = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if key else None
+    # A field for the key in /docs. `Guard` checks it and also accepts a bearer token.
+    security = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if options.keys else None
 
     @app.post(
         "/v1/animate",
-        summary="Animate a photo",
+        summary="Animate a photo, and wait for the clip",
         response_class=Response,
-        openapi_extra=_openapi(gateway.max_steps),
+        openapi_extra=describe_animate(gateway.max_steps),
         dependencies=security,
     )
     async def animate(request: Request) -> Response:
         try:
-            _authorize(request, key)
-            animation = await _read(request, gateway.max_steps)
+            animation = await read_request(request, gateway.max_steps)
         except Refusal as refusal:
             raise gateway.count_refusal(refusal) from refusal.__cause__
         accept = request.headers.get("accept", "")
@@ -112,20 +130,44 @@ def create_app(gateway: Gateway, key: str | None = None) -> FastAPI:
         clip = await _clip(gateway, animation, request)
         if JSON in accept:
             return JSONResponse(_as_json(clip, request.state.request_id), headers=_headers(clip))
-        return Response(_file(clip), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
+        return Response(clip.as_file(), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
 
-    @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", summary="Whether the process responds", response_class=PlainTextResponse)
+    app.include_router(video_routes(gateway, videos), dependencies=security)
+
+    @app.get("/v1/model", summary="The model and the bounds of a request", openapi_extra=describe_model())
+    async def model() -> Response:
+        status = await gateway.backend.status()
+        bounds = {name: {"minimum": bound.minimum, "maximum": bound.maximum} for name, bound in BOUNDS.items()}
+        bounds["steps"]["maximum"] = min(gateway.max_steps, status.max_steps or gateway.max_steps)
+        return JSONResponse(
+            {
+                "model": status.model,
+                "version": status.version,
+                "size": status.size,
+                "about": options.about,
+                "defaults": status.defaults,
+                "bounds": bounds,
+                "formats": FORMATS,
+                "max_photo_bytes": MAX_PHOTO_BYTES,
+                "max_prompt_characters": MAX_PROMPT_CHARACTERS,
+                "step_frames": options.limits.step_frames,
+                "keep_seconds": videos.limits.keep_seconds,
+                "key_required": options.keys is not None,
+            }
+        )
+
     async def healthz() -> str:
         return "ok\n"
 
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", summary="Whether requests are accepted, and the model version")
+    for path in ("/livez", "/healthz"):
+        app.get(path, summary="Whether the process responds", response_class=PlainTextResponse)(healthz)
+
+    @app.get("/readyz", summary="Whether requests are accepted, and the model version", openapi_extra=describe_ready())
     async def readyz() -> Response:
         status = await gateway.backend.status()
-        ready = bool(status.version) and not gateway.closing
+        ready = bool(status.version) and not gateway.leaving and not gateway.closing
         state = {"ready": ready, **dataclasses.asdict(status), "in_flight": gateway.in_flight}
-        if gateway.closing:
+        if gateway.leaving or gateway.closing:
             state["trouble"] = "the service is stopping"
         return JSONResponse(state, 200 if ready else 503)
 
@@ -133,113 +175,9 @@ def create_app(gateway: Gateway, key: str | None = None) -> FastAPI:
     async def metrics() -> str:
         return generate_latest(gateway.metrics).decode()
 
+    if options.page:
+        add_page(app)
     return app
-
-
-class _SameOrigin:
-    """Refuses requests that a page of another site makes a browser send; ignores headers about the service's address.
-
-    A browser sends the origin of a request in `Sec-Fetch-Site`, and over plain HTTP only in `Origin`. Programs send
-    neither. GET and HEAD change nothing, and without CORS headers no other page can read their responses.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            # Gradio would write links to any host that these name.
-            ignored = (b"x-forwarded-host", b"x-gradio-server")
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in ignored]
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_foreign(Headers(scope=scope)):
-                refusal = Refusal(403, "the request comes from a page of another site; use this site or a program")
-                await _error_response(refusal, scope["state"]["request_id"])(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _is_foreign(headers: Headers) -> bool:
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-    if site is not None:
-        return site not in ("same-origin", "none")
-    return origin is not None and origin.partition("://")[2] != headers.get("host", "")
-
-
-class _RequestId:
-    """Gives every request an id, or keeps a valid `X-Request-Id`, and returns it in the response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def respond(message: ASGIMessage) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, respond)
-
-
-def _authorize(request: Request, key: str | None) -> None:
-    if key is None:
-        return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    sent = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not hmac.compare_digest(sent.encode("latin-1"), key.encode()):  # headers are decoded as latin-1
-        raise Refusal(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'X-API-Key'")
-
-
-async def _read(request: Request, max_steps: int) -> Animation:
-    """Parses the request, JSON or a form, in a thread. Raises `Refusal`."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in (JSON, MULTIPART):
-        raise Refusal(415, f"the content type is {kind!r:.60}; send {JSON} or {MULTIPART}")
-    body = await _body(request)
-
-    def read() -> Animation:
-        try:
-            # In its own event loop: the form parser is a coroutine that computes and never waits.
-            fields = read_json(body) if kind == JSON else asyncio.run(_form(request.headers, body))
-        except (ValueError, MultiPartException) as error:
-            raise Refusal(400, f"the body is not {kind} ({str(error)[:80]}); see /docs for an example") from error
-        if not isinstance(fields, dict):
-            raise Refusal(400, "the body is JSON but not an object; send {'image': ..., 'prompt': ...}")
-        return read_animation(fields, max_steps)
-
-    return await to_thread.run_sync(read, limiter=request.app.state.readers)
-
-
-async def _body(request: Request) -> bytes:
-    """Reads the body up to `MAX_BODY_BYTES`. Raises `Refusal`."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise body_too_large(int(announced))
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                raise body_too_large(len(body))
-    except ClientDisconnect as error:
-        raise Refusal(499, "the client has disconnected") from error
-    return bytes(body)
-
-
-async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
-    async def once() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    form = await MultiPartParser(headers, once(), max_files=1, max_fields=16).parse()
-    fields = {name: await value.read() if isinstance(value, UploadFile) else value for name, value in form.items()}
-    await form.close()
-    return fields
 
 
 async def _clip(gateway: Gateway, animation: Animation, request: Request) -> Clip:
@@ -258,7 +196,7 @@ async def _clip(gateway: Gateway, animation: Animation, request: Request) -> Cli
         await asyncio.wait([clip, disconnect], return_when=asyncio.FIRST_COMPLETED)
         if clip.done():
             return clip.result()
-        raise Refusal(499, "the client has disconnected")
+        raise Refusal(DISCONNECTED, "the client has disconnected")
     finally:
         for task in (clip, disconnect):
             task.cancel()
@@ -281,26 +219,18 @@ def _line(message: Progress | Clip | Refusal, request_id: str) -> str:
     if isinstance(message, Progress):
         value = dataclasses.asdict(message)
     else:
-        value = _as_json(message, request_id) if isinstance(message, Clip) else _error(message, request_id)
+        value = _as_json(message, request_id) if isinstance(message, Clip) else error_body(message, request_id)
     return json.dumps(value) + "\n"
 
 
-def _error(refusal: Refusal, request_id: str) -> dict[str, Any]:
-    return {"error": {"status": refusal.status, "message": refusal.message, "request_id": request_id}}
-
-
-def _error_response(refusal: Refusal, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(_error(refusal, request_id), refusal.status, headers)
-
-
 def _headers(clip: Clip) -> dict[str, str]:
-    suffix = "zip" if clip.format == "frames" else clip.format
     return {
         "X-Seed": str(clip.seed),
         "X-Model": clip.model,
         "X-Model-Version": clip.version,
         "X-Batch": str(clip.batch),
-        "Content-Disposition": f'inline; filename="trip-{clip.seed}.{suffix}"',
+        "X-Prompt-Truncated": str(clip.prompt_truncated).lower(),
+        "Content-Disposition": f'inline; filename="{file_name(clip.seed, clip.format)}"',
     }
 
 
@@ -310,51 +240,3 @@ def _as_json(clip: Clip, request_id: str) -> dict[str, Any]:
     values = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "files"}
     content = {"frames": files} if clip.format == "frames" else {"video": files[0]}
     return {"request_id": request_id, **values, **content}
-
-
-def _file(clip: Clip) -> bytes:
-    """Returns the video, or a zip of its frames."""
-    if clip.format != "frames":
-        return clip.files[0]
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # a PNG is compressed already
-        for number, frame in enumerate(clip.files):
-            archive.writestr(zipfile.ZipInfo(f"{number:03d}.png"), frame)  # without the time of day
-    return buffer.getvalue()
-
-
-def _openapi(max_steps: int) -> dict[str, Any]:
-    """The OpenAPI description of POST /v1/animate."""
-    fields = animation_schema(max_steps)
-    upload = {**fields, "properties": {**fields["properties"], "image": {"type": "string", "format": "binary"}}}
-    refusals = {
-        "400": "the photo or the body cannot be read",
-        "401": "the API key is missing or wrong",
-        "413": "too many bytes or pixels",
-        "415": "unsupported content type",
-        "422": "a value is out of bounds or unknown",
-        "429": "the queue is full; see Retry-After",
-        "503": "no model yet, or the service is stopping",
-        "504": "the time limit is reached",
-    }
-    message = "steps is -1; use an integer from 1 to 1000 (DDIM steps)"
-    error = {"error": {"status": 422, "message": message, "request_id": "0123abcd"}}
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    headers = ("X-Seed", "X-Model", "X-Model-Version", "X-Batch", "X-Request-Id")
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {JSON: {"schema": fields, "example": EXAMPLE}, MULTIPART: {"schema": upload}},
-        },
-        "responses": {
-            "200": {
-                "description": "The clip",
-                "headers": {name: {"schema": {"type": "string"}} for name in headers},
-                "content": dict.fromkeys(MEDIA_TYPES.values(), binary) | {JSON: {}, LINES: {}},
-            },
-            **{
-                status: {"description": about, "content": {JSON: {"example": error}}}
-                for status, about in refusals.items()
-            },
-        },
-    }

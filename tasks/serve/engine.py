@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tasks.serve.limits import Animation, Refusal, out_of_time
 from tasks.serve.messages import Clip, EngineSpec, Message, Progress, Status
 from tasks.serve.versions import AliasedModel, RegistryTrouble, VersionId
-from trip_model.images import load_image, video_bytes
+from trip_model.images import generated_metadata, load_image, video_bytes
 from trip_model.pipeline import TripPipeline
 
 _log = logging.getLogger(__name__)
@@ -110,6 +113,7 @@ class Engine:
             self.device,
             _defaults(loaded.pipe) if loaded else {},
             loaded.pipe.model.config.schedule.num_train_timesteps if loaded else 0,
+            loaded.pipe.size if loaded else 0,
         )
 
     def refresh(self) -> None:
@@ -154,7 +158,7 @@ class Engine:
         job = _Job(animation, asyncio.get_running_loop())
         deadline = time.monotonic() + seconds
         with self._changed:
-            refusal = self._refusal()
+            refusal = self._refusal(animation)
             if refusal is None:
                 self._waiting.append(job)
                 self._changed.notify_all()
@@ -176,9 +180,14 @@ class Engine:
                 if job in self._waiting:
                     self._waiting.remove(job)
 
-    def _refusal(self) -> Refusal | None:
+    def _refusal(self, animation: Animation) -> Refusal | None:
         if self._live is None:
             return Refusal(503, f"there is no model yet: {self._trouble}", retry_after=5)
+        own = _defaults(self._live.pipe)
+        steps, frames = animation.steps or own["steps"], animation.num_frames or own["num_frames"]
+        most = max(self.spec.step_frames, own["steps"] * own["num_frames"])
+        if steps * frames > most:
+            return Refusal(422, f"steps is {steps:g} for {frames:g} frames; use at most {most // frames:g} with them")
         if len(self._waiting) >= self.spec.max_queue:
             wait = max(1, round(self._seconds * len(self._waiting) / self.spec.max_batch))
             return Refusal(429, f"{len(self._waiting)} requests are waiting; send it again in {wait} s", wait)
@@ -251,10 +260,12 @@ class Engine:
     def _clip(self, animation: Animation, loaded: _LoadedVersion, pixels: np.ndarray, batch: int) -> Clip:
         given = {"steps": animation.steps, "guidance": animation.guidance, "fps": animation.fps}
         used = _defaults(loaded.pipe) | {name: value for name, value in given.items() if value is not None}
+        model = f"{self.spec.name} version {loaded.version}"
+        about = generated_metadata(model=model, seed=animation.seed, prompt=animation.prompt)
         if animation.format == "frames":
-            files = tuple(_png(frame) for frame in pixels)
+            files = tuple(_png(frame, about) for frame in pixels)
         else:
-            files = (video_bytes(pixels, used["fps"], animation.format),)
+            files = (video_bytes(pixels, used["fps"], animation.format, metadata=about),)
         return Clip(
             files=files,
             format=animation.format,
@@ -269,6 +280,7 @@ class Engine:
             version=loaded.version,
             batch=batch,
             seconds=self._seconds,
+            prompt_truncated=loaded.pipe.text.truncates(animation.prompt),
         )
 
 
@@ -289,7 +301,8 @@ def _refuse(jobs: Iterable[_Job], status: int, message: str) -> None:
         job.send(Refusal(status, message))
 
 
-def _png(frame: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
+def _png(frame: np.ndarray, metadata: Mapping[str, Any]) -> bytes:
+    buffer, text = io.BytesIO(), PngInfo()
+    text.add_text("Comment", json.dumps(dict(metadata), sort_keys=True))
+    Image.fromarray(frame).save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()

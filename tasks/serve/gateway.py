@@ -44,6 +44,7 @@ class Gateway:
         self.backend = backend
         self.seconds = seconds
         self.max_steps = max_steps
+        self.leaving = False  # /readyz says so; requests are still accepted
         self.closing = False
         self.in_flight = 0
         self.metrics = CollectorRegistry()
@@ -58,11 +59,24 @@ class Gateway:
             buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
             registry=self.metrics,
         )
+        labels = ["method", "route", "status"]
+        self._http_ends = Counter("trip_http_requests", "HTTP requests by their end", labels, registry=self.metrics)
+        self._http_seconds = Histogram(
+            "trip_http_seconds",
+            "Seconds from the head of an HTTP request to its end",
+            ["route"],
+            buckets=(0.01, 0.1, 1, 10, 100, 1000),
+            registry=self.metrics,
+        )
         self._clips = Counter("trip_clips", "Clips by model and version", ["model", "version"], registry=self.metrics)
 
     def count_refusal(self, refusal: Refusal) -> Refusal:
         self._requests.labels(refusal.status).inc()
         return refusal
+
+    def count_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._http_ends.labels(method, route, status).inc()
+        self._http_seconds.labels(route).observe(seconds)
 
     async def stream(self, animation: Animation) -> AsyncGenerator[Progress | Clip, None]:
         """Yields progress, then one clip. Raises `Refusal`, before any progress if the request is not accepted."""
@@ -100,20 +114,26 @@ class _Retries(Collector):
 
 
 class Server(uvicorn.Server):
-    """Stops accepting requests at the first signal and completes accepted ones; a second signal ends it at once."""
+    """Ends in three steps: not ready but still accepting, then completing accepted requests only, then stopped.
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    The first signal begins the first step, which lasts `pause_seconds`, so that a load balancer sees /readyz before a
+    request is refused. A second signal ends the server at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, pause_seconds: float = 0) -> None:
         super().__init__(config)
-        self._gateway = gateway
+        self._gateway, self._pause_seconds = gateway, pause_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gateway.closing:
+        if self._gateway.leaving:
             super().handle_exit(sig, frame)
             return
-        self._gateway.closing = True
+        self._gateway.leaving = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
+        await asyncio.sleep(self._pause_seconds)
+        self._gateway.closing = True
         while self._gateway.in_flight:
             await asyncio.sleep(_IDLE_CHECK_SECONDS)
         self.should_exit = True

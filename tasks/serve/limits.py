@@ -126,8 +126,8 @@ def _unescaped(text: bytes) -> bytes:
     return text
 
 
-def read_animation(values: Mapping[str, Any], max_steps: int | None = None) -> Animation:
-    """Returns the request that named values describe; a seed that is not given is drawn.
+def read_animation(values: Mapping[str, Any], max_steps: int | None = None, seed: int | None = None) -> Animation:
+    """Returns the request that named values describe; without a seed it gets `seed`, or one that is drawn.
 
     Raises:
         Refusal: the first value that is rejected; the message gives the value and what to use instead.
@@ -146,7 +146,8 @@ def read_animation(values: Mapping[str, Any], max_steps: int | None = None) -> A
         photo = read_photo(values["image"])
     except RequestError as error:
         raise refusal_of(error) from error
-    return Animation(photo, prompt, **{"seed": secrets.randbelow(2**31), **numbers}, format=file_format or FORMATS[0])
+    drawn = secrets.randbelow(2**31) if seed is None else seed
+    return Animation(photo, prompt, **{"seed": drawn, **numbers}, format=file_format or FORMATS[0])
 
 
 def refusal_of(error: RequestError) -> Refusal:

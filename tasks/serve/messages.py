@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from dataclasses import dataclass, field
 
 from infra.settings import MlflowAccess
@@ -22,6 +24,7 @@ class EngineSpec:
         max_queue: requests that may wait; further ones are refused.
         access: the driver's credentials for the registry.
         poll_seconds: seconds between two look-ups of the alias.
+        step_frames: the largest product of a clip's steps and frames; twice that is computed with guidance.
     """
 
     name: str
@@ -31,6 +34,7 @@ class EngineSpec:
     max_batch: int = 1
     max_queue: int = 16
     poll_seconds: float = 3.0
+    step_frames: int = 64_000
     access: MlflowAccess = field(default_factory=MlflowAccess)
 
 
@@ -59,6 +63,25 @@ class Clip:
     version: str
     batch: int  # number of requests in its batch, itself included
     seconds: float  # in the model, without waiting
+    prompt_truncated: bool = False  # the text encoder did not read the end of the prompt
+
+    def as_file(self) -> bytes:
+        """Returns the video, or a zip of the frames."""
+        if self.format != "frames":
+            return self.files[0]
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # a PNG is compressed already
+            for number, frame in enumerate(self.files):
+                archive.writestr(zipfile.ZipInfo(f"{number:03d}.png"), frame)  # without the time of day
+        return buffer.getvalue()
+
+
+MEDIA_TYPES = {"mp4": "video/mp4", "gif": "image/gif", "frames": "application/zip"}
+
+
+def file_name(seed: int, format: str) -> str:
+    """The name of a downloaded clip."""
+    return f"trip-{seed}.{'zip' if format == 'frames' else format}"
 
 
 Message = Progress | Clip | Refusal
@@ -76,3 +99,4 @@ class Status:
     device: str
     defaults: dict[str, float]  # num_frames, steps, guidance and fps of the model
     max_steps: int  # time steps of the model, 0 without one
+    size: int = 0  # side of a frame in pixels, 0 without a model

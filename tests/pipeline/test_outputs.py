@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trip_model.__main__ import generated_metadata
-from trip_model.images import VIDEO_SUFFIXES, check_video_target, video_bytes, write_video
+from trip_model.images import VIDEO_SUFFIXES, check_video_target, generated_metadata, video_bytes, write_video
 
 RAMP = np.linspace(0, 255, 64, dtype=np.uint8)
 PIXELS = np.stack([np.stack([np.roll(RAMP, 4 * f)[None].repeat(32, 0)] * 3, axis=-1) for f in range(6)])

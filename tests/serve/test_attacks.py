@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-import os
+import re
 import socket
 import threading
 import time
@@ -18,22 +18,25 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from tasks.register.packaging import drawn_photo
-from tasks.serve.api import create_app
+from tasks.serve.api import AppOptions, create_app
 from tasks.serve.engine import Engine
 from tasks.serve.gateway import Gateway
+from tasks.serve.guard import ServerLimits
+from tasks.serve.keys import Keys
 from tasks.serve.limits import MAX_BODY_BYTES, read_json
 from tasks.serve.messages import EngineSpec
-from tasks.serve.web_ui import mount_web_ui
+from tasks.serve.videos import Videos
 from tests.support.reports import write_record
+from tests.support.service import running_service
 from trip_model.images import load_image
 from trip_model.request_limits import MAX_PHOTO_BYTES
 
 PROMPT = "a red circle moving right"
 SECRET = "confidential"
+UNLIMITED = ServerLimits(requests_per_minute=10**6, burst=10**5)  # test_guard.py has the tests of the rate
 
 
 @pytest.fixture(scope="module")
@@ -50,30 +53,11 @@ def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     engine.stop()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def gradio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        yield
-
-
 @contextmanager
 def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Gateway]]:
-    gateway = Gateway(engine, 60)
-    app = mount_web_ui(create_app(gateway, key), gateway, key)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", gateway
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    options = AppOptions(UNLIMITED, Keys(key=key) if key else None)
+    with running_service(engine, options) as running:
+        yield running.url, running.gateway
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +77,6 @@ def good(**changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
-def file_data(path: str, **more: Any) -> dict[str, Any]:
-    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
-
-
-def queue(client: httpx.Client, data: list[Any], fn_index: int = 0, session: str = "s") -> str:
-    """Returns the messages of Gradio's queue about one call."""
-    body = {"data": data, "fn_index": fn_index, "session_hash": session}
-    joined = client.post("/gradio_api/queue/join", json=body)
-    if joined.status_code != 200:
-        return joined.text
-    return client.get("/gradio_api/queue/data", params={"session_hash": session}).text
-
-
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Files that the process can read, among them a database and an image."""
@@ -115,85 +86,90 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["/etc/hostname", "/proc/self/environ", str(folder / "mlflow.db"), str(folder / "private.png")]
 
 
-def test_a_file_that_was_not_uploaded_is_not_read_by_any_function_of_the_page(client, private):
-    rest = [PROMPT, "7", 1, 1, 2, 4, None]
-    config = client.get("/config").json()
-    inputs = {fn["id"]: len(fn["inputs"]) for fn in config["dependencies"]}
-    for number, path in enumerate(private):
-        forged = file_data(path)
-        shapes = [
-            [forged, *rest],
-            [forged | {"url": "data:image/png;base64,aGk="}, *rest],
-            [file_data("/tmp/x.png", url=f"file://{path}"), *rest],
-            [{"a": forged, **forged}, *rest],
-            [None, [forged], *rest[1:]],  # in a component that takes no files
-            [None, *rest[:-1], [forged]],  # in the session's state
-        ]
-        for shape, data in enumerate(shapes):
-            for fn, count in inputs.items():
-                events = queue(client, (data + [forged] * count)[:count], fn, f"s{number}{shape}{fn}")
-                assert "trip-7.mp4" not in events and SECRET not in events, (path, shape, fn, events)
-        # Gradio serves every file in this folder.
-        assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob(Path(path).name)), path
+def raw(address: str, request: bytes) -> bytes:
+    """The response to a request that is sent as it is."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(2**16):
+            parts.append(part)
+    return b"".join(parts)
 
 
-def test_no_route_of_the_page_gives_or_takes_a_file_of_the_server(client, private):
+def test_no_path_of_a_request_reads_a_file_of_the_server(service, client, private):
+    # The routes of the API, and those that pages made with Gradio have.
+    routes = [path.replace("{id}", "ID") for path in client.get("/openapi.json").json()["paths"]]
+    routes += ["/", "/page.js", "/static-offline-docs", "/docs", "/static", "/assets", "/file", "/gradio_api"]
+    routes += [f"/gradio_api/{name}" for name in ("file=", "stream", "proxy=", "upload", "queue/join", "queue/data")]
     for path in private:
-        forged = file_data(path)
-        for route in ("file=", "file/", "stream/", "proxy=", "file=file://", "file=/../..", "file=%2e%2e"):
-            assert client.get(f"/gradio_api/{route}{path}").status_code in (403, 404), route
-        for route in ("run/animate", "api/predict", "call/animate", "call/v2/animate", "component_server", "stream/1"):
-            body = {"data": [forged, PROMPT, "7", 1, 1, 2, 4, None], "fn_index": 0, "session_hash": "r",
-                    "component_id": 3, "fn_name": "preprocess"}  # fmt: skip
+        content = Path(path).read_bytes()[:16].strip()
+        for route in routes:
+            for climb in ("", "/../../../../../../..", "/..%2f..%2f..%2f..%2f..%2f..", "/%2e%2e/%2e%2e/%2e%2e/%2e%2e"):
+                target = route.replace("/ID", climb) if "/ID" in route else route + climb
+                for name in (path, path.replace("/", "%2f")):
+                    head = f"GET {target}{name} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+                    answer = raw(service[0], head.encode())
+                    assert content not in answer, (target, name)
+                    assert answer.split(b" ")[1] in (b"404", b"405"), (target, name, answer[:80])
+
+
+def test_no_field_of_a_request_reads_a_file_of_the_server(client, private):
+    for path in private:
+        forged = {"path": path, "meta": {"_type": "gradio.FileData"}, "url": f"file://{path}"}
+        for route in ("/v1/animate", "/v1/videos"):
+            for image in (path, f"file://{path}", f"data:image/png;base64,{path}", forged, [forged], [path]):
+                answer = client.post(route, json=good(image=image))
+                assert answer.status_code in (400, 422), answer.text
+                assert SECRET not in answer.text and "Traceback" not in answer.text
+            for fields in ({"image": path}, {"image": f"file://{path}"}, {"image": json.dumps(forged)}):
+                assert client.post(route, data={"prompt": PROMPT, **fields}).status_code in (400, 415)
+            named = client.post(route, data={"prompt": PROMPT}, files={"image": (path, b"")})
+            assert named.status_code == 400 and "image is empty" in named.text
+        for route in ("run/animate", "api/predict", "call/animate", "component_server", "queue/join", "upload"):
+            body = {"data": [forged, PROMPT, "7", 1, 1, 2, 4, None], "fn_index": 0, "session_hash": "r"}
             assert client.post(f"/gradio_api/{route}", json=body).status_code == 404, route
-        assert client.post("/gradio_api/process_recording", files={"video": b"a"}).status_code == 404
-        for address in (f"/?deep_link=../../{path}", f"/config?deep_link=../../{path}", f"/static/../../{path}",
-                        f"/assets/..%2f..%2f..{path}", f"/svelte/..%2f..%2f..{path}"):  # fmt: skip
-            answer = client.get(address)
-            assert Path(path).read_bytes()[:16] not in answer.content, address
-    assert client.get("/gradio_api/file=http://127.0.0.1:9/a.png").status_code == 404
-    assert "not its address" in queue(client, [file_data("http://127.0.0.1:9/a.png"), PROMPT, "7", 1, 1, 2, 4, None])
 
 
-def test_every_route_of_gradio_that_the_page_does_not_need_is_absent(client):
-    for route in ("monitoring", "monitoring/summary", "gradio_api/deep_link?session_hash=s", "gradio_api/runs",
-                  "gradio_api/vibe-code/", "gradio_api/openapi.json", "gradio_api/profiling/traces"):  # fmt: skip
-        answer = client.get(f"/{route}")
-        assert answer.status_code == 404 and answer.json()["error"]["status"] == 404, route
-
-
-def test_an_own_upload_becomes_a_clip(client):
-    (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", drawn_photo(48))}).json()
-    events = queue(client, [file_data(path, orig_name="a.png"), PROMPT, "7", 1, 1, 2, 4, None], session="own")
-    assert "trip-7.mp4" in events and '"success":true' in events
-    file = next(json.loads(line[6:]) for line in events.splitlines() if "process_completed" in line)["output"]["data"][
-        0
-    ]
-    assert client.get(f"/gradio_api/file={(file.get('video') or file)['path']}").status_code == 200
+def test_an_address_is_not_fetched(client):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
+            answer = client.post("/v1/animate", json=good(image=f"http://{host}:{port}/a.png"))
+            assert answer.status_code == 400 and "not base64" in answer.text
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\0\x18ftypheic\0\0\0\0", b"hello"],
-    ids=["PostScript", "HEIC", "text"],
+    [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\0\x18ftypheic\0\0\0\0", b"hello", b"<svg/>"],
+    ids=["PostScript", "HEIC", "text", "SVG"],
 )
-def test_a_file_that_is_not_a_photo_gets_our_message_and_is_not_opened_by_gradio(client, data):
-    (path,) = client.post("/gradio_api/upload", files={"files": ("a.bin", data)}).json()
-    events = queue(client, [file_data(path, orig_name="a.bin"), PROMPT, "7", 1, 1, 2, 4, None], session="no-photo")
-    assert "image cannot be read" in events and "Could not preprocess" not in events
+def test_a_file_that_is_not_a_photo_is_refused_at_its_field(client, data):
+    for route in ("/v1/animate", "/v1/videos"):
+        answer = client.post(route, data={"prompt": PROMPT}, files={"image": ("a.png", data)})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "image") and "cannot be read" in error["message"]
 
 
-def test_uploads_and_calls_of_the_web_ui_have_a_maximum_size(client):
+def test_an_upload_has_a_maximum_size_and_needs_its_length(client):
     part = b"0" * (MAX_PHOTO_BYTES // 2)
-    many = client.post("/gradio_api/upload", files=[("files", (f"{n}.png", part)) for n in range(3)])
-    assert many.status_code == 413 and "bytes; at most" in many.json()["error"]["message"]
-    call = client.post("/gradio_api/queue/join", json={"data": ["0" * 10**5], "fn_index": 0, "session_hash": "s"})
-    assert call.status_code == 413
-    endless = client.post("/gradio_api/queue/join", content=iter([b"{}"]), headers={"Content-Type": "application/json"})
-    assert endless.status_code == 411
+    for route in ("/v1/animate", "/v1/videos"):
+        many = client.post(route, files=[("image", (f"{n}.png", part)) for n in range(3)])
+        assert many.status_code == 413 and "bytes" in many.json()["error"]["message"]
+        several = client.post(route, files=[("image", (f"{n}.png", b"a")) for n in range(3)])
+        assert several.status_code == 400 and "Too many files" in several.text
+        endless = client.post(route, content=iter([b"{}"]), headers={"Content-Type": "application/json"})
+        assert endless.status_code == 411
+        packed = client.post(
+            route, content=b"{}", headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        )
+        assert packed.status_code == 415 and "'gzip'" in packed.text
 
 
-PAGES = ("/", "/config", "/v1/animate", "/gradio_api/queue/join", "/gradio_api/info")
+PAGES = ("/", "/v1/model", "/v1/animate", "/v1/videos", "/v1/videos/video_1/cancel")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "trip.example.org"])
@@ -226,19 +202,24 @@ def test_our_page_and_programs_are_accepted(client, headers, status):
     assert client.post("/v1/animate", json=good(), headers=headers).status_code == status
 
 
-def test_no_header_makes_the_page_name_another_host(client):
-    for header in ("X-Forwarded-Host", "X-Gradio-Server"):
-        for path in ("/", "/config"):
-            assert "evil.example" not in client.get(path, headers={header: "https://evil.example"}).text, header
+def test_no_header_makes_the_service_name_another_host(client):
+    for header in ("X-Forwarded-Host", "X-Gradio-Server", "Host"):
+        for path in ("/", "/v1/model", "/docs", "/openapi.json"):
+            assert "evil.example" not in client.get(path, headers={header: "evil.example"}).text, (header, path)
+        form = {"data": {"prompt": PROMPT, "num_frames": "2", "steps": "1"}, "files": {"image": drawn_photo(48)}}
+        answer = client.post("/v1/videos", headers={header: "evil.example"}, **form)
+        assert answer.status_code == 202 and answer.headers["location"].startswith("/v1/videos/video_")
 
 
-def test_the_login_cookie_stays_on_our_site(engine):
-    with served(engine, "key") as (address, _):
-        answer = httpx.post(f"{address}/login", data={"username": "a", "password": "key"})
-        cookies = answer.headers.get_list("set-cookie")
-        assert answer.status_code == 200 and len(cookies) == 2
-        assert all("samesite=lax" in cookie.lower() for cookie in cookies), cookies
-        assert httpx.get(f"{address}/config").status_code == 401
+def test_the_service_sets_no_cookie_and_its_pages_name_no_other_host(client):
+    for path in ("/", "/page.js", "/page.css", "/docs", "/v1/model"):
+        answer = client.get(path)
+        assert "set-cookie" not in answer.headers
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        if path != "/docs":
+            assert "unsafe-inline" not in answer.headers["content-security-policy"]
+            assert not re.search(r"(?<!xmlns=\")https?://", answer.text), path
 
 
 def test_wrong_methods_and_head_are_answered_by_the_api_and_not_by_the_page(client):
@@ -246,7 +227,10 @@ def test_wrong_methods_and_head_are_answered_by_the_api_and_not_by_the_page(clie
         answer = client.request(method, path)
         assert answer.status_code == 405 and allowed in answer.headers["allow"], (method, path)
         assert answer.json()["error"]["status"] == 405
-    assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
+    for path in ("/", "/healthz", "/livez", "/readyz", "/metrics", "/v1/model", "/openapi.json"):
+        head, whole = client.head(path), client.get(path)
+        assert head.status_code == whole.status_code == 200 and not head.content, path
+    assert client.head("/v1/animate").status_code == 405
     assert client.get("/nothing").status_code == 404 and client.get("/nothing").json()["error"]["request_id"]
 
 
@@ -291,7 +275,8 @@ SHAPES = (
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_huge_body_of_any_shape_is_refused_and_does_not_block_the_event_loop(engine, shape):
-    request, app = huge(shape), create_app(Gateway(engine, 60))
+    gateway = Gateway(engine, 60)
+    request, app = huge(shape), create_app(gateway, Videos(gateway, "memory://huge"))
 
     async def go() -> tuple[httpx.Response, float]:
         """Returns the response and the longest time that another task of the event loop waited."""

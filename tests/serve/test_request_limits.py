@@ -1,4 +1,4 @@
-"""One table of bounds: library, command line, logged model, API and web UI accept and reject the same values."""
+"""One table of bounds: library, command line, logged model and API accept and reject the same values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from PIL import Image
 
 from tasks.register import pyfunc_model
 from tasks.register.packaging import bounds, drawn_photo
-from tasks.serve.api import create_app
+from tasks.serve.api import AppOptions, create_app
 from tasks.serve.gateway import Gateway
+from tasks.serve.guard import ServerLimits
 from tasks.serve.messages import Clip, Progress, Status
-from tasks.serve.web_ui import build_web_ui
+from tasks.serve.videos import VideoLimits, Videos
 from trip_model.__main__ import main
 from trip_model.images import check_video_target, write_video
 from trip_model.pipeline import TripPipeline
@@ -66,16 +67,15 @@ def interfaces(tiny_model, pipe, tmp_path_factory) -> Iterator[dict[str, Callabl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trip_model.pipeline.encode_pixels", lambda *_: (_ for _ in ()).throw(Accepted))
         patch.setattr(TripPipeline, "from_pretrained", lambda _: pipe)
-        # The web UI keeps its files in the temporary folder of Gradio.
-        patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
         yield interfaces_of(pipe, tiny_model, folder)
 
 
 def interfaces_of(pipe: TripPipeline, model_folder: Path, folder: Path) -> dict[str, Callable[..., bool]]:
     model = pyfunc_model.TripModel()
     model.pipe = pipe
-    app = create_app(Gateway(Recorder(), 60))
-    submit: Any = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
+    gateway, many = Gateway(Recorder(), 60), 10**6
+    videos = Videos(gateway, "memory://limits", VideoLimits(waiting=many, kept=many))
+    app = create_app(gateway, videos, AppOptions(ServerLimits(requests_per_minute=many, burst=many)))
 
     def run(call: Callable[[], Any]) -> bool:
         try:
@@ -103,15 +103,15 @@ def interfaces_of(pipe: TripPipeline, model_folder: Path, folder: Path) -> dict[
         rows = pd.DataFrame({"image": [image], "prompt": [prompt]})
         return run(lambda: model.predict(None, rows, numbers))  # type: ignore[arg-type]
 
-    def post(**request: Any) -> bool:
+    def post(route: str = "/v1/animate", **request: Any) -> bool:
         async def go() -> httpx.Response:
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://trip") as client:
-                return await client.post("/v1/animate", **request)
+                return await client.post(route, **request)
 
         status = asyncio.run(go()).status_code
-        assert status in (200, 400, 413, 422), status
-        return status == 200
+        assert status in (200, 202, 400, 413, 422), status
+        return status < 300
 
     def api_json(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
         text = base64.b64encode(image).decode() if isinstance(image, bytes) else image
@@ -123,19 +123,9 @@ def interfaces_of(pipe: TripPipeline, model_folder: Path, folder: Path) -> dict[
         data = {"prompt": prompt, **{name: str(value) for name, value in numbers.items()}}
         return post(data=data, files={"image": ("photo", image)})
 
-    def web_ui(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
-        from gradio import Error
-
-        (folder / "upload").write_bytes(image)
-        given = {"seed": "", "steps": 50, "guidance": 1, "num_frames": 16, "fps": 4, **numbers}
-        given["seed"] = str(given["seed"])  # a text field
-        try:
-            asyncio.run(submit(str(folder / "upload"), prompt, *given.values(), []))
-        except Error as error:
-            if error.title != "Request rejected":
-                raise
-            return False
-        return True
+    def background(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
+        data = {"prompt": prompt, **{name: str(value) for name, value in numbers.items()}}
+        return post("/v1/videos", data=data, files={"image": ("photo", image)})
 
     return {
         "library": library,
@@ -143,7 +133,7 @@ def interfaces_of(pipe: TripPipeline, model_folder: Path, folder: Path) -> dict[
         "logged model": logged_model,
         "API, JSON": api_json,
         "API, form": api_form,
-        "web UI": web_ui,
+        "videos, which the web UI uses": background,
     }
 
 
@@ -261,23 +251,27 @@ def test_json_escapes_in_base64_are_read_in_bodies_of_any_size():
             assert read_json(body.encode()) == {"image": text}
 
 
-def test_the_service_lowers_the_steps_by_one_setting_and_the_web_ui_shows_the_models_maximum():
+def test_the_service_lowers_the_steps_by_one_setting_and_tells_the_web_ui_the_smaller_of_both_bounds():
     gateway = Gateway(Recorder(), 60, max_steps=80)
+    app = create_app(gateway, Videos(gateway, "memory://limits"))
 
-    async def go(steps: int) -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(gateway))
+    async def go(method: str, path: str, **request: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://trip") as client:
-            assert (await client.get("/openapi.json")).text.count('"maximum":80.0') == 2  # JSON and form
-            body = {"image": base64.b64encode(PHOTO).decode(), "prompt": "a cat", "steps": steps}
-            return await client.post("/v1/animate", json=body)
+            return await client.request(method, path, **request)
 
-    assert asyncio.run(go(80)).status_code == 200
-    assert "steps is 81; use an integer from 1 to 80" in asyncio.run(go(81)).text
+    body = {"image": base64.b64encode(PHOTO).decode(), "prompt": "a cat"}
+    for route in ("/v1/animate", "/v1/videos"):
+        described = asyncio.run(go("GET", "/openapi.json")).json()["paths"][route]["post"]["requestBody"]["content"]
+        assert {form["schema"]["properties"]["steps"]["maximum"] for form in described.values()} == {80}
+        assert asyncio.run(go("POST", route, json={**body, "steps": 80})).is_success
+        assert (
+            "steps is 81; use an integer from 1 to 80"
+            in asyncio.run(go("POST", route, json={**body, "steps": 81})).text
+        )
     for limit, shown in ((80, 80), (1000, 700)):
         gateway.max_steps = limit
-        load = build_web_ui(gateway)
-        model_values = next(fn.fn for fn in load.fns.values() if fn.fn and fn.fn.__name__ == "model_values")
-        assert asyncio.run(model_values())[0].maximum == shown
+        assert asyncio.run(go("GET", "/v1/model")).json()["bounds"]["steps"]["maximum"] == shown
 
 
 def test_a_model_with_fewer_time_steps_than_the_table_rejects_more(pipe):

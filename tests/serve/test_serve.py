@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import httpx
 import mlflow
 import numpy as np
@@ -23,11 +24,13 @@ from PIL import Image
 
 from infra.tracking import connect
 from tasks.register.registry import RegisterSpec, register
-from tasks.serve.api import create_app
+from tasks.serve.api import AppOptions, create_app
 from tasks.serve.engine import Engine
 from tasks.serve.gateway import Gateway
+from tasks.serve.keys import Keys
 from tasks.serve.limits import Refusal, read_animation
 from tasks.serve.messages import Clip, EngineSpec, Progress
+from tasks.serve.videos import Videos
 from tasks.video.decode import read_clip
 from tests.support.reports import write_record
 from trip_model.pipeline import TripPipeline
@@ -132,7 +135,9 @@ def ask(engine_or_gateway, method: str = "POST", path: str = "/v1/animate", key:
     gateway = engine_or_gateway if isinstance(engine_or_gateway, Gateway) else Gateway(engine_or_gateway, 60)
 
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(gateway, key), raise_app_exceptions=False)
+        options = AppOptions(keys=Keys(key=key) if key else None)
+        app = create_app(gateway, Videos(gateway, "memory://videos"), options)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://trip", timeout=60) as client:
             return await client.request(method, path, **request)
 
@@ -303,6 +308,37 @@ async def messages_of(engine: Engine, count: int, **changes) -> list[list]:
         return [message async for message in engine.stream(read_animation(fields), 60)]
 
     return list(await asyncio.gather(*map(one, range(count))))
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif", "frames"])
+def test_a_clip_says_in_its_file_that_it_is_generated_and_from_what(engine, format):
+    request = {**GOOD, "num_frames": 2, "steps": 1, "seed": 5, "format": format}
+    data = ask(engine, json=request).content
+    if format == "mp4":
+        with av.open(io.BytesIO(data)) as container:
+            text = container.metadata["comment"]
+    else:
+        file = zipfile.ZipFile(io.BytesIO(data)).read("001.png") if format == "frames" else data
+        comment = Image.open(io.BytesIO(file)).info["Comment" if format == "frames" else "comment"]
+        text = comment if isinstance(comment, str) else comment.decode()
+    about = json.loads(text)
+    assert about.pop("version").startswith("trip-i2v ")
+    assert about == {"generated": True, "model": "trip version 2", "seed": 5, "prompt": PROMPT}
+
+
+def test_a_clip_says_whether_the_end_of_its_prompt_was_not_read(engine):
+    request = {**GOOD, "num_frames": 2, "steps": 1}
+    for prompt, truncated in ((PROMPT, "false"), ("a red circle " * 100, "true")):
+        answer = ask(engine, json={**request, "prompt": prompt})
+        assert answer.headers["x-prompt-truncated"] == truncated
+
+
+def test_steps_times_frames_are_bounded_but_the_models_own_values_always_pass(store, tmp_path):
+    with engine_of(store, tmp_path, step_frames=40) as engine:
+        answer = ask(engine, json={**GOOD, "num_frames": 64, "steps": 1000})
+        assert answer.status_code == 422 and "steps is 1000 for 64 frames; use at most" in answer.text
+        assert answer.json()["error"]["param"] == "steps"
+        assert ask(engine, json={**GOOD, "num_frames": 4, "steps": 10}).status_code == 200
 
 
 def test_a_full_queue_refuses_requests_with_a_retry_time(engine):
