@@ -17,7 +17,7 @@ class FilterSpec:
 
     With any bound set, the meta of every sample contains all its scores and a perceptual hash. A scorer takes the
     frames of a window as uint8 [F, H, W, 3] and returns a float from 0 (clean) to 1; every worker must be able to
-    import its module. `tasks.encode.scorers` has two.
+    import its module.
     """
 
     least_side: int | None = None  # pixels
