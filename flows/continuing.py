@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from flows import layout
 from flows.console import log
 from flows.layout import Run
@@ -14,7 +10,6 @@ from tasks.records import Artifact, UserError
 from tasks.train.spec import TrainSpec
 from tasks.train.start import Parent, last_training, parent_at, start_from, training_of
 
-From = Annotated[str, Parameter(name="--from")]
 BASE, LAST, CHAMPION = "base", "last", "champion"
 NAME = "trip"  # of the registered model
 

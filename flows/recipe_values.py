@@ -70,7 +70,7 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
             raise UserError(f"--set {text!r}, expected FIELD=VALUE such as train.steps=200")
-        values[name] = _toml_value(value)
+        values |= flatten({name: _toml_value(value)})
     return values
 
 
@@ -121,9 +121,7 @@ def with_values(record: Record, values: Mapping[str, Any], path: str = "") -> Re
         if first not in types:
             raise UserError(f"no field {full!r}{_suggestion(path + first, rest)}")
         if is_dataclass(getattr(record, first)):
-            if isinstance(value, dict):  # an inline table
-                nested.setdefault(first, {}).update(flatten(value, f"{rest}." if rest else ""))
-            elif rest:
+            if rest:
                 nested.setdefault(first, {})[rest] = value
             else:
                 inside = next(iter(settable(getattr(record, first), f"{path + first}.")))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
-from flows.continuing import BASE, From
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
 from flows.recipe_values import Values
@@ -61,7 +61,7 @@ def train_trip(
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
-    start: From = BASE,
+    start: Annotated[str, Parameter(name="--from")] = "base",
     profile: int = 0,
     values: Values = None,
     *,
