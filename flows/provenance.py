@@ -46,6 +46,8 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "prepare.size": Paper(256, "4.1"),
     "prepare.fit": Paper("crop", "4.1", "centre crop of the resized video"),
     "prepare.clip": Silent("fixed windows; `track` (recipes -tracks) stores all frames and draws windows in training"),
+    "prepare.shots": Ours("cuts and lengths under clip `shots` (recipes -shots)"),
+    "prepare.captioner": Ours("none; captions are those of the source"),
     "prepare.windows_per_clip": Silent("the first 4 s of a clip; `-tracks` trains on all of it"),
     "prepare.stride": Silent("windows follow each other without overlap"),
     "prepare.longest_track": Silent("frames of a clip that `track` keeps"),

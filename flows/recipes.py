@@ -241,6 +241,12 @@ def tracks(base: Recipe) -> Recipe:
     return replace(base, name=f"{base.name}-tracks", about=about, prepare=replace(base.prepare, clip="track"))
 
 
+def shots(base: Recipe) -> Recipe:
+    """The same on long videos: each shot between two cuts is a clip of its own (docs/decisions/shots.md)."""
+    about = f"{base.name}, with long videos parted at their cuts, each shot a clip"
+    return replace(base, name=f"{base.name}-shots", about=about, prepare=replace(base.prepare, clip="shots"))
+
+
 def posterior(base: Recipe) -> Recipe:
     """The same with latents drawn from the VAE's posterior, where the others train on its mean."""
     return replace(
@@ -278,7 +284,7 @@ def _all() -> dict[str, Callable[[], Recipe]]:
     # `paper-x` derives from `paper`, `paper-shrinkage-x` from `paper-shrinkage`, `demo-x` from `demo`.
     for base in (paper, paper_shrinkage, demo):
         recipes[base().name] = base
-        schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, posterior, stored_text)
+        schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, shots, posterior, stored_text)
         for variant in (trip_c, trip_te, trip_minus, trip_w, no_skip, temporal, lora, sharded, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes

@@ -20,7 +20,7 @@ from tasks.train.spec import TrainSpec, check_spec
 
 CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2dataset#336)
 # To 256 pixels from a 596 x 336 H.264 clip of 15 s, PyAV, one core: best, worst.
-DECODE_SECONDS = {"windows": (0.057, 0.129), "track": (0.3, 0.55)}
+DECODE_SECONDS = {"windows": (0.057, 0.129), "track": (0.3, 0.55), "shots": (0.3, 0.55)}  # no thumbnails
 PNG_SHARE = 0.31  # of the raw bytes of a first frame; 25 real clips at 256 pixels: 0.27 to 0.36 (10 to 90 %)
 SAMPLE_EXTRAS_BYTES = 7000  # caption, provenance, headers, padding and index, as a data set of the demo has them
 ADAMW_BYTES = 28  # read and written for each parameter: four values in, three out, float32

@@ -24,13 +24,13 @@ class Question:
 
     def samples(self, prepare: PrepareSpec) -> int:
         """Samples of the data set: windows, or one track per clip. Drawn clips are as short as one window."""
-        several = prepare.clip == "windows" and self.clips_are == "linked"
+        several = prepare.clip != "track" and self.clips_are == "linked"
         return (self.clips or 0) * (prepare.windows_per_clip if several else 1)
 
 
 def sample_frames(prepare: PrepareSpec) -> int:
     """Frames of one stored sample; of a track, the mean."""
-    if prepare.clip == "windows":
+    if prepare.clip != "track":
         return prepare.num_frames
     return min(prepare.longest_track, round(CLIP_SECONDS * prepare.fps))
 

@@ -30,8 +30,8 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
         distance: bits of 64, from 0 to 8.
         progress: called twice for each shard with `stage`, `done` and `total` (rows).
     Raises:
-        UserError: the data set is not finished or was prepared without filters, a shard is damaged, or the distance is
-            outside 0 to 8.
+        UserError: the data set is not finished, was prepared without filters or contains shots, a shard is damaged, or
+            the distance is outside 0 to 8.
     """
     if not 0 <= distance <= MOST_DISTANCE:
         raise UserError(f"distance {distance}, expected a number of bits from 0 to {MOST_DISTANCE}")
@@ -39,6 +39,8 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     manifest = ShardDataset(dataset).published
     if "filters" not in manifest.recipe:
         raise UserError(f"{dataset} contains no hashes of its clips; prepare it with a filter (recipe demo-filtered)")
+    if manifest.recipe.get("clip") == "shots":
+        raise UserError(f"{dataset} contains shots, and a title that many videos share would remove them as a whole")
     rows: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     for index in indexes(dataset, manifest):

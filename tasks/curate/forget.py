@@ -15,17 +15,17 @@ from tasks.shards import (
     ShardManifest,
     Takedowns,
     add_root_takedowns,
-    clip_key_of,
     decode_field,
     link_marks,
     mark,
     read_manifest,
     read_takedowns,
     report_addresses,
+    row_key_of,
     takedowns_sha256,
     write_takedowns,
 )
-from tasks.shards.split import written_key
+from tasks.shards.split import row_key, written_key
 
 _READS = 16  # concurrent range reads
 
@@ -61,9 +61,9 @@ def forget(
 
     Args:
         dataset: address of the data set's folder.
-        ids: clip keys or URLs as the user wrote them.
+        ids: clip keys or URLs as the user wrote them; the key of a shot stands for its video.
         reason: stored in each failure and takedown.
-        as_key: converts an id to a clip key.
+        as_key: converts an id to the key of a row.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
     Raises:
         UserError: the data set is not finished, or a shard is damaged.
@@ -72,13 +72,14 @@ def forget(
     manifest, _ = read_manifest(dataset)
     before = read_takedowns(dataset)
     complete = manifest.forgotten_sha256 == takedowns_sha256(before)
-    known = {word for word in ids if complete and before.marks.keys() & {*link_marks(word), mark(as_key(word))}}
+    key_of = {word: as_key(row_key(word)) for word in ids}
+    known = {word for word in ids if complete and before.marks.keys() & {*link_marks(word), mark(key_of[word])}}
 
-    keys, links = {as_key(word) for word in ids}, set(ids)
+    keys, links = set(key_of.values()), set(ids)
     clips = _Clips(keys, links)
     while clips.add(row for index in indexes(dataset, manifest) for row in _rows(dataset, index, clips.links)):
         pass
-    known |= {word for word in ids if as_key(word) in clips.seen_keys or clips.seen_links & {*link_marks(word)}}
+    known |= {word for word in ids if key_of[word] in clips.seen_keys or clips.seen_links & {*link_marks(word)}}
     marks = {*map(mark, clips.keys), *(mark for link in clips.links for mark in link_marks(link)), *clips.files}
     takedowns = Takedowns(dict.fromkeys(sorted(marks), reason) | before.marks)
     add_root_takedowns(dataset, takedowns)
@@ -117,7 +118,7 @@ class _Clips:
 
 
 def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yields (clip key, link, sha256 of the file) of each row, None where unknown; one range read per clip.
+    """Yields (key, link, sha256 of the file) of each row, None where unknown; one range read per clip.
 
     The link of a failed row is known if it is one of `links` and the failure's detail begins with it.
     """
@@ -126,7 +127,7 @@ def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterato
     def read(entry: Entry) -> tuple[str, str | None, str | None]:
         offset, size = entry.members["meta"]
         meta = decode_field("meta", storage.read_range(tar, offset, offset + size))
-        return clip_key_of(entry.key), meta.get("url"), meta.get("sha256")
+        return row_key_of(entry.key), meta.get("url"), meta.get("sha256")
 
     with ThreadPoolExecutor(_READS) as threads:
         yield from threads.map(read, [entries[0] for entries in index.clips().values()])
@@ -138,6 +139,6 @@ def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterato
 
 def _removed(index: ShardManifest, takedowns: Takedowns) -> dict[int, Failure]:
     """Returns the rows of a shard to remove, as the failures that replace them."""
-    rows = [Failure(clip_key_of(entries[0].key), row, "") for row, entries in index.clips().items()]
+    rows = [Failure(row_key_of(entries[0].key), row, "") for row, entries in index.clips().items()]
     changed = [takedowns.failure(row) for row in (*rows, *index.failures)]
     return {failure.row: failure for failure in changed if failure is not None}

@@ -24,6 +24,7 @@ from tasks.shards import (
     mark,
     read_manifest,
     read_takedowns,
+    row_key_of,
     shard_number,
     takedowns_sha256,
 )
@@ -167,7 +168,7 @@ def _index_problems(index: ShardManifest, recipe_hash: str | None, seen: _Seen) 
         if short in seen.clips or len(set(keys)) < len(keys):
             yield f"{name}: clip {clip} occurs a second time"
         seen.clips.add(short)
-    rows = [Failure(clip_key_of(entry.key), index.start, "") for entry in index.samples]
+    rows = [Failure(row_key_of(entry.key), index.start, "") for entry in index.samples]
     if any(seen.takedowns.failure(row) for row in (*rows, *index.failures)):
         yield f"{name}: contains a clip that is taken down; repeat the command forget"
 

@@ -6,10 +6,12 @@ The files of a work unit pass through `decode_ahead`, then `ClipEncoder.encode`.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ import numpy as np
 from infra.redaction import name_of
 from tasks.encode.filters import Screen, Window, read_measured, read_measured_spans
 from tasks.encode.fingerprint import check_spec
+from tasks.encode.hooks import load_captioner
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Sample, sample_key
-from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
+from tasks.shards.split import MAX_SHOTS, shot_key
+from tasks.video.decode import Clip, ClipError, read_shots, read_spans, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
 from tasks.video.spec import DecodeSpec
 
+_TRANSNET_SLOWNESS = 20  # TransNetV2 on one core takes this many times as long as decoding
+_TRANSNET_BYTES = 4 << 30  # address space of the libraries that run it
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -36,15 +42,20 @@ class Decoded:
     ref: ClipRef
     sha256: str
     size_bytes: int
-    windows: list[Window]  # a track is one long window
+    windows: list[Window]  # a track is one long window; of all shots, in their order
 
 
 def open_decoders(spec: PrepareSpec, decode: DecodeSpec, cpus: int) -> DecoderPool:
     """Starts the decoder processes of one encoder."""
     names = ("num_frames", "fps", "size", "fit", "stride")
     grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
-    grid |= {"windows": spec.windows_per_clip} if spec.clip == "windows" else {"longest": spec.longest_track}
-    reader = read_windows if spec.clip == "windows" else read_track
+    grid |= {"longest": spec.longest_track} if spec.clip == "track" else {"windows": spec.windows_per_clip}
+    if spec.clip == "shots":
+        grid["shots"] = asdict(spec.shots)
+        if spec.shots.rule == "transnetv2":
+            seconds, memory_bytes = _TRANSNET_SLOWNESS * decode.seconds, decode.memory_bytes + _TRANSNET_BYTES
+            decode = replace(decode, seconds=seconds, memory_bytes=memory_bytes)
+    reader = {"windows": read_windows, "track": read_track, "shots": read_shots}[spec.clip]
     readers = (read_measured, read_measured_spans) if spec.filters.chosen() else (reader, read_spans)
     return DecoderPool(decode.processes or cpus, decode, grid, *readers)
 
@@ -63,7 +74,7 @@ def decode_ahead(
         if isinstance(row, Failure):
             return row
         try:
-            return Decoded(row.ref, row.fetched.sha256, len(row.fetched.data), screen(row.clips()))
+            return Decoded(row.ref, row.fetched.sha256, len(row.fetched.data), _screened(screen, row.clips()))
         except ClipError as error:
             return Failure(row.ref.key, row.ref.row, error.reason, error.detail)
 
@@ -74,6 +85,40 @@ def decode_ahead(
             yield from map(finish, waiting.popleft())
     while waiting:
         yield from map(finish, waiting.popleft())
+
+
+def _screened(screen: Screen, clips: list[Clip]) -> list[Window]:
+    """Returns the windows that pass, by shot where clips are shots. Raises ClipError if none passes, as the first."""
+    kept: list[Window] = []
+    errors: list[ClipError] = []
+    for _, shot in itertools.groupby(clips, shot_number):
+        try:
+            kept += screen(list(shot))
+        except ClipError as error:
+            errors.append(error)
+    if not kept:
+        raise errors[0]
+    return kept
+
+
+def shot_number(clip: Clip) -> int | None:
+    """Returns the number of a clip's shot, None without shots. The reply of a decoder is not trusted."""
+    if "shot" not in clip.info:
+        return None
+    try:
+        shot = clip.info["shot"]
+        number, (start, end) = shot["number"], _span_of(clip)
+    except (KeyError, TypeError, ValueError):
+        number, start, end = -1, 0.0, None
+    last = math.inf if end is None else end
+    if not isinstance(number, int) or not 0 <= number < MAX_SHOTS or not 0 <= start < last:
+        raise ClipError("decoder_crash", "malformed reply from the decoder process (shot)")
+    return number
+
+
+def _span_of(clip: Clip) -> tuple[float, float | None]:
+    shot = clip.info["shot"]
+    return float(shot["start"]), None if shot["end"] is None else float(shot["end"])
 
 
 @dataclass(frozen=True)
@@ -143,6 +188,7 @@ class ClipEncoder:
             raise UserError(f"size {spec.size}, expected a multiple of {factor}, the factor of the VAE in {base}")
         self._text = load_text_encoder(base, device if spec.keep_text else "cpu")
         self.screen = Screen(spec.filters)
+        self._captioner = load_captioner(spec.captioner) if spec.captioner is not None else None
         self._vae_thread = ThreadPoolExecutor(1, "vae")  # encodes the next clips while the caller stores the last ones
 
     def encode(self, rows: Iterable[Decoded | Failure]) -> Iterator[list[Sample] | Failure]:
@@ -176,33 +222,51 @@ class ClipEncoder:
         posterior = encode_posterior(self._vae, frames, self.spec.frames_per_batch)
         return np.stack(posterior[: 2 if self.spec.keep_logvar else 1])
 
+    def _captions(self, row: Decoded) -> dict[int | None, str]:
+        """Returns the caption of each shot, or of None: the source's, or that of the captioner for its first window."""
+        captions: dict[int | None, str] = {}
+        for clip in (window.clip for window in row.windows):
+            number = shot_number(clip)
+            if number not in captions:
+                captions[number] = self._captioner(clip.pixels, row.ref.caption) if self._captioner else row.ref.caption
+        return captions
+
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
         ref, spec = row.ref, self.spec
-        tokens = self._text.tokenize([ref.caption])
-        text = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16) if spec.keep_text else None
-        if text is not None and not np.isfinite(text).all():
-            return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
+        captions = self._captions(row)
+        text_of: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}  # tokens and features of each caption
+        for caption in dict.fromkeys(captions.values()):
+            tokens = self._text.tokenize([caption])
+            text = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16) if spec.keep_text else None
+            if text is not None and not np.isfinite(text).all():
+                return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
+            text_of[caption] = tokens[0].numpy().astype(np.int32), text
         samples = []
         for window in row.windows:
             clip = window.clip
+            number = shot_number(clip)
+            caption = captions[number]
             part, latents = np.split(latents, [len(clip.pixels)], axis=1)
             if not np.isfinite(part).all() or np.abs(part).max() > _FP16_MAX:
                 return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.position} does not fit float16")
+            key = ref.key if number is None else shot_key(ref.key, number)
+            span = ref.span if number is None else _span_of(clip)
             samples.append(
                 Sample(
-                    key=sample_key(ref.key, window.position),
-                    caption=ref.caption,
+                    key=sample_key(key, window.position),
+                    caption=caption,
                     latents=part[0].astype(np.float16),
                     first=clip.pixels[0],
-                    tokens=tokens[0].numpy().astype(np.int32),
+                    tokens=text_of[caption][0],
                     meta={
-                        "clip": ref.key,
+                        "clip": key,
                         "row": ref.row,
                         "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
                         "window": window.position,
-                        **({"span": list(ref.span)} if ref.span is not None else {}),
+                        **({"span": list(span)} if span is not None else {}),
+                        **({"source_caption": ref.caption} if self._captioner is not None else {}),
                         "times": [round(float(t), 6) for t in clip.times],
                         "fps": spec.fps,
                         "size": spec.size,
@@ -212,7 +276,7 @@ class ClipEncoder:
                     | window.meta,
                     pixels=clip.pixels if spec.keep_pixels else None,
                     logvar=part[1].astype(np.float16) if spec.keep_logvar else None,
-                    text=text,
+                    text=text_of[caption][1],
                 )
             )
         return samples

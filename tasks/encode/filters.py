@@ -6,18 +6,16 @@ The decoder processes compute the scores (`read_measured`), the encoder process 
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tasks.encode.hooks import check_name, load_scorer
 from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
-from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
+from tasks.video.decode import Clip, ClipError, read_shots, read_spans, read_track, read_windows
 
 VERSION = 2  # part of the fingerprint; increases when the definition of a score changes
 GRID = 32  # cells per side of a frame; averaging over them removes noise and compression
@@ -30,7 +28,10 @@ REASONS = {
     "hard_cut": "most_cut",
     "near_static": "least_motion",
     "watermark": "most_watermark",
+    "unsafe": "most_unsafe",
 }
+# Scores of functions that a recipe names, in the order of their calls: by score, the field with the function.
+SCORERS = {"watermark": "watermark_scorer", "unsafe": "unsafe_scorer"}
 SCORES = ("side", "brightness", "contrast", "bars", "cut", "motion")
 _BLACK = 32  # of 255: the brightest pixel of a bar after compression
 _PLAIN = 0.01  # standard deviation of the luma of a plain colour, at most
@@ -52,10 +53,11 @@ def check_filters(spec: FilterSpec) -> None:
         value, most = getattr(spec, bound), 100_000 if bound == "least_side" else 1
         if value is not None and not 0 <= value <= most:
             raise UserError(f"filters.{bound} {value}, expected a number from 0 to {most}")
-    if spec.most_watermark is not None and spec.watermark_scorer is None:
-        raise UserError("filters.most_watermark needs a scorer; name it in filters.watermark_scorer (module:function)")
-    if spec.watermark_scorer is not None and not re.fullmatch(r"[\w.]+:\w+", spec.watermark_scorer):
-        raise UserError(f"filters.watermark_scorer {spec.watermark_scorer!r}, expected module:function")
+    for score, scorer in SCORERS.items():
+        name, bound = getattr(spec, scorer), f"most_{score}"
+        if getattr(spec, bound) is not None and name is None:
+            raise UserError(f"filters.{bound} needs a scorer; name it in filters.{scorer} (module:function)")
+        check_name(f"filters.{scorer}", name)
 
 
 def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:
@@ -106,8 +108,9 @@ def picture_hash(pixels: np.ndarray) -> str | None:
 
 
 def read_measured(source: bytes, **grid: Any) -> list[Clip]:
-    """Returns the clips of `read_windows` or `read_track` with their scores and hash in the info; runs in a decoder."""
-    return list(map(_measured, (read_track if "longest" in grid else read_windows)(source, **grid)))
+    """Returns the clips of a reader of whole videos with their scores and hash in the info; runs in a decoder."""
+    reader = read_track if "longest" in grid else read_shots if "shots" in grid else read_windows
+    return list(map(_measured, reader(source, **grid)))
 
 
 def read_measured_spans(source: bytes, **grid: Any) -> list[list[Clip] | ClipError]:
@@ -119,18 +122,19 @@ class Screen:
     """Selects the windows of a clip that pass the filters.
 
     Raises:
-        UserError: the watermark scorer cannot be imported.
+        UserError: a scorer cannot be imported.
     """
 
     def __init__(self, spec: FilterSpec) -> None:
         self._spec, self._enabled = spec, bool(spec.chosen())
-        self._watermark = _load(spec.watermark_scorer) if spec.watermark_scorer else None
+        named = {score: getattr(spec, field) for score, field in SCORERS.items()}
+        self._scorers = {score: load_scorer(name, score) for score, name in named.items() if name is not None}
 
     def __call__(self, clips: list[Clip]) -> list[Window]:
         """Returns the windows that pass, with their positions; `meta["dropped"]` gives the reasons of the others.
 
         Raises:
-            ClipError: no window passes; the reason is that of the first. UserError: the watermark scorer failed.
+            ClipError: no window passes; the reason is that of the first. UserError: a scorer failed.
         """
         if not self._enabled:
             return [Window(position, clip) for position, clip in enumerate(clips)]
@@ -139,9 +143,10 @@ class Screen:
         for position, measured in enumerate(clips):
             clip, values, picture = _split_info(measured)
             reason = self._failure_reason(values)
-            if reason is None and self._watermark is not None:
-                values["watermark"] = self._watermark(clip.pixels)
-                reason = self._failure_reason(values)
+            for score, scorer in self._scorers.items():
+                if reason is None:
+                    values[score] = scorer(clip.pixels)
+                    reason = self._failure_reason(values)
             if reason is None:
                 kept.append(Window(position, clip, {"scores": values, "picture_hash": picture, "dropped": dropped}))
             else:
@@ -205,29 +210,3 @@ def _split_info(clip: Clip) -> tuple[Clip, dict[str, float], str | None]:
         return replace(clip, info=info), {name: float(values[name]) for name in SCORES}, picture
     except (KeyError, TypeError, ValueError) as error:
         raise ClipError("decoder_crash", f"malformed reply from the decoder process ({type(error).__name__})") from None
-
-
-def _load(name: str) -> Callable[[np.ndarray], float]:
-    """Returns the scorer of a name; every exception of it becomes a UserError that names it."""
-    module, function = name.split(":")
-    try:
-        scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the import of a user's module may raise anything
-        raise UserError(
-            f"watermark scorer {name} cannot be imported ({_summary(error)}); install it on every worker"
-        ) from error
-
-    def score(pixels: np.ndarray) -> float:
-        try:
-            value = float(scorer(pixels.copy()))  # a copy: changes of the scorer must not be encoded
-        except Exception as error:  # as above
-            raise UserError(f"watermark scorer {name} failed ({_summary(error)}); fix it or disable it") from error
-        if not 0 <= value <= 1:
-            raise UserError(f"watermark scorer {name} returned {value}, expected a number from 0 to 1; fix it")
-        return round(value, 4)
-
-    return score
-
-
-def _summary(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

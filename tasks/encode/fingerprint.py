@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from tasks.encode.filters import VERSION, check_filters
+from tasks.encode.hooks import check_name
 from tasks.encode.spec import PrepareSpec
+from tasks.ingest.rows import MAX_SPAN_SECONDS
 from tasks.ingest.sources import source_identity
 from tasks.records import UserError
 from tasks.shards import SCHEMA_VERSION
+from tasks.shards.split import MAX_SHOTS
 from tasks.video.decode import DECODE_VERSION
 from tasks.video.decode_pool import check_decoding
+from tasks.video.shots import RULES, TRANSNET_SHA256, MissingPackageError, transnet_weights
+from tasks.video.shots import VERSION as SHOTS_VERSION
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 
@@ -25,7 +31,6 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         base = resolve_base(spec.base)
     except BaseFolderError as error:
         raise UserError(str(error)) from error
-    tracks = {"clip": spec.clip, "longest_track": spec.longest_track}
     return {
         "schema_version": SCHEMA_VERSION,
         "decode_version": DECODE_VERSION,
@@ -36,16 +41,27 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         # Options that are off are omitted, so that older data sets keep their fingerprint.
         **({"fit": spec.fit} if spec.fit != "crop" else {}),
         **({"stride": spec.stride} if spec.stride is not None else {}),
-        **({"windows_per_clip": spec.windows_per_clip} if spec.clip == "windows" else tracks),
+        **_stored_part(spec),
         "keep_pixels": spec.keep_pixels,
         "frames_per_batch": spec.frames_per_batch,
         "clips_per_shard": spec.clips_per_shard,
         **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
+        **({"captioner": spec.captioner} if spec.captioner is not None else {}),
         "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",
         "vae_sha256": folder_hash(base, "vae"),
         **({"text_encoder_sha256": folder_hash(base, "text_encoder")} if spec.keep_text else {}),
         "tokenizer_sha256": folder_hash(base, "tokenizer"),
     }
+
+
+def _stored_part(spec: PrepareSpec) -> dict[str, Any]:
+    if spec.clip == "windows":
+        return {"windows_per_clip": spec.windows_per_clip}
+    if spec.clip == "track":
+        return {"clip": spec.clip, "longest_track": spec.longest_track}
+    network = {"weights_sha256": TRANSNET_SHA256} if spec.shots.rule == "transnetv2" else {}
+    rule = asdict(spec.shots) | network | {"version": SHOTS_VERSION}
+    return {"clip": spec.clip, "windows_per_clip": spec.windows_per_clip, "shots": rule}
 
 
 def check_spec(spec: PrepareSpec) -> None:
@@ -59,12 +75,35 @@ def check_spec(spec: PrepareSpec) -> None:
         raise UserError(f"fit {spec.fit!r}, expected 'crop' or 'squash'")
     if spec.stride is not None and spec.stride < 1:
         raise UserError(f"stride {spec.stride}, expected at least 1, or none for the time grid of fps")
-    if spec.clip not in ("windows", "track"):
-        raise UserError(f"clip {spec.clip!r}, expected 'windows' or 'track'")
+    if spec.clip not in ("windows", "track", "shots"):
+        raise UserError(f"clip {spec.clip!r}, expected 'windows', 'track' or 'shots'")
+    if spec.clip == "shots":
+        _check_shots(spec)
     if spec.clip == "track" and spec.longest_track < spec.num_frames:
         raise UserError(f"longest_track {spec.longest_track}, expected at least num_frames, which is {spec.num_frames}")
     check_filters(spec.filters)
+    check_name("captioner", spec.captioner)
     check_decoding(spec.decode)
     for name, least in (("clips_per_shard", 1), ("workers", 0), ("cpus_per_worker", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
+
+
+def _check_shots(spec: PrepareSpec) -> None:
+    shots = spec.shots
+    if shots.rule not in RULES:
+        raise UserError(f"shots.rule {shots.rule!r}, expected {' or '.join(map(repr, RULES))}")
+    if not 0 < shots.threshold < 1:
+        raise UserError(f"shots.threshold {shots.threshold}, expected a number between 0 and 1")
+    if not 0 <= shots.least_seconds < shots.most_seconds <= MAX_SPAN_SECONDS:
+        raise UserError(
+            f"shots of {shots.least_seconds:g} to {shots.most_seconds:g} s (shots.least_seconds, shots.most_seconds),"
+            f" expected a range within 0 to {MAX_SPAN_SECONDS:g}"
+        )
+    if not 1 <= shots.most <= MAX_SHOTS:
+        raise UserError(f"shots.most {shots.most}, expected 1 to {MAX_SHOTS}")
+    if shots.rule == "transnetv2":
+        try:
+            transnet_weights()
+        except MissingPackageError as error:
+            raise UserError(f"shots.rule 'transnetv2': {error}, or take the rule 'difference'") from error

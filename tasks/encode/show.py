@@ -14,6 +14,7 @@ from tasks.ingest.sources import opened, read_rows
 from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import ShardDataset, clip_key_of
+from tasks.shards.split import row_key
 from tasks.video.decode import ClipError, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
 from tasks.video.spec import DecodeSpec
@@ -106,12 +107,17 @@ def _source_frames(meta: dict[str, Any], recipe: dict[str, Any], source: SourceS
     if is_track:
         grid["longest"] = recipe["longest_track"]
     else:
-        grid |= {"windows": meta["window"] + 1, "start_seconds": meta["decoder"].get("start_seconds", 0.0)}
+        grid["windows"] = meta["window"] + 1
     with DecoderPool(1, DecodeSpec(), grid, read_track if is_track else read_windows) as decoders:
         try:
-            clips = decoders.submit(fetched.data).result()
+            if "span" in meta:
+                [clips] = decoders.submit_spans(fetched.data, [tuple(meta["span"])]).result()
+            else:
+                clips = decoders.submit(fetched.data).result()
         except ClipError as error:
-            raise _Unreachable(f"the source cannot be decoded ({error})") from error
+            clips = error
+    if isinstance(clips, ClipError):
+        raise _Unreachable(f"the source cannot be decoded ({clips})")
     position = 0 if is_track else meta["window"]
     if position >= len(clips):
         raise _Unreachable("the source file decodes to fewer windows than before")
@@ -119,13 +125,14 @@ def _source_frames(meta: dict[str, Any], recipe: dict[str, Any], source: SourceS
 
 
 def _reference(meta: dict[str, Any], source: SourceSpec | None) -> ClipRef:
+    key = row_key(meta["clip"])
     if source is not None:
         for row in read_rows(opened(source)):
-            if isinstance(row, ClipRef) and row.key == meta["clip"]:
+            if isinstance(row, ClipRef) and row.key == key:
                 return row
-        raise _Unreachable(f"{source.table} has no row with the key {meta['clip']}")
+        raise _Unreachable(f"{source.table} has no row with the key {key}")
     if meta["url"].lower().startswith(("http://", "https://")) and " (sha256 " not in meta["url"]:
-        return ClipRef(meta["clip"], meta["url"], "", meta["row"])
+        return ClipRef(key, meta["url"], "", meta["row"])
     raise _Unreachable(f"the link {meta['url']} needs its table; name it (--source)")
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import Artifact
-from tasks.video.spec import DecodeSpec
+from tasks.video.spec import DecodeSpec, ShotSpec
 from trip_model.config import Fit, TripConfig
 
 
@@ -15,8 +15,8 @@ from trip_model.config import Fit, TripConfig
 class FilterSpec:
     """Bounds on the scores of a window (`tasks.encode.filters.scores`); None is off. A window at a bound is kept.
 
-    With any bound set, the meta of every sample contains all its scores and a perceptual hash. A watermark scorer takes
-    the frames of a window as uint8 [F, H, W, 3] and returns a float from 0 (clean) to 1; every worker must be able to
+    With any bound set, the meta of every sample contains all its scores and a perceptual hash. A scorer takes the
+    frames of a window as uint8 [F, H, W, 3] and returns a float from 0 (clean) to 1; every worker must be able to
     import its module.
     """
 
@@ -28,6 +28,8 @@ class FilterSpec:
     least_motion: float | None = None
     most_watermark: float | None = None
     watermark_scorer: str | None = None  # module:function
+    most_unsafe: float | None = None
+    unsafe_scorer: str | None = None  # module:function
 
     def chosen(self) -> dict[str, Any]:
         """Returns the fields that are set, by name: the filters' part of the fingerprint, empty if all are off."""
@@ -49,12 +51,15 @@ class PrepareSpec:
     size: int = TripConfig.size
     fit: Fit = "crop"  # of a frame into the square
     stride: int | None = None  # takes every n-th native frame and ignores `fps`; None: frames at `fps`
-    clip: Literal["windows", "track"] = "windows"  # what is stored of a clip: windows of num_frames, or all its frames
+    # What is stored of a clip: windows of num_frames, or all its frames; `shots`: each shot is a clip, as windows.
+    clip: Literal["windows", "track", "shots"] = "windows"
+    shots: ShotSpec = ShotSpec()  # of clip "shots"
     windows_per_clip: int = 1  # at most
     longest_track: int = 240  # frames; a longer track is truncated
     keep_pixels: bool = False  # also store uint8 frames, the real clips of the evaluation
     keep_logvar: bool = False  # also store the posterior's log variance, so that training can draw latents
     keep_text: bool = False  # also store the caption's text features
+    captioner: str | None = None  # module:function; of frames and the source's caption to the caption to store
     frames_per_batch: int = 16  # of one VAE call, at most; changes the last bits of the latents
     filters: FilterSpec = FilterSpec()
     clips_per_shard: int = 256  # rows of one work unit, which is lost with its worker

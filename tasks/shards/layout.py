@@ -12,6 +12,7 @@ import numpy as np
 
 from tasks.records import Failure, count_by_reason, digest
 from tasks.shards.fields import SUFFIXES, encode_field
+from tasks.shards.split import row_key
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -91,7 +92,7 @@ class ShardManifest:
         """Returns the samples of each encoded row, by row. Raises ValueError if the counts do not add up."""
         failed = {failure.row for failure in self.failures}
         rows = [row for row in range(self.start, self.stop) if row not in failed]
-        groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: clip_key_of(entry.key))]
+        groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: row_key_of(entry.key))]
         within = all(self.start <= row < self.stop for row in failed)
         if not (within and len(failed) == len(self.failures) and len(rows) == len(groups) == self.encoded):
             raise ValueError(
@@ -161,7 +162,8 @@ def index_name(shard: str) -> str:
 def sample_key(clip_key: str, window: int) -> str:
     """Returns the key of a clip's window; a track is window 0.
 
-    The clip key must consist of 1 to 80 characters of `[A-Za-z0-9_-]`: webdataset ends a key at a dot.
+    The key of a row must consist of 1 to 80 characters of `[A-Za-z0-9_-]`: webdataset ends a key at a dot, and a name
+    in a tar has 100 characters at most, of which a shot takes four.
     """
     return f"{clip_key}_{window:03d}"
 
@@ -169,3 +171,8 @@ def sample_key(clip_key: str, window: int) -> str:
 def clip_key_of(key: str) -> str:
     """Returns the key of the clip that a sample was cut from."""
     return key.rsplit("_", 1)[0]
+
+
+def row_key_of(key: str) -> str:
+    """Returns the key of the row that a sample was made from; several shots of a video have one row."""
+    return row_key(clip_key_of(key))

@@ -11,6 +11,7 @@ import numpy as np
 
 from tasks.records import UserError
 
+MAX_SHOTS = 1000  # of one row: three digits of a key
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = "h = the first 8 bytes of sha256(key) / 2^64; h < held_out: validation; h < 2 held_out: test; else train"
 
@@ -27,16 +28,31 @@ def span_key(key: str, url: str, start: float, end: float | None) -> str:
     return f"{key}-{hashlib.sha256(url.encode()).hexdigest()[:12]}-t{round(1000 * start):07d}-{last}"
 
 
+def shot_key(key: str, number: int) -> str:
+    """Returns the key of a shot of a row's clip, below `MAX_SHOTS`. No row has a key with a tilde."""
+    return f"{key}~{number:03d}"
+
+
+def row_key(clip_key: str) -> str:
+    """Returns the key of the row that a clip was made from: without the shot."""
+    return clip_key[:-4] if re.fullmatch(r"[^~]*~\d{3}", clip_key) else clip_key
+
+
 def written_key(clip_key: str) -> str:
-    """Returns the key of a clip as its row has it: without the span."""
-    match = _SPAN.fullmatch(clip_key)
-    return match[1] if match else clip_key
+    """Returns the key of a clip as its row has it: without the shot and the span."""
+    key = row_key(clip_key)
+    match = _SPAN.fullmatch(key)
+    return match[1] if match else key
 
 
 def clip_hash(clip_key: str) -> int:
-    """Returns the first 64 bits of a clip key's sha256; for a span that of its link, the same for all spans of it."""
-    match = _SPAN.fullmatch(clip_key)
-    return int.from_bytes(hashlib.sha256((match[2] if match else clip_key).encode()).digest()[:8], "big")
+    """Returns the first 64 bits of the sha256 of a row's key, so that all shots of a video have the same.
+
+    For a span it is that of its link, the same for all spans of it.
+    """
+    key = row_key(clip_key)
+    match = _SPAN.fullmatch(key)
+    return int.from_bytes(hashlib.sha256((match[2] if match else key).encode()).digest()[:8], "big")
 
 
 def split_position(clip_hashes: Hashes) -> Any:

@@ -55,10 +55,6 @@ class Takedowns:
         """Returns the entries that match a key, link or address of these rows."""
         return Takedowns({mark: self.marks[mark] for row, address in rows for mark in self._matches(row, address)})
 
-    def contains_any(self, clip_keys: Iterable[str]) -> bool:
-        """Returns whether any of these clips is taken down."""
-        return bool(self.marks) and any(mark(key) in self.marks for key in clip_keys)
-
     def _matches(self, row: ClipRef | Failure, address: str | None, file_sha256: str = "") -> list[str]:
         if not self.marks:
             return []

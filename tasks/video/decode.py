@@ -23,6 +23,8 @@ from av.video.stream import VideoStream
 from tasks.video.colour import UnsupportedColourError, colour_of
 from tasks.video.frame import frame_box, to_square
 from tasks.video.selective_decode import can_skip_frames, frames_of_spans, selected_frames
+from tasks.video.shots import ShotSplitter
+from tasks.video.spec import ShotSpec
 from tasks.video.streams import alpha_decoder, decoded_frames, deinterlaced, has_display_stamps, main_stream
 from trip_model.config import Fit
 
@@ -142,6 +144,7 @@ def read_spans(
     longest: int | None = None,
     fit: Fit = "crop",
     stride: int | None = None,
+    shots: dict[str, Any] | None = None,
 ) -> list[list[Clip] | ClipError]:
     """Decodes spans of one video in one pass, each as a file that contains only the frames of the span.
 
@@ -159,17 +162,43 @@ def read_spans(
         longest: maximum number of frames of a track; None for windows.
         fit: how a frame fills the square.
         stride: in frames; None uses the grid.
+        shots: fields of a `ShotSpec`; each span is parted into its shots, as `read_shots` does.
     Returns:
-        For each span what `read_windows` or `read_track` returns or raises. Further reasons: `span_out_of_range`, for a
-        span that begins after the end of the video or ends more than a second after it.
+        For each span what `read_windows`, `read_track` or `read_shots` returns or raises. Further reasons:
+        `span_out_of_range`, for a span that begins after the end of the video or ends more than a second after it.
     Raises:
         ClipError: the video cannot be opened. MemoryError: the frames do not fit.
     """
     least, wanted = num_frames, num_frames * windows if longest is None else longest + 1
+    spec = None if shots is None else ShotSpec(**shots)
+    parts = any(span != (0.0, None) for span in spans)  # of the video: only then frames can be skipped
+    results = _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, spec, parts)
     return [
-        grid if isinstance(grid, ClipError) else _clips_of(grid, num_frames, windows, longest)
-        for grid in _read_span_grids(source, spans, least, wanted, fps, size, fit, stride)
+        grids
+        if isinstance(grids, ClipError)
+        else [clip for grid in grids for clip in _clips_of(grid, num_frames, windows, longest)]
+        for grids in results
     ]
+
+
+def read_shots(source: bytes | str | Path, **grid: Any) -> list[Clip]:
+    """Decodes the windows of each shot of a video in one pass, each shot as a file that contains only its frames.
+
+    The shots are those of `tasks.video.shots`. The info of a clip has its `shot`: its `number` among those that give a
+    clip, how many there are (`of`), its `start` and `end` in seconds since the first frame of the video (None: until
+    its end), and the number of shots that are left out because they are `too_short`.
+
+    Args:
+        source: the bytes of a video file, or its path.
+        grid: as of `read_spans`.
+    Raises:
+        ClipError, MemoryError: as `read_windows`; `too_short` if no shot gives a window. MissingPackageError: the rule
+            needs a package.
+    """
+    [clips] = read_spans(source, [(0.0, None)], **grid)
+    if isinstance(clips, ClipError):
+        raise clips
+    return clips
 
 
 def _clips_of(grid: _Grid, num_frames: int, windows: int, longest: int | None) -> list[Clip]:
@@ -188,12 +217,17 @@ def _clip(part: list[tuple[float, np.ndarray]], info: dict[str, Any], start_seco
 
 
 class _Grid:
-    """Takes the frames of one clip from a stream of frames: those displayed at its grid points, or every n-th."""
+    """Takes the frames of one clip from a stream of frames: those displayed at its grid points, or every n-th.
 
-    def __init__(self, wanted: int, fps: float, size: int, fit: Fit, stride: int | None, aspect: float) -> None:
+    Frames stamped before `since`, in seconds from the begin of the grid, are not displayed.
+    """
+
+    def __init__(
+        self, wanted: int, fps: float, size: int, fit: Fit, stride: int | None, aspect: float, since: float = 0.0
+    ) -> None:
         self._wanted, self._fps, self._size, self._stride = wanted, fps, size, stride
         self._fit: Fit = fit
-        self._aspect, self._reformatter = aspect, VideoReformatter()
+        self._aspect, self._since, self._reformatter = aspect, since, VideoReformatter()
         self._displayed: tuple[av.VideoFrame, float] | None = None
         self._count = 0
         self.chosen: list[tuple[float, np.ndarray]] = []
@@ -218,10 +252,8 @@ class _Grid:
             self._take_until(now)
         self._count += 1
         self.duration = max(self.duration, now)
-
-    def display(self, frame: av.VideoFrame, now: float) -> None:
-        """Makes a frame the one that the following grid points show."""
-        self._displayed = frame, now
+        if now >= self._since:
+            self._displayed = frame, now
 
     def finish(self, rate: float, end: float = math.inf) -> None:
         """Takes the remaining grid points that the last frame is displayed at: its own duration, at most one step.
@@ -304,7 +336,8 @@ def _read_grid(
     first: float | None = None
     try:
         with _open(source) as (container, stream, info):
-            grid = _Grid(wanted, fps, size, fit, stride, float(stream.sample_aspect_ratio or 1))
+            aspect = float(stream.sample_aspect_ratio or 1)
+            grid = _Grid(wanted, fps, size, fit, stride, aspect, since=-start_seconds)
             grid.info = info
             # A stride counts every frame.
             selective = selective and stride is None and has_display_stamps(container) and can_skip_frames(stream)
@@ -316,12 +349,9 @@ def _read_grid(
                 if frame.pts is None or frame.time is None:
                     raise ClipError("no_timestamps", "a frame has no presentation stamp")
                 first = frame.time if first is None else first
-                now = frame.time - first - start_seconds
-                grid.add(frame, now, was_interlaced)
+                grid.add(frame, frame.time - first - start_seconds, was_interlaced)
                 if grid.is_complete:
                     break
-                if frame.time >= first:
-                    grid.display(frame, now)
             grid.finish(float(stream.average_rate or fps))
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, ClipError | MemoryError):
@@ -380,10 +410,14 @@ def _read_span_grids(
     size: int,
     fit: Fit,
     stride: int | None,
+    shots: ShotSpec | None,
     selective: bool = True,
-) -> list[_Grid | ClipError]:
-    """Returns the grid of each span, or why it has none. `selective` skips what lies between the spans."""
-    grids: list[_Grid] = []
+) -> list[list[_Grid] | ClipError]:
+    """Returns the grid of each span, or those of its shots, or why it has none.
+
+    `selective` skips what lies between the spans.
+    """
+    grids: list[_Grid | ShotSplitter[_Grid]] = []
     first: float | None = None
     last = 0.0
     error: Exception | None = None
@@ -395,9 +429,13 @@ def _read_span_grids(
     try:
         with _open(source) as (container, stream, info):
             aspect, rate = float(stream.sample_aspect_ratio or 1), float(stream.average_rate or fps)
-            grids = [_Grid(wanted, fps, size, fit, stride, aspect) for _ in spans]
-            for grid in grids:
+
+            def new_grid() -> _Grid:
+                grid = _Grid(wanted, fps, size, fit, stride, aspect)
                 grid.info = dict(info)
+                return grid
+
+            grids = [new_grid() if shots is None else ShotSplitter(shots, new_grid, rate) for _ in spans]
             selective = selective and has_display_stamps(container) and alpha_decoder(stream) is None
             if selective:
                 frames, first, duration = frames_of_spans(container, stream, starts, ends)
@@ -414,10 +452,11 @@ def _read_span_grids(
                         begin = begins[place] = now if begins[place] is None else begins[place]
                         assert begin is not None
                         grid.add(frame, now - begin, was_interlaced)
-                        if now >= begin:
-                            grid.display(frame, now - begin)
-                known = duration is not None
-                if all(now >= end or (known and grid.is_complete) for grid, end in zip(grids, ends, strict=True)):
+                # Whether a span ends within the video shows only at its end.
+                if all(
+                    now >= end or (grid.is_complete and (duration is not None or end == math.inf))
+                    for grid, end in zip(grids, ends, strict=True)
+                ):
                     break
             else:
                 duration = max(last + (1.0 / rate if rate > 0 else 0.0), duration or 0.0)
@@ -427,16 +466,19 @@ def _read_span_grids(
         if isinstance(raised, ClipError | MemoryError):
             raise
         if selective and not isinstance(raised, UnsupportedColourError):
-            return _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, selective=False)
+            return _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, shots, selective=False)
         if not grids:
             raise ClipError("undecodable", _broken(raised, None, stride, first)) from raised
         error = raised
 
-    def result(place: int, grid: _Grid) -> _Grid | ClipError:
+    def result(place: int, grid: _Grid | ShotSplitter[_Grid]) -> list[_Grid] | ClipError:
         start, end = spans[place]
         if duration is not None and (start >= duration or (end is not None and end > duration + SPAN_OVERHANG)):
             shown = f"{start:g} s to {'the end' if end is None else f'{end:g} s'}"
             return ClipError("span_out_of_range", f"a span from {shown}, the video has {duration:.2f} s")
+        if isinstance(grid, ShotSplitter):
+            broken = "" if error is None else f"{type(error).__name__} after {len(grid.shots)} shots"
+            return _shots_of(grid, begins[place] or 0.0, least, fps, stride, first, broken)
         broken = _broken(error, grid, stride, first) if error is not None and not grid.is_complete else ""
         if broken and len(grid.chosen) < least:
             return ClipError("damaged", broken)
@@ -444,6 +486,39 @@ def _read_span_grids(
             _complete(grid, least, fps, stride, 0.0, first, broken)
         except ClipError as too_short:
             return too_short
-        return grid
+        return [grid]
 
     return [result(place, grid) for place, grid in enumerate(grids)]
+
+
+def _shots_of(
+    splitter: ShotSplitter[_Grid],
+    begin: float,
+    least: int,
+    fps: float,
+    stride: int | None,
+    first: float | None,
+    broken: str,
+) -> list[_Grid] | ClipError:
+    """Returns the grids of the shots that are long enough; the shots before a break of the file are complete."""
+    complete, too_short = [], splitter.too_short
+    for shot in splitter.shots:
+        try:
+            _complete(shot.grid, least, fps, stride, 0.0, first)
+        except ClipError:
+            too_short += 1
+            continue
+        end = None if shot.end is None else round(begin + shot.end, 3)
+        number = {"number": len(complete), "start": round(begin + shot.start, 3), "end": end}
+        shot.grid.info["shot"] = number
+        complete.append(shot.grid)
+    for grid in complete:
+        grid.info["shot"] |= {"of": len(complete), "too_short": too_short}
+        grid.info |= {"broken": broken} if broken else {}
+    if complete:
+        return complete
+    if broken:
+        return ClipError("damaged", broken)
+    if first is None:
+        return ClipError("no_frames", "the video stream has no frame that can be decoded")
+    return ClipError("too_short", f"none of {too_short} shots gives {least} frames")

@@ -14,7 +14,7 @@ from PIL import Image
 from flows.recipes import find_recipe
 from tasks.curate.duplicates import deduplicate
 from tasks.curate.verify import problems
-from tasks.encode.filters import REASONS, SCORES, Screen, picture_hash, read_measured, scores
+from tasks.encode.filters import REASONS, SCORERS, SCORES, Screen, picture_hash, read_measured, scores
 from tasks.encode.fingerprint import check_spec
 from tasks.encode.job import prepare
 from tasks.encode.spec import FilterSpec, PrepareReport, PrepareSpec
@@ -231,6 +231,8 @@ def test_a_fault_of_the_scorer_stops_the_stage_with_its_name(scorer: str, senten
         (FilterSpec(least_motion=float("nan")), "filters.least_motion nan"),
         (FilterSpec(most_watermark=0.5), "most_watermark needs a scorer"),
         (FilterSpec(watermark_scorer="import os"), "'import os', expected module:function"),
+        (FilterSpec(most_unsafe=0.5), "most_unsafe needs a scorer"),
+        (FilterSpec(unsafe_scorer="x"), "unsafe_scorer 'x', expected module:function"),
     ],
 )
 def test_a_bound_that_no_score_can_have_is_refused(filters: FilterSpec, sentence: str) -> None:
@@ -239,9 +241,9 @@ def test_a_bound_that_no_score_can_have_is_refused(filters: FilterSpec, sentence
 
 
 def test_every_reason_has_a_bound_and_every_bound_a_score() -> None:
-    bounds = {name for name in FilterSpec.__dataclass_fields__ if name != "watermark_scorer"}
+    bounds = {name for name in FilterSpec.__dataclass_fields__ if not name.endswith("_scorer")}
     assert set(REASONS.values()) == bounds
-    assert {name.split("_")[1] for name in bounds} == {*SCORES, "watermark"}
+    assert {name.split("_")[1] for name in bounds} == {*SCORES, *SCORERS}
 
 
 def write_clips(folder: Path, clips: dict[str, np.ndarray]) -> str:
