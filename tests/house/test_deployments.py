@@ -100,7 +100,9 @@ def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 KUBERNETES = INFRA / "kubernetes"
 BASE = [
-    document for path in sorted((KUBERNETES / "base").glob("*.yaml")) for document in yaml.safe_load_all(path.open())
+    document
+    for path in sorted((KUBERNETES / "base").glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
 ]
 KUSTOMIZATION = next(document for document in BASE if document["kind"] == "Kustomization")
 IMAGE = f"registry.example.com/trip-i2v:{__version__}"
