@@ -319,7 +319,8 @@ def _read_file(address: str, roots: list[str], max_bytes: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Refused("missing_file", "no such file") from error
     except OSError as error:
-        raise Refused("unreadable_file", error.strerror or type(error).__name__) from error
+        reason = " ".join((error.strerror or str(error)).split())[:200]
+        raise Refused("unreadable_file", reason or type(error).__name__) from error
     if len(data) > max_bytes:
         raise Refused("too_large", f"more than {max_bytes} bytes")
     return data

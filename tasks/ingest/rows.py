@@ -179,5 +179,11 @@ def reading(address: str, wanted: str = "a table") -> Iterator[None]:
         *(OSError, EOFError, ImportError, ValueError, NotImplementedError),
         *(zlib.error, lzma.LZMAError, zipfile.BadZipFile),
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"table {address} cannot be read ({reason}); give the address of {wanted}") from error
+        text = getattr(error, "strerror", None) or str(error)
+        reason = text.splitlines()[0] if text else type(error).__name__
+        remedy = f"give the address of {wanted}"
+        if storage.local_path(address) is None and isinstance(error, PermissionError):
+            remedy = "give credentials that may read it"
+        elif storage.local_path(address) is None and getattr(error, "errno", None) is not None:
+            remedy = "the store did not serve it; try again later"
+        raise UserError(f"table {address} cannot be read ({reason}); {remedy}") from error

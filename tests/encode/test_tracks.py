@@ -162,7 +162,7 @@ def test_a_cut_anywhere_leaves_the_track_out(tiny_base: Path, clips: str, tmp_pa
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"clip": "whole"}, "clip 'whole', expected 'windows' or 'track'"),
+        ({"clip": "whole"}, "clip 'whole', expected 'windows', 'track' or 'shots'"),
         ({"longest_track": 3}, "longest_track 3, exp"),
     ],
 )

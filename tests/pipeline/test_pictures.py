@@ -149,6 +149,7 @@ def test_the_command_line_animates_it_and_the_file_names_both_models(pictures, t
         (["photo.png", "--motion", "9"], "motion_strength is 9"),
         (["photo.png", "--long", "joint", "--num-frames", "x"], "--num-frames x"),
         (["photo.png", "--width", "33"], "width is 33"),
+        (["photo.png", "--device", "nowhere"], "--device nowhere is not available here; use cpu, cuda or auto"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(arguments, message, tiny_model, tmp_path, capsys, monkeypatch):
