@@ -160,7 +160,9 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
         return "ok\n"
 
     for path in ("/livez", "/healthz"):
-        app.get(path, summary="Whether the process responds", response_class=PlainTextResponse)(healthz)
+        app.get(path, summary="Whether the process responds", response_class=PlainTextResponse, operation_id=path[1:])(
+            healthz
+        )
 
     @app.get("/readyz", summary="Whether requests are accepted, and the model version", openapi_extra=describe_ready())
     async def readyz() -> Response:

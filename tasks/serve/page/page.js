@@ -64,7 +64,8 @@ function clearErrors(...fields) {
 function report(error) {
   if (error.status === 401 || (error.status === 429 && error.message.includes("wrong API keys"))) {
     $("key-field").hidden = false;
-    showError("key", sessionStorage.getItem(KEY) ? sentence(error.message) : "Enter the API key of this service.");
+    const wrong = error.status === 401 ? "The service does not accept this key." : sentence(error.message);
+    showError("key", sessionStorage.getItem(KEY) ? wrong : "Enter the API key of this service.");
     $("key").focus();
     return;
   }
@@ -340,6 +341,7 @@ async function historyItem(video) {
   if (video.status === "completed") {
     const element = await player(video);
     element.autoplay = false;
+    if (video.format !== "gif") element.src += "#t=0.01"; // shows the first frame before it is played
     item.append(element);
     const link = document.createElement("a");
     Object.assign(link, { className: "button", textContent: "Download", href: urls[video.id], download: `trip-${video.seed}.${video.format}` });
