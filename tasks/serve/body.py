@@ -45,8 +45,7 @@ async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
         raise ValueError(f"more than {MAX_BOUNDARIES} boundaries")
 
     async def parts() -> AsyncGenerator[bytes, None]:
-        # The parser keeps a tuple for each run of bytes of a part: a million of them would hold Python's lock while they
-        # are collected.
+        # The parser keeps a tuple for each run of bytes; a million of them hold Python's lock while they are collected.
         for start in range(0, len(body), _FORM_BYTES):
             yield body[start : start + _FORM_BYTES]
 

@@ -168,7 +168,8 @@ def test_a_photo_becomes_a_clip_with_progress_and_its_seed_gives_it_again(visit,
     page = visit()
     picture(page, "desktop-empty")
     fill(page, photo, seed=7, steps=400, num_frames=16)
-    page.locator("#animate").click(click_count=3)  # is one clip
+    page.locator("#animate").click(click_count=3)  # is one clip, and hits nothing else
+    assert page.locator("#photo").evaluate("input => input.files.length") == 1
     page.get_by_text(re.compile(r"Step \d+ of 400")).wait_for()
     picture(page, "desktop-progress")
     video = shown_clip(page, 1)

@@ -234,8 +234,9 @@ function showWaiting(text, part) {
   if (part === undefined) $("progress").removeAttribute("value");
   else $("progress").value = part;
   if ($("stage").dataset.scrolled) return;
-  $("stage").dataset.scrolled = "yes"; // on a phone the clip is below the visible part
-  $("result").scrollIntoView({ block: "nearest" });
+  $("stage").dataset.scrolled = "yes";
+  // On a phone the clip is below the visible part. Not at once: a second tap would hit what comes under the finger.
+  if (matchMedia("(max-width: 720px)").matches) setTimeout(() => $("waiting").scrollIntoView({ block: "nearest" }), 500);
 }
 
 function stopWaiting() {
