@@ -20,6 +20,7 @@ from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from tasks.serve.body import JSON, READERS, read_request
 from tasks.serve.gateway import Gateway
@@ -30,7 +31,7 @@ from tasks.serve.messages import MEDIA_TYPES, Clip, Progress, file_name
 from tasks.serve.openapi import LINES, RESULT_HEADERS, describe_animate, describe_model, describe_ready
 from tasks.serve.request_log import DISCONNECTED, RequestLog, error_body, error_response
 from tasks.serve.videos import Videos
-from tasks.serve.videos_api import video_routes
+from tasks.serve.videos_api import add_video_routes
 from tasks.serve.web_ui import add_page
 from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS
 
@@ -99,7 +100,8 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         refusal = Refusal(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}; see /docs")
-        return error_response(refusal, request.state.request_id, error.headers)
+        headers = _allowed(request) if error.status_code == 405 else error.headers
+        return error_response(refusal, request.state.request_id, headers)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_parameter(request: Request, error: RequestValidationError) -> Response:
@@ -132,7 +134,7 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
             return JSONResponse(_as_json(clip, request.state.request_id), headers=_headers(clip))
         return Response(clip.as_file(), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
 
-    app.include_router(video_routes(gateway, videos), dependencies=security)
+    add_video_routes(app, gateway, videos, security)
 
     @app.get("/v1/model", summary="The model and the bounds of a request", openapi_extra=describe_model())
     async def model() -> Response:
@@ -160,7 +162,9 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
         return "ok\n"
 
     for path in ("/livez", "/healthz"):
-        app.get(path, summary="Whether the process responds", response_class=PlainTextResponse)(healthz)
+        app.get(path, summary="Whether the process responds", response_class=PlainTextResponse, operation_id=path[1:])(
+            healthz
+        )
 
     @app.get("/readyz", summary="Whether requests are accepted, and the model version", openapi_extra=describe_ready())
     async def readyz() -> Response:
@@ -178,6 +182,12 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
     if options.page:
         add_page(app)
     return app
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """`Allow` with the methods of all routes of the path; Starlette's own has those of the first."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL]
+    return {"Allow": ", ".join(sorted({method for route in routes for method in getattr(route, "methods", ())}))}
 
 
 async def _clip(gateway: Gateway, animation: Animation, request: Request) -> Clip:

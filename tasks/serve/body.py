@@ -15,6 +15,7 @@ from tasks.serve.limits import Animation, Refusal, read_animation, read_json
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 READERS = 2  # threads that parse bodies
+_FORM_BYTES = 2**16  # of a form that are parsed at once
 MAX_BOUNDARIES = 64  # what looks like one, in a form of 8 fields; a photo of random bytes has none
 
 
@@ -43,10 +44,12 @@ async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
     if body.count(b"\r\n--") > MAX_BOUNDARIES:
         raise ValueError(f"more than {MAX_BOUNDARIES} boundaries")
 
-    async def once() -> AsyncGenerator[bytes, None]:
-        yield body
+    async def parts() -> AsyncGenerator[bytes, None]:
+        # The parser keeps a tuple for each run of bytes; a million of them hold Python's lock while they are collected.
+        for start in range(0, len(body), _FORM_BYTES):
+            yield body[start : start + _FORM_BYTES]
 
-    form = await MultiPartParser(headers, once(), max_files=1, max_fields=16).parse()
+    form = await MultiPartParser(headers, parts(), max_files=1, max_fields=16).parse()
     fields = {name: await value.read() if isinstance(value, UploadFile) else value for name, value in form.items()}
     await form.close()
     return fields

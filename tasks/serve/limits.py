@@ -73,7 +73,7 @@ def animation_schema(max_steps: int) -> dict[str, Any]:
     """The JSON schema of a request, for the OpenAPI page."""
     numbers = {
         name: {
-            "type": "integer" if bound.integer else "number",
+            "type": ["integer" if bound.integer else "number", "null"],
             "minimum": bound.minimum,
             "maximum": max_steps if name == "steps" else bound.maximum,
             "description": bound.meaning,
@@ -81,10 +81,10 @@ def animation_schema(max_steps: int) -> dict[str, Any]:
         for name, bound in BOUNDS.items()
     }
     properties = {
-        "image": {"type": "string", "description": f"{PHOTO}, as base64 text or data URL"},
+        "image": {"type": "string", "minLength": 1, "description": f"{PHOTO}, as base64 text or data URL"},
         "prompt": {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "description": PROMPT},
         **numbers,
-        "format": {"type": "string", "enum": list(FORMATS), "default": FORMATS[0]},
+        "format": {"type": ["string", "null"], "enum": [*FORMATS, None], "default": FORMATS[0]},
     }
     required = ["image", "prompt"]
     return {"title": "Animation", "type": "object", "properties": properties, "required": required,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.params import Depends
 from fastapi.responses import JSONResponse, Response
 
 from tasks.serve.body import read_request
@@ -15,16 +17,17 @@ from tasks.serve.messages import MEDIA_TYPES, file_name
 from tasks.serve.openapi import VIDEO, VIDEO_LIST, describe, describe_content, describe_submit
 from tasks.serve.videos import Video, Videos, id_of
 
+ROOT = "/v1/videos"
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 Id = Annotated[str, Path(description="the id of a video", min_length=1)]
 
 
-def video_routes(gateway: Gateway, videos: Videos) -> APIRouter:
-    """Returns the routes. Each caller, which is a key, sees its own videos; without keys all see all."""
-    routes = APIRouter(prefix="/v1/videos", default_response_class=JSONResponse)
+def add_video_routes(app: FastAPI, gateway: Gateway, videos: Videos, dependencies: Sequence[Depends] | None) -> None:
+    """Adds the routes. Each caller, which is a key, sees its own videos; without keys all see all."""
 
-    @routes.post(
-        "",
+    @app.post(
+        ROOT,
+        dependencies=dependencies,
         summary="Animate a photo in the background",
         status_code=202,
         openapi_extra=describe_submit(gateway.max_steps),
@@ -40,7 +43,12 @@ def video_routes(gateway: Gateway, videos: Videos) -> APIRouter:
         video = await videos.submit(animation, owner, key)
         return JSONResponse(as_json(videos, video), 202, {"Location": str(request.url_for("show", id=video.id).path)})
 
-    @routes.get("", summary="The caller's videos, newest first", openapi_extra=describe(200, "Videos", VIDEO_LIST, 422))
+    @app.get(
+        ROOT,
+        dependencies=dependencies,
+        summary="The caller's videos, newest first",
+        openapi_extra=describe(200, "Videos", VIDEO_LIST, 422),
+    )
     async def index(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -51,11 +59,21 @@ def video_routes(gateway: Gateway, videos: Videos) -> APIRouter:
         page = [as_json(videos, video) for video in own[start : start + limit]]
         return JSONResponse({"object": "list", "data": page, "has_more": start + limit < len(own)})
 
-    @routes.get("/{id}", summary="How far a video is", openapi_extra=describe(200, "The video", VIDEO, 404))
+    @app.get(
+        ROOT + "/{id}",
+        dependencies=dependencies,
+        summary="How far a video is",
+        openapi_extra=describe(200, "The video", VIDEO, 404),
+    )
     async def show(request: Request, id: Id) -> Response:
         return JSONResponse(as_json(videos, videos.get(id, request.state.caller)))
 
-    @routes.get("/{id}/content", summary="The file of a completed video", openapi_extra=describe_content())
+    @app.get(
+        ROOT + "/{id}/content",
+        dependencies=dependencies,
+        summary="The file of a completed video",
+        openapi_extra=describe_content(),
+    )
     async def content(request: Request, id: Id) -> Response:
         video = videos.get(id, request.state.caller)
         data = await videos.content(video)
@@ -63,20 +81,24 @@ def video_routes(gateway: Gateway, videos: Videos) -> APIRouter:
         disposition = f'inline; filename="{file_name(seed, format)}"'
         return Response(data, media_type=MEDIA_TYPES[format], headers={"Content-Disposition": disposition})
 
-    @routes.post("/{id}/cancel", summary="Stop a video", openapi_extra=describe(200, "The video", VIDEO, 404))
+    @app.post(
+        ROOT + "/{id}/cancel",
+        dependencies=dependencies,
+        summary="Stop a video",
+        openapi_extra=describe(200, "The video", VIDEO, 404),
+    )
     async def cancel(request: Request, id: Id) -> Response:
         return JSONResponse(as_json(videos, await videos.cancel(videos.get(id, request.state.caller))))
 
-    @routes.delete(
-        "/{id}",
+    @app.delete(
+        ROOT + "/{id}",
+        dependencies=dependencies,
         summary="Stop a video and remove its record and its file",
         openapi_extra=describe(200, "The id", {"type": "object"}, 404, 503),
     )
     async def delete(request: Request, id: Id) -> Response:
         await videos.remove(videos.get(id, request.state.caller))
         return JSONResponse({"id": id, "object": "video.deleted", "deleted": True})
-
-    return routes
 
 
 def as_json(videos: Videos, video: Video) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def ended(url: str, id: str) -> dict[str, Any]:
 
 
 def test_a_video_waits_in_line_runs_completes_and_is_read(tmp_path):
-    with running_service(QuickBackend(0.4), videos=str(tmp_path)) as service:
+    backend = QuickBackend(4)
+    with running_service(backend, videos=str(tmp_path)) as service:
         answers = [submit(service.url, f"number {n}", seed=n) for n in range(3)]
         assert {answer.status_code for answer in answers} == {202}
         ids = [answer.json()["id"] for answer in answers]
@@ -60,9 +61,9 @@ def test_a_video_waits_in_line_runs_completes_and_is_read(tmp_path):
         assert [show(service.url, id)["place"] for id in ids[1:]] == [1, 2]
         early = httpx.get(f"{service.url}/v1/videos/{ids[2]}/content")
         assert early.status_code == 409 and "is queued" in early.json()["error"]["message"]
-        steps = set()
-        wait(lambda: steps.add(show(service.url, ids[0])["step"]) or show(service.url, ids[0])["completed_at"])
-        assert len(steps) > 1, "the progress is told"
+        progress = wait(lambda: (video := show(service.url, ids[0]))["step"] and video)
+        assert progress["steps_total"] == 4 and 0 < progress["progress"] <= 100
+        backend.seconds = 0.1
         for n, id in enumerate(ids):
             video = ended(service.url, id)
             assert (video["status"], video["progress"], video["seed"], video["version"]) == ("completed", 100, n, "1")
@@ -151,11 +152,13 @@ def test_a_full_model_is_waited_for_and_a_real_refusal_fails_the_video():
 
 def test_the_line_and_the_store_are_bounded_and_old_videos_expire(tmp_path):
     limits = VideoLimits(waiting=2, kept=4, keep_seconds=1.5)
-    with running_service(QuickBackend(0.3), videos=str(tmp_path), video_limits=limits) as service:
+    backend = QuickBackend(8)
+    with running_service(backend, videos=str(tmp_path), video_limits=limits) as service:
         first = submit(service.url).json()["id"]
         wait(lambda: show(service.url, first)["status"] != "queued")
         statuses = [submit(service.url).status_code for _ in range(4)]
         assert statuses == [202, 202, 429, 429]
+        backend.seconds = 0.1
         wait(lambda: not httpx.get(f"{service.url}/v1/videos").json()["data"])
         assert httpx.get(f"{service.url}/v1/videos/{first}").status_code == 404 and not os.listdir(tmp_path)
         assert submit(service.url).status_code == 202
@@ -215,7 +218,7 @@ def test_accepted_videos_survive_a_kill(tmp_path: Path, remote: bool, request: p
     ended(url, done)
     wait(lambda: show(url, unfinished[0])["status"] == "in_progress")
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     process, url = start(0.1)
     try:
         assert show(url, done)["status"] == "completed"
@@ -224,4 +227,4 @@ def test_accepted_videos_survive_a_kill(tmp_path: Path, remote: bool, request: p
             assert httpx.get(f"{url}/v1/videos/{id}/content").content == f"number {n} {n} {len(PHOTO)}".encode()
     finally:
         process.kill()
-        process.wait()
+        process.communicate()

@@ -168,7 +168,8 @@ def test_a_photo_becomes_a_clip_with_progress_and_its_seed_gives_it_again(visit,
     page = visit()
     picture(page, "desktop-empty")
     fill(page, photo, seed=7, steps=400, num_frames=16)
-    page.locator("#animate").click(click_count=3)  # is one clip
+    page.locator("#animate").click(click_count=3)  # is one clip, and hits nothing else
+    assert page.locator("#photo").evaluate("input => input.files.length") == 1
     page.get_by_text(re.compile(r"Step \d+ of 400")).wait_for()
     picture(page, "desktop-progress")
     video = shown_clip(page, 1)
@@ -176,10 +177,11 @@ def test_a_photo_becomes_a_clip_with_progress_and_its_seed_gives_it_again(visit,
     assert np.abs(clip.pixels[0].astype(int) - load_image(photo.read_bytes(), 32)).mean() < 20
     assert "Seed 7" in page.locator("#facts").inner_text()
     page.locator("#animate").click()
-    assert shown_clip(page, 2) == video
+    again = shown_clip(page, 2)  # x264 does not always write the same bytes for the same frames
+    assert np.abs(read_clip(again, 16, 4, 32).pixels.astype(int) - clip.pixels).mean() < 1
     with page.expect_download() as download:
         page.locator("#download").click()
-    assert Path(download.value.path()).read_bytes() == video
+    assert Path(download.value.path()).read_bytes() == again
     assert download.value.suggested_filename == "trip-7.mp4"
     picture(page, "desktop-clip")
     accessible(page)
@@ -369,7 +371,7 @@ def test_with_a_key_the_web_ui_asks_for_it_and_keeps_it_in_the_tab(visit, engine
         page.locator("#key").fill("wrong")
         fill(page, photo, steps=2)
         page.locator("#animate").click()
-        page.get_by_text("The API key is missing or wrong").wait_for()
+        page.get_by_text("The service does not accept this key").wait_for()
         assert page.evaluate("document.activeElement.id") == "key"
         picture(page, "phone-key-refused")
         page.locator("#key").fill(KEY)

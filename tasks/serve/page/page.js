@@ -64,7 +64,8 @@ function clearErrors(...fields) {
 function report(error) {
   if (error.status === 401 || (error.status === 429 && error.message.includes("wrong API keys"))) {
     $("key-field").hidden = false;
-    showError("key", sessionStorage.getItem(KEY) ? sentence(error.message) : "Enter the API key of this service.");
+    const wrong = error.status === 401 ? "The service does not accept this key." : sentence(error.message);
+    showError("key", sessionStorage.getItem(KEY) ? wrong : "Enter the API key of this service.");
     $("key").focus();
     return;
   }
@@ -233,8 +234,9 @@ function showWaiting(text, part) {
   if (part === undefined) $("progress").removeAttribute("value");
   else $("progress").value = part;
   if ($("stage").dataset.scrolled) return;
-  $("stage").dataset.scrolled = "yes"; // on a phone the clip is below the visible part
-  $("result").scrollIntoView({ block: "nearest" });
+  $("stage").dataset.scrolled = "yes";
+  // On a phone the clip is below the visible part. Not at once: a second tap would hit what comes under the finger.
+  if (matchMedia("(max-width: 720px)").matches) setTimeout(() => $("waiting").scrollIntoView({ block: "nearest" }), 500);
 }
 
 function stopWaiting() {
@@ -340,6 +342,7 @@ async function historyItem(video) {
   if (video.status === "completed") {
     const element = await player(video);
     element.autoplay = false;
+    if (video.format !== "gif") element.src += "#t=0.01"; // shows the first frame before it is played
     item.append(element);
     const link = document.createElement("a");
     Object.assign(link, { className: "button", textContent: "Download", href: urls[video.id], download: `trip-${video.seed}.${video.format}` });
