@@ -8,11 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from infra import storage
-from tasks.curate.removal import Progress, Removal, indexes, remove_rows
+from tasks.curate.removal import Progress, Removal, remove_rows
 from tasks.records import Failure, UserError
-from tasks.shards import Entry, ShardDataset, ShardManifest, clip_key_of, decode_field, report_addresses
+from tasks.shards import (
+    DUPLICATE_REASON,
+    DUPLICATES_FOLDER,
+    Entry,
+    ShardDataset,
+    ShardManifest,
+    Takedowns,
+    add_root_takedowns,
+    clip_key_of,
+    decode_field,
+    mark,
+    named,
+    pool_of,
+    read_indexes,
+    report_addresses,
+)
 
-REASON = "duplicate"
 MOST_DISTANCE = 8  # bits of 64; unrelated clips have larger distances
 _READS = 16  # concurrent range reads
 _BLOCK = 1 << 22  # comparisons at once
@@ -23,7 +37,8 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
 
     The hash is that of a clip's first stored window; a clip without a hash is not a duplicate. The rows become failures
     with reason `duplicate` whose detail names the earlier row. The result depends only on the stored samples and their
-    order. Repeating the call changes nothing, and prepare keeps these failures. Memory: 16 bytes per clip.
+    order. Repeating the call changes nothing. The root lists the removed keys, and no prepare below it encodes them
+    again, whatever the table or the recipe. Memory: 16 bytes per clip.
 
     Args:
         dataset: address of the data set's folder.
@@ -35,18 +50,20 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     """
     if not 0 <= distance <= MOST_DISTANCE:
         raise UserError(f"distance {distance}, expected a number of bits from 0 to {MOST_DISTANCE}")
-    dataset = storage.absolute(dataset)
+    dataset = named(storage.absolute(dataset))
     manifest = ShardDataset(dataset).published
+    pool = pool_of(dataset, manifest.recipe_hash)
     if "filters" not in manifest.recipe:
         raise UserError(f"{dataset} contains no hashes of its clips; prepare it with a filter (recipe demo-filtered)")
     rows: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
-    for index in indexes(dataset, manifest):
-        hash_of_row = _hashes(dataset, index)
-        rows.append(np.fromiter(hash_of_row, np.int64))
+    begin_of = {shard.shard: shard.rows[0] for shard in manifest.shards}
+    for index in read_indexes(dataset, manifest):
+        hash_of_row, begin = _hashes(pool, index), begin_of[index.shard] - index.start
+        rows.append(begin + np.fromiter(hash_of_row, np.int64))
         hashes.append(np.fromiter(hash_of_row.values(), np.uint64))
         if progress is not None:
-            progress({"stage": "compare", "done": index.stop, "total": manifest.rows})
+            progress({"stage": "compare", "done": begin + index.stop, "total": manifest.rows})
     near = near_earlier(np.concatenate(hashes), distance)
     row_of = np.concatenate(rows)
     earlier = {int(row_of[later]): (int(row_of[first]), bits) for later, (first, bits) in near.items()}
@@ -54,17 +71,22 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
         for address in report_addresses(dataset).values():  # its counts are outdated
             storage.delete(address)
 
+    marks: dict[str, str] = {}  # of the keys of removed clips
+
     def removed(index: ShardManifest) -> dict[int, Failure]:
-        failures = {}
+        failures, begin = {}, begin_of[index.shard] - index.start
         for row, entries in index.clips().items():
-            if row in earlier:
-                first, bits = earlier[row]
+            if begin + row in earlier:
+                first, bits = earlier[begin + row]
                 # The detail has the number of the row, as the key must not remain after a takedown of that clip.
                 detail = f"shows what row {first} shows, {bits} of 64 bits differ, at most {distance} were taken"
-                failures[row] = Failure(clip_key_of(entries[0].key), row, REASON, detail)
+                failures[row] = Failure(clip_key_of(entries[0].key), row, DUPLICATE_REASON, detail)
+                marks[mark(clip_key_of(entries[0].key))] = detail
         return failures
 
-    return remove_rows(dataset, manifest, removed, "deduplicate", progress)
+    removal = remove_rows(dataset, manifest, removed, "deduplicate", progress)
+    add_root_takedowns(dataset, Takedowns(marks), DUPLICATES_FOLDER)
+    return removal
 
 
 def near_earlier(hashes: np.ndarray, distance: int) -> dict[int, tuple[int, int]]:
@@ -109,9 +131,9 @@ def _pairs(hashes: np.ndarray, distance: int) -> list[tuple[int, int, int]]:
     return sorted(pairs)
 
 
-def _hashes(dataset: str, index: ShardManifest) -> dict[int, np.uint64]:
+def _hashes(pool: str, index: ShardManifest) -> dict[int, np.uint64]:
     """Returns the hash of each clip's first window, by row."""
-    tar = storage.join(dataset, index.shard)
+    tar = storage.join(pool, index.shard)
 
     def read(entry: Entry) -> str | None:
         offset, size = entry.members["meta"]
@@ -123,4 +145,4 @@ def _hashes(dataset: str, index: ShardManifest) -> dict[int, np.uint64]:
             words = list(threads.map(read, [entries[0] for entries in clips.values()]))
             return {row: np.uint64(int(word, 16)) for row, word in zip(clips, words, strict=True) if word is not None}
         except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UserError(f"{index.shard} of {dataset} is damaged ({error}); verify the data set") from error
+            raise UserError(f"{index.shard} of {pool} is damaged ({error}); verify the data set") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from tasks.encode.fingerprint import check_spec
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
-from tasks.shards import Sample, sample_key
+from tasks.shards import PackedSample, Sample, encode_field, sample_key
 from tasks.video.decode import Clip, ClipError, read_spans, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
 from tasks.video.spec import DecodeSpec
@@ -163,6 +163,25 @@ class ClipEncoder:
         while waiting:
             yield finish(waiting.popleft())
 
+    def recaption(self, samples: Sequence[PackedSample], ref: ClipRef) -> list[PackedSample] | Failure:
+        """Returns stored samples of a clip with the caption of its row; latents and frames keep their bytes.
+
+        Adds the failure `non_finite_text`.
+        """
+        values: dict[str, Any] = {"caption": ref.caption} | self._caption_fields(ref.caption)
+        if "text" in values and not np.isfinite(values["text"]).all():
+            return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
+        members = {name: encode_field(name, value) for name, value in values.items()}
+        return [PackedSample(packed.key, packed.members | members) for packed in samples]
+
+    def _caption_fields(self, caption: str) -> dict[str, np.ndarray]:
+        """Returns the tokens int32 [L] of a caption and, if they are kept, its text features float16 [L, D]."""
+        tokens = self._text.tokenize([caption])
+        fields = {"tokens": tokens[0].numpy().astype(np.int32)}
+        if self.spec.keep_text:
+            fields["text"] = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16)
+        return fields
+
     def _latents(self, row: Decoded) -> np.ndarray:
         """Returns raw latents of all windows of a clip, and their log variance if kept: float32 [1 or 2, F, 4, h, w].
 
@@ -178,8 +197,8 @@ class ClipEncoder:
 
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
         ref, spec = row.ref, self.spec
-        tokens = self._text.tokenize([ref.caption])
-        text = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16) if spec.keep_text else None
+        fields = self._caption_fields(ref.caption)
+        text = fields.get("text")
         if text is not None and not np.isfinite(text).all():
             return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
         samples = []
@@ -194,10 +213,9 @@ class ClipEncoder:
                     caption=ref.caption,
                     latents=part[0].astype(np.float16),
                     first=clip.pixels[0],
-                    tokens=tokens[0].numpy().astype(np.int32),
+                    tokens=fields["tokens"],
                     meta={
                         "clip": ref.key,
-                        "row": ref.row,
                         "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,

@@ -125,7 +125,7 @@ def _reference(meta: dict[str, Any], source: SourceSpec | None) -> ClipRef:
                 return row
         raise _Unreachable(f"{source.table} has no row with the key {meta['clip']}")
     if meta["url"].lower().startswith(("http://", "https://")) and " (sha256 " not in meta["url"]:
-        return ClipRef(meta["clip"], meta["url"], "", meta["row"])
+        return ClipRef(meta["clip"], meta["url"], "", 0)
     raise _Unreachable(f"the link {meta['url']} needs its table; name it (--source)")
 
 

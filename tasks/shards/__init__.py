@@ -21,6 +21,7 @@ F is the recipe's `num_frames`; for tracks (`clip` is `track` in the recipe) it 
 """
 
 from tasks.shards.dataset import ShardDataset
+from tasks.shards.erasing import erase_shards
 from tasks.shards.fields import OPTIONAL, SUFFIXES, decode_field, encode_field
 from tasks.shards.layout import (
     MANIFEST,
@@ -34,13 +35,24 @@ from tasks.shards.layout import (
     ShardSummary,
     clip_key_of,
     index_name,
+    rows_label,
     sample_key,
+    shard_label,
     shard_name,
-    shard_number,
 )
-from tasks.shards.reading import existing_shards, read_manifest, read_shard_manifest, stored_outcomes
+from tasks.shards.places import named, names_of, pool_of, root_of, siblings_of, version_of, versions_of
+from tasks.shards.reading import (
+    existing_shards,
+    read_indexes,
+    read_manifest,
+    read_parts,
+    read_shard_manifest,
+    stored_outcomes,
+)
 from tasks.shards.split import SPLIT_RULE, SPLITS, held_out_samples, split_keys, split_of
 from tasks.shards.takedowns import (
+    DUPLICATE_REASON,
+    DUPLICATES_FOLDER,
     TAKEDOWNS_FILE,
     TAKEDOWNS_FOLDER,
     Takedowns,
@@ -56,6 +68,8 @@ from tasks.shards.takedowns import (
 from tasks.shards.writing import Outcome, open_dataset, publish_dataset, report_addresses, write_shard
 
 __all__ = [
+    "DUPLICATES_FOLDER",
+    "DUPLICATE_REASON",
     "MANIFEST",
     "OPTIONAL",
     "RECIPE",
@@ -78,26 +92,37 @@ __all__ = [
     "clip_key_of",
     "decode_field",
     "encode_field",
+    "erase_shards",
     "existing_shards",
     "gather_root_takedowns",
     "held_out_samples",
     "index_name",
     "link_marks",
     "mark",
+    "named",
+    "names_of",
     "open_dataset",
+    "pool_of",
     "publish_dataset",
+    "read_indexes",
     "read_manifest",
+    "read_parts",
     "read_root_takedowns",
     "read_shard_manifest",
     "read_takedowns",
     "report_addresses",
+    "root_of",
+    "rows_label",
     "sample_key",
+    "shard_label",
     "shard_name",
-    "shard_number",
+    "siblings_of",
     "split_keys",
     "split_of",
     "stored_outcomes",
     "takedowns_sha256",
+    "version_of",
+    "versions_of",
     "write_shard",
     "write_takedowns",
 ]

@@ -68,6 +68,10 @@ class TrainSpec:
     recompute_activations: bool = field(default=False, metadata=MEANS)
     # "none": every worker holds the complete state; "fsdp2": a shard, and weights are gathered layer by layer.
     sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
+    # Hashes of the data set's manifest and of the base's files. Where they are given they take the place of the two
+    # addresses in the identity, so that a training survives the move of its data.
+    dataset_sha256: str | None = None
+    base_sha256: str | None = None
 
     @property
     def largest_share(self) -> int:
@@ -131,9 +135,15 @@ def identity(value: Any) -> Any:
 
 
 def spec_digest(spec: TrainSpec) -> str:
-    """The identity of a training: all fields that are not means. Another split of a batch changes the last bits."""
+    """The identity of a training: all fields that are not means. Another split of a batch changes the last bits.
+
+    Data and base count by their hashes, if these are given, else by their addresses.
+    """
     goals = identity(spec)
-    return digest({f.name: goals[f.name] for f in fields(spec) if "means" not in f.metadata})
+    names = [f.name for f in fields(spec) if "means" not in f.metadata]
+    for name in ("dataset", "base"):
+        names.remove(f"{name}_sha256" if getattr(spec, f"{name}_sha256") is None else name)
+    return digest({name: goals[name] for name in names})
 
 
 def spool_file(spec: TrainSpec) -> Path:
