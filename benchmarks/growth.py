@@ -37,7 +37,7 @@ BASE = Path(__file__).resolve().parents[1] / "examples" / "demo_base" / "weights
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder and keeps the paths that were requested."""
+    """Serves a folder and keeps the paths that were requested; `/broken/503` answers with that status."""
 
     requested: list[str]
 
@@ -51,7 +51,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requested.append(self.path.lstrip("/"))
-        super().do_GET()
+        if self.path.startswith("/broken/"):
+            self.send_error(int(self.path.rsplit("/", 1)[1]))
+        else:
+            super().do_GET()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -209,6 +209,24 @@ def upload_file(local: str | Path, uri: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def copy_file(source: str, target: str) -> None:
+    """Gives a file of one store a second address in it, atomically: by a hard link if possible, else by a copy."""
+    path, copy = local_path(source), local_path(target)
+    if path is None or copy is None:
+        with boundary(source):
+            filesystem, name = _remote(source)
+            filesystem.cp_file(name, _remote(target)[1])
+        return
+    temporary = _sibling(copy)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        upload_file(path, target)
+        return
+    os.replace(temporary, copy)
+    temporary.unlink(missing_ok=True)  # remains if both names were links of one file
+
+
 @contextlib.contextmanager
 def local_draft(uri: str) -> Iterator[Path]:
     """Yields a local path for one file; the end of the block moves it to the address, atomically; an error removes it.

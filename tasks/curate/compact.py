@@ -10,18 +10,19 @@ from tasks.curate.removal import Progress
 from tasks.records import Failure, UserError
 from tasks.shards import (
     Outcome,
+    ShardDataset,
     ShardManifest,
     ShardSummary,
     named,
-    pool_of,
     publish_dataset,
     read_indexes,
     rows_label,
+    shards_folder,
     stored_outcomes,
+    upgrade,
     version_of,
     write_shard,
 )
-from tasks.shards.dataset import ShardDataset
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def compact(dataset: str, rows_per_shard: int | None = None, progress: Progress 
         UserError: the data set is not finished, a shard is damaged, or the number is not above 0.
     """
     dataset = named(storage.absolute(dataset))
+    upgrade(dataset)
     data = ShardDataset(dataset)
-    manifest, pool = data.published, pool_of(dataset, data.published.recipe_hash)
+    manifest, pool = data.published, shards_folder(dataset, data.published)
     full = rows_per_shard if rows_per_shard is not None else max(stop - start for start, stop in _rows(data))
     if full < 1:
         raise UserError(f"rows per shard {full}, expected at least 1")

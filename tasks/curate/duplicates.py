@@ -22,9 +22,10 @@ from tasks.shards import (
     decode_field,
     mark,
     named,
-    pool_of,
     read_indexes,
     report_addresses,
+    shards_folder,
+    upgrade,
 )
 
 MOST_DISTANCE = 8  # bits of 64; unrelated clips have larger distances
@@ -51,14 +52,18 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     if not 0 <= distance <= MOST_DISTANCE:
         raise UserError(f"distance {distance}, expected a number of bits from 0 to {MOST_DISTANCE}")
     dataset = named(storage.absolute(dataset))
+    upgrade(dataset)
     manifest = ShardDataset(dataset).published
-    pool = pool_of(dataset, manifest.recipe_hash)
+    pool = shards_folder(dataset, manifest)
     if "filters" not in manifest.recipe:
         raise UserError(f"{dataset} contains no hashes of its clips; prepare it with a filter (recipe demo-filtered)")
     rows: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     begin_of = {shard.shard: shard.rows[0] for shard in manifest.shards}
+    marks: dict[str, str] = {}  # of the keys of removed clips
     for index in read_indexes(dataset, manifest):
+        # A call that was killed may have removed clips without listing them.
+        marks |= {mark(f.key): f.detail for f in index.failures if f.reason == DUPLICATE_REASON}
         hash_of_row, begin = _hashes(pool, index), begin_of[index.shard] - index.start
         rows.append(begin + np.fromiter(hash_of_row, np.int64))
         hashes.append(np.fromiter(hash_of_row.values(), np.uint64))
@@ -70,8 +75,6 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     if earlier:
         for address in report_addresses(dataset).values():  # its counts are outdated
             storage.delete(address)
-
-    marks: dict[str, str] = {}  # of the keys of removed clips
 
     def removed(index: ShardManifest) -> dict[int, Failure]:
         failures, begin = {}, begin_of[index.shard] - index.start

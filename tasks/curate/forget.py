@@ -20,12 +20,13 @@ from tasks.shards import (
     link_marks,
     mark,
     named,
-    pool_of,
     read_indexes,
     read_manifest,
     read_takedowns,
     report_addresses,
+    shards_folder,
     takedowns_sha256,
+    upgrade,
     write_takedowns,
 )
 from tasks.shards.split import written_key
@@ -73,8 +74,9 @@ def forget(
         UserError: the data set is not finished, or a shard is damaged.
     """
     dataset = named(storage.absolute(dataset))
+    upgrade(dataset)
     manifest, _ = read_manifest(dataset)
-    pool = pool_of(dataset, manifest.recipe_hash)
+    pool = shards_folder(dataset, manifest)
     before = read_takedowns(dataset)
     complete = manifest.forgotten_sha256 == takedowns_sha256(before)
     known = {word for word in ids if complete and before.marks.keys() & {*link_marks(word), mark(as_key(word))}}

@@ -13,10 +13,10 @@ from tasks.shards import (
     ShardManifest,
     ShardSummary,
     erase_shards,
-    pool_of,
     publish_dataset,
     read_indexes,
     shard_label,
+    shards_folder,
     stored_outcomes,
     write_shard,
 )
@@ -56,7 +56,7 @@ def remove_rows(
     Raises:
         UserError: a shard is damaged.
     """
-    pool = pool_of(dataset, manifest.recipe_hash)
+    pool = shards_folder(dataset, manifest)
     parts, rows, samples, done = [], 0, 0, 0
     rebuilt: dict[str, ShardSummary] = {}
     for number, index in enumerate(read_indexes(dataset, manifest)):

@@ -125,7 +125,7 @@ def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: Sample
             assert file is not None
             members[name] = file.read()
             end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        sample_problems = samples.problems(PackedSample(entry.key, members), (index.start, index.stop))
+        sample_problems = samples.problems(PackedSample(entry.key, members))
         yield from (f"{index.shard}: {problem}" for problem in sample_problems)
     if (member := tar.next()) is not None:
         yield f"{index.shard}: contains {member.name}, which its index does not list"

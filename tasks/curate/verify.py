@@ -23,12 +23,12 @@ from tasks.shards import (
     index_name,
     mark,
     named,
-    pool_of,
     read_indexes,
     read_manifest,
     read_takedowns,
     root_of,
     shard_label,
+    shards_folder,
     takedowns_sha256,
     version_of,
 )
@@ -79,7 +79,7 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
         yield f"{MANIFEST}: does not match {TAKEDOWNS_FILE}; a removal is not complete, repeat the command forget"
     recipe_hash = yield from _recipe_problems(dataset, manifest)
 
-    pool = pool_of(dataset, manifest.recipe_hash) if manifest else dataset
+    pool = shards_folder(dataset, manifest) if manifest else dataset
     tars = {name for name in names if shard_label(name) is not None}
     shards = [shard.shard for shard in manifest.shards] if manifest else sorted(tars)
     seen = _Seen(takedowns)

@@ -78,6 +78,12 @@ class Change:
     recaption: frozenset[int]  # positions among the kept rows: encoded rows with another caption now
 
     @property
+    def encoded(self) -> int:
+        """How many of the rows that stay are encoded and not processed again."""
+        encoded = self.shard.part.outcomes_R[self.kept] == 0
+        return int(encoded.sum()) - sum(bool(encoded[position]) for position in self.redo)
+
+    @property
     def is_whole(self) -> bool:
         """Whether the shard stays as it is."""
         return not self.redo and not self.recaption and len(self.kept) == len(self.shard.part.outcomes_R)

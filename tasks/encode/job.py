@@ -66,6 +66,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     recipe_hash = digest(fingerprint)
     pool = shards.pool_of(output, recipe_hash)
     with _write_errors(f"output {output}"):
+        _upgrade(output, fingerprint)
         shards.open_dataset(output, fingerprint)
         published = storage.exists(storage.join(output, shards.MANIFEST))
         dataset_takedowns, all_takedowns = _takedowns_of(spec.source, output)
@@ -95,8 +96,10 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 taken_down = [r for r in unit.rows if isinstance(r, Failure) and r.reason == TAKEDOWN_REASON]
                 if any(row.row in unit.redo for row in taken_down):
                     replaced[unit.existing] = unit.index
-                before = delta.changes[unit.index].shard.summary(recipe_hash)
-                if existing is None or existing.summary.encoded < before.encoded - len(unit.redo):
+                # Another shard of these rows may be older, or of another data set: it must be ahead of this one.
+                before = delta.changes[unit.index].encoded
+                retries = any(isinstance(unit.rows[row], ClipRef) for row in unit.redo)
+                if existing is None or existing.summary.encoded < before + retries:
                     yield unit
                     continue
             # A unit without an encoded row is tried again until the data set is finished: the network may work again.
@@ -161,6 +164,17 @@ def _failed_again(pool: str, unit: Unit, summary: ShardSummary, retried: frozens
         for row in unit.rows
         if isinstance(row, ClipRef) and row.row in unit.redo and failures.get(row.row) in retried
     }
+
+
+def _upgrade(output: str, fingerprint: dict[str, Any]) -> None:
+    """Upgrades data sets of schema 2 with these samples: the output itself, and others of its root."""
+    for name in (output, *shards.siblings_of(output)):
+        try:
+            manifest, _ = shards.read_manifest(name)
+        except UserError:  # not finished
+            continue
+        if manifest.schema_version == 2 and digest(shards.recipe_of_samples(manifest.recipe)) == digest(fingerprint):
+            shards.upgrade(name)
 
 
 def _takedowns_of(source: SourceSpec, output: str) -> tuple[shards.Takedowns, shards.Takedowns]:

@@ -13,8 +13,8 @@ from infra import storage
 from tasks.records import UserError, to_json
 from tasks.shards.fields import BY_FRAME, NPY_HEAD_BYTES, Layout, decode_field, npy_layout
 from tasks.shards.layout import MANIFEST, clip_key_of
-from tasks.shards.places import named, pool_of
-from tasks.shards.reading import read_manifest, read_parts
+from tasks.shards.places import named
+from tasks.shards.reading import read_manifest, read_parts, shards_folder
 from tasks.shards.sample_index import SampleIndex, mapped, open_index, written_index
 from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 from tasks.shards.tar_reader import Tars
@@ -38,7 +38,7 @@ class ShardDataset:
                 raise UserError(f"clips were removed from {uri} on request; take the newest version, {named(self.uri)}")
             raise UserError(f"a removal of clips from {uri} is not complete; repeat the command forget")
         self._ends = np.cumsum([shard.samples for shard in self.published.shards], dtype=np.int64)
-        pool = pool_of(self.uri, self.published.recipe_hash)
+        pool = shards_folder(self.uri, self.published)
         self._tars = Tars([storage.join(pool, shard.shard) for shard in self.published.shards])
         self._layouts: dict[str, Layout] = {}
 

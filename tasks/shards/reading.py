@@ -60,9 +60,14 @@ def read_shard_manifest(pool: str, shard: str) -> ShardManifest | None:
     return manifest if manifest.schema_version in READABLE and manifest.shard == shard else None
 
 
+def shards_folder(dataset: str, manifest: DatasetManifest) -> str:
+    """Returns the folder with the shards of a finished data set; in schema 2 that is its own."""
+    return dataset if manifest.schema_version == 2 else pool_of(dataset, manifest.recipe_hash)
+
+
 def read_indexes(dataset: str, manifest: DatasetManifest) -> Iterator[ShardManifest]:
     """Yields the index of every shard of a data set. Raises UserError if one does not match the manifest."""
-    pool = pool_of(dataset, manifest.recipe_hash)
+    pool = shards_folder(dataset, manifest)
     for shard in manifest.shards:
         index = read_shard_manifest(pool, shard.shard)
         if index is None or index.sha256 != shard.sha256 or len(index.samples) != shard.samples:

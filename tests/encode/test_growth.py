@@ -15,7 +15,16 @@ from tasks.curate.verify import problems
 from tasks.encode.job import prepare
 from tasks.ingest.demo import write_demo_corpus
 from tasks.records import UserError
-from tasks.shards import ShardDataset, named, versions_of
+from tasks.shards import (
+    DUPLICATES_FOLDER,
+    ShardDataset,
+    Takedowns,
+    add_root_takedowns,
+    mark,
+    named,
+    read_manifest,
+    versions_of,
+)
 
 ROWS = 8
 
@@ -125,3 +134,23 @@ def samples_of(dataset: str) -> dict[str, dict[str, bytes]]:
             (shard,), (offset,), (size,) = (values.tolist() for values in data._places(np.array([i]), field))
             samples[key][field] = data._bytes(shard, offset, size)
     return samples
+
+
+def test_a_removed_duplicate_stays_away_under_another_recipe(growth: Growth) -> None:
+    growth.night("first")
+    add_root_takedowns(growth.dataset, Takedowns({mark("k3"): "shows what row 0 shows"}), DUPLICATES_FOLDER)
+    assert growth.night("same table").requests == 0 and "k3_000" not in ShardDataset(growth.dataset).keys
+    other = growth.night("another recipe", output=growth.dataset[:-16] + "1" * 16, num_frames=5)
+    assert other.requests == ROWS - 1
+
+
+def test_a_link_whose_retries_gave_up_is_not_requested_by_any_prepare(growth: Growth) -> None:
+    growth.lines.append("slow,broken/503,a shape\n")
+    assert growth.night("first").requests == ROWS + 1
+    for _ in range(3):
+        assert growth.night("retry", retry=("server",)).requests == 1
+    assert growth.night("given up", retry=("server",)).requests == 0
+    other = {"output": growth.dataset[:-16] + "1" * 16, "num_frames": 5}
+    assert growth.night("another recipe", **other).requests == ROWS
+    assert read_manifest(str(other["output"]))[0].failed == {"gave_up": 1}
+    assert growth.night("asked again", retry=("gave_up",)).requests == 1
