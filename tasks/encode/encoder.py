@@ -177,7 +177,7 @@ class ClipEncoder:
     def _caption_fields(self, caption: str) -> dict[str, np.ndarray]:
         """Returns the tokens int32 [L] of a caption and, if they are kept, its text features float16 [L, D]."""
         tokens = self._text.tokenize([caption])
-        fields = {"tokens": tokens[0].numpy().astype(np.int32)}
+        fields: dict[str, np.ndarray] = {"tokens": tokens[0].numpy().astype(np.int32)}
         if self.spec.keep_text:
             fields["text"] = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16)
         return fields

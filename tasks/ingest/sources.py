@@ -340,8 +340,7 @@ def _parse_row(written: Row, row: int, seen: KeysSeen) -> ClipRef | Failure:
 
 def _stripped(written: Cells) -> Cells:
     """Returns a row whose texts have no surrounding white space."""
-    key, url, caption, start, end, *place = written
-    return Cells(key.strip(), url.strip(), caption.strip(), start.strip(), end.strip(), *place)
+    return written._replace(**{name: getattr(written, name).strip() for name in (*NAMES, *SPAN_NAMES)})
 
 
 def _key_of(written: Row, row: int) -> str:

@@ -229,8 +229,17 @@ def mapped(path: Path) -> SampleIndex:
             mapped = np.memmap(path, dtype, "r", file.tell(), shape) if 0 not in shape else np.empty(shape, dtype)
             arrays[info.filename.removesuffix(".npy")] = np.asarray(mapped)
     texts = {name: tuple(arrays[name].tolist()) for name in ("fields", "reasons")}
-    names = ("offsets", "sizes", "clip_hashes", "key_ends", "keys", "rows", "outcomes")
-    return SampleIndex(texts["fields"], *(arrays[name] for name in names), texts["reasons"])
+    return SampleIndex(
+        texts["fields"],
+        arrays["offsets"],
+        arrays["sizes"],
+        arrays["clip_hashes"],
+        arrays["key_ends"],
+        arrays["keys"],
+        arrays["rows"],
+        arrays["outcomes"],
+        texts["reasons"],
+    )
 
 
 def parts_of(index: SampleIndex, shards: Sequence[PublishedShard]) -> dict[str, SampleIndex]:

@@ -76,7 +76,7 @@ def test_a_clip_becomes_samples_with_provenance(tiny_base: Path, corpus: str) ->
     torch.testing.assert_close(torch.from_numpy(first.latents.astype(np.float32)), want, atol=2e-3, rtol=2e-3)
     assert first.latents.dtype == np.float16 and first.latents.shape == (4, 4, 4, 4)
     assert first.tokens.dtype == np.int32 and first.tokens.ndim == 1
-    assert (first.meta["row"], first.meta["sha256"], first.meta["size_bytes"]) == (5, "hash", len(data))
+    assert (first.meta["sha256"], first.meta["size_bytes"]) == ("hash", len(data))
     np.testing.assert_allclose(second.meta["times"], [1.0, 1.25, 1.5, 1.75], atol=1e-3)
 
 

@@ -64,10 +64,11 @@ def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_same_call(
     growth: Growth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = latents(growth.old)  # type: ignore[attr-defined]
-    for step in range(99):
+    step, finished = -1, False
+    while not finished:
+        step += 1
         dataset = str(tmp_path / f"killed{step}" / "data" / "1234567890abcdef")
         shutil.copytree(tmp_path / "old", dataset)
-        finished = False
         with monkeypatch.context() as patch:
             kill_at(patch, step)
             with contextlib.suppress(Killed):
@@ -77,8 +78,6 @@ def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_same_call(
         upgrade(dataset)
         assert latents(dataset) == before and list(problems(dataset)) == []
         assert not upgrade(dataset)
-        if finished:
-            break
     assert step > 8
 
 
