@@ -15,7 +15,7 @@ from tasks.shards import (
     erase_shards,
     publish_dataset,
     read_indexes,
-    shard_label,
+    rows_label,
     shards_folder,
     stored_outcomes,
     write_shard,
@@ -63,10 +63,10 @@ def remove_rows(
         failures = removed(index)
         after = index
         if failures:
-            label = shard_label(index.shard) if pool != dataset else number
+            ids = _without_captions(index, failures) if erase else index.row_ids
+            label = rows_label(ids) if ids else number
             span, outcomes = (index.start, index.stop), _without(pool, index, failures)
-            ids = _without_captions(index, failures)
-            after = write_shard(pool, label or 0, span, outcomes, index.recipe_hash, index.made_with, ids)
+            after = write_shard(pool, label, span, outcomes, index.recipe_hash, index.made_with, ids)
             rebuilt[index.shard] = after.summary()
         rows, samples = rows + len(failures), samples + len(index.samples) - len(after.samples)
         parts.append(after.summary())

@@ -34,7 +34,7 @@ from tasks.shards import (
 )
 from tasks.shards.places import VERSIONS
 from tasks.shards.reading import shard_arrays
-from tasks.shards.sample_index import index_file, written_index
+from tasks.shards.sample_index import index_file, is_index_file, written_index
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -46,6 +46,7 @@ class _Seen:
     takedowns: Takedowns
     clips: set[int] = field(default_factory=set)  # 64 bits of hash for each
     parts: list[ShardSummary] = field(default_factory=list)
+    has_bad_index: bool = False
 
 
 def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -> Iterator[str]:
@@ -87,6 +88,7 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
     for number, checked in enumerate(check_shards(pool, shards, workers)):
         yield from checked.index_problems
         index = checked.index
+        seen.has_bad_index |= bool(checked.index_problems)
         if index is None:
             continue
         if manifest is not None:
@@ -103,18 +105,20 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
 
     if manifest is not None:
         yield from _count_problems(manifest, seen.parts)
-        if len(seen.parts) == len(shards):
-            yield from _array_problems(dataset, manifest)
+        yield from _array_problems(dataset, manifest, compare=not seen.has_bad_index)
     elif MANIFEST not in names:
         yield _unfinished(seen.parts)
     expected = {MANIFEST, RECIPE, TAKEDOWNS_FILE, *shards, *map(index_name, shards)}
-    expected |= {index_file(manifest.index_sha256)} if manifest and manifest.index_sha256 else set()
+    if manifest is None:
+        expected |= {name for name in names if is_index_file(name)}
+    elif manifest.index_sha256 is not None:
+        expected.add(index_file(manifest.index_sha256))
     expected |= {VERSIONS} if root_of(dataset) is not None else set()
     yield from (f"{name}: is not part of the data set" for name in sorted(names - expected))
 
 
-def _array_problems(dataset: str, manifest: DatasetManifest) -> Iterator[str]:
-    """Yields differences between the index file of a data set and the indexes of its shards."""
+def _array_problems(dataset: str, manifest: DatasetManifest, compare: bool) -> Iterator[str]:
+    """Yields damage of a data set's index file and, if asked to compare, differences from its shards' indexes."""
     if manifest.index_sha256 is None:
         return
     name = index_file(manifest.index_sha256)
@@ -123,6 +127,8 @@ def _array_problems(dataset: str, manifest: DatasetManifest) -> Iterator[str]:
         found = storage.sha256_file(storage.cached_file(storage.join(version_of(dataset, sha256), name)))
         if found != manifest.index_sha256:
             yield f"{name}: damaged, sha256 {found}, expected {manifest.index_sha256}"
+        if not compare:
+            return
         with written_index(shard_arrays(dataset, index) for index in read_indexes(dataset, manifest)) as (_, expected):
             if expected != manifest.index_sha256:
                 yield f"{name}: is not the index of these shards, whose index has the sha256 {expected}"

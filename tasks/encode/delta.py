@@ -16,7 +16,7 @@ import numpy as np
 from tasks.encode.exclusions import Exclusions
 from tasks.encode.spec import PrepareSpec
 from tasks.encode.work_unit import Unit
-from tasks.ingest.sources import addressed_rows
+from tasks.ingest.sources import addressed_rows, read_rows
 from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import ShardSummary, read_manifest, read_parts, siblings_of
@@ -27,10 +27,15 @@ from tasks.shards.sample_index import SampleIndex
 Row = ClipRef | Failure
 
 
+def rows_of(source: SourceSpec, exclusions: Exclusions) -> Iterator[tuple[Row, str | None]]:
+    """Yields the rows of a source, each with the address of its link if an exclusion may need it."""
+    return addressed_rows(source) if exclusions else ((row, None) for row in read_rows(source))
+
+
 def identified_rows(source: SourceSpec, exclusions: Exclusions) -> Iterator[tuple[str, str, Row]]:
     """Yields identity, key and record of every row of a source; excluded rows are failures already."""
     failures: Counter[str] = Counter()
-    for row, address in addressed_rows(source):
+    for row, address in rows_of(source, exclusions):
         if isinstance(row, ClipRef):
             identity = row_id(row.key, row.url, row.caption, row.span, row.size_bytes)
         else:
@@ -115,7 +120,7 @@ class Delta:
             if by_key:
                 keys_alone += bytes.fromhex(key_id(key))
         rows_T3 = np.frombuffer(bytes(content), ">u8").astype(np.uint64).reshape(-1, 3)
-        self.total = len(rows_T3)
+        self.total, self._rows_T3 = len(rows_T3), rows_T3
         known_rows = [shard.part.rows_R3 for shard in own]
         self._place_T = find_rows(rows_T3[:, :2], _joined(known_rows)[:, :2])  # in all known shards, -1 if new
         if by_key:
@@ -175,19 +180,25 @@ class Delta:
         waiting: dict[int, dict[int, tuple[str, Row]]] = {number: {} for number in rebuilt}
         new: list[tuple[str, Row]] = []
         fresh, left = 0, self.new_rows
-        for number, (identity, _, row) in enumerate(identified_rows(self._spec.source, self._exclusions)):
+        places = self._place_T
+        shards = np.searchsorted(self._ends, places, side="right")
+        for number, (row, address) in enumerate(rows_of(self._spec.source, self._exclusions)):
+            if not left and not waiting:
+                break
             if number >= self.total:
                 raise UserError(f"{self._spec.source.table} grew while it was read; run the command again")
-            place = int(self._place_T[number])
+            place = places[number]
+            shard = int(shards[number])
+            if place >= 0 and shard not in rebuilt:
+                continue
+            row = (self._exclusions.failure(row, address) if self._exclusions else None) or row
+            identity = "".join(f"{word:016x}" for word in self._rows_T3[number].tolist())
             if place < 0:
                 new.append((identity, row))
                 left -= 1
                 if len(new) == self._spec.clips_per_shard or not left:
                     yield _unit(len(self.changes) + fresh, new)
                     new, fresh = [], fresh + 1
-                continue
-            shard = int(np.searchsorted(self._ends, place, side="right"))
-            if shard not in rebuilt:
                 continue
             change, rows = self.changes[shard], waiting[shard]
             begin = int(self._ends[shard]) - len(change.shard.part.outcomes_R)

@@ -340,7 +340,8 @@ def _parse_row(written: Row, row: int, seen: KeysSeen) -> ClipRef | Failure:
 
 def _stripped(written: Cells) -> Cells:
     """Returns a row whose texts have no surrounding white space."""
-    return written._replace(**{name: getattr(written, name).strip() for name in (*NAMES, *SPAN_NAMES)})
+    key, url, caption, start, end, inside, size_bytes = written
+    return Cells(key.strip(), url.strip(), caption.strip(), start.strip(), end.strip(), inside, size_bytes)
 
 
 def _key_of(written: Row, row: int) -> str:

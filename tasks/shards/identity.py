@@ -17,6 +17,7 @@ from infra.redaction import name_of
 
 Span = tuple[float, float | None]
 
+_encoded = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LENGTH = 48  # hex digits: 128 bits of the row, 64 of its caption
 KEY_ALONE = 1  # the caption's hash of a row that is known only by its key
 NO_CAPTION = 0  # that of a failure
@@ -68,5 +69,4 @@ def find_rows(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _hash(value: object, size: int) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+    return hashlib.blake2b(_encoded(value).encode(), digest_size=size).hexdigest()

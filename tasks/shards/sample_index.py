@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import struct
 import tarfile
 import tempfile
@@ -47,6 +48,10 @@ _DTYPES = {"offsets": "<u4", "sizes": "<u4", "keys": "|u1", "outcomes": "<u2"}  
 def index_file(index_sha256: str) -> str:
     """Returns the name of an index file."""
     return f"index-{index_sha256[:16]}.npz"
+
+
+def is_index_file(name: str) -> bool:
+    return re.fullmatch(r"index-[0-9a-f]{16}\.npz", name) is not None
 
 
 @dataclass(frozen=True)

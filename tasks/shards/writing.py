@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ from tasks.shards.layout import (
 )
 from tasks.shards.places import named, root_of, version_of
 from tasks.shards.reading import read_indexes, read_manifest, read_parts, shard_arrays
-from tasks.shards.sample_index import SampleIndex, index_file, open_index, written_index
+from tasks.shards.sample_index import SampleIndex, index_file, is_index_file, open_index, written_index
 from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 
 # The result of a row: the samples of its clip (new, or copied from another shard), or its failure.
@@ -237,6 +236,6 @@ def _sweep(dataset: str, manifest: DatasetManifest) -> None:
         if shard_label(name) is not None and name not in shards:
             storage.delete(storage.join(dataset, index_name(name)))
             storage.delete(storage.join(dataset, name))
-        elif re.fullmatch(r"index-[0-9a-f]{16}\.npz", name) and name != index_file(manifest.index_sha256 or ""):
+        elif is_index_file(name) and name != index_file(manifest.index_sha256 or ""):
             storage.delete(storage.join(dataset, name))
     storage.drop_unfinished(dataset)
