@@ -37,7 +37,7 @@ def identified_rows(source: SourceSpec, exclusions: Exclusions) -> Iterator[tupl
     failures: Counter[str] = Counter()
     for row, address in rows_of(source, exclusions):
         if isinstance(row, ClipRef):
-            identity = row_id(row.key, row.url, row.caption, row.span, row.size_bytes)
+            identity = _clip_id(row)
         else:
             # A row without a key is called after its number, which changes with its place.
             key = "" if row.key == f"row-{row.row}" else row.key
@@ -186,13 +186,15 @@ class Delta:
             if not left and not waiting:
                 break
             if number >= self.total:
-                raise UserError(f"{self._spec.source.table} grew while it was read; run the command again")
+                raise self._changed()
             place = places[number]
             shard = int(shards[number])
             if place >= 0 and shard not in rebuilt:
                 continue
             row = (self._exclusions.failure(row, address) if self._exclusions else None) or row
             identity = "".join(f"{word:016x}" for word in self._rows_T3[number].tolist())
+            if isinstance(row, ClipRef) and identity != _clip_id(row):
+                raise self._changed()
             if place < 0:
                 new.append((identity, row))
                 left -= 1
@@ -213,6 +215,15 @@ class Delta:
                     recaption=change.recaption,
                 )
                 del waiting[shard]
+        if left or waiting:
+            raise self._changed()
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self._spec.source.table} changed while it was read; run the command again")
+
+
+def _clip_id(row: ClipRef) -> str:
+    return row_id(row.key, row.url, row.caption, row.span, row.size_bytes)
 
 
 def _unit(number: int, rows: Sequence[tuple[str, Row]]) -> Unit:
