@@ -13,6 +13,7 @@ from flows.console import log, results
 from flows.evaluate_trip import evaluate_stage, with_base_row, with_extractors
 from flows.layout import Run
 from flows.mlflow_store import tracking_address
+from flows.recipe_values import Values
 from flows.recipes import VARIANTS, Recipe
 from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
@@ -45,6 +46,7 @@ def ablate(
     steps: list[int] | None = None,
     rate: list[str] | None = None,
     tune: bool = True,
+    values: Values = None,
     *,
     extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
@@ -52,7 +54,7 @@ def ablate(
     """Train and evaluate TRIP and its variants under common seeds, and report the paired differences. Resumes.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
@@ -64,10 +66,11 @@ def ablate(
             learning curve.
         rate: VARIANT=FACTOR, on the learning rates of that variant; once for each.
         tune: search the weights of Equation 9 for TRIP^W, on held-out clips that no table is of; else the recipe's.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     names = dict.fromkeys([ablation.REFERENCE, *(name.strip() for name in variants.split(",") if name.strip())])
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
@@ -95,7 +98,7 @@ def ablate(
                     arms.append(ablation.Arm(name, seed, evaluated.uri, trained.loss_last, budget))
     comparisons = [ablation.compare([arm for arm in arms if arm.steps == budget]) for budget in budgets]
     about = {
-        "recipe": recipe,
+        "recipe": run.recipe.name,
         "steps": budgets[0] if len(budgets) == 1 else budgets,
         "global_batch": run.recipe.train.global_batch,
         "base_sha256": layout.base_hash(run.recipe.train.base),

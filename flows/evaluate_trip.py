@@ -13,6 +13,7 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, code_version
 from infra import storage
@@ -93,6 +94,7 @@ def evaluate_trip(
     champion: str | None = None,
     tracking_uri: str | None = None,
     base_row: bool = True,
+    values: Values = None,
     *,
     extractors: ExtractorFiles = NONE,
     options: SourceOptions = DEFAULT,
@@ -100,7 +102,7 @@ def evaluate_trip(
     """Evaluate a model on a protocol's clips, next to other methods; continues an earlier call.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
@@ -115,6 +117,7 @@ def evaluate_trip(
         tracking_uri: where MLflow keeps this evaluation too; a registration logs it in any case.
         base_row: also animate with the untrained base, as a row of the table. It costs as much as animating with the
             model, once for all models of this base below the root.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         extractors: files of the feature extractors; without one, a fixed random network is used under another name.
         options: how the source was read.
     """
@@ -122,7 +125,7 @@ def evaluate_trip(
 
     uri = tracking_uri and tracking_address(tracking_uri, root)
     methods = parse_methods(method or [])
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = layout.data_set(held_out) if held_out is not None else None
     if model is None or data is None:
         trained_on = layout.data_set(dataset) if dataset is not None else run.prepared()

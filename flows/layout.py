@@ -7,6 +7,7 @@ meets old files and the same command resumes. Asking for an address runs nothing
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ from tasks.ingest.sources import opened, source_name
 from tasks.ingest.spec import SourceSpec
 from tasks.records import Artifact, UserError, digest
 from tasks.shards import ShardDataset, version_of
-from tasks.train.spec import TrainSpec, finished_report, spec_digest
+from tasks.train.spec import Start, TrainSpec, finished_report, spec_digest
 from trip_model.folders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"  # of MLflow
@@ -75,10 +76,11 @@ class Run:
         """The newest version of this run's data set. Raises UserError if it is not finished."""
         return data_set(self.prepare.output)
 
-    def train(self, data: Artifact) -> TrainSpec:
-        """The spec of a training on a data set."""
-        spec = replace(self.recipe.train, dataset=data.uri, dataset_sha256=data.sha256)
+    def train(self, data: Artifact, start: Start | None = None) -> TrainSpec:
+        """The spec of a training on a data set; the recipe's steps come after those that `start` goes on from."""
+        spec = replace(self.recipe.train, dataset=data.uri, dataset_sha256=data.sha256, start=start)
         spec = replace(spec, base_sha256=base_hash(spec.base))
+        spec = replace(spec, steps=spec.steps + (start.step if start is not None else 0))
         return replace(spec, output=address(self.root, "train", spec_digest(spec)))
 
     def trained(self, data: Artifact) -> Artifact:
@@ -134,9 +136,20 @@ class Run:
         }
 
 
-def resolve(recipe: str, source: str | None, root: str, base: str | None, options: SourceOptions) -> Run:
-    """The run that the flags of a command ask for. Raises UserError for an unknown recipe or unusable options."""
-    return Run(find_recipe(recipe, base), named_source(source, options), storage.absolute(root))
+def resolve(
+    recipe: str,
+    source: str | None,
+    root: str,
+    base: str | None,
+    options: SourceOptions,
+    values: Sequence[str] | None = None,
+) -> Run:
+    """The run that the flags of a command ask for.
+
+    Raises:
+        UserError: an unknown recipe, unusable options, or values that the recipe does not have.
+    """
+    return Run(find_recipe(recipe, base, values), named_source(source, options), storage.absolute(root))
 
 
 def data_set(uri: str) -> Artifact:

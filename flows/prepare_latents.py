@@ -14,6 +14,7 @@ from flows import layout
 from flows.console import log
 from flows.layout import Run, prepared_for
 from flows.prefect_artifacts import PrepareArtifacts
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
@@ -81,13 +82,14 @@ def prepare_latents(
     keep_frames: bool = False,
     protocol: str | None = None,
     retry: str | None = None,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Download, decode and encode the clips of a table; continues an interrupted call.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
             without it the demo draws its own clips.
         root: folder or address that everything is written below.
@@ -95,9 +97,10 @@ def prepare_latents(
         keep_frames: also store the frames, which an evaluation needs, if the recipe does not.
         protocol: a preset or its file .toml whose frames to take and to store, for a data set to evaluate on.
         retry: classes of failures to try again in place, with commas: network, timeout, server, throttled, decoder.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source is read.
     """
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     spec = replace(run.recipe.prepare, keep_pixels=keep_frames or run.recipe.prepare.keep_pixels)
     if protocol is not None:
         spec = prepared_for(spec, protocol)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flows.recipe_values import differences, flatten, format_toml, parse_assignments, read_toml, settable, with_values
+from infra import storage
 from infra.settings import CHECKOUT
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.evaluate.spec import EvaluateSpec
+from tasks.evaluate.spec import check_spec as check_evaluate
 from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
 from tasks.train.spec import TrainSpec, ValidationSpec, identity
+from tasks.train.spec import check_spec as check_train
 from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
 
 PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; or a local folder of the same layout
@@ -283,17 +287,94 @@ def _all() -> dict[str, Callable[[], Recipe]]:
 RECIPES = _all()
 
 
-def find_recipe(name: str, base: str | None = None) -> Recipe:
-    """The recipe of this name, on another base where one is given. Raises UserError with the known names."""
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ";"
-        raise UserError(f"no recipe {name!r}{hint} the known ones are {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
+def find_recipe(name: str, base: str | None = None, values: Sequence[str] | None = None) -> Recipe:
+    """A recipe with values of one's own.
+
+    Args:
+        name: a name of `RECIPES`, or the address of a file that ends in .toml.
+        base: another base, instead of the recipe's.
+        values: FIELD=VALUE texts; the name of the recipe then says which fields have other values.
+    Raises:
+        UserError: an unknown name, an unusable file or value, or values that do not agree.
+    """
+    recipe = _read_recipe(name, ()) if name.endswith(".toml") else _named(name)
+    if values:
+        recipe = _changed(recipe, parse_assignments(values))
     if base is None:
         return recipe
     base = resolved_base(base)
     return replace(recipe, prepare=replace(recipe.prepare, base=base), train=replace(recipe.train, base=base))
+
+
+def _named(name: str) -> Recipe:
+    if name in RECIPES:
+        return RECIPES[name]()
+    close = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ";"
+    raise UserError(f"no recipe {name!r}{hint} the known ones are {', '.join(RECIPES)}, or give a file .toml")
+
+
+def _read_recipe(address: str, children: tuple[str, ...]) -> Recipe:
+    """The recipe of a file: its parent with the values of the file."""
+    address = storage.absolute(address)
+    if address in children:
+        raise UserError(f"recipe {address!r} is its own parent; give `from` the name of a recipe, such as demo")
+    content = read_toml(address)
+    parent = content.pop("from", None)
+    if not isinstance(parent, str):
+        raise UserError(f'recipe {address!r} names no parent; begin it with a line such as from = "demo"')
+    if parent.endswith(".toml"):
+        path = storage.local_path(parent)
+        relative = path is not None and not path.expanduser().is_absolute()
+        beside = storage.join(storage.parent(address), parent) if relative else parent
+        base = _read_recipe(beside, (*children, address))
+    else:
+        base = _named(parent)
+    stem = PurePosixPath(address).stem
+    return _changed(base, {"name": stem, "about": f"{base.name}, with values of {stem}.toml"} | flatten(content))
+
+
+def _changed(base: Recipe, values: dict[str, Any]) -> Recipe:
+    """A recipe with other values, which agree with each other."""
+    frames = values.get("train.model.num_frames")
+    recipe = base
+    if isinstance(frames, int) and frames > 0:  # one deviation for each frame, until they are measured
+        deviations = (0.0, *(0.5,) * (frames - 1))
+        model = replace(base.train.model, num_frames=frames, residual_std=deviations)
+        recipe = replace(base, train=replace(base.train, model=model))
+    recipe = with_values(recipe, values)
+    check_recipe(recipe)
+    if "name" in values:
+        return recipe
+    others = {name: value for name, (_, value) in differences(base, recipe).items()}
+    words = ", ".join(f"{name}={format_toml(value)}" for name, value in sorted(others.items()))
+    return replace(recipe, name=f"{base.name}, {words}") if words else recipe
+
+
+# What must be equal in two stages.
+SHARED = {
+    "train.model.num_frames": "prepare.num_frames",
+    "train.model.fps": "prepare.fps",
+    "train.model.size": "prepare.size",
+    "train.sample_posterior": "prepare.keep_logvar",
+    "train.stored_text": "prepare.keep_text",
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UserError for values out of bounds, and for stages that do not agree."""
+    for group, check in (("train", check_train), ("evaluate", check_evaluate)):
+        try:
+            check(getattr(recipe, group))
+        except UserError as error:
+            raise UserError(f"values of {group}: {error}") from None
+    values = settable(recipe)
+    for one, other in SHARED.items():
+        if values[one] != values[other]:
+            raise UserError(
+                f"{one} {format_toml(values[one])} and {other} {format_toml(values[other])}, expected equal values;"
+                " set both"
+            )
 
 
 def resolved_base(base: str) -> str:

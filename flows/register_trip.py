@@ -10,6 +10,7 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, code_version
 from infra import storage
@@ -49,13 +50,14 @@ def register_trip(
     report: str | None = None,
     tracking_uri: str | None = None,
     name: str = "trip",
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Register a model with its evaluation, and promote it if the gate passed.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
@@ -64,10 +66,11 @@ def register_trip(
         report: address of an evaluation's folder, instead of the one that belongs to the model.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         name: the model's name in the registry.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
     candidate = run.trained(data) if model is None else layout.model_folder(model)
     if report is None:

@@ -17,6 +17,7 @@ from flows.evaluate_trip import evaluate_stage, with_base_row
 from flows.layout import prepared_for
 from flows.mlflow_store import tracking_address
 from flows.prepare_latents import prepare_stage
+from flows.recipe_values import Values
 from flows.register_trip import register_stage
 from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
@@ -85,6 +86,7 @@ def reproduce(
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
     protocol: str | None = None,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
     held_out_options: Annotated[
@@ -94,7 +96,7 @@ def reproduce(
     """Run every stage: prepare, train, evaluate, register, and animate a held-out photo. The same command resumes.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: a table of links (CSV, Parquet, JSON lines), a folder of videos, MSR-VTT's annotation or a sample;
             without it the demo draws its own clips.
         root: folder or address that everything is written below.
@@ -102,15 +104,16 @@ def reproduce(
         held_out_source: a second source to evaluate on; needed if the recipe keeps no frames of the first.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         protocol: the evaluation's protocol, as of evaluate-trip; without it the recipe's if there is a second source.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source is read.
         held_out_options: how the second source is read.
     """
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     numbers = run.recipe
     uri = tracking_address(tracking_uri, root)
     if not numbers.prepare.keep_pixels and held_out_source is None:
         raise UserError(
-            f"recipe {recipe!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
+            f"recipe {numbers.name!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
         )
     with kept_ray_session():
         data = prepare_stage(run).data
@@ -118,11 +121,11 @@ def reproduce(
         if held_out_source is not None:
             rules = protocol or numbers.evaluate.protocol
             frames = prepared_for(numbers.prepare, None if rules.endswith(".json") else rules)
-            second = layout.resolve(recipe, held_out_source, root, base, held_out_options)
+            second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
             held_out = prepare_stage(replace(second, recipe=replace(second.recipe, prepare=frames))).data
             # A protocol that the data cannot serve is rejected before days of training.
             load_protocol(rules, ShardDataset(held_out.uri), 1.0, numbers.evaluate.clips, numbers.evaluate.seed)
-        model = train_stage(run.train(data), uri, f"train {recipe}").exported
+        model = train_stage(run.train(data), uri, f"train {numbers.name}").exported
         evaluation = run.evaluate(model, held_out, protocol, foreign=held_out_source is not None)
         report = evaluate_stage(with_base_row(evaluation, run))
     version = register_stage(run, data, model, report.uri, uri, "trip")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from prefect import flow, task
 
-from flows import layout
+from flows import continuing, layout
 from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
+from flows.training_lines import tick_counts, validation_table
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
@@ -31,13 +35,9 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
         return report
 
     def tick(values: dict[str, Any]) -> None:
-        counts = {
-            "stage": "train",
-            "done": values["step"],
-            "total": values["steps"],
-            "eta_seconds": values["seconds_left"],
-        }
-        log(counts | {name: value for name, value in values.items() if name not in ("step", "steps", "seconds_left")})
+        for line in validation_table(values):
+            log(line)
+        log(tick_counts(values))
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
@@ -49,6 +49,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
         report = train(spec, tick, tracking)
     losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
+    log(f"model       {report.model}")
     return report
 
 
@@ -60,21 +61,29 @@ def train_trip(
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
+    start: Annotated[str, Parameter(name="--from")] = "base",
+    profile: int = 0,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Train TRIP on a prepared data set; continues from the newest checkpoint.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         source: the table that the data set was prepared from.
         root: folder or address that everything is written below.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         dataset: address of a prepared data set, instead of the one that belongs to recipe, source and root.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
+        start: base; last, the training below the root that finished last; champion, of the registry; or the address
+            of a trained model. The recipe's steps are trained in addition.
+        profile: number of steps in a trace of torch's profiler, in the folder `profile` of the training's output.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source was read.
     """
     uri = tracking_address(tracking_uri, root)
-    run = layout.resolve(recipe, source, root, base, options)
+    run = layout.resolve(recipe, source, root, base, options, values)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
-    return to_json(train_stage(run.train(data), uri, f"train {recipe}"))
+    spec = replace(continuing.training(run, data, start, uri), profile=profile or run.recipe.train.profile)
+    return to_json(train_stage(spec, uri, f"train {run.recipe.name}"))

@@ -62,6 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="what sampling starts from: noise (default), the noised photo, or its low frequencies",
     )  # fmt: skip
     parser.add_argument(
+        "--feature-reuse",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps that share the network's deep features; 1 is off",
+    )
+    parser.add_argument(
         "--long", choices=("joint", "chunks"), help="for videos longer than the model's: windows together, or in turn"
     )
     picture = parser.add_argument_group("a picture made first, by a pipeline of diffusers")
@@ -183,6 +190,7 @@ def _animate(
         fit=options.fit,
         motion_strength=options.motion,
         start=options.start,
+        feature_reuse=options.feature_reuse,
         long=options.long,
         keep_first_frame=not options.regenerate_first_frame,
     ).frames[0]

@@ -14,7 +14,7 @@ Betas = Literal["linear", "scaled_linear"]
 # Place of the clean first frame. head: before the noised frames (TRIP). tail: after them (TRIP_TE). channel: next to
 # each of them on the channel axis (TRIP_C).
 Condition = Literal["head", "tail", "channel"]
-FusionKind = Literal["tnf", "linear", "none"]
+FusionKind = Literal["tnf", "closed", "linear", "none"]
 Fit = Literal["crop", "squash"]  # crop: the central square of the frame. squash: the frame without its aspect ratio
 RESIDUAL_ERROR = 0.004  # mean square error of a trained base's noise; table in docs/decisions/fusion.md
 BEFORE = "before"  # metadata of a field that older JSON does not have: the value that older models used
@@ -38,7 +38,8 @@ class FusionConfig:
     with the fields `residual`, `residual_error` and `local_shrinkage`, which only it reads.
     """
 
-    # Fusion module: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^- (Table 6). Paper: tnf (3.4).
+    # Fusion of prior and residual: `tnf` TRIP, `linear` TRIP^W, `none` TRIP^- (Table 6); `closed`, ours: Equation 9
+    # with the weights of `shrinkage` and without TNF. Paper: tnf (3.4).
     kind: FusionKind = "tnf"
     # Channels of TNF's tokens. Paper silent.
     width: int = 320
@@ -70,6 +71,11 @@ class FusionConfig:
             raise ValueError(
                 f"local_shrinkage with prediction {self.prediction!r} and residual {self.residual!r}, expected"
                 " prediction 'shrinkage' and residual 'unit'"
+            )
+        if self.kind == "closed" and (self.prediction, self.local_shrinkage) != ("shrinkage", False):
+            raise ValueError(
+                f"kind 'closed' with prediction {self.prediction!r} and local_shrinkage {self.local_shrinkage},"
+                " expected prediction 'shrinkage' without local_shrinkage"
             )
         if self.residual_error <= 0:
             raise ValueError(f"residual_error {self.residual_error}, expected a number above 0")

@@ -1,4 +1,4 @@
-"""Fusion of the prior and the residual noise (Sections 3.3 and 3.4): TNF, linear (TRIP^W) and none (TRIP^-).
+"""Fusion of the prior and the residual noise (Sections 3.3 and 3.4): TNF, linear (TRIP^W), closed form, none (TRIP^-).
 
 Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent height and width, N = B F sequences of
 L = H W spatial tokens, D width. docs/decisions/fusion.md explains the choices where the paper is silent.
@@ -186,7 +186,7 @@ class TemporalNoiseFusion(ModelMixin, ConfigMixin):
         assert shrinkage is not None
         known, unknown, prior = shrinkage
         if skipped is not None:
-            output = (skipped if self.config.residual == "unit" else unknown * skipped) + output
+            output = _unit(skipped, shrinkage, self.config) + output
         noise = known * prior + unknown * output
         if not self.config.local_shrinkage:
             return noise
@@ -203,6 +203,16 @@ class TemporalNoiseFusion(ModelMixin, ConfigMixin):
         power = motion_BCFHW.square().mean(dim=1, keepdim=True)
         power = F.avg_pool3d(power, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
         return power / (power + self.log_threshold.float().exp())
+
+
+def _unit(residual: torch.Tensor, shrinkage: Shrinkage, config: FusionConfig) -> torch.Tensor:
+    """Returns the residual in units in which the unknown part of the noise has unit variance."""
+    return residual if config.residual == "unit" else shrinkage.unknown * residual
+
+
+def closed_form_fusion(residual: torch.Tensor, shrinkage: Shrinkage, config: FusionConfig) -> torch.Tensor:
+    """Equation 9 with the weights of `shrinkage` (ours): what TNF's correction under `shrinkage` is added to."""
+    return shrinkage.known * shrinkage.prior + shrinkage.unknown * _unit(residual.float(), shrinkage, config)
 
 
 def linear_decay(frames: int, first: float, last: float) -> torch.Tensor:

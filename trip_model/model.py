@@ -14,10 +14,10 @@ from torch import nn
 
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import TripConfig
-from trip_model.fusion import Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
+from trip_model.fusion import Shrinkage, TemporalNoiseFusion, closed_form_fusion, linear_decay, linear_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage, unknown_share
 from trip_model.schedule import NoiseSchedule
-from trip_model.unet import UNet3D, load_unet, set_dropout, widen_input
+from trip_model.unet import DeepFeatures, UNet3D, load_unet, set_dropout, widen_input
 
 MIN_RESIDUAL_STD = 0.02  # lower bound, so that a data set of still clips cannot make lambda* 1 at every time step
 
@@ -65,6 +65,7 @@ class Trip(nn.Module):
         t_B: torch.Tensor,
         text_BLD: torch.Tensor,
         offset: int = 0,
+        deep: DeepFeatures | None = None,
     ) -> torch.Tensor:
         """Returns the predicted noise, float32 [B, C, F, H, W].
 
@@ -74,6 +75,7 @@ class Trip(nn.Module):
             t_B: time steps, int64, 0-based.
             text_BLD: text features c.
             offset: 0-based index of the first of these frames in its video, for a window of a longer one.
+            deep: features of the 3D-UNet to reuse from an earlier step, or an empty object that keeps them.
         """
         frames = z_t_BCFHW.shape[2]
         joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
@@ -82,14 +84,17 @@ class Trip(nn.Module):
             t_BF = t[:, None].expand(-1, frames)
             clean_B1 = torch.zeros_like(t_BF[:, :1])
             t = torch.cat([clean_B1, t_BF] if self.config.condition == "head" else [t_BF, clean_B1], dim=1)
-        output = drop_condition_slot(self.unet(joined, t, text_BLD), self.config.condition)
+        reuse = {} if deep is None else {"deep": deep}
+        output = drop_condition_slot(self.unet(joined, t, text_BLD, **reuse), self.config.condition)
 
         fusion = self.config.fusion
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):
             signal, sigma = self.schedule.signal_and_noise(t_B, 5)
-            if fusion.kind == "tnf" and fusion.prediction == "shrinkage":
+            if fusion.kind in ("tnf", "closed") and fusion.prediction == "shrinkage":
                 std = self.residual_std(frames, z_t_BCFHW.device, offset)
                 residual, prior, shrinkage = self._shrunk(output, z_t_BCFHW, z_first_BC1HW, signal, sigma, std)
+                if fusion.kind == "closed":
+                    return closed_form_fusion(residual, shrinkage, fusion)
             else:
                 residual, shrinkage = self._as_noise(output, z_t_BCFHW, signal, sigma), None
                 if fusion.kind == "none":

@@ -44,6 +44,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_LONG_FRAMES = 1024
 MAX_SIDE = 2048  # pixels
 MAX_MOTION = 3.0
+MAX_REUSE = 10  # steps
 MAX_VIDEOS = 64  # of one call
 _OLD_ARGUMENTS = ("seed", "num_frames", "steps", "guidance", "keep_first_frame", "on_step")
 
@@ -324,6 +325,7 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         fit: Fit = "crop",
         motion_strength: float = 1.0,
         start: Start = "noise",
+        feature_reuse: int = 1,
         long: LongMode | None = None,
         overlap: int = 4,
         keep_first_frame: bool = True,
@@ -354,6 +356,8 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             fit: `crop`, `pad`, or `keep`: frames of the photo's aspect ratio and about the model's area.
             motion_strength: factor of the motion; 1 is the model's own, 0 returns the photo in every frame.
             start: what sampling starts from: `noise`, the noised `photo`, or its low frequencies (`low-pass`).
+            feature_reuse: steps that share the deep features of the 3D-UNet; 1 computes them at every step. 2 takes
+                about two thirds of the time and changes the video a little (docs/decisions/unet.md).
             long: for videos longer than the model's: `joint` denoises overlapping windows together, `chunks` animates
                 the last frame of each chunk again.
             overlap: frames that two windows or chunks share.
@@ -422,6 +426,7 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             motion=_checked_motion(motion_strength),
             start=start,
             overlap=overlap,
+            reuse=_checked_reuse(feature_reuse),
         )
         request = _Request(photos, text, empty, noise, steps, guidance, options, long)
 
@@ -638,6 +643,12 @@ def _checked_motion(strength: Any) -> float:
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= MAX_MOTION:
         raise ValueError(f"motion_strength is {strength!r}; use a number from 0 (still) to {MAX_MOTION:g}")
     return float(strength)
+
+
+def _checked_reuse(steps: Any) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_REUSE:
+        raise ValueError(f"feature_reuse is {steps!r}; use a number of steps from 1 (off) to {MAX_REUSE}")
+    return steps
 
 
 def _as_list(image: Any) -> list[Any]:

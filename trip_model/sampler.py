@@ -15,6 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPC
 from trip_model.model import Trip
 from trip_model.noise_prior import image_noise_prior
 from trip_model.schedule import NoiseSchedule
+from trip_model.unet import DeepFeatures
 
 SamplerName = Literal["ddim", "dpm++", "unipc", "euler"]
 Start = Literal["noise", "photo", "low-pass"]
@@ -134,6 +135,8 @@ class SamplingOptions:
     # Frames of one pass through the network, and how many of them two neighbouring windows share; None: all frames.
     window: int | None = None
     overlap: int = 4
+    # Steps that share the deep features of the 3D-UNet: 1 computes them at every step, as the paper does.
+    reuse: int = 1
     # Clean latents that the first frames must keep, [B, C, K, H, W]: the overlap with an earlier chunk.
     known: torch.Tensor | None = None
 
@@ -187,10 +190,13 @@ class _Predictor:
     def __init__(self, model: Trip, options: SamplingOptions, guidance: float, frames: int) -> None:
         self._model, self._options, self._guidance = model, options, guidance
         self._windows = None if options.window is None else windows(frames, options.window, options.overlap)
+        self._deep: dict[int, DeepFeatures] = {}  # by the first frame of a window
 
     def __call__(
-        self, z: torch.Tensor, z_first: torch.Tensor, t: int, text: torch.Tensor, empty: torch.Tensor
+        self, z: torch.Tensor, z_first: torch.Tensor, t: int, text: torch.Tensor, empty: torch.Tensor, index: int
     ) -> torch.Tensor:
+        if index % self._options.reuse == 0:
+            self._deep = {}
         if self._windows is None:
             return self._fused(z, z_first, t, text, empty, 0)
         total, count = torch.zeros_like(z), torch.zeros_like(z[:1, :1, :, :1, :1])
@@ -211,13 +217,15 @@ class _Predictor:
             branches.insert(0, (torch.zeros_like(z_first), none))
         count = len(branches)
         t_B = torch.full((count * len(z),), t, dtype=torch.int64, device=z.device)
-        window = {"offset": offset} if offset else {}
+        more: dict[str, Any] = {"offset": offset} if offset else {}
+        if self._options.reuse > 1:
+            more["deep"] = self._deep.setdefault(offset, DeepFeatures())
         noise = self._model(
             torch.cat([z] * count) if count > 1 else z,
             torch.cat([image for image, _ in branches]),
             t_B,
             torch.cat([words for _, words in branches]),
-            **window,
+            **more,
         ).chunk(count)
         fused = noise[-1]
         if by_text:
@@ -273,7 +281,7 @@ def sample_latents(
         z = solver.z_t(state, index)
         if options.known is not None:
             z = _with_known(model.schedule, z, options.known, noise, t)
-        fused = predict(z, z_first_BC1HW, t, text_BLD, empty_text_1LD)
+        fused = predict(z, z_first_BC1HW, t, text_BLD, empty_text_1LD, index)
         state = solver.step(state, fused, index)
         if hook is not None:
             tensors = {"latents": state, "prompt_embeds": text_BLD, "negative_prompt_embeds": empty_text_1LD}

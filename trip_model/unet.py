@@ -122,6 +122,16 @@ class Level(nn.Module):
         return x
 
 
+@dataclass
+class DeepFeatures:
+    """What enters the last level of the way up, [N, C, H, W], kept from one pass for later ones (arXiv 2312.00858).
+
+    A pass with `value` None computes everything and sets it; with a value, only the first and the last level run.
+    """
+
+    value: torch.Tensor | None = None
+
+
 class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The 3D-UNet eps(x, t, c), with the state dict of diffusers' `UNet3DConditionModel`, name for name.
 
@@ -187,13 +197,16 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.config_name).write_text(self.config.to_json())
 
-    def forward(self, x_BCFHW: torch.Tensor, t: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BCFHW: torch.Tensor, t: torch.Tensor, text_BLD: torch.Tensor, deep: DeepFeatures | None = None
+    ) -> torch.Tensor:
         """The network's output, [B, C, F, H, W] with `out_channels`, in the data type of the weights.
 
         Args:
             x_BCFHW: noised latents with the condition.
             t: time steps, 0-based, one for each sample (B,) or for each of its frames (B, F), or one for all ().
             text_BLD: text features c, one for each sample.
+            deep: the features of an earlier pass to reuse, or an empty object that keeps those of this pass.
         """
         batch, _, frames = x_BCFHW.shape[:3]
         dtype = self.conv_in.weight.dtype
@@ -205,20 +218,31 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x_BCFHW.to(dtype).transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self._run(self.transformer_in, self.conv_in(x), frames)
         skips = [x]
+        kept = None if deep is None else deep.value
+        *way_up, last = _levels(self.up_blocks)
         for level in _levels(self.down_blocks):
             for layer in range(len(level.resnets)):
                 x = self._run(level, layer, x, time_NT, text_BLD)
                 skips.append(x)
+            if kept is not None:
+                break
             for downsample in level.downsamplers:
                 x = downsample(x)
                 skips.append(x)
-        for layer in range(len(self.mid_block.resnets)):
-            x = self._run(self.mid_block, layer, x, time_NT, text_BLD)
-        for level in _levels(self.up_blocks):
-            for layer in range(len(level.resnets)):
-                x = self._run(level, layer, x, time_NT, text_BLD, skips.pop())
-            for upsample in level.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
+        if kept is None:
+            for layer in range(len(self.mid_block.resnets)):
+                x = self._run(self.mid_block, layer, x, time_NT, text_BLD)
+            for level in way_up:
+                for layer in range(len(level.resnets)):
+                    x = self._run(level, layer, x, time_NT, text_BLD, skips.pop())
+                for upsample in level.upsamplers:
+                    x = upsample(x, skips[-1].shape[2:])
+            if deep is not None:
+                deep.value = x
+        else:
+            x = kept
+        for layer in range(len(last.resnets)):
+            x = self._run(last, layer, x, time_NT, text_BLD, skips.pop())
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return x.unflatten(0, (batch, frames)).transpose(1, 2)
 

@@ -278,7 +278,7 @@ def _save_vae(vae: AutoencoderKL, out: Path) -> None:
 
 
 def _forget_origin(folder: Path) -> None:
-    """diffusers notes in a configuration which folder it was read from; that is nobody's business."""
+    """Removes the folder that a configuration was read from, which diffusers writes into it."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

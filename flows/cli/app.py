@@ -160,7 +160,8 @@ def _run_flow(name: str, module: str, function: str, given: dict[str, Any]) -> N
     """Runs a flow with a Prefect server, alone on its root."""
     from flows.recipes import find_recipe
 
-    find_recipe(given["recipe"])  # rejects a misspelt name before a server is started for it
+    # Rejects a misspelt name, and a value, before a server is started for it.
+    find_recipe(given["recipe"], None, given["values"])
 
     def load() -> None:
         with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from infra import storage
 from infra.redaction import redact
@@ -18,6 +19,7 @@ def check_source(
     root: str = DEFAULT_ROOT,
     recipe: str = "demo",
     base: str | None = None,
+    values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
 ) -> int:
@@ -28,12 +30,13 @@ def check_source(
         root: the run's root, whose takedowns leave clips out.
         recipe: the recipe whose text encoder counts the tokens of captions.
         base: folder of the text-to-video model, instead of the recipe's.
+        values: FIELD=VALUE, a number of your own instead of the recipe's; once for each.
         options: reading options of the source.
     """
     spec = options.spec(source)
     for line in preview(spec):
         print(redact(line))
-    tokens, longest = _tokenizer(recipe, base)
+    tokens, longest = _tokenizer(recipe, base, values)
     takedowns = read_root_takedowns(storage.join(storage.absolute(root), "data", "0" * 16))
 
     def is_taken_down(row: ClipRef, address: str | None) -> bool:
@@ -45,14 +48,14 @@ def check_source(
     return int(result.usable < result.rows - result.taken_down)
 
 
-def _tokenizer(recipe: str, base: str | None) -> tuple[Callable[[str], int] | None, int]:
+def _tokenizer(recipe: str, base: str | None, values: Values) -> tuple[Callable[[str], int] | None, int]:
     """The number of tokens of a caption, and what the text encoder reads; None without a local base."""
     import json
     from pathlib import Path
 
     from flows.recipes import find_recipe
 
-    folder = Path(find_recipe(recipe, base).prepare.base)
+    folder = Path(find_recipe(recipe, base, values).prepare.base)
     if not (folder / "tokenizer").is_dir():
         return None, 77
     from transformers import CLIPTokenizer

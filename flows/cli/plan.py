@@ -14,6 +14,7 @@ from rich.table import Table
 from flows.planning.plan import Plan, Row, make_plan
 from flows.planning.question import Question
 from flows.planning.units import duration, size, work
+from flows.recipe_values import Values
 from flows.recipes import find_recipe
 from infra import storage
 from infra.redaction import redact
@@ -34,12 +35,13 @@ def plan(
     gbit: float = 1.0,
     base: str | None = None,
     data: str | None = None,
+    values: Values = None,
     json: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Print memory, batch, time, storage and cost of a recipe, each with its arithmetic; exit code 1 if it cannot fit.
 
     Args:
-        recipe: the configuration of the run; see the command `recipes`.
+        recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         gpus: how many GPUs (of a CPU recipe: workers), instead of the recipe's.
         gpu: h200, h100, a100-80, a100-40, l40s, 4090 or cpu; h100 where the recipe asks for GPUs.
         clips: how many clips the table has, as 10.7M or 2k.
@@ -48,9 +50,10 @@ def plan(
         gbit: speed of the download, Gbit/s.
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         data: address of a prepared data set; checks what would fail at step 1, and counts its clips.
+        values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         json: print one JSON instead.
     """
-    numbers = find_recipe(recipe, base)
+    numbers = find_recipe(recipe, base, values)
     train, prepare = numbers.train, numbers.prepare
     if gpus is not None:
         train = replace(train, workers=gpus)

@@ -27,6 +27,7 @@ from tasks.evaluate.report.figures import Example
 from tasks.evaluate.spec import (
     EvaluateReport,
     EvaluateSpec,
+    check_spec,
     finished_report,
     model_sha256,
     provenance_of,
@@ -122,9 +123,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             although the protocol allows none, or an output that cannot be written.
     """
     start = time.monotonic()
-    for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker", "samples"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
+    check_spec(spec)
     output = storage.absolute(spec.output)
     spec = replace(spec, output=output)
     dataset = ShardDataset(spec.dataset)

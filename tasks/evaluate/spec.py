@@ -95,6 +95,15 @@ class EvaluateReport:
         return self.gate.passed
 
 
+def check_spec(spec: EvaluateSpec) -> None:
+    """Raises UserError for a number that no evaluation can use."""
+    for name in ("clips", "batch", "bootstrap", "examples", "cpus_per_worker", "samples"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"{name} {getattr(spec, name)}, expected at least 1")
+    if spec.steps is not None and spec.steps < 1:
+        raise UserError(f"steps {spec.steps}, expected at least 1, or none for the model's own number")
+
+
 def finished_report(output: str, key: str, start: float) -> EvaluateReport | None:
     """The report at an address, if it is complete and of this key; `start` is the clock at the start of the call."""
     try:

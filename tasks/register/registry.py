@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
     client = open_registry(spec.tracking_uri)
+    spec = replace(spec, lineage=spec.lineage | _parent(client, spec.name, settings))
     with addresses(spec.tracking_uri):
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(model_sha256)
@@ -197,6 +198,17 @@ def _find_version(client: MlflowClient, name: str, package_digest: str, report_d
         if (tags.get("trip.package"), tags.get("trip.report")) == (package_digest, report_digest):
             return version
     return None
+
+
+def _parent(client: MlflowClient, name: str, settings: dict[str, Any]) -> dict[str, str]:
+    """Of a model that continues another one: that model, its newest version, and steps and samples of both in all."""
+    names = ("parent_sha256", "total_steps", "total_samples")
+    lineage = {n: str(settings["provenance"][n]) for n in names if n in settings.get("provenance", {})}
+    if lineage:
+        versions = client.search_model_versions(f"name = '{name}'")
+        of_parent = [int(v.version) for v in versions if v.tags.get("trip.judged_model") == lineage["parent_sha256"]]
+        lineage["parent_version"] = str(max(of_parent)) if of_parent else "not registered"
+    return lineage
 
 
 def _card(spec: RegisterSpec, folder: Path, settings: dict[str, Any], report: ReportFacts) -> str:

@@ -96,6 +96,10 @@ class AliasedModel:
         os.utime(package)
         return self._model_folder(package, version)
 
+    def trained_sha256(self, id: VersionId) -> str:
+        """Returns the hash of the folder that training exported; "" if unknown. Raises `RegistryTrouble`."""
+        return self._tags(id.number).get("trip.judged_model", "")
+
     def last_fetched(self) -> VersionId | None:
         """Returns the version that was used last, for a process that starts while the registry is down."""
         packages = sorted(self.cache.glob(PACKAGE.format("*", "*")), key=lambda folder: folder.stat().st_mtime)
@@ -111,11 +115,14 @@ class AliasedModel:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _model_hash(self, version: str) -> str:
+    def _tags(self, version: str) -> dict[str, str]:
         try:
-            tags = self._client.get_model_version(self.name, version).tags
+            return self._client.get_model_version(self.name, version).tags
         except tracking.TROUBLE as error:
             raise RegistryTrouble(self._unreachable(error)) from error
+
+    def _model_hash(self, version: str) -> str:
+        tags = self._tags(version)
         if tracking.MODEL_HASH not in tags:
             raise RegistryTrouble(
                 f"version {version} of {self.name} has no tag {tracking.MODEL_HASH} to check its weights against;"

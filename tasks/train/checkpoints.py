@@ -126,7 +126,7 @@ class CheckpointStore:
         steps = self.steps()
         for step in steps:
             try:
-                return self._load(step)
+                return self.load(step)
             except (ValueError, KeyError, FileNotFoundError) as error:
                 log.warning("checkpoint %s is damaged (%s); going back to the one before", self.address(step), error)
         if steps:
@@ -142,7 +142,8 @@ class CheckpointStore:
         names = [name.removeprefix("step-") for name in storage.list_dir(self.uri) if name.startswith("step-")]
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
-    def _load(self, step: int) -> Checkpoint:
+    def load(self, step: int) -> Checkpoint:
+        """Loads one checkpoint. Raises ValueError, KeyError or FileNotFoundError if it is damaged or missing."""
         uri = self.address(step)
         mark = storage.read_json(storage.join(uri, COMPLETE))
         parts = {}

@@ -6,17 +6,19 @@ import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from infra import storage
 from infra.redaction import redact
 from tasks.shards import ShardDataset
 from tasks.train.checkpoints import Tensors
+from tasks.train.initial import initial_model
 from tasks.train.lora import add_adapters, save_and_merge
 from tasks.train.spec import TrainReport, TrainSpec, spec_digest
+from tasks.train.start import totals, write_training
 from trip_model.checkpoint import save_model
 from trip_model.config import TripConfig
 from trip_model.folders import folder_hash
-from trip_model.model import Trip
 
 
 def export(
@@ -32,16 +34,22 @@ def export(
         trained: the trained weights in full, by their names in the trained model.
         report: the report of the training so far.
     """
+    base_sha256 = folder_hash(base)
+    lineage: dict[str, Any] = {}
+    if spec.start is not None:
+        steps, samples = totals(spec)
+        lineage = {"parent_sha256": spec.start.parent, "total_steps": steps, "total_samples": samples}
     provenance = {
         "dataset": redact(spec.dataset),
         "dataset_manifest_sha256": dataset.manifest_sha256,
-        "base_sha256": folder_hash(base),
+        "base_sha256": base_sha256,
         "spec_digest": spec_digest(spec),
         "steps": spec.steps,
         "seed": spec.seed,
+        **lineage,
         **({"latents": "drawn from the posterior"} if spec.sample_posterior else {}),
     }
-    trip = Trip.from_base(base, config)
+    trip = initial_model(spec, base, config)
     adapters = add_adapters(trip.unet, spec) if spec.trained == "lora" else None
     unexpected = trip.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, unexpected
@@ -54,6 +62,7 @@ def export(
             storage.delete(storage.join(spec.output, folder.name))
         for path in sorted(p for p in spool.rglob("*") if p.is_file()):
             storage.upload_file(path, storage.join(spec.output, *path.relative_to(spool).parts))
+        write_training(spec, report.model_digest, dataset.manifest_sha256, base_sha256)
         storage.write_json(storage.join(spec.output, "report.json"), asdict(report))
     finally:
         shutil.rmtree(spool)

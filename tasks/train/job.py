@@ -30,6 +30,7 @@ from tasks.train.checkpoints import CheckpointStore, SavedCheckpoint
 from tasks.train.loop import ControlSignal, Tick, TrainingStopped, run_training
 from tasks.train.preflight import preflight
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
+from tasks.train.ticks import TickFile
 
 NO_TRACKING = TrackingSpec()
 MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the group resumes from the newest one
@@ -209,9 +210,10 @@ def _both(first: Tick, second: Tick | None) -> Tick:
 
 
 class _RunLog:
-    """Logs to MLflow on rank 0: one run per training, also after a resume; listens to the checkpoints."""
+    """Logs to a file and MLflow on rank 0: one run per training, also after a resume; listens to the checkpoints."""
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
+        self._ticks = TickFile(spec)
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
@@ -225,7 +227,8 @@ class _RunLog:
         )
         key = f"train-{spec_digest(spec)}"
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
-        self._tracking.start_run(tracking.run_name, None, key, params, {"trip.stage": "train"}, wait_seconds=0)
+        tags = {"trip.stage": "train"} | ({"trip.parent": spec.start.parent} if spec.start is not None else {})
+        self._tracking.start_run(tracking.run_name, None, key, params, tags, wait_seconds=0)
         self._tracking.document("spec.json", asdict(spec))
         self._tracking.dataset_input("latents", manifest_sha256, spec.dataset)
 
@@ -233,11 +236,13 @@ class _RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ticks.upload()
         if self._tracking is not None:
             stopped = isinstance(error, TrainingStopped | KeyboardInterrupt)
             self._tracking.finish("KILLED" if stopped else "FAILED" if error is not None else "FINISHED")
 
     def tick(self, values: dict[str, Any]) -> None:
+        self._ticks.tick(values)
         if self._tracking is not None:
             numbers = {k: float(v) for k, v in values.items() if k not in ("step", "steps", "seconds_left")}
             self._tracking.metrics(numbers, values["step"])
@@ -248,6 +253,7 @@ class _RunLog:
             self._tracking.flush(FLUSH_SECONDS)
 
     def after_mark(self, saved: SavedCheckpoint) -> None:
+        self._ticks.upload()
         if self._tracking is not None:
             self._tracking.checkpoint(saved.step, saved.uri, saved.digest, saved.metrics)
             for step in saved.removed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -28,16 +28,19 @@ from tasks.train.checkpoints import (
     restore_optimizer,
 )
 from tasks.train.export import export
+from tasks.train.initial import initial_model, initial_state, parent_config
 from tasks.train.loader import TrainingData, share
 from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_factor, make_optimizer, trained_weights
+from tasks.train.profiling import peak_memory_bytes, profiler
 from tasks.train.sharding import full_tensor, full_tensors, shard, shard_like
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
 from tasks.train.validation import LOSS, Validation, ValidationResult
 from trip_model.checkpoint import config_from_json
+from trip_model.config import TripConfig
 from trip_model.encoders import load_text_encoder, load_vae
 from trip_model.folders import resolve_base
 from trip_model.images import video_bytes
-from trip_model.model import Trip, base_unet_output, measure_residual_std
+from trip_model.model import base_unet_output, measure_residual_std
 from trip_model.objective import draw, training_loss
 from trip_model.schedule import to_base_schedule
 
@@ -69,10 +72,12 @@ def run_training(
         rank: of this worker, 0 to world - 1.
         world: number of workers.
         device: as torch names it.
-        on_tick: called every `tick_every` steps with "step", "steps", "samples_per_second", "seconds_left", the means
-            of "loss", "frame_1" and "frame_last" since the last tick, and of the last step "grad_norm" (before
-            clipping), "lr_unet" and "lr_fusion" (if there is a fusion module). "damaged" counts skipped samples, if
-            there are any. After a validation the tick has its metrics, too.
+        on_tick: called every `tick_every` steps with "step", "steps", "seconds_left", the means of "loss", "frame_1"
+            and "frame_last" since the last tick, and of the last step "grad_norm" (before clipping), "lr_unet" and
+            "lr_fusion" (if there is a fusion module). Since the last tick, without validations: "samples_per_second",
+            "samples_per_second_device" (of one worker) and "data_wait", the share of the time in which rank 0 read its
+            batches. "peak_memory_gb" is rank 0's since its start: allocated on its GPU, or resident in GB (1e9 bytes).
+            "damaged" counts skipped samples, if there are any. After a validation the tick has its metrics, too.
         listener: called for every checkpoint.
         control: requests a checkpoint between the regular ones, or a stop.
 
@@ -133,18 +138,13 @@ class Training:
         vae: Any = load_vae(self.base)
         self._scaling = float(vae.config.scaling_factor)
         self._empty_text = self._text.encode(self._text.tokenize([""]))
+        state = resumed or initial_state(spec.start)
         if resumed is not None:
             config = config_from_json(resumed.facts["config"])
         else:
-            z_0 = self._data.first_latents(spec.measure_clips).permute(0, 2, 1, 3, 4) * self._scaling
-            config = replace(
-                spec.model,
-                residual_std=measure_residual_std(z_0),
-                unet_output=base_unet_output(self.base),
-                schedule=to_base_schedule(spec.model.schedule, self.base),
-            )
+            config = self._new_config(parent_config(spec.start, state))
         torch.manual_seed(spec.seed)  # initialises the fusion module and adapters
-        self.trip = Trip.from_base(self.base, config).train()
+        self.trip = initial_model(spec, self.base, config).train()
         self.trip.unet.recompute_activations = spec.recompute_activations
         choose_trained(self.trip, spec)
         self.trip.to(device)
@@ -157,8 +157,8 @@ class Training:
         self.losses = _Losses()
         self._grad_norm = torch.tensor(math.nan)
         self._step = 0
-        if resumed is not None:
-            self._restore(resumed)
+        if state is not None:
+            self._restore(state)
         if self._over_ranks([self._step]) != [self._step]:
             raise RuntimeError(f"rank {rank} of {world} resumes from step {self._step}, other ranks from another step")
         copies = world > 1 and not self._sharded
@@ -169,52 +169,79 @@ class Training:
         if spec.validation.every and (rank == 0 or self._sharded):  # all ranks of a sharded model
             self._validation = Validation(spec.validation, self._data, vae, self._text, self._micro, device)
 
+    def _new_config(self, parent: TripConfig | None) -> TripConfig:
+        """The model's configuration. A trained model keeps the deviations of the residual that it was trained with."""
+        model = self.spec.model
+        if parent is not None and parent.num_frames == model.num_frames:
+            residual_std = parent.residual_std
+        else:
+            z_0 = self._data.first_latents(self.spec.measure_clips).permute(0, 2, 1, 3, 4) * self._scaling
+            residual_std = measure_residual_std(z_0)
+        return replace(
+            model,
+            residual_std=residual_std,
+            unet_output=base_unet_output(self.base),
+            schedule=to_base_schedule(model.schedule, self.base),
+        )
+
     def run(self, checkpoints: CheckpointStore, on_tick: Tick, control: ControlSignal | None) -> None:
         """Runs the remaining steps, with ticks, validations and checkpoints."""
         spec = self.spec
-        tick_time, tick_step = time.monotonic(), self._step
-        while self._step < spec.steps:
-            self._train_step()
-            step, finished = self._step, self._step == spec.steps
-            metrics: dict[str, float] = {}
-            if self._validation is not None and (step % spec.validation.every == 0 or finished):
-                validation_time = time.monotonic()
-                with self.average.applied():
-                    result = self._validation.validate(self.trip)
-                if self._rank == 0:
-                    self._write_clips(result)
-                metrics = result.metrics
-                tick_time += time.monotonic() - validation_time  # samples_per_second measures training only
-            if self._rank == 0 and (step % spec.tick_every == 0 or finished or metrics):
-                steps_per_second = (step - tick_step) / max(time.monotonic() - tick_time, 1e-9)
-                damaged = self._data.damaged
-                on_tick(
-                    self.losses.take()
-                    | metrics
-                    | ({"damaged": damaged} if damaged else {})
-                    | {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
-                    | {
-                        "step": step,
-                        "steps": spec.steps,
-                        "grad_norm": self._grad_norm.item(),
-                        "samples_per_second": steps_per_second * spec.global_batch,
-                        "seconds_left": (spec.steps - step) / steps_per_second,
-                    }
-                )
-                tick_time, tick_step = time.monotonic(), step
-            request = control() if control is not None else ""
-            if request or finished or step % spec.checkpoint_every == 0:
-                parts = self._parts()
-                if self._rank == 0:
-                    checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | metrics)
-            if request == "stop" and not finished:
-                checkpoints.wait()
-                raise TrainingStopped(f"stopped at step {step} of {spec.steps} on request; the same command continues")
+        with profiler(spec, self._rank, self._device) as profile:
+            clock = _Clock(self._step)
+            while self._step < spec.steps:
+                self._train_step(clock)
+                if profile is not None:
+                    profile.step()
+                step, finished = self._step, self._step == spec.steps
+                metrics: dict[str, float] = {}
+                if self._validation is not None and (step % spec.validation.every == 0 or finished):
+                    with clock.stopped(), self.average.applied():
+                        result = self._validation.validate(self.trip)
+                    if self._rank == 0:
+                        self._write_clips(result)
+                    metrics = result.metrics
+                if self._rank == 0 and (step % spec.tick_every == 0 or finished or metrics):
+                    on_tick(self._tick(clock, metrics))
+                    clock = _Clock(step)
+                request = control() if control is not None else ""
+                if request or finished or step % spec.checkpoint_every == 0:
+                    parts = self._parts()
+                    if self._rank == 0:
+                        checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | metrics)
+                if request == "stop" and not finished:
+                    checkpoints.wait()
+                    raise TrainingStopped(
+                        f"stopped at step {step} of {spec.steps} on request; the same command continues"
+                    )
 
-    def _train_step(self) -> None:
+    def _tick(self, clock: _Clock, metrics: dict[str, float]) -> dict[str, Any]:
+        """The numbers of the steps since the last tick."""
+        spec, step = self.spec, self._step
+        steps_per_second = (step - clock.first_step) / clock.seconds()
+        damaged = self._data.damaged
+        return (
+            self.losses.take()
+            | metrics
+            | ({"damaged": damaged} if damaged else {})
+            | {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
+            | {
+                "step": step,
+                "steps": spec.steps,
+                "grad_norm": self._grad_norm.item(),
+                "samples_per_second": steps_per_second * spec.global_batch,
+                "samples_per_second_device": steps_per_second * spec.global_batch / self._world,
+                "data_wait": clock.waited / clock.seconds(),
+                "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+                "seconds_left": (spec.steps - step) / steps_per_second,
+            }
+        )
+
+    def _train_step(self, clock: _Clock) -> None:
         """One step on one global batch: the gradients of this rank's share, clipping, the update and the average."""
         spec, step = self.spec, self._step
-        batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
+        with clock.waiting():
+            batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
         z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).float() * self._scaling
         drawn = draw(
             spec.seed, step, batch.positions, spec.global_batch, z_0.shape[1:],
@@ -294,14 +321,16 @@ class Training:
             "losses": self.losses.state(),
         }
 
-    def _restore(self, resumed: Checkpoint) -> None:
+    def _restore(self, state: Checkpoint) -> None:
+        weights = state.parts["weights"]
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(shard_like(resumed.parts["weights"][name], parameter))
-        restore_optimizer(self._optimizer, resumed.parts["optimizer"])
-        self.average.restore(resumed.parts.get("average", {}))
-        self._step = resumed.step
-        self.losses.restore(resumed.facts["losses"])
+                parameter.copy_(shard_like(weights[name], parameter))
+        restore_optimizer(self._optimizer, state.parts["optimizer"])
+        self.average.restore(state.parts.get("average", weights))
+        self._step = state.step
+        if "losses" in state.facts:
+            self.losses.restore(state.facts["losses"])
 
     def _write_clips(self, result: ValidationResult) -> None:
         """Writes `samples/step-00000200-KEY.mp4` below the output."""
@@ -337,6 +366,30 @@ class _Losses:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.first, self.last, self._sum, self._count = (state[name] for name in ("first", "last", "sum", "count"))
+
+
+class _Clock:
+    """Training time since a step, and how much of it was spent on waiting for data."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step, self.waited = first_step, 0.0
+        self._begin = time.monotonic()
+
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._begin, 1e-9)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Does not count the time inside the block, such as that of a validation."""
+        begin = time.monotonic()
+        yield
+        self._begin += time.monotonic() - begin
 
 
 def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:

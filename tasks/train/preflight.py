@@ -40,7 +40,7 @@ def preflight(spec: TrainSpec) -> list[str]:
     dataset = ShardDataset(spec.dataset)
     _check_sample(spec, dataset, vae, text)
     _check_stored_text(spec, dataset, base)
-    return [*_other_base(spec, dataset, base), *_check_space(spec, _shapes(base))]
+    return [*_trained_base(spec, base), *_other_base(spec, dataset, base), *_check_space(spec, _shapes(base))]
 
 
 def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], text: dict[str, Any]) -> None:
@@ -84,6 +84,16 @@ def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]
         f"{spec.dataset} was prepared with another {part} than the one in {base}"
         for part in ("vae", "tokenizer")
         if f"{part}_sha256" in recipe and recipe[f"{part}_sha256"] != folder_hash(base, part)
+    ]
+
+
+def _trained_base(spec: TrainSpec, base: Path) -> list[str]:
+    """A trained TRIP has the layout of a base, and a fusion that a base does not have."""
+    if not (base / "trip.json").is_file():
+        return []
+    return [
+        f"{spec.base} is a trained TRIP: as a base it gives its 3D-UNet, and its fusion is trained from the start;"
+        f" to continue it whole, give it as --from {spec.base} with the base that it was trained from"
     ]
 
 

@@ -27,6 +27,20 @@ class ValidationSpec:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The trained model that a training continues (`tasks.train.start`). Its identity is content, never an address."""
+
+    parent: str  # sha256 of the model folder that is continued
+    model: str = field(default="", metadata=MEANS)  # model folder whose weights are loaded first; empty: the base's
+    model_sha256: str = ""
+    state: str = field(default="", metadata=MEANS)  # checkpoint whose weights, average and Adam's moments come next
+    state_digest: str = ""
+    step: int = 0  # the steps are counted on from here; 0: a new training, with a new order of the samples
+    steps_before: int = field(default=0, metadata=MEANS)  # that the parent was trained for, its own parents' included
+    samples_before: int = field(default=0, metadata=MEANS)
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """One training: addresses and numbers. The defaults are the paper's where it gives them (Section 4.1)."""
 
@@ -54,9 +68,15 @@ class TrainSpec:
     sample_posterior: bool = False  # draw latents from the VAE's posterior, of a data set made with keep_logvar
     stored_text: bool = False  # take text features from a data set made with keep_text
     seed: int = 0
+    # What is continued, instead of the untrained base; of it, `take` chooses: everything, its trained weights (the
+    # average if there is one), or also Adam's moments. `auto` goes on with all of the same training, else the weights.
+    start: Start | None = field(default=None, metadata={BEFORE: None})
+    take: Literal["auto", "weights", "optimizer"] = field(default="auto", metadata=MEANS | {BEFORE: "auto"})
     validation: ValidationSpec = field(default=ValidationSpec(), metadata=MEANS)
     checkpoint_every: int = field(default=1000, metadata=MEANS)
     tick_every: int = field(default=10, metadata=MEANS)
+    # Steps in a trace of torch's profiler, below `profile/` of the output, after two that warm up; 0: no trace.
+    profile: int = field(default=0, metadata=MEANS | {BEFORE: 0})
     workers: int = field(default=1, metadata=MEANS)
     # Continue with at least this number when machines are lost; None: wait for all `workers`.
     least_workers: int | None = field(default=None, metadata=MEANS)
@@ -70,8 +90,8 @@ class TrainSpec:
     sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
     # Hashes of the data set's manifest and of the base's files. Where they are given they take the place of the two
     # addresses in the identity, so that a training survives the move of its data.
-    dataset_sha256: str | None = None
-    base_sha256: str | None = None
+    dataset_sha256: str | None = field(default=None, metadata={BEFORE: None})
+    base_sha256: str | None = field(default=None, metadata={BEFORE: None})
 
     @property
     def largest_share(self) -> int:
@@ -120,18 +140,20 @@ class TrainReport:
         return Artifact(self.model, self.model_digest)
 
 
-def identity(value: Any) -> Any:
+def identity(value: Any, means: bool = True) -> Any:
     """A record as JSON-able data, for a digest; newer fields with their neutral value are left out.
 
     The metadata of such a field gives the value that its absence means (`trip_model.fusion`), so a training keeps the
-    digest that it had before the field existed.
+    digest that it had before the field existed. Without `means`, fields that are means are left out, too.
     """
     if is_dataclass(value):
-        items = [(f, getattr(value, f.name)) for f in fields(value)]
-        return {f.name: identity(item) for f, item in items if BEFORE not in f.metadata or item != f.metadata[BEFORE]}
+        items = [(f, getattr(value, f.name)) for f in fields(value) if means or "means" not in f.metadata]
+        return {
+            f.name: identity(item, means) for f, item in items if BEFORE not in f.metadata or item != f.metadata[BEFORE]
+        }
     if isinstance(value, dict):
-        return {name: identity(item) for name, item in value.items()}
-    return [identity(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: identity(item, means) for name, item in value.items()}
+    return [identity(item, means) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def spec_digest(spec: TrainSpec) -> str:
@@ -139,11 +161,9 @@ def spec_digest(spec: TrainSpec) -> str:
 
     Data and base count by their hashes, if these are given, else by their addresses.
     """
-    goals = identity(spec)
-    names = [f.name for f in fields(spec) if "means" not in f.metadata]
-    for name in ("dataset", "base"):
-        names.remove(f"{name}_sha256" if getattr(spec, f"{name}_sha256") is None else name)
-    return digest({name: goals[name] for name in names})
+    goals = identity(spec, means=False)
+    moved = [name for name in ("dataset", "base") if f"{name}_sha256" in goals]
+    return digest({name: value for name, value in goals.items() if name not in moved})
 
 
 def spool_file(spec: TrainSpec) -> Path:
@@ -154,11 +174,33 @@ def spool_file(spec: TrainSpec) -> Path:
     return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
 
 
+_BOUNDS = (
+    ("learning_rate_unet", 0.0, math.inf),
+    ("learning_rate_fusion", 0.0, math.inf),
+    ("weight_decay", 0.0, math.inf),
+    ("clip_norm", 0.0, math.inf),
+    ("warmup_steps", 0, math.inf),
+    ("average_decay", 0.0, 1.0),
+    ("held_out_fraction", 0.0, 1.0),
+    ("measure_clips", 1, math.inf),
+    ("profile", 0, math.inf),
+    ("cpus_per_worker", 1, math.inf),
+    ("gpus_per_worker", 0, math.inf),
+)
+
+
 def check_spec(spec: TrainSpec) -> None:
     """Raises UserError for invalid values."""
     for name, least in (("steps", 1), ("global_batch", 1), ("workers", 1), ("checkpoint_every", 1), ("tick_every", 1)):
         if getattr(spec, name) < least:
             raise UserError(f"{name} {getattr(spec, name)}, expected at least {least}")
+    for name, least, most in _BOUNDS:
+        value = getattr(spec, name)
+        if not least <= value <= most:
+            expected = f"{least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}"
+            raise UserError(f"{name} {value:g}, expected {expected}")
+    if not 0 <= spec.objective.text_dropout <= 1:
+        raise UserError(f"objective.text_dropout {spec.objective.text_dropout:g}, expected a share from 0 to 1")
     if spec.workers > spec.global_batch:
         raise UserError(
             f"a global batch of {spec.global_batch} leaves some of {spec.workers} workers without a sample;"

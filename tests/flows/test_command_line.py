@@ -47,6 +47,9 @@ def test_flags_follow_from_the_signature() -> None:
         "base": None,
         "dataset": "s3://bucket/data",
         "tracking_uri": None,
+        "start": "base",
+        "profile": 0,
+        "values": None,
         "options": SourceOptions(),
     }
 

@@ -193,6 +193,24 @@ def test_shrinkage_never_starts_worse_than_its_base_or_than_the_prior(tiny_base:
         torch.testing.assert_close(predicted[:, :, 0], noise[:, :, 0], rtol=0, atol=3e-5)  # exact
 
 
+@pytest.mark.parametrize("residual", ["noise", "unit"])
+def test_the_closed_form_is_what_shrinkage_starts_from(tiny_base: Path, residual: str) -> None:
+    shrinkage = replace(SMALL.fusion, prediction="shrinkage", residual=residual)
+    generator = torch.Generator().manual_seed(0)
+    z_t, text = torch.randn(2, 4, 16, 4, 4, generator=generator), torch.randn(2, 32, 16, generator=generator)
+    inputs = (z_t, torch.randn(2, 4, 1, 4, 4, generator=generator), torch.tensor([10, 700]), text)
+    outputs = [
+        Trip.from_base(tiny_base, replace(SMALL, fusion=replace(shrinkage, kind=kind))).eval()(*inputs)
+        for kind in ("tnf", "closed")
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)  # TNF's last layer starts at zero
+
+
+def test_the_closed_form_needs_the_weights_of_shrinkage() -> None:
+    with pytest.raises(ValueError, match="kind 'closed' with prediction 'direct'"):
+        FusionConfig(kind="closed")
+
+
 @pytest.mark.parametrize("std", [0.02, 0.05, 0.147, 0.5])
 def test_the_unknown_share_has_no_cancellation(std: float) -> None:
     signal, sigma = NoiseSchedule().signal_and_noise(torch.arange(1000), 1)

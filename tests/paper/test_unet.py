@@ -19,7 +19,8 @@ from trip_model import unet_blocks
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.folders import BaseFolderError
 from trip_model.model import Trip
-from trip_model.unet import UNet3D, UNetConfig, load_unet, save_unet, set_dropout
+from trip_model.unet import DeepFeatures, UNet3D, UNetConfig, load_unet, save_unet, set_dropout
+from trip_model.unet_blocks import ResnetBlock
 
 SMALL = UNetConfig(
     block_out_channels=(16, 32),
@@ -90,6 +91,25 @@ def test_fused_kernels_in_parts_give_the_numbers_of_plain_products(monkeypatch: 
     torch.testing.assert_close(unet_blocks.attend(q, k, v), plain)
     monkeypatch.setattr(unet_blocks, "MAX_HEADS", 5)
     torch.testing.assert_close(unet_blocks.attend(q, k, v), plain)
+
+
+def test_deep_features_are_reused_and_only_two_levels_run_again() -> None:
+    unet = ours_with(diffusers_unet(SMALL), SMALL).eval()
+    x, t, text = batch()
+    calls: list[str] = []
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    deep = DeepFeatures()
+    with torch.no_grad():
+        plain = unet(x, t, text)
+        assert torch.equal(unet(x, t, text, deep), plain)
+        calls.clear()
+        assert torch.equal(unet(x, t, text, deep), plain)  # the same input has the same deep features
+        other = unet(x + 1, t, text, deep)
+    blocks = {".".join(name.split(".")[:2]) for name in calls}
+    assert blocks == {"down_blocks.0", f"up_blocks.{len(SMALL.up_block_types) - 1}"}
+    assert not torch.equal(other, plain)
 
 
 def test_recomputation_draws_the_same_dropout_and_stores_less() -> None:

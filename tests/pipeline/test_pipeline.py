@@ -94,6 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "motion_strength": {"motion_strength": 0.3},
     "start from the photo": {"start": "photo", "num_inference_steps": 1},
     "scheduler": {"scheduler": "dpm++", "num_inference_steps": 5},
+    "feature_reuse": {"feature_reuse": 2},
 }
 
 
@@ -178,6 +179,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "latents": ({"latents": torch.zeros(1, 4, 3, 4, 5)}, "latents of shape"),
     "embeds": ({"prompt_embeds": torch.zeros(1, 3, 3)}, "prompt_embeds of shape"),
     "motion": ({"motion_strength": -1}, "motion_strength is -1"),
+    "reuse": ({"feature_reuse": 0}, "feature_reuse is 0; use a number of steps from 1"),
     "start": ({"start": "video"}, "start 'video'"),
     "sampler": ({"scheduler": "magic"}, "sampler 'magic'"),
     "fit": ({"fit": "stretch"}, "fit 'stretch'"),
