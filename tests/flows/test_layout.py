@@ -65,6 +65,12 @@ def test_a_moved_root_and_base_have_the_finished_training(tmp_path: Path, tiny_b
     assert finished_report(there.train(data)) is None
 
 
+def test_another_recipe_of_training_keeps_the_data_set(tmp_path: Path, tiny_base: Path) -> None:
+    run = layout.resolve("demo", None, str(tmp_path), str(tiny_base), DEFAULT)
+    changed = replace(run.recipe.train, steps=7, learning_rate_unet=1.0)
+    assert replace(run, recipe=replace(run.recipe, train=changed)).prepare.output == run.prepare.output
+
+
 def test_a_table_that_grows_or_moves_keeps_its_data_set(tmp_path: Path, tiny_base: Path) -> None:
     def address(table: Path, text: str, limit: int | None = None) -> str:
         table.parent.mkdir(exist_ok=True)

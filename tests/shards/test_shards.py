@@ -195,10 +195,10 @@ def test_an_index_with_objects_or_of_another_data_set_is_rejected(tmp_path: Path
     make_dataset(str(tmp_path))
     (index,) = tmp_path.glob("index-*.npz")
     arrays = dict(np.load(index))
-    np.savez(index, **(arrays | {"reasons": np.array([{}], object)}))
+    np.savez(index, allow_pickle=True, **(arrays | {"reasons": np.array([{}], object)}))
     with pytest.raises(UserError, match="is damaged"):
         ShardDataset(str(tmp_path)).read(0)
-    np.savez(index, **(arrays | {"clip_hashes": arrays["clip_hashes"][1:]}))
+    np.savez(index, allow_pickle=False, **(arrays | {"clip_hashes": arrays["clip_hashes"][1:]}))
     with pytest.raises(UserError, match="is not the index of its manifest"):
         ShardDataset(str(tmp_path)).read(0)
 
