@@ -12,6 +12,7 @@ from benchmarks.growth import Growth, Server, counting_server, growth_table
 from infra import storage
 from tasks.curate.compact import compact
 from tasks.curate.verify import problems
+from tasks.encode import job
 from tasks.encode.job import prepare
 from tasks.ingest.demo import write_demo_corpus
 from tasks.records import UserError
@@ -43,7 +44,8 @@ def server(corpus: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def growth(server: Server, tiny_base: Path, tmp_path: Path) -> Growth:
+def growth(server: Server, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Growth:
+    monkeypatch.setattr(job, "write_report", lambda *_: None)  # the pages, which take most of the time
     return Growth(tmp_path, tiny_base, server, ROWS, clips_per_shard=3)
 
 
