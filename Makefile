@@ -2,7 +2,7 @@
 # has a small one of its own, .venv-docs, so that the demo installs nothing for it.
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-servers test-gpu coverage check docs clean
+.PHONY: help setup demo up down status test test-slow test-servers test-gpu coverage check docs clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -26,14 +26,24 @@ $(STAMP):
 demo: $(STAMP) ## draw clips, prepare, train, evaluate, register, animate a photo (under 15 minutes on 2 cores)
 	@$(PYTHON) -m flows reproduce --recipe $(RECIPE) --root $(ROOT)
 
+up: $(STAMP) ## start PostgreSQL or SQLite, Prefect, MLflow, Ray, a worker and the model service on this machine
+	@$(PYTHON) -m flows up
+
+status: $(STAMP) ## the state and the address of each of these services
+	@$(PYTHON) -m flows status
+
+down: $(STAMP) ## stop these services; their data stays in runs/up
+	@$(PYTHON) -m flows down
+
+# Two processes, each with whole files, in the order of the folders: the long files are not the last.
 test: $(STAMP) ## the tests that finish in minutes, without a GPU or a network
-	@$(PYTHON) -m pytest -m "not slow and not gpu and not network"
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not network"
 
 test-slow: $(STAMP) ## the tests with servers, kills and several processes
 	@$(PYTHON) -m pytest -m "slow and not gpu and not network"
 
-test-servers: $(STAMP) ## of the slow tests those of the pages in Chromium and of PostgreSQL
-	@$(PYTHON) -m pytest tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py -m "slow and not gpu and not network"
+test-servers: $(STAMP) ## of the slow tests those of Prefect, MLflow, `make up`, alerts, the pages in Chromium and PostgreSQL
+	@$(PYTHON) -m pytest tests/flows/test_prepare_pages.py tests/infra/test_tracking.py tests/serve/test_web_ui.py tests/study/test_rating_page.py tests/study/test_votes.py tests/register/test_promotion.py tests/flows/test_stack.py tests/infra/test_metrics.py -m "slow and not gpu and not network"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(PYTHON) -m pytest -m "gpu and not network"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 
@@ -13,6 +13,7 @@ from flows.console import log, results
 from flows.evaluate_trip import evaluate_stage, with_base_row, with_extractors
 from flows.layout import Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import RECIPE
 from flows.recipe_values import Values
 from flows.recipes import VARIANTS, Recipe
 from flows.source import DEFAULT, SourceOptions
@@ -35,7 +36,7 @@ LEAST_VALIDATION_CLIPS = 8
 
 @flow(name="ablate")
 def ablate(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,

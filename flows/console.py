@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from infra.metrics import record_progress
 from infra.redaction import redact
 
 # highlight=False: coloured numbers would break the columns; soft_wrap: a line stays one line in a log file.
@@ -17,6 +18,8 @@ _console = Console(highlight=False, soft_wrap=True)
 
 def log(message: str | Mapping[str, Any]) -> None:
     """The progress callback of every stage: prints a sentence, or the counts of a running stage."""
+    if not isinstance(message, str):
+        record_progress(message)
     text = redact(message if isinstance(message, str) else tick_line(message))
     _console.print(text, markup=False)
     if "prefect" in sys.modules:  # a command without a flow does not load it

@@ -5,12 +5,12 @@ from __future__ import annotations
 from flows import layout
 from flows.console import log
 from flows.layout import Run
+from flows.parameters import BASE, CHAMPION, LAST
 from infra import storage
 from tasks.records import Artifact, UserError
 from tasks.train.spec import TrainSpec
 from tasks.train.start import Parent, last_training, parent_at, start_from, training_of
 
-BASE, LAST, CHAMPION = "base", "last", "champion"
 NAME = "trip"  # of the registered model
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
@@ -13,12 +14,16 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import PROTOCOL, RECIPE
+from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY, code_version
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.metrics import record
+from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
+from tasks.evaluation_record import PAGE_FILE
 from tasks.metrics.extractors.files import NONE, ExtractorFiles
 from tasks.records import Artifact, to_json
 
@@ -47,7 +52,16 @@ def evaluate_stage(spec: EvaluateSpec) -> EvaluateReport:
     """Ray actors generate clips and extract features; finished clips are kept."""
     from tasks.evaluate.job import evaluate
 
-    return evaluate(spec, log)
+    began = time.time()
+    report = evaluate(spec, log)
+    result = {"stage_seconds": time.time() - began, "complete_timestamp_seconds": time.time()}
+    record("evaluate", result | {"gate_passed": int(report.passed)})
+    numbers = {"clips": report.clips, "gate": "passed" if report.passed else "; ".join(report.gate.reasons)}
+    numbers |= {rule.rule: "passed" if rule.passed else rule.reason for rule in report.gate.rules}
+    stage_artifact(
+        "evaluate-result", f"protocol {spec.protocol}", numbers, {"report": storage.join(report.uri, PAGE_FILE)}
+    )
+    return report
 
 
 @task(name="track-evaluation", **STAGE_POLICY)
@@ -63,7 +77,10 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     origin = facts.record.provenance
     names = ("model_sha256", "dataset_manifest_sha256", "protocol_sha", "protocol", "model", "dataset")
     tags = {f"evaluation.{name}": str(origin[name]) for name in names}
-    tags |= {"evaluation.code_version": code_version(), "evaluation.gate": "passed" if report.passed else "not passed"}
+    tags |= run_tags() | {
+        "evaluation.code_version": code_version(),
+        "evaluation.gate": "passed" if report.passed else "not passed",
+    }
     tracking = Tracking(tracking_uri, EXPERIMENT)
     tracking.start_run(f"evaluate {origin['protocol']}", key=f"evaluate-{facts.record.digest}", tags=tags)
     tracking.dataset_input("latents", origin["dataset_manifest_sha256"], dataset, "evaluation")
@@ -82,14 +99,14 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
 
 @flow(name="evaluate-trip")
 def evaluate_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     model: str | None = None,
     held_out: str | None = None,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
     method: list[str] | None = None,
     champion: str | None = None,
     tracking_uri: str | None = None,

@@ -24,6 +24,7 @@ from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import demo_table
 from tasks.ingest.sources import opened, source_name
 from tasks.ingest.spec import SourceSpec
+from tasks.model_folder import local_model
 from tasks.records import Artifact, UserError, digest
 from tasks.shards import ShardDataset, version_of
 from tasks.train.spec import Start, TrainSpec, finished_report, spec_digest
@@ -160,10 +161,7 @@ def data_set(uri: str) -> Artifact:
 
 def model_folder(uri: str) -> Artifact:
     """A model folder that a command names. Raises UserError if there is none."""
-    try:
-        return Artifact(storage.absolute(uri), folder_hash(storage.local_folder(uri)))
-    except FileNotFoundError as error:
-        raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
+    return Artifact(storage.absolute(uri), folder_hash(local_model(uri)))
 
 
 def prepared_for(spec: PrepareSpec, protocol: str | None) -> PrepareSpec:

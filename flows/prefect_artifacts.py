@@ -1,10 +1,10 @@
-"""Prefect artifacts of the prepare stage: progress while it runs, and the final counts."""
+"""Prefect artifacts of the stages: results with their addresses; of prepare also progress and counts."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -53,6 +53,26 @@ class PrepareArtifacts:
         about, text = f"Outcomes of {report.rows} rows", accounting(report, self._clips_per_second)
         with contextlib.suppress(*UNREACHABLE), _client() as client:
             client.create_artifact(_artifact("markdown", "prepare-books", about, text))
+
+
+def stage_artifact(key: str, about: str, numbers: Mapping[str, object], addresses: Mapping[str, str]) -> None:
+    """Creates the artifact of a finished stage: a table of its numbers, and its addresses.
+
+    Args:
+        key: the artifact's key, the same in all runs.
+        about: one line about the result.
+        numbers: by name.
+        addresses: by name; empty ones are left out.
+    """
+    rows = "\n".join(f"| {name} | {value} |" for name, value in numbers.items())
+    lines = "\n".join(f"- {name}: {_link(address)}" for name, address in addresses.items() if address)
+    text = f"| | |\n|---|--:|\n{rows}\n\n{lines}\n"
+    with contextlib.suppress(*UNREACHABLE), _client() as client:
+        client.create_artifact(_artifact("markdown", key, about, text))
+
+
+def _link(address: str) -> str:
+    return f"<{address}>" if address.startswith(("http://", "https://")) and " " not in address else f"`{address}`"
 
 
 def accounting(report: PrepareReport, clips_per_second: float) -> str:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 
 from flows import layout
 from flows.console import log
 from flows.layout import Run, prepared_for
+from flows.parameters import PROTOCOL, RECIPE, RETRY
 from flows.prefect_artifacts import PrepareArtifacts
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT
 from tasks.encode.spec import PrepareReport, PrepareSpec
+from tasks.evaluate.protocol.protocol import load_protocol
 from tasks.ingest.spec import SourceSpec
-from tasks.records import to_json
+from tasks.records import Artifact, to_json
+from tasks.shards import ShardDataset
 
 
 @contextlib.contextmanager
@@ -65,6 +70,7 @@ def prepare_stage(run: Run) -> PrepareReport:
     artifacts = PrepareArtifacts()
     with reachable_source(run) as spec:
         report = prepare(spec, artifacts)
+    record("prepare", {"complete_timestamp_seconds": time.time()}, {"failed_clips": report.failed})
     reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
     reused = f", {report.shards_reused} of {report.shards} shards reused" if report.shards_reused else ""
     log(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")
@@ -73,15 +79,29 @@ def prepare_stage(run: Run) -> PrepareReport:
     return report
 
 
+def prepare_held_out(second: Run, protocol: str | None) -> Artifact:
+    """Prepares a second source with the frames that the evaluation needs, of this protocol or else the recipe's.
+
+    Raises:
+        UserError: the data cannot serve the protocol; known before days of training.
+    """
+    numbers = second.recipe.evaluate
+    rules = protocol or numbers.protocol
+    frames = prepared_for(second.recipe.prepare, None if rules.endswith(".json") else rules)
+    held_out = prepare_stage(replace(second, recipe=replace(second.recipe, prepare=frames))).data
+    load_protocol(rules, ShardDataset(held_out.uri), 1.0, numbers.clips, numbers.seed)
+    return held_out
+
+
 @flow(name="prepare-latents")
 def prepare_latents(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     keep_frames: bool = False,
-    protocol: str | None = None,
-    retry: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
+    retry: Annotated[str | None, RETRY] = None,
     values: Values = None,
     *,
     options: SourceOptions = DEFAULT,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import datetime
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, task
 
@@ -10,11 +11,14 @@ from flows import layout
 from flows.console import log
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
+from flows.parameters import RECIPE
+from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY, code_version
+from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.metrics import record
+from infra.settings import DEFAULT_ROOT, code_version
 from tasks.records import Artifact, UserError, to_json
 
 if TYPE_CHECKING:
@@ -35,13 +39,34 @@ def register_stage(
         name=name,
         experiment=EXPERIMENT,
         lineage=run.lineage(data, code_version()),
+        tags=run_tags(),
     )
-    return register(spec, log)
+    registered = register(spec, log)
+    numbers = {"version": registered.version, "aliases": ", ".join(registered.aliases) or "none"}
+    numbers |= {"not promoted": "; ".join(registered.reasons)} if registered.reasons else {}
+    stage_artifact("register-result", f"{name} version {registered.version}", numbers, {"MLflow": registered.run_page})
+    _record_champion(tracking_uri, name)
+    return registered
+
+
+def _record_champion(tracking_uri: str, name: str) -> None:
+    """Writes the metrics of the champion: its version, and when it was promoted."""
+    from infra.tracking import connect
+
+    client = connect(tracking_uri)
+    version = client.get_registered_model(name).aliases.get("champion")
+    if version is None:
+        return
+    values: dict[str, float] = {"version": int(version)}
+    promoted = client.get_model_version(name, version).tags.get("trip.promoted_at")
+    if promoted:
+        values["promoted_timestamp_seconds"] = datetime.datetime.fromisoformat(promoted).timestamp()
+    record("champion", values)
 
 
 @flow(name="register-trip")
 def register_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,

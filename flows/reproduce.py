@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import replace
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -12,11 +11,11 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import layout
+from flows.champion import evaluate_beside_champion
 from flows.console import log, results
-from flows.evaluate_trip import evaluate_stage, with_base_row
-from flows.layout import prepared_for
 from flows.mlflow_store import tracking_address
-from flows.prepare_latents import prepare_stage
+from flows.parameters import PROTOCOL, RECIPE
+from flows.prepare_latents import prepare_held_out, prepare_stage
 from flows.recipe_values import Values
 from flows.register_trip import register_stage
 from flows.source import DEFAULT, SourceOptions
@@ -24,7 +23,7 @@ from flows.train_trip import train_stage
 from infra import storage
 from infra.cluster import kept_ray_session
 from infra.settings import DEFAULT_ROOT
-from tasks.evaluate.protocol.protocol import held_out_protocol, load_protocol
+from tasks.evaluate.protocol.protocol import held_out_protocol
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
 
@@ -79,13 +78,13 @@ def _is_current(mark: str, identity: dict[str, Any], files: list[str]) -> bool:
 
 @flow(name="reproduce")
 def reproduce(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
-    protocol: str | None = None,
+    protocol: Annotated[str | None, PROTOCOL] = None,
     values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
@@ -119,15 +118,11 @@ def reproduce(
         data = prepare_stage(run).data
         held_out = data
         if held_out_source is not None:
-            rules = protocol or numbers.evaluate.protocol
-            frames = prepared_for(numbers.prepare, None if rules.endswith(".json") else rules)
             second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
-            held_out = prepare_stage(replace(second, recipe=replace(second.recipe, prepare=frames))).data
-            # A protocol that the data cannot serve is rejected before days of training.
-            load_protocol(rules, ShardDataset(held_out.uri), 1.0, numbers.evaluate.clips, numbers.evaluate.seed)
+            held_out = prepare_held_out(second, protocol)
         model = train_stage(run.train(data), uri, f"train {numbers.name}").exported
-        evaluation = run.evaluate(model, held_out, protocol, foreign=held_out_source is not None)
-        report = evaluate_stage(with_base_row(evaluation, run))
+        foreign = held_out_source is not None
+        report = evaluate_beside_champion(run, model, held_out, protocol, foreign, uri, "trip")
     version = register_stage(run, data, model, report.uri, uri, "trip")
     fraction = 1.0 if held_out_source is not None else numbers.train.held_out_fraction
     animation = animate_photo(model, held_out, fraction, numbers.evaluate.seed, run.root)

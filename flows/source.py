@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from flows.parameters import CAPTIONS, FORMAT, POSITIVE, SHARE
 from tasks.records import UserError
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ class SourceOptions:
         proxy: an HTTP proxy for all requests; it decides which private addresses are reached.
     """
 
-    format: str = "auto"
+    format: Annotated[str, FORMAT] = "auto"
     columns: dict[str, str] | None = None
     split: str | None = None
-    held_out_share: float = 0.01
-    captions: int | str = "first"
-    limit: int | None = None
+    held_out_share: Annotated[float, SHARE] = 0.01
+    captions: Annotated[int | str, CAPTIONS] = "first"
+    limit: Annotated[int | None, POSITIVE] = None
     base_url: str | None = None
     encoding: str | None = None
     allow_host: list[str] = field(default_factory=list)

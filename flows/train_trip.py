@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from cyclopts import Parameter
 from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
+from flows.parameters import BASE, RECIPE, From
+from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
-from flows.stage import STAGE_POLICY
+from flows.stage import STAGE_POLICY, run_tags
 from flows.training_lines import tick_counts, validation_table
+from infra.metrics import record
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
@@ -24,7 +26,7 @@ from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_repo
 @task(name="train", **STAGE_POLICY)
 def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainReport:
     """Ray Train runs the loop; it continues from the newest complete checkpoint."""
-    tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name)
+    tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name, tags=run_tags())
     report = finished_report(spec)
     if report is not None:
         if spool_file(spec).exists():
@@ -38,9 +40,12 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
         for line in validation_table(values):
             log(line)
         log(tick_counts(values))
+        spool = spool_file(spec)
+        record("train", {"spool_bytes": spool.stat().st_size if spool.exists() else 0})
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
+    from infra.tracking import page_of
     from tasks.train.job import train
 
     check_gpu_at_hand(spec)
@@ -50,18 +55,22 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
     log(f"model       {report.model}")
+    numbers = {"steps": report.step, "samples": report.samples_seen, "seconds": f"{report.seconds:.0f}"}
+    numbers |= {"smoothed loss": f"{report.loss_last:.4f}"}
+    page = page_of(tracking_uri, EXPERIMENT, tracking.key(spec))
+    stage_artifact("train-result", run_name, numbers, {"model": report.model, "MLflow": page})
     return report
 
 
 @flow(name="train-trip")
 def train_trip(
-    recipe: str = "demo",
+    recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
     root: str = DEFAULT_ROOT,
     base: str | None = None,
     dataset: str | None = None,
     tracking_uri: str | None = None,
-    start: Annotated[str, Parameter(name="--from")] = "base",
+    start: From = BASE,
     profile: int = 0,
     values: Values = None,
     *,

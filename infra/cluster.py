@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +77,8 @@ def _start(**options: Any) -> None:
     """Calls `ray.init`, at most twice: Ray gives its processes 30 s to start, too short for a busy machine."""
     for last_try in (False, True):
         try:
-            ray.init(logging_level=logging.WARNING, namespace="trip", **options)
+            with _own_sigterm():
+                ray.init(logging_level=logging.WARNING, namespace="trip", **options)
             return
         except ConnectionError:
             raise
@@ -84,6 +88,22 @@ def _start(**options: Any) -> None:
                 raise
             if last_try:
                 raise SessionNotStarted(f"Ray did not start in time, twice: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM: Ray's aborts with a C++ stack, and no `finally` block runs.
+
+    Without a handler, SIGTERM raises SystemExit from here on, so that the session ends in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if callable(before) else lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _end() -> None:

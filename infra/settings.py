@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -11,6 +13,7 @@ from infra.redaction import redact, without_userinfo
 
 # The checkout: flows, tasks and infra run from it, and Ray's workers import them from it.
 CHECKOUT = Path(__file__).resolve().parent.parent
+COMMIT_FILE = ".commit"  # in a checkout without git: a deployed one, an image
 # The default of --root.
 DEFAULT_ROOT = "runs/demo"
 
@@ -121,3 +124,16 @@ def client_address(uri: str) -> str:
     """The address for MLflow's client: `uri`, or MLFLOW_TRACKING_URI if that is `uri` with its secret."""
     full = os.environ.get("MLFLOW_TRACKING_URI", "")
     return full if full and redact(full) == uri else uri
+
+
+@functools.cache
+def code_version() -> str:
+    """The commit of the checkout: of its `COMMIT_FILE`, or from git, with a mark if files differ; else `unknown`."""
+    file = CHECKOUT / COMMIT_FILE
+    if file.is_file():
+        return file.read_text().strip() or "unknown"
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -180,6 +180,36 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Writes a new file, atomically; False if there is one already.
+
+    Of several callers at once one succeeds, on local disks and on stores with conditional writes (S3's If-None-Match).
+    A store that ignores the condition overwrites; see `infra.leases` for how to detect that.
+    """
+    path = local_path(uri)
+    if path is not None:
+        temporary = _sibling(path)
+        try:
+            temporary.write_bytes(data)
+            os.link(temporary, path)  # fails if the name exists, also on NFS
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        try:
+            filesystem.pipe_file(name, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:  # of s3fs, for two writers at the same moment
+            if "ConditionalRequestConflict" in str(error) or "PreconditionFailed" in str(error):
+                return False
+            raise
+    return True
+
+
 def write_json(uri: str, value: Any) -> None:
     """Writes canonical JSON (sorted keys, two spaces), atomically."""
     write_bytes(uri, json_bytes(value))
@@ -267,6 +297,20 @@ def list_dir(uri: str) -> list[str]:
             return []
         names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != folder.strip("/")]
     return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+
+
+def modified(uri: str) -> float | None:
+    """When a file or local folder was last written, in seconds since 1970; None if there is none, or no time of it."""
+    path = local_path(uri)
+    if path is not None:
+        return path.stat().st_mtime if path.exists() else None
+    with boundary(uri):
+        filesystem, name = _remote(uri)
+        filesystem.invalidate_cache()
+        try:
+            return filesystem.modified(name).timestamp()
+        except (FileNotFoundError, IsADirectoryError, NotImplementedError):
+            return None
 
 
 def drop_unfinished(uri: str) -> None:

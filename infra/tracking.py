@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alembic.util.exc import CommandError
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -22,8 +23,8 @@ MODEL_HASH = (
     "trip.model_sha256"  # tag of a version: `folder_hash` of its model, checked by the service after a download
 )
 
-# Errors of a tracking store that is down, slow, locked or full; requests' errors are OSErrors.
-TROUBLE = (MlflowException, SQLAlchemyError, OSError)
+# Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
+TROUBLE = (MlflowException, SQLAlchemyError, CommandError, OSError)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -76,6 +77,18 @@ def open_run(client: MlflowClient, experiment: str, name: str, key: str | None, 
             return run_id
     key_tag = {KEY_TAG: key} if key else {}
     return client.create_run(experiment, run_name=name, tags={**tags, **key_tag}).info.run_id
+
+
+def page_of(uri: str, experiment: str, key: str) -> str:
+    """The web address of the run tagged with `key` in the experiment of this name; "" if the store has none."""
+    try:
+        client = connect(uri)
+        existing = client.get_experiment_by_name(experiment)
+        ids = [existing.experiment_id] if existing else []
+        runs = client.search_runs(ids, f"tags.`{KEY_TAG}` = '{key}'", max_results=1) if ids else []
+        return run_page(uri, ids[0], runs[0].info.run_id) if runs else ""
+    except TROUBLE:
+        return ""
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

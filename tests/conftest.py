@@ -16,27 +16,46 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is imported: on tiny models more threads than one only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_CLIPS = REPOSITORY.parent / "shared" / "data" / "clips" / "manifest.csv"
 DEMO_BASE = REPOSITORY / "examples" / "demo_base" / "weights"
 
 
-@pytest.fixture(autouse=True)
-def environment_of_mlflow() -> Iterator[None]:
-    """Restores the variables of MLflow's address: its client writes them, and the next test must not find them."""
+@contextlib.contextmanager
+def restored_mlflow_address() -> Iterator[None]:
+    """Restores MLflow's addresses, which its client keeps in the environment and in the module: no test finds them."""
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_REGISTRY_URI")
     before = {name: os.environ.get(name) for name in names}
     yield
+    if "mlflow.tracking" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+        sys.modules["mlflow"].set_registry_uri(None)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mlflow_address_of_a_module() -> Iterator[None]:
+    """Ends the addresses that a module's fixtures set."""
+    with restored_mlflow_address():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def mlflow_address_of_a_test(mlflow_address_of_a_module: None) -> Iterator[None]:
+    """Ends the addresses that a test sets."""
+    with restored_mlflow_address():
+        yield
 
 
 @pytest.fixture(scope="session")

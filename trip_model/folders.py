@@ -51,10 +51,21 @@ def is_hub_name(name: str | Path) -> bool:
 
 def folder_hash(folder: str | Path, part: str = "") -> str:
     """Returns the sha256 of the names and bytes of all files in a folder, or in one part of it."""
-    root = Path(folder) / part if part else Path(folder)
+    return files_hash(file_hashes(Path(folder, part)))
+
+
+def file_hashes(folder: Path) -> dict[str, bytes]:
+    """Returns the sha256 of each file in a folder by its relative name; weights may be larger than the memory."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").digest()
+    return hashes
+
+
+def files_hash(hashes: dict[str, bytes]) -> str:
+    """Returns the hash of a folder from the hashes of its files, in the order of `file_hashes`."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(root)).encode() + b"\0")
-        with path.open("rb") as file:  # weights may be larger than the memory
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name, file_hash in hashes.items():
+        digest.update(name.encode() + b"\0" + file_hash)
     return digest.hexdigest()

@@ -8,10 +8,12 @@ import functools
 import importlib
 import inspect
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cyclopts
@@ -19,14 +21,20 @@ import cyclopts
 from flows.cli.session import locked, prefect_home, prefect_server
 from flows.cli.signature import signature_of, summary_of
 from infra import storage
+from infra.leases import LeaseHeld
 from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT, apply_environment_defaults, move_credentials
 from tasks.records import UserError
 from trip_model.folders import BaseFolderError
 
-FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate")
+FLOWS = ("reproduce", "prepare-latents", "train-trip", "evaluate-trip", "register-trip", "ablate", "nightly")
+# A command whose module has a check that may end it before a server is started.
+CHECKS = {"nightly": "flows.nights"}
 # Every other command and the module of its function.
 COMMANDS = {
+    "up": "flows.cli.up",
+    "down": "flows.cli.up",
+    "status": "flows.cli.up",
     "recipes": "flows.cli.recipes",
     "plan": "flows.cli.plan",
     "selftest": "flows.cli.selftest",
@@ -35,6 +43,8 @@ COMMANDS = {
     "promote": "flows.cli.promote",
     "rollback": "flows.cli.promote",
     "live": "flows.cli.promote",
+    "deploy": "flows.cli.deploy",
+    "gc": "flows.cli.gc",
     "check-source": "flows.cli.check_source",
     "sample": "flows.cli.curate",
     "verify": "flows.cli.curate",
@@ -56,6 +66,7 @@ CHANGE_DATA = (
     "upgrade",
 )  # they take the lock of the root that the data set lies below
 
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a shell's child that SIGTERM ended
 # Errors of the operating system that a user can fix, and how.
 REMEDIES = {
     errno.ENOSPC: "free some space or give another --root",
@@ -74,6 +85,9 @@ def main(arguments: list[str]) -> int:
 
     Returns:
         The command's own exit code, 0 by default; 2 for an error that the user can fix; 1 with a traceback for others.
+
+    Raises:
+        SystemExit: with `TERMINATED` after SIGTERM.
     """
     # Prefect stores the parameters of a run and shows them to everyone who can open its pages.
     arguments = _without_credentials(arguments)
@@ -83,10 +97,15 @@ def main(arguments: list[str]) -> int:
         # Prefect reads its home when it is imported, before any flag is parsed.
         apply_environment_defaults(str(prefect_home(_root_in(arguments))))
     try:
-        return _app(arguments)(arguments, result_action="return_value") or 0
+        with _sigterm_exits():
+            return _app(arguments)(arguments, result_action="return_value") or 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if error.code == TERMINATED:
+            print("terminated; the same command continues", file=sys.stderr)
+        raise
     except Exception as error:  # the last handler: it decides between a sentence and a traceback
         cause = user_error(error)
         if cause is None:
@@ -95,6 +114,19 @@ def main(arguments: list[str]) -> int:
             return 1
         print(f"error: {sentence(cause)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, so that servers, Ray and MLflow runs end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -111,7 +143,7 @@ def user_error(error: BaseException) -> Exception | None:
         # Ray raises a copy that is of the error's class as well, but its text is the worker's complete traceback.
         ray_cause = getattr(candidate, "cause", None)
         if not isinstance(ray_cause, BaseException):
-            if isinstance(candidate, UserError | BaseFolderError | storage.StorageError):
+            if isinstance(candidate, UserError | BaseFolderError | storage.StorageError | LeaseHeld):
                 return candidate
             if isinstance(candidate, OSError) and candidate.errno in REMEDIES:
                 return candidate
@@ -170,6 +202,11 @@ def _run_flow(name: str, module: str, function: str, given: dict[str, Any]) -> N
             for stage in getattr(importlib.import_module(module), "STAGES", ()):
                 importlib.import_module(stage)
 
+    if name in CHECKS:
+        finished = importlib.import_module(CHECKS[name]).check(**given)
+        if finished is not None:
+            print(f"{name:<11} {finished}")
+            return
     with locked(given["root"]), prefect_server(given["root"], load):
         getattr(importlib.import_module(module), function)(**given)
 

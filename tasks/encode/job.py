@@ -17,6 +17,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.leases import lease
 from infra.redaction import redact
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
@@ -51,6 +52,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         progress: called after each shard, and about every 10 s in between, with `stage`, `done`, `total` (rows),
             `encoded`, `failed`, `clips_per_second`, `eta_seconds` (None until known).
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: the input is invalid; the output contains another recipe or cannot be written; fewer than two clips
             are usable (the message counts the reasons); a range of rows repeatedly loses its worker.
     """
@@ -113,7 +115,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = existing.summary
                 accounting.add(existing.summary, reused=True)
 
-    with _Workers(spec, pool, fingerprint, all_takedowns) as workers:
+    with lease(output), _Workers(spec, pool, fingerprint, all_takedowns) as workers:
         with _write_errors(f"output {output}"):
             for unit, summary in workers.run(missing_units(), accounting.tick):
                 done[unit.index] = summary

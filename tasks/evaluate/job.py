@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import ray.exceptions
 
 from infra import storage
 from infra.cluster import ray_session
+from infra.leases import leased
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import champion, generate, systems
 from tasks.evaluate.animators import Animator, AnimatorSpec, Kind, find_base, load_animator
@@ -29,7 +31,6 @@ from tasks.evaluate.spec import (
     EvaluateSpec,
     check_spec,
     finished_report,
-    model_sha256,
     provenance_of,
 )
 from tasks.evaluate.systems import BEST_OF, CLOSED_FORM, ORACLES, ROUND_TRIP, Row
@@ -45,8 +46,10 @@ from tasks.evaluation_record import (
 )
 from tasks.metrics.extractors.extractor import ExtractorInfo
 from tasks.metrics.extractors.loading import identify_extractors, load_extractors
+from tasks.model_folder import local_model
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
+from trip_model.folders import folder_hash
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,15 @@ class Extractor(_Worker):
             systems.measure_batch(self.spec.output, self.rows[name], self.clips, batch, reals, self.extractors)
 
 
+@leased
 def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> EvaluateReport:
     """Evaluates a model export, or finishes an evaluation: existing frames and features are not made again.
 
-    Runs in the Ray session that is open, else in one of its own. `report.json` is written last; an existing one of the
-    same key is returned.
+    Runs in the Ray session that is open, else in one of its own; with 0 workers in this process. `report.json` is
+    written last; an existing one of the same key is returned.
 
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: a model, data set, protocol, method, extractor or number that cannot be used, items that are missing
             although the protocol allows none, or an output that cannot be written.
     """
@@ -146,7 +151,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         "batch": spec.batch,
     }
     model_identity = clips | {
-        "model_sha256": spec.model_sha256 or model_sha256(spec.model),
+        "model_sha256": spec.model_sha256 or folder_hash(local_model(spec.model)),
         "steps": spec.steps,
         "guidance": spec.guidance,
     }
@@ -353,7 +358,7 @@ def _run_stages(
 
     missing = [generate.unfinished(plan, model.method.folder) for model in models]
     if any(missing) or systems.unmeasured(spec.output, table, clips, plan, extractors):
-        with ray_session(spec.ray_address):
+        with nullcontext() if spec.workers == 0 else ray_session(spec.ray_address):
             if given:
                 extract("methods", given)
                 without_missing(protocol, missing_items())
@@ -374,7 +379,7 @@ def _run_stages(
 
 
 def _drive(
-    kind: type[_Worker],
+    kind: type[Generator] | type[Extractor],
     arguments: tuple[Any, ...],
     spec: EvaluateSpec,
     protocol: Protocol,
@@ -382,25 +387,37 @@ def _drive(
     done: Mapping[str, int],
     progress: Callable[[str], None],
 ) -> None:
-    """Runs tasks over actors, each actor with one at a time; the task of a lost actor goes to another.
+    """Runs tasks in this process, or over actors, each with one at a time; the task of a lost actor goes to another.
 
     A task is the label of its progress line and the arguments of `run`, the batch last; `done` items of a label need
     none.
     """
     if not tasks:
         return
-    actors = (kind, (spec, protocol.frames, *arguments), spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
+    arguments = (spec, protocol.frames, *arguments)
     labels = "/".join(dict.fromkeys(label for label, _ in tasks))
     ticks: dict[str, Ticks] = {}
 
-    def send(actor: Any, task: tuple[str, tuple[Any, ...]]) -> Any:
-        label, arguments = task
+    def begin(label: str) -> None:
         if label not in ticks:  # its clock starts with its first task
             ticks[label] = Ticks(label, len(protocol.items), progress, done[label])
-        return actor.run.remote(*arguments)
 
+    def send(actor: Any, task: tuple[str, tuple[Any, ...]]) -> Any:
+        begin(task[0])
+        return actor.run.remote(*task[1])
+
+    if spec.workers == 0:
+        worker = kind(*arguments)
+        for label, task in tasks:
+            begin(label)
+            try:
+                worker.run(*task)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            ticks[label].tick(len(task[-1]))
+        return
     try:
-        with WorkerPool(*actors) as pool:
+        with WorkerPool(kind, arguments, spec.workers, spec.cpus_per_worker, spec.gpus_per_worker) as pool:
             for (label, task), _ in pool.run(tasks, send):
                 ticks[label].tick(len(task[-1]))
     except ray.exceptions.RayTaskError as error:

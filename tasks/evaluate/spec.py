@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
@@ -18,7 +17,6 @@ from tasks.evaluation_record import REPORT_FILE, Gate, read_evaluation
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.records import Artifact, UserError
 from tasks.shards import ShardDataset
-from trip_model.folders import folder_hash
 
 if TYPE_CHECKING:
     from tasks.metrics.extractors.extractor import ExtractorInfo
@@ -67,7 +65,7 @@ class EvaluateSpec:
     judges: ExtractorFiles = ExtractorFiles()  # the feature extractors; a recipe's hash covers this field's name
     bootstrap: int = 2000
     examples: int = 6
-    workers: int | None = None  # None: one for every `cpus_per_worker` that Ray has
+    workers: int | None = None  # 0: this process, without Ray; None: one for every `cpus_per_worker` that Ray has
     cpus_per_worker: int = 1  # also its torch threads
     gpus_per_worker: float = 0.0
     ray_address: str | None = None
@@ -122,22 +120,6 @@ def finished_report(output: str, key: str, start: float) -> EvaluateReport | Non
         files=(*record.files, REPORT_FILE),
         seconds=time.monotonic() - start,
     )
-
-
-def model_folder(model: str) -> Path:
-    """The local folder of a model export. Raises UserError where there is none."""
-    try:
-        folder = storage.local_folder(model)
-    except FileNotFoundError as error:
-        raise UserError(f"no model folder at {model!r}; give the folder that training exported") from error
-    if not (folder / "trip.json").is_file():
-        raise UserError(f"{model} holds no trip.json; give the folder that training exported, not a base or checkpoint")
-    return folder
-
-
-def model_sha256(model: str) -> str:
-    """The identity of a model export. Raises UserError where there is none."""
-    return folder_hash(model_folder(model))
 
 
 def provenance_of(

@@ -154,7 +154,7 @@ def read_result(content: bytes, name: str, clips: Mapping[str, str]) -> VBenchRo
         name: of the row.
         clips: source clip by name of a video; a video that is not in it is its own clip.
     Raises:
-        UserError: another file, an unknown dimension, or a mean that is not that of its videos.
+        UserError: another file, an unknown dimension or one without videos, or a mean that is not that of its videos.
     """
     try:
         results: dict[str, list[Any]] = json.loads(content)
@@ -163,6 +163,8 @@ def read_result(content: bytes, name: str, clips: Mapping[str, str]) -> VBenchRo
             if dimension not in DIMENSIONS:
                 raise ValueError(f"unknown dimension {dimension!r}")
             mean, videos = float(result[0]), result[-1]
+            if not videos:
+                raise ValueError(f"{dimension} has no videos")
             scale = 100.0 if dimension in PERCENT else 1.0
             values = np.array([float(video["video_results"]) / scale for video in videos])
             files = [PurePosixPath(video["video_path"]).name for video in videos]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import mlflow
 import pandas as pd
@@ -35,17 +36,17 @@ def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> s
 def addresses(uri: str) -> Iterator[None]:
     """Sets MLflow's module-wide addresses to one store during a `with` block.
 
-    `load_model` reads them, and so does the SQL registry for logged models, whichever client calls it.
+    `load_model` reads them, and so does the SQL registry for logged models, whichever client calls it. Afterwards
+    MLflow reads the environment again, where its setters have written an earlier address.
     """
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
     mlflow.set_tracking_uri(client_address(uri))
     mlflow.set_registry_uri(client_address(uri))
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(cast(str, None))
+        mlflow.set_registry_uri(cast(str, None))
         for name, value in variables.items():  # MLflow sets them, and a later flow would read them as the user's
             if value is None:
                 os.environ.pop(name, None)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import trip_model
 from tasks.records import UserError, digest
-from trip_model.folders import folder_hash
+from trip_model.folders import files_hash
 from trip_model.request_limits import BOUNDS, VIDEO_FORMATS
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
@@ -155,13 +155,19 @@ def drawn_photo(size: int) -> bytes:
 
 
 def save_package(
-    model_folder: Path, target: Path, photo: bytes, prompt: str, defaults: dict[str, Any], record: Model
+    model_folder: Path,
+    hashes: dict[str, bytes],
+    target: Path,
+    photo: bytes,
+    prompt: str,
+    defaults: dict[str, Any],
+    record: Model,
 ) -> str:
     """Writes the MLflow model to `target`, a new folder; returns the hash of its model folder.
 
-    `record` has the ids of the logged model. Paths of this machine that MLflow and the training wrote (the code file,
-    the artifact folder, the base) are replaced by names relative to the model. The hash is computed after that, over
-    the files that a consumer downloads.
+    `hashes` has the hashes of the files of `model_folder`, `record` the ids of the logged model. Paths of this machine
+    that MLflow and the training wrote (the code file, the artifact folder, the base) are replaced by names relative to
+    the model. The returned hash is that of the files that a consumer downloads; only the rewritten ones are read again.
     """
     example = pd.DataFrame({"image": [photo], "prompt": [prompt]})
     with tempfile.TemporaryDirectory() as wheels:
@@ -176,19 +182,22 @@ def save_package(
             mlflow_model=record,
         )
         shutil.copytree(wheels, target / WHEELS)
-    for file in (target / "artifacts").rglob("*.json"):
-        if file.name not in DESCRIPTIONS and not file.name.endswith("config.json"):
-            continue  # the vocabulary and merges of a tokenizer contain slashes
-        content = json.loads(file.read_text(encoding="utf-8"))
-        neutral = without_local_paths(content)
-        if neutral != content:
-            file.write_text(json.dumps(neutral, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     saved = Model.load(str(target))
     flavor = saved.flavors["python_function"]
     flavor["model_code_path"] = CODE_FILE.name
     artifact = flavor["artifacts"]["model"]
     artifact["uri"] = artifact["path"]
-    model_hash = folder_hash(target / artifact["path"])
+    copy, rewritten = target / artifact["path"], {}
+    for file in copy.rglob("*.json"):
+        if file.name not in DESCRIPTIONS and not file.name.endswith("config.json"):
+            continue  # the vocabulary and merges of a tokenizer contain slashes
+        content = json.loads(file.read_text(encoding="utf-8"))
+        neutral = without_local_paths(content)
+        if neutral != content:
+            text = (json.dumps(neutral, indent=2, sort_keys=True) + "\n").encode()
+            file.write_bytes(text)
+            rewritten[str(file.relative_to(copy))] = hashlib.sha256(text).digest()
+    model_hash = files_hash(hashes | rewritten)
     saved.metadata = {"bounds": bounds(), "model_sha256": model_hash}
     saved.artifact_path = None
     saved.save(str(target / "MLmodel"))

@@ -16,6 +16,7 @@ from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
 from infra import storage, tracking
+from tasks.model_folder import local_model
 from tasks.records import UserError, digest
 from tasks.register import packaging
 from tasks.register.consumer import addresses, call_as_consumer
@@ -30,7 +31,7 @@ from tasks.register.promotion import (
     version_ref,
 )
 from tasks.register.report_facts import ReportFacts, read_report
-from trip_model.folders import folder_hash
+from trip_model.folders import file_hashes, files_hash
 from trip_model.images import load_image
 from trip_model.request_limits import check_photo
 
@@ -47,6 +48,7 @@ class RegisterSpec:
         photo: photo of the consumer check and the input example; by default a drawn one.
         prompt: prompt of the consumer check and the input example.
         check_steps: denoising steps of the consumer check.
+        tags: of the MLflow run and of the version, such as the flow run.
     """
 
     model: str
@@ -59,6 +61,7 @@ class RegisterSpec:
     photo: str | None = None
     prompt: str = "a red circle moving right slowly"
     check_steps: int = 4
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,10 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
             tracking store out of reach.
     """
     report = read_report(spec.report)
-    folder = _model_folder(spec.model)
+    folder = local_model(spec.model).resolve()
     settings = packaging.read_model_json(folder, "trip.json")
-    model_sha256 = folder_hash(folder)  # the check at the registry's door; nothing after it hashes the folder again
+    hashes = file_hashes(folder)  # the check at the registry's door; nothing after it hashes the folder again
+    model_sha256 = files_hash(hashes)
     if report.record.model_sha256 not in ("", model_sha256):
         raise UserError(f"the report at {spec.report!r} is of another model than {spec.model!r}; evaluate this model")
     photo = _photo(spec.photo, int(settings["config"]["size"]))
@@ -99,11 +103,13 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
         experiment = tracking.experiment_id(client, spec.experiment, _artifact_location(spec))
         package_digest = _package_digest(model_sha256)
         key = f"register-{spec.name}-{package_digest}-{report.record.digest}"
-        run_id = tracking.open_run(client, experiment, f"register {spec.name}", key, {})
+        run_id = tracking.open_run(
+            client, experiment, f"register {spec.name}", key, {"trip.stage": "register"} | spec.tags
+        )
         status = "FAILED"
         try:
             result = _register(
-                client, experiment, run_id, spec, report, folder, settings, photo, package_digest, progress
+                client, experiment, run_id, spec, report, folder, hashes, settings, photo, package_digest, progress
             )
             status = "FINISHED"
         finally:
@@ -118,6 +124,7 @@ def _register(
     spec: RegisterSpec,
     report: ReportFacts,
     folder: Path,
+    hashes: dict[str, bytes],
     settings: dict[str, Any],
     photo: bytes,
     package_digest: str,
@@ -129,7 +136,7 @@ def _register(
         card = _card(spec, folder, settings, report)
         _log_run(client, run_id, spec, settings, report, card)
         progress(f"register: logging the model ({_size_mb(folder):.1f} MB)")
-        model_id = _log_model(client, experiment, run_id, spec, folder, settings, photo, package_digest)
+        model_id = _log_model(client, experiment, run_id, spec, folder, hashes, settings, photo, package_digest)
         version = _create_version(client, spec, run_id, model_id, card, package_digest, report)
         progress(f"register: version {version.version} of {spec.name}")
     if version.tags.get("trip.done") != "yes":
@@ -157,17 +164,6 @@ def _promote_once(client: MlflowClient, name: str, version: ModelVersion, progre
 
 def _artifact_location(spec: RegisterSpec) -> str | None:
     return spec.artifact_location or tracking.default_artifact_location(spec.tracking_uri)
-
-
-def _model_folder(uri: str) -> Path:
-    try:
-        folder = storage.local_folder(uri)
-    except FileNotFoundError as error:
-        raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
-    for part in ("model_index.json", "trip.json"):
-        if not (folder / part).is_file():
-            raise UserError(f"the model folder {uri!r} has no {part}; give the folder that training exported")
-    return folder.resolve()
 
 
 def _photo(uri: str | None, size: int) -> bytes:
@@ -248,6 +244,7 @@ def _log_model(
     run_id: str,
     spec: RegisterSpec,
     folder: Path,
+    hashes: dict[str, bytes],
     settings: dict[str, Any],
     photo: bytes,
     package_digest: str,
@@ -261,7 +258,8 @@ def _log_model(
     record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "model"
-        model_hash = packaging.save_package(folder, package, photo, spec.prompt, sampling_defaults(settings), record)
+        defaults = sampling_defaults(settings)
+        model_hash = packaging.save_package(folder, hashes, package, photo, spec.prompt, defaults, record)
         client.log_model_artifacts(logged.model_id, str(package))
     client.set_logged_model_tags(logged.model_id, {tracking.MODEL_HASH: model_hash})
     client.finalize_logged_model(logged.model_id, "READY")
@@ -299,6 +297,7 @@ def _create_version(
         "trip.gate": "passed" if report.record.gate.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.record.gate.reasons)[:4900] or "none",
         **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
+        **spec.tags,
     }
     return client.create_model_version(
         spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=card[:4900], model_id=model_id

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra import storage
 from infra.cluster import lost_a_machine
+from infra.leases import leased
 from infra.telemetry import Tracking
 from infra.tracking import default_artifact_location
 from tasks.shards import read_manifest
@@ -37,9 +38,11 @@ MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the
 # Interval at which an elastic training looks for machines. Growing costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
 FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
+STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow
 _logger = logging.getLogger(__name__)
 
 
+@leased
 def train(
     spec: TrainSpec,
     progress: Tick | None = None,
@@ -58,6 +61,7 @@ def train(
     triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
 
     Raises:
+        LeaseHeld: another process writes to the output.
         UserError: an invalid spec. RuntimeError: the workers failed repeatedly without a new checkpoint.
         RayError: the session's machine is lost. TrainingStopped: SIGTERM came. The same call continues after either.
     """
@@ -86,14 +90,15 @@ def train(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
-        ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
-        for warning in warnings:
-            _logger.warning(warning)
-        if progress is not None:
-            for tick in ticks:
-                progress(tick)
+    with _closed_when_stopped(spec, tracking):
+        while thread.is_alive():
+            thread.join(timeout=1.0)
+            ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
+            for warning in warnings:
+                _logger.warning(warning)
+            if progress is not None:
+                for tick in ticks:
+                    progress(tick)
     report = finished_report(spec)
     if report is None:
         cause = errors[0] if errors else None
@@ -101,6 +106,19 @@ def train(
             raise cause
         raise RuntimeError(f"training ended without a report: {cause or 'no worker finished'}") from cause
     return report
+
+
+@contextlib.contextmanager
+def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[None]:
+    """Ends the MLflow run as KILLED if a signal ends the block: rank 0, which would, ends with the Ray session."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and tracking.uri:
+            run = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location)
+            run.start_run(tracking.run_name, None, tracking.key(spec), tags=tracking.tags, wait_seconds=0)
+            run.finish("KILLED", STOP_SECONDS)
+        raise
 
 
 def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
@@ -225,10 +243,10 @@ class _RunLog:
             tracking.artifact_location or default_artifact_location(tracking.uri),
             spool_file(spec),
         )
-        key = f"train-{spec_digest(spec)}"
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
-        tags = {"trip.stage": "train"} | ({"trip.parent": spec.start.parent} if spec.start is not None else {})
-        self._tracking.start_run(tracking.run_name, None, key, params, tags, wait_seconds=0)
+        parent = {"trip.parent": spec.start.parent} if spec.start is not None else {}
+        tags = {"trip.stage": "train"} | parent | tracking.tags
+        self._tracking.start_run(tracking.run_name, None, tracking.key(spec), params, tags, wait_seconds=0)
         self._tracking.document("spec.json", asdict(spec))
         self._tracking.dataset_input("latents", manifest_sha256, spec.dataset)
 

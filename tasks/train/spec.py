@@ -118,6 +118,11 @@ class TrackingSpec:
     run_name: str = "train"
     access: MlflowAccess = field(default_factory=MlflowAccess)
     artifact_location: str | None = None  # of a new experiment; None: next to a SQLite file, else the server's choice
+    tags: dict[str, str] = field(default_factory=dict)  # of the run, such as the commit and the flow run
+
+    def key(self, spec: TrainSpec) -> str:
+        """The key by which a training finds its run again."""
+        return f"train-{spec_digest(spec)}"
 
 
 @dataclass(frozen=True)

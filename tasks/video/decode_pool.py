@@ -86,6 +86,8 @@ class DecoderPool:
         for child in self._children:
             child.kill()
         self._threads.shutdown()
+        for child in self._children:
+            child.close_pipes()
 
     def __enter__(self) -> DecoderPool:
         return self
@@ -167,6 +169,11 @@ class _Child:
             if self._process is not None:
                 self._process.kill()
                 self._process.wait()
+
+    def close_pipes(self) -> None:
+        """Closes the pipes of a killed process; no thread may decode any more."""
+        if self._process is not None:
+            _end(self._process)
 
     def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
         """Returns the process and its pipes; starts a new process if there is none or it died."""

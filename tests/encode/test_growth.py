@@ -26,6 +26,7 @@ from tasks.shards import (
     read_manifest,
     versions_of,
 )
+from tasks.shards.pool import remove_shard, unused_shards
 
 ROWS = 8
 
@@ -156,3 +157,21 @@ def test_a_link_whose_retries_gave_up_is_not_requested_by_any_prepare(growth: Gr
     assert growth.night("another recipe", **other).requests == ROWS
     assert read_manifest(str(other["output"]))[0].failed == {"gave_up": 1}
     assert growth.night("asked again", retry=("gave_up",)).requests == 1
+
+
+def test_a_shard_that_no_version_names_is_unused_and_others_are_not(growth: Growth) -> None:
+    growth.night("first")
+    growth.lines[0] = growth.lines[0].replace("a shape", "another shape")
+    growth.night("edited")
+    root = str(growth.root)
+    assert unused_shards(root) == [], "the version of before names the shard of before"
+    (old,) = (v for v in versions_of(growth.dataset) if not v.endswith(read_manifest(growth.dataset)[1][:16]))
+    storage.delete(old)
+    (tar,) = unused_shards(root)
+    unfinished = growth.dataset[:-16] + "f" * 16
+    storage.write_json(f"{unfinished}/recipe.json", read_manifest(growth.dataset)[0].recipe)
+    assert unused_shards(root) == [], "an unfinished data set may continue with it"
+    storage.delete(unfinished)
+    remove_shard(tar)
+    assert unused_shards(root) == [] and list(problems(growth.dataset)) == []
+    assert growth.night("same table").requests == 0

@@ -217,6 +217,7 @@ def test_more_rows_of_the_same_table_join_what_is_there(tiny_base: Path, corpus:
     assert grown.samples == 6 and len(set(ShardDataset(grown.dataset).keys)) == 6
 
 
+@pytest.mark.slow
 def test_ray_workers_give_the_same_bytes_also_when_one_is_lost(
     cluster: None, tiny_base: Path, corpus: str, tmp_path: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_the_report_shows_reasons_and_decoded_latents_and_lies_next_to_the_data(
     assert storage.read_bytes(addresses["json"]) == before
 
 
+@pytest.mark.slow
 def test_the_report_of_a_process_of_its_own_is_the_same_and_its_failure_is_one_line(spec: PrepareSpec) -> None:
     report = prepare(spec)
     addresses = report_addresses(report.dataset)

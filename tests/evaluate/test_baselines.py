@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from PIL import Image
 
 from flows.cli.app import parse
 from infra import storage
-from infra.cluster import ray_session
 from tasks.evaluate.job import evaluate
 from tasks.evaluate.protocol.baselines import (
     Method,
@@ -189,21 +187,15 @@ def drawn(folder: Path, clips: int) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_session(None, 2):
-        yield
-
-
 def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
     spec = EvaluateSpec(
         str(model), dataset, str(output), held_out_fraction=1.0, bootstrap=100, examples=1, references=False
     )
-    return replace(spec, **({"steps": 1, "workers": 1, "clips": 6, "batch": 3} | changes))
+    return replace(spec, **({"steps": 1, "workers": 0, "clips": 6, "batch": 3} | changes))
 
 
 @pytest.mark.slow
-def test_excluded_items_leave_all_rows_and_are_printed(cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_excluded_items_leave_all_rows_and_are_printed(tiny_model: Path, tmp_path: Path) -> None:
     data = drawn(tmp_path / "data", 6)
     keys = [item.key for item in held_out_protocol(ShardDataset(data), 1.0, 6, 0).items]
     for key in keys[1:]:  # the first is missing, the last too short
@@ -228,7 +220,7 @@ def test_excluded_items_leave_all_rows_and_are_printed(cluster: None, tiny_model
 
 
 @pytest.mark.slow
-def test_from_files_of_judges_to_the_table(cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_from_files_of_judges_to_the_table(tiny_model: Path, tmp_path: Path) -> None:
     """Stand-ins of the right signatures fill all columns, under no published name; another hash is refused."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

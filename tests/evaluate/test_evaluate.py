@@ -96,16 +96,16 @@ def whole(
     cluster: None, dataset: str, others: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateSpec, Any, list[str]]:
     """One evaluation that nobody interrupted, beside another method: its spec, its report, and what it said."""
-    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=2, methods={"Other": others})
+    spec = spec_for(tiny_model, dataset, tmp_path_factory.mktemp("whole"), workers=1, methods={"Other": others})
     spec = replace(spec, references=True, samples=2)
     lines: list[str] = []
     return spec, evaluate(spec, lines.append), lines
 
 
 def spec_for(model: Path, dataset: str, output: Path, **changes: Any) -> EvaluateSpec:
-    # One worker: what costs here is each worker's imports.
+    # In this process: what costs here is the imports of each worker.
     spec = EvaluateSpec(str(model), dataset, str(output), clips=5, batch=2, held_out_fraction=0.5, bootstrap=100)
-    return replace(spec, **({"examples": 2, "steps": 2, "workers": 1, "references": False, "samples": 1} | changes))
+    return replace(spec, **({"examples": 2, "steps": 2, "workers": 0, "references": False, "samples": 1} | changes))
 
 
 def test_only_windows_of_held_out_clips_are_judged(tmp_path: Path):
@@ -191,7 +191,7 @@ def test_what_is_missing_is_made_again_with_identical_numbers(
     for folder in ("records", "features", "generations"):  # one file each, and what follows from it is looked up
         next(path for path in sorted((tmp_path / "copy" / folder).rglob("*")) if path.is_file()).unlink()
     lines: list[str] = []
-    again = evaluate(replace(spec, output=str(tmp_path / "copy"), workers=1), lines.append)
+    again = evaluate(replace(spec, output=str(tmp_path / "copy"), workers=0), lines.append)
     assert again.metrics == report.metrics and again.key == report.key
     assert any(not line.startswith("judge") and "found from before" in line for line in lines)
     for name in report.files:
@@ -205,7 +205,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
     whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path
 ):
     spec, report, _ = whole
-    spec = replace(spec, workers=1)
+    spec = replace(spec, workers=2)
     fields = to_json(replace(spec, output=str(tmp_path / "killed")))
     script = (
         f"from tasks.evaluate.job import *; from tasks.json_records import *; "
@@ -232,7 +232,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_identical_numbers(
 
 def test_another_seed_is_another_evaluation(whole: tuple[EvaluateSpec, Any, list[str]], tmp_path: Path):
     spec, report, _ = whole
-    few = replace(spec, output=str(tmp_path), seed=1, clips=2, workers=1, methods={}, references=False, samples=1)
+    few = replace(spec, output=str(tmp_path), seed=1, clips=2, workers=0, methods={}, references=False, samples=1)
     other = evaluate(few, lambda line: None)
     assert other.key != report.key and other.metrics["trip"] != report.metrics["trip"]
 
@@ -262,7 +262,7 @@ def test_the_champion_is_a_row_and_the_gate_asks_for_it(
     lines: list[str] = []
     again = evaluate(
         replace(
-            spec, output=str(tmp_path), protocol=protocol, champion=report.uri, methods={}, workers=1, references=False
+            spec, output=str(tmp_path), protocol=protocol, champion=report.uri, methods={}, workers=0, references=False
         ),
         lines.append,
     )
@@ -274,7 +274,7 @@ def test_the_champion_is_a_row_and_the_gate_asks_for_it(
     assert all(value["value"] == 0 and not value["ci_low"] and not value["ci_high"] for value in minus)
     assert not any("champion" in reason for reason in again.gate.reasons)
     with pytest.raises(UserError, match=r"champion's report at .* is of other items"):
-        evaluate(replace(spec, champion=report.uri, seed=7, methods={}), lambda line: None)
+        evaluate(replace(spec, champion=report.uri, seed=7, methods={}, workers=0), lambda line: None)
 
 
 def exported(folder: Path, base: Path, config: TripConfig) -> Path:
@@ -284,7 +284,7 @@ def exported(folder: Path, base: Path, config: TripConfig) -> Path:
 
 @pytest.mark.parametrize("prediction", ["noise", pytest.param("velocity", marks=pytest.mark.slow)])
 def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all_models(
-    prediction: str, cluster: None, dataset: str, request: pytest.FixtureRequest, tmp_path: Path
+    prediction: str, dataset: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     base: Path = request.getfixturevalue("tiny_base" if prediction == "noise" else "tiny_velocity_base")
     schedule, output = ScheduleConfig(sampling_steps=3), cast(Any, prediction)
@@ -331,7 +331,7 @@ def test_the_base_untrained_is_a_row_sampled_as_trip_minus_and_made_once_for_all
 
 
 def test_a_base_that_the_model_was_not_trained_from_is_no_row(
-    cluster: None, dataset: str, tiny_base: Path, tiny_velocity_base: Path, tmp_path: Path
+    dataset: str, tiny_base: Path, tiny_velocity_base: Path, tmp_path: Path
 ) -> None:
     model = exported(tmp_path / "model", tiny_base, TripConfig(size=32, fusion=FusionConfig(kind="none")))
     spec = spec_for(
@@ -346,13 +346,13 @@ def test_a_base_that_the_model_was_not_trained_from_is_no_row(
 
 
 def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path, tiny_base: Path, tmp_path: Path):
-    spec = spec_for(tiny_model, dataset, tmp_path / "out", workers=1)
+    spec = spec_for(tiny_model, dataset, tmp_path / "out")
     bare = drawn_dataset(tmp_path / "bare", keep_pixels=False)
     large = drawn_dataset(tmp_path / "large", clips=2, size=48)
     (tmp_path / "file").write_text("")
     cases = {
         "no model folder at": replace(spec, model=str(tmp_path / "nothing")),
-        "holds no trip.json": replace(spec, model=str(tiny_base)),
+        "has no trip.json": replace(spec, model=str(tiny_base)),
         "no finished data set": replace(spec, dataset=str(tmp_path / "nothing")),
         "holds no real frames": replace(spec, dataset=bare),
         "makes frames of 32x32": replace(spec, dataset=large),
@@ -362,7 +362,7 @@ def test_bad_input_is_one_sentence(cluster: None, dataset: str, tiny_model: Path
         "no protocol 'webvid'": replace(spec, protocol="webvid"),
         "no videos of method Other at": replace(spec, methods={"Other": str(tmp_path / "nothing")}),
         "champion: no report.json at": replace(spec, champion=str(tmp_path / "nothing")),
-        "a worker of 64 CPUs .* does not fit": replace(spec, cpus_per_worker=64),
+        "a worker of 64 CPUs .* does not fit": replace(spec, workers=1, cpus_per_worker=64),
         "steps is 5000": replace(spec, steps=5000),
         "choose another output": replace(spec, output=str(tmp_path / "file")),
     }

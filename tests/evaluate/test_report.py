@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,16 +70,29 @@ def made(make: str, i: int) -> np.ndarray:
     }[make]
 
 
+KEPT: dict[tuple[object, ...], Any] = {}
+
+
+def kept(work: Callable[..., Any], *inputs: Any) -> Any:
+    """What `work` returns for these inputs, computed once: the tables of this file share most of their clips."""
+    key = (work, *(value.tobytes() if isinstance(value, np.ndarray) else value for value in inputs))
+    if key not in KEPT:
+        KEPT[key] = work(*inputs)
+    return KEPT[key]
+
+
 def summarised(protocol: Protocol, clips: dict[str, list[np.ndarray]]) -> Summary:
     """The table of these clips by row; of a generated one the given image takes the place of frame 1."""
     real, items_ = clips["real"], protocol.items
     firsts = {row: [None if row in ("frozen", "real") else p[0] for p in found] for row, found in clips.items()}
     shown = {row: [np.concatenate([real[i][:1], p[1:]]) for i, p in enumerate(found)] for row, found in clips.items()}
-    records = {row: list(map(measure, shown[row], real, firsts[row])) for row in clips}
+    records = {row: [kept(measure, *of) for of in zip(shown[row], real, firsts[row], strict=True)] for row in clips}
 
     def features(name: ExtractorInfo, row: str) -> list[dict[str, np.ndarray]]:
         extractor = next(extractor for extractor in EXTRACTORS if extractor.info == name)
-        return [extract_features(extractor, item.key, shown[row][i], item.caption) for i, item in enumerate(items_)]
+        return [
+            kept(extract_features, extractor, item.key, shown[row][i], item.caption) for i, item in enumerate(items_)
+        ]
 
     return summarise(protocol, items_, records, features, NAMES, bootstrap=200)
 

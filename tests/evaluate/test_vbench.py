@@ -71,7 +71,16 @@ def test_scores_are_those_of_its_script():
     assert final_scores({"vbench-i2v_subject": 1.0}) == {}
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"other": [1, []]}', b'{"i2v_subject": [0.5, []]}', b"x"])
-def test_another_file_is_refused(content):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "not a result of VBench-I2V"),
+        (b"{}", "has no dimension"),
+        (b'{"other": [1, []]}', "unknown dimension 'other'"),
+        (b'{"i2v_subject": [0.5, []]}', "i2v_subject has no videos"),
+        (b"x", "not a result of VBench-I2V"),
+    ],
+)
+def test_another_file_is_refused(content, reason):
+    with pytest.raises(UserError, match=reason):
         read_result(content, "ours", {})

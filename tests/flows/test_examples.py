@@ -150,9 +150,6 @@ def test_a_batch_that_cannot_start_reports_the_reason_without_a_traceback(home, 
     import ray
 
     monkeypatch.chdir(home)
-    # Earlier tests of this process have named a registry, which MLflow keeps in both places.
-    monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", None)
-    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
     for name, value in RAY.items():
         monkeypatch.setenv(name, value)
     (home / "bare.csv").write_text("photo\nruns/demo/photo.png\n")

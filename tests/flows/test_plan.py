@@ -34,7 +34,7 @@ from trip_model.config import FusionConfig, TripConfig
 from trip_model.folders import folder_hash
 from trip_model.model import Trip
 
-SMALL = TripConfig(size=128, fusion=FusionConfig(width=16, heads=2))
+SMALL = TripConfig(size=64, fusion=FusionConfig(width=16, heads=2))
 
 
 def test_counts_of_the_full_size_unet() -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import Artifact
+from prefect.context import FlowRunContext
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import recipes
 from flows.cli.app import main
 from flows.cli.local_server import local_server
 from flows.prefect_artifacts import PrepareArtifacts
+from flows.stage import STAGE_POLICY
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
 from tests.support.tiny_cli import tiny
+
+pytestmark = pytest.mark.slow  # a Prefect server, and calls that wait for one that is gone
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +68,26 @@ def test_the_pages_of_a_run_say_what_became_of_the_rows(
         assert line in books.data.splitlines()
     [page] = (tmp_path / "run" / "data").glob("*.report.html")
     assert f"`{page}`" in books.data and "3 samples in 2 shards" in books.data
+
+
+def test_a_warning_of_a_stage_is_on_the_page_of_the_run(server: None) -> None:
+    @task(name="stage", **STAGE_POLICY)
+    def stage() -> None:
+        logging.getLogger("tasks.train.job").warning("workers at %s were restarted", "s3://user:secret@host/data")
+
+    @flow(name="warns")
+    def warns() -> UUID:
+        stage()
+        context = FlowRunContext.get()
+        assert context is not None and context.flow_run is not None
+        return context.flow_run.id
+
+    run = warns()
+    APILogWorker.drain_all(timeout=10)
+    with get_client(sync_client=True) as client:
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])))
+    (line,) = [entry.message for entry in logs if "restarted" in entry.message]
+    assert line == "warning     workers at s3://***@host/data were restarted"
 
 
 @pytest.fixture

@@ -6,17 +6,22 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
+from infra.settings import code_version
 from tasks.shards import ShardDataset
 from tasks.video.decode import read_clip
+from tests.support.hashes import model_hashes, recording
 from trip_model.folders import folder_hash
 from trip_model.images import load_image
 
@@ -36,8 +41,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(base: Path, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(base, root, *flags), capture_output=True, text=True, timeout=900, env=environment())
+def run(base: Path, root: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    arguments, variables = command(base, root, *flags), environment() | variables
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=variables)
 
 
 def only(folder: Path) -> Path:
@@ -66,7 +72,7 @@ def state(root: Path) -> dict[str, object]:
 def done(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root where the tiny recipe has run, and what the command printed."""
     root = tmp_path_factory.mktemp("road") / "run"
-    finished = run(tiny_base, root)
+    finished = run(tiny_base, root, **recording(root.with_name("hashes")))
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return root, finished.stdout
 
@@ -93,17 +99,70 @@ def test_every_stage_shows_progress(done: tuple[Path, str]) -> None:
     assert "Traceback" not in output
 
 
-def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path) -> None:
+def test_a_run_hashes_its_model_at_the_export_and_at_the_registration(done: tuple[Path, str], tiny_base: Path) -> None:
+    root, _ = done
+    exported, registered = model_hashes(root.with_name("hashes"), tiny_base)
+    assert "trip-export-" in exported and Path(registered).is_relative_to(only(root / "train"))
+
+
+def test_the_runs_of_mlflow_and_prefect_name_each_other(done: tuple[Path, str]) -> None:
+    root, _ = done
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert {run.data.tags.get("trip.stage") for run in runs} == {"train", "register"}
+    with contextlib.closing(sqlite3.connect(root / ".prefect" / "prefect.db")) as database:
+        flow_runs = {str(UUID(row[0])) for row in database.execute("select id from flow_run")}
+        artifacts = dict(database.execute("select key, data from artifact"))
+    for run in runs:
+        assert run.data.tags["prefect.flow_run_id"] in flow_runs
+        assert run.data.tags["trip.code_version"] == code_version()
+    (version,) = client.search_model_versions("name = 'trip'")
+    assert version.tags["prefect.flow_run_id"] in flow_runs
+    assert artifacts.keys() >= {"prepare-books", "train-result", "evaluate-result", "register-result"}
+    assert next(r.info.run_id for r in runs if r.data.tags["trip.stage"] == "train") in artifacts["train-result"]
+
+
+def running(root: Path) -> bool:
+    """Whether MLflow has a run that is running, read without MLflow, which would create its tables."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{root}/mlflow.db?mode=ro", uri=True)) as database:
+            return bool(database.execute("select 1 from runs where status = 'RUNNING'").fetchall())
+    except sqlite3.Error:
+        return False
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_training_in_order(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_STEPS", "2000")
+    root, log = tmp_path / "run", tmp_path / "log"
+    with started(tiny_base, root, log) as process:
+        deadline = time.monotonic() + 600
+        while len(list(root.glob("train/*/checkpoints/*"))) < 3 or not running(root):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=120) == 143
+    text = log.read_text()
+    assert text.rstrip().endswith("terminated; the same command continues")
+    assert "SIGTERM received" not in text and "Traceback" not in text
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    (training,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert training.info.status == "KILLED"
+
+
+def test_the_same_command_again_makes_nothing_twice(done: tuple[Path, str], tiny_base: Path, tmp_path: Path) -> None:
     root, _ = done
     before = state(root)
     weights = {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")}
-    again = run(tiny_base, root)
+    again = run(tiny_base, root, **recording(tmp_path / "hashes"))
     assert again.returncode == 0, again.stderr[-3000:]
+    assert len(model_hashes(tmp_path / "hashes", tiny_base)) <= 1  # the registration's check of the folder
     assert state(root) == before
     assert {path: path.stat().st_mtime_ns for path in (root / "train").rglob("*.safetensors")} == weights
     assert "version 1" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_missing_table_is_one_sentence(done: tuple[Path, str], tiny_base: Path) -> None:
     root, _ = done
     refused = run(tiny_base, root, "--source", str(root / "nowhere.csv"))

@@ -53,7 +53,7 @@ def test_a_documented_command_resolves(document: str, command: str) -> None:
         elif words[2] == "trip_model":
             parse_model(words[3:])
         else:
-            assert words[2] in ("pytest", "pip", "venv", "mlflow", "ruff", "pyright", "build"), command
+            assert words[2] in ("pytest", "pip", "venv", "mlflow", "prefect", "ruff", "pyright", "build"), command
     elif len(words) > 1 and (program == "bash" or (program in ("python", "python3") and words[1].endswith(".py"))):
         assert (REPOSITORY / words[1]).is_file(), f"{document}: {words[1]} does not exist"
     elif program == "kubectl" or program == "docker":

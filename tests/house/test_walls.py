@@ -25,9 +25,9 @@ TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 # The stage "prepare" is two rooms: encode drives the ingest library on its workers.
 ONE_STAGE = {("encode", "ingest")}
 # Libraries below the stages.
-SHARED = {"records", "json_records", "evaluation_record", "shards", "video", "metrics", "pages"}
+SHARED = {"records", "json_records", "evaluation_record", "model_folder", "shards", "video", "metrics", "pages"}
 # Flows that run other flows' stages.
-PARENTS = {"reproduce", "ablate"}
+PARENTS = {"reproduce", "ablate", "nightly"}
 
 
 def imports(path: Path) -> set[str]:

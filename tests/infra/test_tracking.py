@@ -250,7 +250,18 @@ class Server:
     def kill(self):
         os.kill(self.child, signal.SIGKILL)
 
+    def end(self):
+        self.kill()
+        end(self.parent)
 
+
+def end(process):
+    """Kills a process, waits for its end, and closes its pipes."""
+    with process:
+        process.kill()
+
+
+@pytest.mark.slow
 def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox tries again, and sooner
     server, spool = Server(store, tmp_path), tmp_path / "spool.jsonl"
@@ -271,8 +282,7 @@ def test_a_server_killed_and_started_again_gets_every_point_once(store, tmp_path
         assert tracking.flush(60) and not spool.exists()
         assert tracking.finish() and tracking.dropped == 0
     finally:
-        server.kill()
-        server.parent.kill()
+        server.end()
     assert points(store, run_id, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert points(store, run_id, "checkpoint/loss") == [(3, 0.3)]
     assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
@@ -304,6 +314,7 @@ def training(uri, spool, *parts):
     )
 
 
+@pytest.mark.slow
 def test_an_outage_that_outlives_two_killed_processes_loses_no_point(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server, spool = Server(store, tmp_path), tmp_path / "spool.jsonl"
@@ -315,19 +326,18 @@ def test_an_outage_that_outlives_two_killed_processes_loses_no_point(store, tmp_
         first.stdin.write("\n")
         first.stdin.flush()
         assert first.stdout.readline() == "False\n"
-        first.kill()
+        end(first)
         assert [json.loads(line)["op"] for line in spool.read_text().splitlines()] == ["metrics", "metrics"]
         second = training(server.uri, spool, "3,4")  # back to its checkpoint, and MLflow is still away
         assert second.stdout.readline() == "False\n"
-        second.kill()
+        end(second)
         server.start()
         third = Tracking(server.uri, "exp", spool=spool)
         run_id = third.start_run("n", key="k-outage", wait_seconds=60)
         third.metrics({"loss": 0.5}, 5)
         assert third.finish(wait_seconds=60) and third.dropped == 0
     finally:
-        server.kill()
-        server.parent.kill()
+        server.end()
     assert points(store, run_id, "loss") == [(step, step / 10) for step in (1, 2, 3, 4, 5)]
     assert not spool.exists()
 

@@ -27,6 +27,8 @@ from tasks.ingest.demo import write_demo_corpus
 from tasks.ingest.spec import SourceSpec
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # machines that start and are killed
+
 STORE: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
 
 
@@ -95,7 +97,7 @@ def run(tasks: list[tuple[str, str]], count: int = 1, tick: Any = lambda: None) 
         return sorted(pool.run(tasks, lambda actor, task: actor.run.remote(task), tick))
 
 
-@pytest.mark.parametrize("moment", ["loading", pytest.param("encoding", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["loading", "encoding"])
 def test_with_a_machine_lost_the_other_prepares_all_rows(
     machines: Machines, tiny_base: Path, tmp_path: Path, moment: str
 ) -> None:
@@ -169,7 +171,6 @@ def test_a_task_whose_processes_die_on_a_living_machine_ends_the_run(machines: M
     assert (tmp_path / "died").read_text() == "die" * workers.MAX_DEATHS
 
 
-@pytest.mark.slow
 def test_a_task_that_loses_four_machines_is_done_on_the_fifth(machines: Machines, tmp_path: Path) -> None:
     def replace_a_lost_machine() -> None:
         if machines[-1].all_processes["raylet"][0].process.poll() is not None:
@@ -193,7 +194,6 @@ def test_workers_that_cannot_start_say_why(machines: Machines) -> None:
         list(pool.run([1], lambda actor, task: actor.run.remote(task)))
 
 
-@pytest.mark.slow
 def test_a_machine_that_stops_answering_is_lost_though_its_calls_stay_open(machines: Machines, tmp_path: Path) -> None:
     machines.add()
     stopped: list[psutil.Process] = []

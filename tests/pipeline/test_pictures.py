@@ -164,5 +164,6 @@ def test_flags_of_shape_sampler_and_motion_reach_the_pipeline(tiny_model, tmp_pa
     flags = ["--fit", "keep", "--sampler", "unipc", "--motion", "0", "--num-frames", "70", "--long", "chunks"]
     assert main(["photo.png", "it moves", *flags, "-m", str(tiny_model), "-o", "frames"]) == 0
     frames = sorted(Path("frames").iterdir())
-    assert len(frames) == 70 and Image.open(frames[0]).size == (40, 24)
-    assert np.array_equal(np.asarray(Image.open(frames[0])), np.asarray(Image.open(frames[69])))
+    with Image.open(frames[0]) as first, Image.open(frames[69]) as last:
+        assert len(frames) == 70 and first.size == (40, 24)
+        assert np.array_equal(np.asarray(first), np.asarray(last))

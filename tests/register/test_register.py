@@ -22,7 +22,7 @@ from infra.tracking import connect
 from tasks.evaluation_record import Gate
 from tasks.metrics.statistics import Estimate
 from tasks.records import UserError
-from tasks.register import packaging, registry
+from tasks.register import registry
 from tasks.register.model_card import write_model_card
 from tasks.register.packaging import drawn_photo
 from tasks.register.promotion import promote
@@ -30,7 +30,8 @@ from tasks.register.registry import RegisterSpec, register
 from tasks.register.report_facts import read_report
 from tasks.video.decode import read_clip
 from tests.support.reports import write_record
-from trip_model.folders import folder_hash
+from trip_model import folders
+from trip_model.folders import file_hashes
 
 CONSUMER = Path(__file__).resolve().parents[2] / "examples" / "consumer.py"
 ROWS = {
@@ -120,12 +121,12 @@ def test_a_registration_hashes_the_model_folder_once(registered, monkeypatch):
     spec, _, _ = registered
     hashed: list[Path] = []
 
-    def counted(folder: Path, part: str = "") -> str:
-        hashed.append(Path(folder))
-        return folder_hash(folder, part)
+    def counted(folder: Path) -> dict[str, bytes]:
+        hashed.append(folder)
+        return file_hashes(folder)
 
-    monkeypatch.setattr(registry, "folder_hash", counted)
-    monkeypatch.setattr(packaging, "folder_hash", counted)
+    monkeypatch.setattr(folders, "file_hashes", counted)
+    monkeypatch.setattr(registry, "file_hashes", counted)
     register(spec, silent)
     assert hashed == [Path(spec.model)]
 
@@ -184,6 +185,7 @@ def test_an_invalid_request_is_rejected_with_one_sentence(champion, image, promp
         champion.predict(rows, params=params)
 
 
+@pytest.mark.slow
 def test_a_consumer_outside_the_checkout_loads_by_alias_and_gets_a_playable_video(registered, tmp_path):
     spec, _, _ = registered
     (tmp_path / "photo.png").write_bytes(drawn_photo(48))

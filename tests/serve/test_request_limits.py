@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from trip_model.__main__ import main
 from trip_model.images import check_video_target, write_video
 from trip_model.pipeline import TripPipeline
 from trip_model.request_limits import BOUNDS, MAX_PHOTO_BYTES, RequestError, check_number, read_photo, read_prompt
+
+# The library's argument `seed`, which works until 0.3.
+pytestmark = pytest.mark.filterwarnings(r"ignore:TripPipeline\(image, prompt, seed:DeprecationWarning")
 
 PHOTO = drawn_photo(32)
 
@@ -56,12 +59,23 @@ def pipe(tiny_model: Path) -> TripPipeline:
     return TripPipeline.from_pretrained(tiny_model)
 
 
-@pytest.fixture
-def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..., bool]]:
-    """Each interface as a function of a request's values: whether it accepts them. None of them denoises."""
-    monkeypatch.setattr("trip_model.pipeline.encode_pixels", lambda *_: (_ for _ in ()).throw(Accepted))
+@pytest.fixture(scope="module")
+def interfaces(tiny_model, pipe, tmp_path_factory) -> Iterator[dict[str, Callable[..., bool]]]:
+    """Each interface as a function of a request's values: whether it accepts them. None denoises or loads a model."""
+    folder = tmp_path_factory.mktemp("interfaces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trip_model.pipeline.encode_pixels", lambda *_: (_ for _ in ()).throw(Accepted))
+        patch.setattr(TripPipeline, "from_pretrained", lambda _: pipe)
+        # The web UI keeps its files in the temporary folder of Gradio.
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
+        yield interfaces_of(pipe, tiny_model, folder)
+
+
+def interfaces_of(pipe: TripPipeline, model_folder: Path, folder: Path) -> dict[str, Callable[..., bool]]:
     model = pyfunc_model.TripModel()
     model.pipe = pipe
+    app = create_app(Gateway(Recorder(), 60))
+    submit: Any = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
 
     def run(call: Callable[[], Any]) -> bool:
         try:
@@ -77,11 +91,11 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
         return run(lambda: pipe(image, prompt, **numbers))
 
     def command_line(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
-        (tmp_path / "photo").write_bytes(image)
+        (folder / "photo").write_bytes(image)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
-        target = str(tmp_path / "out.mp4")
+        target = str(folder / "out.mp4")
         try:
-            return main([str(tmp_path / "photo"), prompt, "-m", str(tiny_model), "-o", target, *flags]) != 2
+            return main([str(folder / "photo"), prompt, "-m", str(model_folder), "-o", target, *flags]) != 2
         except Accepted:
             return True
 
@@ -91,7 +105,7 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
 
     def post(**request: Any) -> bool:
         async def go() -> httpx.Response:
-            transport = httpx.ASGITransport(create_app(Gateway(Recorder(), 60)))
+            transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://trip") as client:
                 return await client.post("/v1/animate", **request)
 
@@ -112,20 +126,17 @@ def interfaces(tiny_model, pipe, tmp_path, monkeypatch) -> dict[str, Callable[..
     def web_ui(image: Any = PHOTO, prompt: Any = "a cat", **numbers: Any) -> bool:
         from gradio import Error
 
-        (tmp_path / "upload").write_bytes(image)
-        submit: Any = build_web_ui(Gateway(Recorder(), 60)).fns[0].fn
+        (folder / "upload").write_bytes(image)
         given = {"seed": "", "steps": 50, "guidance": 1, "num_frames": 16, "fps": 4, **numbers}
         given["seed"] = str(given["seed"])  # a text field
         try:
-            asyncio.run(submit(str(tmp_path / "upload"), prompt, *given.values(), []))
+            asyncio.run(submit(str(folder / "upload"), prompt, *given.values(), []))
         except Error as error:
             if error.title != "Request rejected":
                 raise
             return False
         return True
 
-    # The web UI keeps its files in the temporary folder of Gradio.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     return {
         "library": library,
         "command line": command_line,

@@ -100,6 +100,7 @@ def test_a_shard_that_does_not_account_for_every_row_is_not_written(tmp_path: Pa
     assert storage.list_dir(str(tmp_path)) == []
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it to the garbage collector
 def test_webdataset_reads_the_shards_as_plain_tars(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     make_dataset(str(tmp_path))
@@ -147,6 +148,7 @@ def test_a_pickle_inside_an_array_is_not_opened(tmp_path: Path) -> None:
         shards.decode_field("latents", buffer.getvalue())
 
 
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")  # numpy takes a damaged header for one of Python 2
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(shards.SUFFIXES)), st.data())
 def test_damaged_bytes_of_a_field_decode_or_are_a_value_error(name: str, data: st.DataObject) -> None:

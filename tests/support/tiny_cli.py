@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ def tiny(base: str) -> recipes.Recipe:
     return replace(
         demo,
         name="tiny",
-        prepare=replace(demo.prepare, base=base, size=32, clips_per_shard=4),
+        prepare=replace(demo.prepare, base=base, size=32, clips_per_shard=4, workers=1),  # each one imports torch
         train=replace(
             demo.train,
             base=base,
@@ -29,14 +30,14 @@ def tiny(base: str) -> recipes.Recipe:
                 fusion=FusionConfig(width=16, heads=2, prediction="shrinkage", residual="unit"),
                 schedule=replace(model.schedule, sampling_steps=2),
             ),
-            steps=6,
+            steps=int(os.environ.get("TINY_STEPS", "6")),
             global_batch=2,
             tick_every=2,
             checkpoint_every=2,
             held_out_fraction=0.4,
             cpus_per_worker=1,
         ),
-        evaluate=replace(demo.evaluate, clips=4, batch=2, bootstrap=50, examples=2, steps=None),
+        evaluate=replace(demo.evaluate, clips=4, batch=2, bootstrap=50, examples=2, steps=None, workers=0),
         demo_clips=12,
     )
 

@@ -36,6 +36,7 @@ train(spec, lambda tick: print(tick["step"], flush=True), in_process=True)
 """
 
 
+@pytest.mark.slow
 def test_a_training_killed_between_ticks_and_its_newest_checkpoint_cut_short_ends_with_the_same_curve(
     spec: TrainSpec,  # noqa: F811
     tmp_path: Path,
@@ -47,16 +48,15 @@ def test_a_training_killed_between_ticks_and_its_newest_checkpoint_cut_short_end
     report = run_training(whole, on_tick=expected.append)
 
     broken = replace(whole, output=str(tmp_path / "broken"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None and process.stdout is not None
-    json.dump(to_json(broken), process.stdin)
-    process.stdin.close()
-    while int(process.stdout.readline()) < 10:
-        pass
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", TRAIN]
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        json.dump(to_json(broken), process.stdin)
+        process.stdin.close()
+        while int(process.stdout.readline()) < 10:
+            pass
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     store = CheckpointStore(storage.join(broken.output, "checkpoints"))
     newest, before = store.steps()[:2]
     file = Path(store.address(newest)) / "weights.safetensors"

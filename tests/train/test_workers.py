@@ -27,6 +27,7 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": tensor for part, named in found.parts.items() for name, tensor in named.items()}
 
 
+@pytest.mark.slow
 def test_two_workers_resume_bitwise_and_one_goes_on_with_their_batches(
     spec: TrainSpec,  # noqa: F811
     tmp_path: Path,

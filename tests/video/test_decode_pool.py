@@ -195,12 +195,11 @@ def test_a_process_ends_with_its_parent(busy_with: str) -> None:
         "print('decoded', flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
-    assert parent.stdout is not None and parent.stdout.readline() == b"decoded\n"
-    [child] = psutil.Process(parent.pid).children()
-    time.sleep(0.5)
-    parent.kill()
-    parent.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"decoded\n"
+        [child] = psutil.Process(parent.pid).children()
+        time.sleep(0.5)
+        parent.kill()
     until = time.monotonic() + (20 if busy_with else 5)
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
