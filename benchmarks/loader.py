@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
     python -m benchmarks.loader resume [--peers PYTHON]           samples repeated and lost by a stop in mid-epoch
-    python -m benchmarks.loader index [--samples 300000]          memory and time of opening a data set
+    python -m benchmarks.loader index [--samples 10700000]        memory and time of opening a data set
 
 Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
 docs/decisions/loader.md describes the peers' environment; without it the only peer is webdataset.
@@ -30,8 +30,17 @@ import torch
 from benchmarks.loader_peers import BATCH, LENGTH, SHAPE, numbers
 from benchmarks.loader_peers import speed as measured
 from infra import storage
-from tasks.shards import Entry, PackedSample, ShardDataset, ShardManifest, encode_field, publish_dataset, write_shard
-from tasks.shards import index_name as name_of_index
+from tasks.shards import (
+    MANIFEST,
+    DatasetManifest,
+    PackedSample,
+    ShardDataset,
+    encode_field,
+    publish_dataset,
+    write_shard,
+)
+from tasks.shards.layout import PublishedShard
+from tasks.shards.sample_index import SampleIndex, index_file, written_index
 from tasks.train.loader import Batch, TrainingData
 
 PEERS = Path(__file__).with_name("loader_peers.py")
@@ -121,35 +130,39 @@ def _resumed(tars: str, stop: int, world: int, then: int) -> dict[str, Any]:
 
 
 def index(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measures memory and time of opening a data set for training; its indexes are real, its tars do not exist."""
-    shards = []
-    sizes = {"caption": 60, "first": 90_000, "latents": 131_200, "meta": 900, "tokens": 436}
-    for shard, start in enumerate(range(0, given.samples, 1000)):
-        entries, offset = [], 512
-        for row in range(start, start + 1000):
-            members = {}
-            for name, size in sizes.items():
-                members[name] = (offset, size)
-                offset += -(-size // 512) * 512 + 512
-            entries.append(Entry(f"{1_000_000_000 + row}_000", members))
-        manifest = ShardManifest("", start, start + 1000, "hash", 1000, entries, [], "0" * 64, offset).named(shard)
-        storage.write_json(str(folder / name_of_index(manifest.shard)), dataclasses.asdict(manifest))
-        shards.append(manifest.summary())
-    publish_dataset(str(folder), {}, "hash", {}, shards)
+    """Measures memory and time of opening a data set for training; its index is real, its tars do not exist."""
+    fields = {"caption": 60, "first": 90_000, "latents": 131_200, "meta": 900, "tokens": 436}
+    sizes = np.array([*fields.values()])
+    spans = -(-sizes // 512) + 1  # blocks of a member with its header
+    begins = 1 + np.concatenate([[0], np.cumsum(spans)[:-1]])
+    rng, name = np.random.default_rng(0), len(f"{1_000_000_000}_000")
+
+    def parts() -> Iterator[SampleIndex]:
+        for start in range(0, given.samples, 1000):
+            rows = np.arange(1000)
+            yield SampleIndex(
+                tuple(fields),
+                (rows[:, None] * spans.sum() + begins).astype(np.uint32),
+                np.tile(sizes, (1000, 1)).astype(np.uint32),
+                rng.integers(0, 1 << 64, 1000, np.uint64),
+                (1 + rows.astype(np.uint64)) * np.uint64(name),
+                np.frombuffer("".join(f"{1_000_000_000 + start + row}_000" for row in rows).encode(), np.uint8),
+                rng.integers(0, 1 << 64, (1000, 3), np.uint64),
+                np.zeros(1000, np.uint16),
+                (),
+            )
+
+    shards = [
+        PublishedShard(f"shard-{start:016x}-{start:016x}.tar", (start, start + 1000), 1000, 10**8, "0" * 64)
+        for start in range(0, given.samples, 1000)
+    ]
+    with written_index(parts()) as (path, sha256):
+        storage.upload_file(path, str(folder / index_file(sha256)))
+        size_bytes = path.stat().st_size
+    manifest = DatasetManifest({}, "hash", {}, given.samples, given.samples, given.samples, {}, shards)
+    storage.write_json(str(folder / MANIFEST), dataclasses.asdict(dataclasses.replace(manifest, index_sha256=sha256)))
     costs = _run([sys.executable, "-m", "benchmarks.loader", "opened", "--data", str(folder)], {given.core})
-    scale = CLIPS / given.samples
-    return {
-        "samples": given.samples,
-        "index_bytes_a_sample": sum(file.stat().st_size for file in folder.glob("shard-*.json")) / given.samples,
-        **costs,
-        "bytes_a_sample": round(costs["grown_bytes"] / given.samples, 1),
-        "at_10.7_million": {
-            "gb": round(costs["grown_bytes"] * scale / 1e9, 2),
-            "gb_at_the_peak": round(costs["peak_bytes"] * scale / 1e9, 2),
-            "seconds": round(costs["seconds"] * scale, 1),
-            "seconds_of_an_epochs_order": round(costs["order_seconds"] * scale, 2),
-        },
-    }
+    return {"samples": given.samples, "index_bytes_a_sample": round(size_bytes / given.samples, 1), **costs}
 
 
 def opened(folder: str) -> dict[str, Any]:
@@ -213,5 +226,5 @@ if __name__ == "__main__":
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--data", help="the data set that `ours` reads or `opened` opens")
     chosen = parser.parse_args()
-    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": 300_000}.get(chosen.what)
+    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": CLIPS}.get(chosen.what)
     print(json.dumps(main(chosen), indent=None if chosen.data else 2))

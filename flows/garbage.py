@@ -16,7 +16,9 @@ from infra import leases, storage
 from infra.tracking import TROUBLE, connect, sqlite_file
 from tasks.evaluation_record import REPORT_FILE, EvaluationRecord, read_evaluation
 from tasks.records import UserError
-from tasks.shards import MANIFEST
+from tasks.shards import MANIFEST, names_of
+from tasks.shards.places import POOLS
+from tasks.shards.pool import remove_shard, unused_shards
 from tasks.shards.reading import read_manifest
 from tasks.train.spec import TrainReport
 
@@ -121,6 +123,17 @@ def remove(result: Result) -> None:
             storage.delete(result.address)
 
 
+def old_shards(root: str, hours: float) -> list[str]:
+    """The tars in the pools that no version of a data set names, and that were written `hours` ago or before.
+
+    Empty while a prepare below the root is running: its shards have no manifest yet.
+    """
+    if any(leases.is_held(name) for name in names_of(root)):
+        return []
+    limit = time.time() - 3600 * hours
+    return [tar for tar in unused_shards(root) if (storage.modified(tar) or 0.0) <= limit]
+
+
 def remove_unfinished(root: str) -> int:
     """Completes removals of local folders that a kill has interrupted; returns their number."""
     count = 0
@@ -210,5 +223,10 @@ def collect(root: str, tracking_uri: str, nights: int, hours: float, dry_run: bo
         counts["removed"] += 1
     if not dry_run:
         remove_unfinished(root)
+    shards = old_shards(root, hours)
+    if shards:
+        log(f"gc          remove  {len(shards)} shards of {storage.join(root, POOLS)} that no data set names")
+    for tar in [] if dry_run else shards:
+        remove_shard(tar)
     log(f"gc          {counts['kept']} kept, {counts['removed']} {'would be ' if dry_run else ''}removed")
     return counts

@@ -22,11 +22,11 @@ from tasks.encode.spec import PrepareSpec
 from tasks.evaluate.protocol.presets import load_preset
 from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import demo_table
-from tasks.ingest.sources import opened
+from tasks.ingest.sources import opened, source_name
 from tasks.ingest.spec import SourceSpec
 from tasks.model_folder import local_model
 from tasks.records import Artifact, UserError, digest
-from tasks.shards import ShardDataset
+from tasks.shards import ShardDataset, version_of
 from tasks.train.spec import Start, TrainSpec, finished_report, spec_digest
 from trip_model.folders import folder_hash, resolve_base
 
@@ -56,7 +56,7 @@ class Run:
         """
         spec = replace(self.recipe.prepare, source=self._opened_source())
         identity = fingerprint_of(spec)
-        output = address(self.root, "data", identity | {"limit": spec.source.limit})
+        output = address(self.root, "data", {"samples": identity, "source": source_name(spec.source)})
         return replace(spec, output=output, fingerprint=identity)
 
     def _opened_source(self) -> SourceSpec:
@@ -74,15 +74,15 @@ class Run:
         return replace(self.recipe.prepare.source, table=table, format="csv", sha256=sha256)
 
     def prepared(self) -> Artifact:
-        """The data set of this run. Raises UserError if it is not finished."""
+        """The newest version of this run's data set. Raises UserError if it is not finished."""
         return data_set(self.prepare.output)
 
     def train(self, data: Artifact, start: Start | None = None) -> TrainSpec:
         """The spec of a training on a data set; the recipe's steps come after those that `start` goes on from."""
-        spec = replace(self.recipe.train, dataset=data.uri, start=start)
+        spec = replace(self.recipe.train, dataset=data.uri, dataset_sha256=data.sha256, start=start)
+        spec = replace(spec, base_sha256=base_hash(spec.base))
         spec = replace(spec, steps=spec.steps + (start.step if start is not None else 0))
-        identity = {"spec": spec_digest(spec), "dataset": data.sha256, "base": base_hash(spec.base)}
-        return replace(spec, output=address(self.root, "train", identity))
+        return replace(spec, output=address(self.root, "train", spec_digest(spec)))
 
     def trained(self, data: Artifact) -> Artifact:
         """The model that this run trained on a data set. Raises UserError if it is not finished."""
@@ -154,9 +154,9 @@ def resolve(
 
 
 def data_set(uri: str) -> Artifact:
-    """A finished data set by its address. Raises UserError if there is none."""
+    """A finished data set by its address; of a name its newest version. Raises UserError if there is none."""
     data = ShardDataset(uri)
-    return Artifact(data.uri, data.manifest_sha256)
+    return Artifact(version_of(data.uri, data.manifest_sha256), data.manifest_sha256)
 
 
 def model_folder(uri: str) -> Artifact:

@@ -138,7 +138,7 @@ MEANS = {
     *("prepare.gpus_per_worker", "prepare.ray_address", "train.dataset", "train.validation", "evaluate.model"),
     *("evaluate.dataset", "evaluate.output", "evaluate.batch", "evaluate.workers", "evaluate.cpus_per_worker"),
     *("evaluate.gpus_per_worker", "evaluate.ray_address", "evaluate.base", "evaluate.base_clips"),
-    *("prepare.fingerprint", "evaluate.model_sha256", "train.start"),
+    *("prepare.fingerprint", "evaluate.model_sha256", "train.start", "train.dataset_sha256", "train.base_sha256"),
 }
 
 HEAD = """# What is the paper's and what is ours

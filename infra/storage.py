@@ -133,6 +133,29 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield copy
 
 
+def cached_file(uri: str) -> Path:
+    """One address as a local file: the file itself, else a copy that stays below `~/.cache/trip-i2v/files`.
+
+    The copy is known by its address, so the file's name must contain the hash of its content. Raises FileNotFoundError.
+    """
+    path = local_path(uri)
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {redact(uri)}")
+        return path
+    copy = Path.home() / ".cache" / "trip-i2v" / "files" / hashlib.sha256(uri.encode()).hexdigest()[:24]
+    if not copy.is_file():
+        filesystem, name = _remote(uri)
+        temporary = _sibling(copy)
+        try:
+            with boundary(uri):
+                filesystem.get_file(name, str(temporary))
+            os.replace(temporary, copy)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return copy
+
+
 def read_json(uri: str) -> Any:
     """Parsed JSON. Raises FileNotFoundError when missing and ValueError when it is not JSON."""
     return json.loads(read_bytes(uri))
@@ -214,6 +237,24 @@ def upload_file(local: str | Path, uri: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Gives a file of one store a second address in it, atomically: by a hard link if possible, else by a copy."""
+    path, copy = local_path(source), local_path(target)
+    if path is None or copy is None:
+        with boundary(source):
+            filesystem, name = _remote(source)
+            filesystem.cp_file(name, _remote(target)[1])
+        return
+    temporary = _sibling(copy)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        upload_file(path, target)
+        return
+    os.replace(temporary, copy)
+    temporary.unlink(missing_ok=True)  # remains if both names were links of one file
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ RETRY_CLASSES = {
     "throttled": frozenset({"http_403", "http_429"}),
     # Another machine may have more memory or time.
     "decoder": frozenset({"decoder_crash", "decoder_timeout", "out_of_memory"}),
+    # Rows that failed in several retries, which the root lists; this class asks for them nevertheless.
+    "gave_up": frozenset({"gave_up"}),
 }
 
 
@@ -58,6 +60,7 @@ class ClipRef:
     start: float | None = None
     end: float | None = None
     inside: Inside | None = None  # for a video that is not behind a link
+    size_bytes: int | None = None  # of the video, where the source knows it: a file of a folder or a member of a tar
 
     @property
     def span(self) -> tuple[float, float | None] | None:

@@ -30,7 +30,7 @@ from benchmarks.peers.corpus import BLOCK, FPS, FRAMES, NOT_ASKED, SIZE, write_c
 from benchmarks.rig.files import make_file
 from benchmarks.rig.server import serving
 from benchmarks.rig.table import DOWNLOAD
-from tasks.shards import ShardDataset, read_manifest, read_shard_manifest
+from tasks.shards import ShardDataset
 from tasks.video.decode import read_clip
 
 FAULTS_PER_SHARD = 50
@@ -190,21 +190,26 @@ def _count(folder: Path, pattern: str) -> int:
 
 def _our_pixels(dataset: Path) -> dict[int, np.ndarray]:
     data = ShardDataset(str(dataset))
-    samples = (data.read(place, ("pixels", "meta")) for place in range(len(data)))
-    return {sample["meta"]["row"]: sample["pixels"] for sample in samples}
+    return {row: data.read(place, ("pixels",))["pixels"] for place, row in enumerate(_rows(data))}
+
+
+def _rows(data: ShardDataset) -> list[int]:
+    """Returns the row of each sample, in a data set that was prepared at once with one window per clip."""
+    return np.flatnonzero(data.index.outcomes_R == 0).tolist()
 
 
 def _our_failures(dataset: Path) -> dict[int, str]:
-    manifest, _ = read_manifest(str(dataset))
-    indexes = [read_shard_manifest(str(dataset), shard.shard) for shard in manifest.shards]
-    return {failure.row: failure.reason for index in indexes if index is not None for failure in index.failures}
+    index = ShardDataset(str(dataset)).index
+    failed = np.flatnonzero(index.outcomes_R)
+    return {row: index.reasons[index.outcomes_R[row] - 1] for row in failed.tolist()}
 
 
 def _checked(dataset: Path, want: dict[int, np.ndarray]) -> dict[str, int]:
     """Counts the clips, and those with exactly the frames of the reader, by checksum."""
     data = ShardDataset(str(dataset))
     told = [data.read(place, ("meta",))["meta"] for place in range(len(data))]
-    same = (meta["pixels_sha256"] == hashlib.sha256(want[meta["row"]].data).hexdigest() for meta in told)
+    rows = zip(_rows(data), told, strict=True)
+    same = (meta["pixels_sha256"] == hashlib.sha256(want[row].data).hexdigest() for row, meta in rows)
     return {"clips": len(told), "identical": sum(same)}
 
 

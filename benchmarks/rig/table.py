@@ -174,7 +174,9 @@ def audit(dataset: str, rows: list[Row]) -> Audit:
     for shard in manifest.shards:
         index = read_shard_manifest(dataset, shard.shard)
         assert index is not None, shard.shard
-        outcomes = [(row, ENCODED) for row in index.clips()] + [(f.row, f.reason) for f in index.failures]
+        begin = shard.rows[0] - index.start  # of a table that was prepared at once, rows are in its order
+        outcomes = [(begin + row, ENCODED) for row in index.clips()]
+        outcomes += [(begin + failure.row, failure.reason) for failure in index.failures]
         twice += [row for row, _ in outcomes if row in found]
         found |= dict(outcomes)
     honest = _honest(dataset, rows)
@@ -200,7 +202,7 @@ def _honest(dataset: str, rows: list[Row]) -> set[int]:
     honest: set[int] = set()
     for index in range(len(data)):
         sample = data.read(index, ("caption", "meta"))
-        number = sample["meta"]["row"]
+        number = int(clip_key_of(sample["key"])) - FIRST_KEY
         provenance = (clip_key_of(sample["key"]), sample["caption"], sample["meta"]["sha256"])
         if provenance == (str(FIRST_KEY + number), rows[number].caption, rows[number].sha256):
             honest.add(number)

@@ -52,13 +52,20 @@ COMMANDS = {
     "show": "flows.cli.curate",
     "forget": "flows.cli.curate",
     "deduplicate": "flows.cli.curate",
+    "compact": "flows.cli.curate",
+    "upgrade": "flows.cli.curate",
     "vbench-export": "flows.cli.vbench",
     "vbench-read": "flows.cli.vbench",
     "preference-study": "flows.cli.preference",
     "preference-serve": "flows.cli.preference",
     "preference-tally": "flows.cli.preference",
 }
-CHANGE_DATA = ("forget", "deduplicate")  # they take the lock of the root that the data set lies below
+CHANGE_DATA = (
+    "forget",
+    "deduplicate",
+    "compact",
+    "upgrade",
+)  # they take the lock of the root that the data set lies below
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a shell's child that SIGTERM ended
 # Errors of the operating system that a user can fix, and how.
@@ -208,7 +215,9 @@ def _run_flow(name: str, module: str, function: str, given: dict[str, Any]) -> N
 def _run_command(name: str, module: str, function: str, given: dict[str, Any]) -> Any:
     lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if name in CHANGE_DATA:
-        root = storage.parent(storage.parent(storage.absolute(given["data"])))
+        from tasks.shards import named
+
+        root = storage.parent(storage.parent(named(storage.absolute(given["data"]))))
         if storage.exists(storage.join(root, ".lock")):
             lock = locked(root)
     flags = dict(given)

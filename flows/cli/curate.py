@@ -1,6 +1,7 @@
 """The commands of a data set.
 
-`sample` draws rows, `verify` lists problems, `show` decodes a sample, `forget` and `deduplicate` remove clips.
+`sample` draws rows, `verify` lists problems, `show` decodes a sample, `forget` and `deduplicate` remove clips,
+`compact` merges small shards, `upgrade` rewrites the index of an older format.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from flows.console import log
 from flows.recipes import DEMO_BASE
 from flows.source import DEFAULT, SourceOptions, named_source
 from infra.redaction import redact
+from tasks.curate.compact import compact as merge_shards
 from tasks.curate.duplicates import deduplicate as remove_duplicates
 from tasks.curate.forget import forget as forget_clips
 from tasks.curate.verify import problems
 from tasks.ingest.rows import clean_key
 from tasks.ingest.samples import write_sample
 from tasks.records import UserError
+from tasks.shards import upgrade as upgrade_dataset
 
 
 def sample(
@@ -128,3 +131,24 @@ def deduplicate(data: str, distance: int = 4) -> None:
     """
     removal = remove_duplicates(data, distance, log)
     log(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards rebuilt")
+
+
+def compact(data: str, rows_per_shard: int | None = None) -> None:
+    """Merge the small shards of many nights into full ones; every sample keeps its bytes, full shards stay.
+
+    Args:
+        data: address of the data set's folder, as the prepare stage prints it.
+        rows_per_shard: rows of a full shard; by default the number of the largest shard.
+    """
+    report = merge_shards(data, rows_per_shard, log)
+    log(f"compact     {report.merged} of {report.before} shards merged, {report.after} now, in {report.dataset}")
+
+
+def upgrade(data: str) -> None:
+    """Upgrade a data set of an earlier format in place; nothing is downloaded or encoded.
+
+    Args:
+        data: address of the data set's folder, as the prepare stage prints it.
+    """
+    done = upgrade_dataset(data)
+    log(f"upgrade     {data}: {'done' if done else 'has the present format already'}")

@@ -8,11 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from infra import storage
-from tasks.curate.removal import Progress, Removal, indexes, remove_rows
+from tasks.curate.removal import Progress, Removal, remove_rows
 from tasks.records import Failure, UserError
-from tasks.shards import Entry, ShardDataset, ShardManifest, clip_key_of, decode_field, report_addresses
+from tasks.shards import (
+    DUPLICATE_REASON,
+    DUPLICATES_FOLDER,
+    Entry,
+    ShardDataset,
+    ShardManifest,
+    Takedowns,
+    add_root_takedowns,
+    clip_key_of,
+    decode_field,
+    mark,
+    named,
+    read_indexes,
+    report_addresses,
+    shards_folder,
+    upgrade,
+)
 
-REASON = "duplicate"
 MOST_DISTANCE = 8  # bits of 64; unrelated clips have larger distances
 _READS = 16  # concurrent range reads
 _BLOCK = 1 << 22  # comparisons at once
@@ -23,7 +38,8 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
 
     The hash is that of a clip's first stored window; a clip without a hash is not a duplicate. The rows become failures
     with reason `duplicate` whose detail names the earlier row. The result depends only on the stored samples and their
-    order. Repeating the call changes nothing, and prepare keeps these failures. Memory: 16 bytes per clip.
+    order. Repeating the call changes nothing. The root lists the removed keys, and no prepare below it encodes them
+    again, whatever the table or the recipe. Memory: 16 bytes per clip.
 
     Args:
         dataset: address of the data set's folder.
@@ -35,20 +51,26 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
     """
     if not 0 <= distance <= MOST_DISTANCE:
         raise UserError(f"distance {distance}, expected a number of bits from 0 to {MOST_DISTANCE}")
-    dataset = storage.absolute(dataset)
+    dataset = named(storage.absolute(dataset))
+    upgrade(dataset)
     manifest = ShardDataset(dataset).published
+    pool = shards_folder(dataset, manifest)
     if "filters" not in manifest.recipe:
         raise UserError(f"{dataset} contains no hashes of its clips; prepare it with a filter (recipe demo-filtered)")
     if manifest.recipe.get("clip") == "shots":
         raise UserError(f"{dataset} contains shots, and a title that many videos share would remove them as a whole")
     rows: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
-    for index in indexes(dataset, manifest):
-        hash_of_row = _hashes(dataset, index)
-        rows.append(np.fromiter(hash_of_row, np.int64))
+    begin_of = {shard.shard: shard.rows[0] for shard in manifest.shards}
+    marks: dict[str, str] = {}  # of the keys of removed clips
+    for index in read_indexes(dataset, manifest):
+        # A call that was killed may have removed clips without listing them.
+        marks |= {mark(f.key): f.detail for f in index.failures if f.reason == DUPLICATE_REASON}
+        hash_of_row, begin = _hashes(pool, index), begin_of[index.shard] - index.start
+        rows.append(begin + np.fromiter(hash_of_row, np.int64))
         hashes.append(np.fromiter(hash_of_row.values(), np.uint64))
         if progress is not None:
-            progress({"stage": "compare", "done": index.stop, "total": manifest.rows})
+            progress({"stage": "compare", "done": begin + index.stop, "total": manifest.rows})
     near = near_earlier(np.concatenate(hashes), distance)
     row_of = np.concatenate(rows)
     earlier = {int(row_of[later]): (int(row_of[first]), bits) for later, (first, bits) in near.items()}
@@ -57,16 +79,19 @@ def deduplicate(dataset: str, distance: int = 4, progress: Progress | None = Non
             storage.delete(address)
 
     def removed(index: ShardManifest) -> dict[int, Failure]:
-        failures = {}
+        failures, begin = {}, begin_of[index.shard] - index.start
         for row, entries in index.clips().items():
-            if row in earlier:
-                first, bits = earlier[row]
+            if begin + row in earlier:
+                first, bits = earlier[begin + row]
                 # The detail has the number of the row, as the key must not remain after a takedown of that clip.
                 detail = f"shows what row {first} shows, {bits} of 64 bits differ, at most {distance} were taken"
-                failures[row] = Failure(clip_key_of(entries[0].key), row, REASON, detail)
+                failures[row] = Failure(clip_key_of(entries[0].key), row, DUPLICATE_REASON, detail)
+                marks[mark(clip_key_of(entries[0].key))] = detail
         return failures
 
-    return remove_rows(dataset, manifest, removed, "deduplicate", progress)
+    removal = remove_rows(dataset, manifest, removed, "deduplicate", progress)
+    add_root_takedowns(dataset, Takedowns(marks), DUPLICATES_FOLDER)
+    return removal
 
 
 def near_earlier(hashes: np.ndarray, distance: int) -> dict[int, tuple[int, int]]:
@@ -111,9 +136,9 @@ def _pairs(hashes: np.ndarray, distance: int) -> list[tuple[int, int, int]]:
     return sorted(pairs)
 
 
-def _hashes(dataset: str, index: ShardManifest) -> dict[int, np.uint64]:
+def _hashes(pool: str, index: ShardManifest) -> dict[int, np.uint64]:
     """Returns the hash of each clip's first window, by row."""
-    tar = storage.join(dataset, index.shard)
+    tar = storage.join(pool, index.shard)
 
     def read(entry: Entry) -> str | None:
         offset, size = entry.members["meta"]
@@ -125,4 +150,4 @@ def _hashes(dataset: str, index: ShardManifest) -> dict[int, np.uint64]:
             words = list(threads.map(read, [entries[0] for entries in clips.values()]))
             return {row: np.uint64(int(word, 16)) for row, word in zip(clips, words, strict=True) if word is not None}
         except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UserError(f"{index.shard} of {dataset} is damaged ({error}); verify the data set") from error
+            raise UserError(f"{index.shard} of {pool} is damaged ({error}); verify the data set") from error

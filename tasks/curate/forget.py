@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from infra import storage
 from infra.redaction import name_of
-from tasks.curate.removal import Progress, indexes, remove_rows
+from tasks.curate.removal import Progress, remove_rows
 from tasks.records import Failure
 from tasks.shards import (
     Entry,
@@ -18,11 +18,15 @@ from tasks.shards import (
     decode_field,
     link_marks,
     mark,
+    named,
+    read_indexes,
     read_manifest,
     read_takedowns,
     report_addresses,
     row_key_of,
+    shards_folder,
     takedowns_sha256,
+    upgrade,
     write_takedowns,
 )
 from tasks.shards.split import row_key, written_key
@@ -53,7 +57,8 @@ def forget(
 
     Rows with the link or the file of a removed clip are removed too. Hashes of keys, links and files are added to the
     takedowns of the data set and of its root (`tasks.shards.takedowns`), so that no prepare below that root adds the
-    clips again. Every clip's `meta` is read two or three times.
+    clips again. Every clip's `meta` is read two or three times. Below a root the shards with the clips are deleted from
+    the pool; other data sets of the root that have these shards lose the clips as well.
 
     The call can be killed at any moment and completed by repeating it. It writes the root's takedowns, then the data
     set's own list, after which readers reject the data set, then the shards without the clips, then the manifest. An id
@@ -68,8 +73,10 @@ def forget(
     Raises:
         UserError: the data set is not finished, or a shard is damaged.
     """
-    dataset = storage.absolute(dataset)
+    dataset = named(storage.absolute(dataset))
+    upgrade(dataset)
     manifest, _ = read_manifest(dataset)
+    pool = shards_folder(dataset, manifest)
     before = read_takedowns(dataset)
     complete = manifest.forgotten_sha256 == takedowns_sha256(before)
     key_of = {word: as_key(row_key(word)) for word in ids}
@@ -77,7 +84,7 @@ def forget(
 
     keys, links = set(key_of.values()), set(ids)
     clips = _Clips(keys, links)
-    while clips.add(row for index in indexes(dataset, manifest) for row in _rows(dataset, index, clips.links)):
+    while clips.add(row for index in read_indexes(dataset, manifest) for row in _rows(pool, index, clips.links)):
         pass
     known |= {word for word in ids if key_of[word] in clips.seen_keys or clips.seen_links & {*link_marks(word)}}
     marks = {*map(mark, clips.keys), *(mark for link in clips.links for mark in link_marks(link)), *clips.files}
@@ -88,7 +95,7 @@ def forget(
 
     for address in report_addresses(dataset).values():  # it may show frames and captions of removed clips
         storage.delete(address)
-    removal = remove_rows(dataset, manifest, lambda index: _removed(index, takedowns), "forget", progress)
+    removal = remove_rows(dataset, manifest, lambda index: _removed(index, takedowns), "forget", progress, erase=True)
     unknown = tuple(word for word in ids if word not in known)
     return ForgetReport(dataset, removal.rows, removal.samples, removal.shards, unknown, removal.manifest_sha)
 
@@ -117,12 +124,12 @@ class _Clips:
         return len(self.keys) + len(self.links) + len(self.files) + len(self.seen_keys) > before
 
 
-def _rows(dataset: str, index: ShardManifest, links: Collection[str]) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yields (key, link, sha256 of the file) of each row, None where unknown; one range read per clip.
+def _rows(pool: str, index: ShardManifest, links: Collection[str]) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yields (row's key, link, sha256 of the file) of each row, None where unknown; one range read per row.
 
     The link of a failed row is known if it is one of `links` and the failure's detail begins with it.
     """
-    tar = storage.join(dataset, index.shard)
+    tar = storage.join(pool, index.shard)
 
     def read(entry: Entry) -> tuple[str, str | None, str | None]:
         offset, size = entry.members["meta"]

@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.records import Failure, UserError
+from tasks.records import Failure
 from tasks.shards import (
     DatasetManifest,
     Outcome,
     ShardManifest,
+    ShardSummary,
+    erase_shards,
     publish_dataset,
-    read_shard_manifest,
+    read_indexes,
+    rows_label,
+    shards_folder,
     stored_outcomes,
     write_shard,
 )
+from tasks.shards.identity import without_caption
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -30,21 +35,13 @@ class Removal:
     manifest_sha: str
 
 
-def indexes(dataset: str, manifest: DatasetManifest) -> Iterator[ShardManifest]:
-    """Yields the index of every shard. Raises UserError if one does not match the manifest."""
-    for shard in manifest.shards:
-        index = read_shard_manifest(dataset, shard.shard)
-        if index is None or index.sha256 != shard.sha256:
-            raise UserError(f"the index of {shard.shard} in {dataset} is missing or stale; prepare the data again")
-        yield index
-
-
 def remove_rows(
     dataset: str,
     manifest: DatasetManifest,
     removed: Callable[[ShardManifest], dict[int, Failure]],
     stage: str,
     progress: Progress | None,
+    erase: bool = False,
 ) -> Removal:
     """Rebuilds every shard with rows to remove, and publishes; a kill at any moment leaves the old or the new state.
 
@@ -54,26 +51,41 @@ def remove_rows(
         removed: returns the rows of a shard to remove, as the failures that replace them.
         stage: the name of this step in `progress`.
         progress: called after each shard with `stage`, `done`, `total` (rows) and `removed`.
+        erase: the removed samples must not remain below the root: also replaces the rebuilt shards in the other data
+            sets of the root, then deletes them and all versions that name them.
     Raises:
         UserError: a shard is damaged.
     """
-    parts, rows, samples, shards = [], 0, 0, 0
-    for number, index in enumerate(indexes(dataset, manifest)):
+    pool = shards_folder(dataset, manifest)
+    parts, rows, samples, done = [], 0, 0, 0
+    rebuilt: dict[str, ShardSummary] = {}
+    for number, index in enumerate(read_indexes(dataset, manifest)):
         failures = removed(index)
         after = index
         if failures:
-            span = (index.start, index.stop)
-            outcomes = _without(dataset, index, failures)
-            after = write_shard(dataset, number, span, outcomes, index.recipe_hash, index.made_with)
-            shards += 1
+            ids = _without_captions(index, failures) if erase else index.row_ids
+            label = rows_label(ids) if ids else number
+            span, outcomes = (index.start, index.stop), _without(pool, index, failures)
+            after = write_shard(pool, label, span, outcomes, index.recipe_hash, index.made_with, ids)
+            rebuilt[index.shard] = after.summary()
         rows, samples = rows + len(failures), samples + len(index.samples) - len(after.samples)
         parts.append(after.summary())
+        done += index.stop - index.start
         if progress is not None:
-            progress({"stage": stage, "done": index.stop, "total": manifest.rows, "removed": rows})
+            progress({"stage": stage, "done": done, "total": manifest.rows, "removed": rows})
     sha = publish_dataset(dataset, manifest.recipe, manifest.recipe_hash, manifest.source, parts)
-    return Removal(rows, samples, shards, sha)
+    if erase:
+        erase_shards(dataset, manifest.recipe_hash, rebuilt)
+    return Removal(rows, samples, len(rebuilt), sha)
 
 
-def _without(dataset: str, index: ShardManifest, removed: dict[int, Failure]) -> Iterator[Outcome]:
-    outcomes = stored_outcomes(dataset, index)
+def _without(pool: str, index: ShardManifest, removed: dict[int, Failure]) -> Iterator[Outcome]:
+    outcomes = stored_outcomes(pool, index)
     return (removed.get(row, outcome) for row, outcome in enumerate(outcomes, index.start))
+
+
+def _without_captions(index: ShardManifest, removed: dict[int, Failure]) -> list[str]:
+    return [
+        without_caption(identity) if row in removed else identity
+        for row, identity in enumerate(index.row_ids, index.start)
+    ]

@@ -30,8 +30,8 @@ class SampleChecker:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = dict(shapes)
 
-    def problems(self, packed: PackedSample, rows: tuple[int, int]) -> Iterator[str]:
-        """Yields the problems of a sample in a shard with rows start (inclusive) to stop (exclusive)."""
+    def problems(self, packed: PackedSample) -> Iterator[str]:
+        """Yields the problems of a sample."""
         fields: dict[str, Any] = {}
         yield from (f"{packed.key} has no {name}" for name in _REQUIRED if name not in packed.members)
         for name, data in packed.members.items():
@@ -45,7 +45,7 @@ class SampleChecker:
         arrays = {name: value for name, value in fields.items() if name in _ARRAYS}
         for name, array in arrays.items():
             yield from (f"{packed.key}.{SUFFIXES[name]}: {problem}" for problem in self._array_problems(name, array))
-        yield from (f"{packed.key}: {problem}" for problem in _disagreements(packed.key, fields, rows))
+        yield from (f"{packed.key}: {problem}" for problem in _disagreements(packed.key, fields))
 
     def _array_problems(self, name: str, array: np.ndarray) -> Iterator[str]:
         dtype, dimensions = _ARRAYS[name]
@@ -60,7 +60,7 @@ class SampleChecker:
             yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.shapes[name]))})"
 
 
-def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> Iterator[str]:
+def _disagreements(key: str, fields: dict[str, Any]) -> Iterator[str]:
     meta, latents, pixels, first = (fields.get(name) for name in ("meta", "latents", "pixels", "first"))
     logvar, text, tokens = (fields.get(name) for name in ("logvar", "text", "tokens"))
     if meta is not None and not isinstance(meta, dict):
@@ -69,9 +69,6 @@ def _disagreements(key: str, fields: dict[str, Any], rows: tuple[int, int]) -> I
     values = meta or {}
     if values.get("clip", clip_key_of(key)) != clip_key_of(key):
         yield f"meta names the clip {values['clip']!r}"
-    row = values.get("row", rows[0])
-    if not (isinstance(row, int) and rows[0] <= row < rows[1]):
-        yield f"meta names row {row!r}, the shard has {rows[0]} to {rows[1] - 1}"
     times = values.get("times")
     if latents is not None and isinstance(times, list) and len(times) != len(latents):
         yield f"{len(latents)} frames of latents, {len(times)} times"

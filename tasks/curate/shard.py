@@ -15,13 +15,13 @@ from infra import storage
 from tasks.curate.samples import SampleChecker, Shapes
 from tasks.json_records import parse_record
 from tasks.shards import (
-    SCHEMA_VERSION,
     SUFFIXES,
     PackedSample,
     ShardManifest,
     index_name,
-    shard_number,
+    shard_label,
 )
+from tasks.shards.layout import READABLE
 
 _PIECE_BYTES = 1 << 16  # per read; tarfile copies the rest of a piece with every read from it
 
@@ -36,7 +36,7 @@ class CheckedShard:
     shapes: Shapes = field(default_factory=dict)  # of its samples
 
 
-def check_shards(dataset: str, shards: list[str], workers: int) -> Iterator[CheckedShard]:
+def check_shards(pool: str, shards: list[str], workers: int) -> Iterator[CheckedShard]:
     """Yields the checked shards in order; `workers` threads read at most twice their number of shards ahead.
 
     All samples must have the shapes of the data set's first sample. A shard whose first sample differs is checked again
@@ -44,49 +44,49 @@ def check_shards(dataset: str, shards: list[str], workers: int) -> Iterator[Chec
     """
     names = iter(shards)
     shapes: Shapes = {}
-    pool = ThreadPoolExecutor(workers, "verify")
+    threads = ThreadPoolExecutor(workers, "verify")
     try:
         ahead = deque(
-            (name, pool.submit(_check_shard, dataset, name, {})) for name in itertools.islice(names, 2 * workers)
+            (name, threads.submit(_check_shard, pool, name, {})) for name in itertools.islice(names, 2 * workers)
         )
         while ahead:
             shard, future = ahead.popleft()
             checked = future.result()
             if any(shapes.get(name, shape) != shape for name, shape in checked.shapes.items()):
-                checked = _check_shard(dataset, shard, shapes)
+                checked = _check_shard(pool, shard, shapes)
             shapes = checked.shapes | shapes
             yield checked
-            ahead.extend((name, pool.submit(_check_shard, dataset, name, {})) for name in itertools.islice(names, 1))
+            ahead.extend((name, threads.submit(_check_shard, pool, name, {})) for name in itertools.islice(names, 1))
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
-def _check_shard(dataset: str, shard: str, shapes: Shapes) -> CheckedShard:
+def _check_shard(pool: str, shard: str, shapes: Shapes) -> CheckedShard:
     name = index_name(shard)
     try:
-        index = parse_record(ShardManifest, storage.read_bytes(storage.join(dataset, name)))
+        index = parse_record(ShardManifest, storage.read_bytes(storage.join(pool, name)))
     except FileNotFoundError:
         return CheckedShard(None, [f"{name}: is missing"])
     except ValueError as error:
         return CheckedShard(None, [f"{name}: cannot be read ({error})"])
     samples = SampleChecker(shapes)
-    tar_problems = list(_tar_problems(dataset, index, samples))
+    tar_problems = list(_tar_problems(pool, index, samples))
     return CheckedShard(index, list(_name_problems(index, shard)), tar_problems, samples.shapes)
 
 
 def _name_problems(index: ShardManifest, shard: str) -> Iterator[str]:
     name = index_name(shard)
-    number = shard_number(shard)
-    if index.schema_version != SCHEMA_VERSION:
-        yield f"{name}: has schema {index.schema_version}, expected {SCHEMA_VERSION}"
-    elif number is None or index.named(number).shard != shard:
+    label = shard_label(shard)
+    if index.schema_version not in READABLE:
+        yield f"{name}: has schema {index.schema_version}, expected {' or '.join(map(str, READABLE))}"
+    elif label is None or index.named(label).shard != shard:
         yield f"{name}: was changed after it was written; its name does not match its content"
 
 
-def _tar_problems(dataset: str, index: ShardManifest, samples: SampleChecker) -> Iterator[str]:
+def _tar_problems(pool: str, index: ShardManifest, samples: SampleChecker) -> Iterator[str]:
     """Streams a tar and compares it with its index and checksum, and checks its samples."""
     try:
-        with storage.open_stream(storage.join(dataset, index.shard)) as file:
+        with storage.open_stream(storage.join(pool, index.shard)) as file:
             stream = _Hashed(file)
             try:
                 with tarfile.open(fileobj=stream, mode="r|", bufsize=_PIECE_BYTES) as tar:  # type: ignore[call-overload]
@@ -125,7 +125,7 @@ def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: Sample
             assert file is not None
             members[name] = file.read()
             end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        sample_problems = samples.problems(PackedSample(entry.key, members), (index.start, index.stop))
+        sample_problems = samples.problems(PackedSample(entry.key, members))
         yield from (f"{index.shard}: {problem}" for problem in sample_problems)
     if (member := tar.next()) is not None:
         yield f"{index.shard}: contains {member.name}, which its index does not list"

@@ -22,12 +22,20 @@ from tasks.shards import (
     clip_key_of,
     index_name,
     mark,
+    named,
+    read_indexes,
     read_manifest,
     read_takedowns,
+    root_of,
     row_key_of,
-    shard_number,
+    shard_label,
+    shards_folder,
     takedowns_sha256,
+    version_of,
 )
+from tasks.shards.places import VERSIONS
+from tasks.shards.reading import shard_arrays
+from tasks.shards.sample_index import index_file, is_index_file, written_index
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -39,6 +47,7 @@ class _Seen:
     takedowns: Takedowns
     clips: set[int] = field(default_factory=set)  # 64 bits of hash for each
     parts: list[ShardSummary] = field(default_factory=list)
+    has_bad_index: bool = False
 
 
 def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -> Iterator[str]:
@@ -72,13 +81,15 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
         yield f"{MANIFEST}: does not match {TAKEDOWNS_FILE}; a removal is not complete, repeat the command forget"
     recipe_hash = yield from _recipe_problems(dataset, manifest)
 
-    tars = {name for name in names if shard_number(name) is not None}
+    pool = shards_folder(dataset, manifest) if manifest else dataset
+    tars = {name for name in names if shard_label(name) is not None}
     shards = [shard.shard for shard in manifest.shards] if manifest else sorted(tars)
     seen = _Seen(takedowns)
-    began, size_bytes = time.monotonic(), 0
-    for number, checked in enumerate(check_shards(dataset, shards, workers)):
+    began, size_bytes, done = time.monotonic(), 0, 0
+    for number, checked in enumerate(check_shards(pool, shards, workers)):
         yield from checked.index_problems
         index = checked.index
+        seen.has_bad_index |= bool(checked.index_problems)
         if index is None:
             continue
         if manifest is not None:
@@ -87,24 +98,51 @@ def problems(dataset: str, progress: Progress | None = None, workers: int = 1) -
         yield from checked.tar_problems
         seen.parts.append(index.summary())
         if progress is not None:
-            size_bytes += index.size_bytes
-            seconds, total = time.monotonic() - began, manifest.rows if manifest else index.stop
-            eta_seconds = seconds * (total - index.stop) / max(index.stop, 1)
-            counts = {"stage": "verify", "done": index.stop, "total": total}
+            size_bytes, done = size_bytes + index.size_bytes, done + index.stop - index.start
+            seconds, total = time.monotonic() - began, manifest.rows if manifest else done
+            eta_seconds = seconds * (total - done) / max(done, 1)
+            counts = {"stage": "verify", "done": done, "total": total}
             progress(counts | {"mb_per_s": size_bytes / 1e6 / max(seconds, 1e-9), "eta_seconds": eta_seconds})
 
     if manifest is not None:
         yield from _count_problems(manifest, seen.parts)
+        yield from _array_problems(dataset, manifest, compare=not seen.has_bad_index)
     elif MANIFEST not in names:
         yield _unfinished(seen.parts)
     expected = {MANIFEST, RECIPE, TAKEDOWNS_FILE, *shards, *map(index_name, shards)}
+    if manifest is None:
+        expected |= {name for name in names if is_index_file(name)}
+    elif manifest.index_sha256 is not None:
+        expected.add(index_file(manifest.index_sha256))
+    expected |= {VERSIONS} if root_of(dataset) is not None else set()
     yield from (f"{name}: is not part of the data set" for name in sorted(names - expected))
+
+
+def _array_problems(dataset: str, manifest: DatasetManifest, compare: bool) -> Iterator[str]:
+    """Yields damage of a data set's index file and, if asked to compare, differences from its shards' indexes."""
+    if manifest.index_sha256 is None:
+        return
+    name = index_file(manifest.index_sha256)
+    try:
+        _, sha256 = read_manifest(dataset)
+        found = storage.sha256_file(storage.cached_file(storage.join(version_of(dataset, sha256), name)))
+        if found != manifest.index_sha256:
+            yield f"{name}: damaged, sha256 {found}, expected {manifest.index_sha256}"
+        if not compare:
+            return
+        with written_index(shard_arrays(dataset, index) for index in read_indexes(dataset, manifest)) as (_, expected):
+            if expected != manifest.index_sha256:
+                yield f"{name}: is not the index of these shards, whose index has the sha256 {expected}"
+    except FileNotFoundError:
+        yield f"{name}: is missing"
+    except UserError as error:
+        yield f"{name}: cannot be compared ({error})"
 
 
 def _recipe_problems(dataset: str, manifest: DatasetManifest | None) -> Generator[str, None, str | None]:
     """Yields problems of the recipe; returns its hash, or None if it is unknown."""
     try:
-        recipe = storage.read_json(storage.join(dataset, RECIPE))
+        recipe = storage.read_json(storage.join(named(dataset), RECIPE))
     except FileNotFoundError:
         yield f"{RECIPE}: is missing"
         recipe = None
@@ -140,8 +178,10 @@ def _source_problems(manifest: DatasetManifest) -> Iterator[str]:
 def _disagreement(index: ShardManifest, number: int, manifest: DatasetManifest) -> Iterator[str]:
     """Yields differences between a shard's index and its entry in the data set's manifest."""
     entry = manifest.shards[number]
+    # Prepare numbers the rows of each shard from 0, so that a shard does not depend on its place.
+    begin = index.start or entry.rows[0]
     pairs = {
-        "rows": ((index.start, index.stop), entry.rows),
+        "rows": ((begin, begin + index.stop - index.start), entry.rows),
         "samples": (len(index.samples), entry.samples),
         "size_bytes": (index.size_bytes, entry.size_bytes),
         "sha256": (index.sha256, entry.sha256),

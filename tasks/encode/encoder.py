@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from tasks.encode.hooks import load_captioner
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.download import Fetched
 from tasks.records import ClipRef, Failure, UserError
-from tasks.shards import Sample, sample_key
+from tasks.shards import PackedSample, Sample, encode_field, sample_key
 from tasks.shards.split import MAX_SHOTS, shot_key
 from tasks.video.decode import Clip, ClipError, read_shots, read_spans, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
@@ -209,6 +209,25 @@ class ClipEncoder:
         while waiting:
             yield finish(waiting.popleft())
 
+    def recaption(self, samples: Sequence[PackedSample], ref: ClipRef) -> list[PackedSample] | Failure:
+        """Returns stored samples of a clip with the caption of its row; latents and frames keep their bytes.
+
+        Adds the failure `non_finite_text`.
+        """
+        values: dict[str, Any] = {"caption": ref.caption} | self._caption_fields(ref.caption)
+        if "text" in values and not np.isfinite(values["text"]).all():
+            return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
+        members = {name: encode_field(name, value) for name, value in values.items()}
+        return [PackedSample(packed.key, packed.members | members) for packed in samples]
+
+    def _caption_fields(self, caption: str) -> dict[str, np.ndarray]:
+        """Returns the tokens int32 [L] of a caption and, if they are kept, its text features float16 [L, D]."""
+        tokens = self._text.tokenize([caption])
+        fields: dict[str, np.ndarray] = {"tokens": tokens[0].numpy().astype(np.int32)}
+        if self.spec.keep_text:
+            fields["text"] = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16)
+        return fields
+
     def _latents(self, row: Decoded) -> np.ndarray:
         """Returns raw latents of all windows of a clip, and their log variance if kept: float32 [1 or 2, F, 4, h, w].
 
@@ -234,13 +253,9 @@ class ClipEncoder:
     def _samples(self, row: Decoded, latents: np.ndarray) -> list[Sample] | Failure:
         ref, spec = row.ref, self.spec
         captions = self._captions(row)
-        text_of: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}  # tokens and features of each caption
-        for caption in dict.fromkeys(captions.values()):
-            tokens = self._text.tokenize([caption])
-            text = self._text.encode(tokens)[0].cpu().numpy().astype(np.float16) if spec.keep_text else None
-            if text is not None and not np.isfinite(text).all():
-                return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
-            text_of[caption] = tokens[0].numpy().astype(np.int32), text
+        fields_of = {caption: self._caption_fields(caption) for caption in dict.fromkeys(captions.values())}
+        if any("text" in fields and not np.isfinite(fields["text"]).all() for fields in fields_of.values()):
+            return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
         samples = []
         for window in row.windows:
             clip = window.clip
@@ -257,10 +272,9 @@ class ClipEncoder:
                     caption=caption,
                     latents=part[0].astype(np.float16),
                     first=clip.pixels[0],
-                    tokens=text_of[caption][0],
+                    tokens=fields_of[caption]["tokens"],
                     meta={
                         "clip": key,
-                        "row": ref.row,
                         "url": name_of(ref.url),
                         "sha256": row.sha256,
                         "size_bytes": row.size_bytes,
@@ -276,7 +290,7 @@ class ClipEncoder:
                     | window.meta,
                     pixels=clip.pixels if spec.keep_pixels else None,
                     logvar=part[1].astype(np.float16) if spec.keep_logvar else None,
-                    text=text_of[caption][1],
+                    text=fields_of[caption].get("text"),
                 )
             )
         return samples

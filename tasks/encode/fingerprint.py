@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: everything that changes its samples, with contents as hashes."""
+"""The fingerprint of samples: everything but their rows that changes them, with contents as hashes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from tasks.encode.filters import VERSION, check_filters
 from tasks.encode.hooks import check_name
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.rows import MAX_SPAN_SECONDS
-from tasks.ingest.sources import source_identity
 from tasks.records import UserError
-from tasks.shards import SCHEMA_VERSION
+from tasks.shards.layout import SAMPLE_VERSION
 from tasks.shards.split import MAX_SHOTS
 from tasks.video.decode import DECODE_VERSION
 from tasks.video.decode_pool import check_decoding
@@ -21,10 +20,13 @@ from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 
 def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
-    """Returns the fingerprint. Equal fingerprints give equal samples on any machine with any number of workers.
+    """Returns the fingerprint: with it, equal rows give equal samples on any machine with any number of workers.
+
+    The source is not part of it. Rows have an identity of their own (`tasks.shards.identity`), and the samples of all
+    sources of a root with one fingerprint are in one pool.
 
     Raises:
-        UserError: the source or the base cannot be read, or a value is invalid.
+        UserError: the base cannot be read, or a value is invalid.
     """
     check_spec(spec)
     try:
@@ -32,9 +34,8 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
     except BaseFolderError as error:
         raise UserError(str(error)) from error
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SAMPLE_VERSION,
         "decode_version": DECODE_VERSION,
-        **source_identity(spec.source),
         "num_frames": spec.num_frames,
         "fps": spec.fps,
         "size": spec.size,
@@ -44,7 +45,6 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         **_stored_part(spec),
         "keep_pixels": spec.keep_pixels,
         "frames_per_batch": spec.frames_per_batch,
-        "clips_per_shard": spec.clips_per_shard,
         **({"filters": chosen | {"version": VERSION}} if (chosen := spec.filters.chosen()) else {}),
         **({"captioner": spec.captioner} if spec.captioner is not None else {}),
         "latents": f"posterior mean{' and log variance' if spec.keep_logvar else ''}, float16, unscaled",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,26 +21,31 @@ from infra.leases import lease
 from infra.redaction import redact
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks import shards
+from tasks.encode.delta import Delta
 from tasks.encode.encoder import ClipEncoder, open_decoders
+from tasks.encode.exclusions import GAVE_UP, read_exclusions, record_failed_retries
 from tasks.encode.fingerprint import fingerprint_of
 from tasks.encode.progress import Progress, ProgressAccounting
 from tasks.encode.report import write_report, write_report_apart
 from tasks.encode.resume import find_existing, retry_reasons
 from tasks.encode.spec import PrepareReport, PrepareSpec
-from tasks.encode.work_unit import Unit, addressed_rows, encode_unit, plan
-from tasks.ingest.sources import count_rows, opened
+from tasks.encode.work_unit import Unit, encode_unit
+from tasks.ingest.sources import addressed_rows, opened
 from tasks.ingest.spec import SourceSpec
-from tasks.records import UserError, add_counts, digest, to_json
+from tasks.records import ClipRef, Failure, UserError, add_counts, digest, to_json
 from tasks.shards import ShardSummary
+from tasks.shards.takedowns import TAKEDOWN_REASON
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
 
 def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareReport:
-    """Creates the data set or continues it: existing shards with the same rows and recipe are reused.
+    """Creates the data set, continues it, or brings it to the present rows of its source.
 
-    Rows that failed for a reason in the classes of `retry` are processed again; their shards are rebuilt and keep the
-    bytes of all other samples. Clips in the takedowns of the data set or of its root are excluded, and removed if they
-    are present.
+    Rows that exist are not requested again, whatever their order: new rows become new shards, the shards of rows that
+    the source does not have anymore are rebuilt without them, and a row with another caption is tokenized again. Rows
+    that failed for a reason in the classes of `retry` are processed again; their shards are rebuilt and keep the bytes
+    of all other samples. Clips in the takedowns of the data set or of its root are excluded, and removed if they are
+    present, as are the root's duplicates and links whose retries gave up.
 
     Args:
         spec: what to prepare, from where, to where.
@@ -56,42 +62,67 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         raise UserError(
             f"output {output}: memory is not shared between workers; give a folder or an object store, or 0 workers"
         )
-    spec = replace(spec, source=opened(spec.source))
+    spec = replace(spec, source=opened(spec.source), output=output)
     fingerprint = spec.fingerprint or fingerprint_of(spec)
     retried = retry_reasons(spec.retry)
     recipe_hash = digest(fingerprint)
-    total = count_rows(spec.source)
-    if total == 0:
-        raise UserError(f"table {spec.source.table} has no rows; give a table with at least two clips")
+    pool = shards.pool_of(output, recipe_hash)
     with _write_errors(f"output {output}"):
+        _upgrade(output, fingerprint)
         shards.open_dataset(output, fingerprint)
         published = storage.exists(storage.join(output, shards.MANIFEST))
         dataset_takedowns, all_takedowns = _takedowns_of(spec.source, output)
+    exclusions = read_exclusions(output, dataset_takedowns, GAVE_UP in spec.retry)
+    delta = Delta(spec, recipe_hash, exclusions, retried)
+    if delta.total == 0:
+        raise UserError(f"table {spec.source.table} has no rows; give a table with at least two clips")
 
-    accounting = ProgressAccounting(total, progress)
+    accounting = ProgressAccounting(delta.total, progress)
     done: dict[int, ShardSummary] = {}
-    shards_by_number = shards.existing_shards(output)
     rows_retried = 0
+    gave_up: dict[str, str] = {}  # links that failed again, with their reasons
+    replaced: dict[str, int] = {}  # shards with rows that were taken down since, with the numbers of their units
 
     def missing_units() -> Iterator[Unit]:
-        for unit in plan(spec, total, dataset_takedowns):
-            names = shards_by_number.get(unit.index, ())
-            existing = find_existing(output, names, unit.rows, recipe_hash, retried)
+        for number, change in enumerate(delta.changes):
+            if change.is_whole:
+                done[number] = change.shard.summary(recipe_hash)
+                accounting.add(done[number], reused=True)
+        by_label: dict[int | str, list[str]] | None = None
+        for unit in delta.units():
+            if by_label is None:  # a run that was killed may have left what is missing
+                by_label = shards.existing_shards(pool)
+            names = by_label.get(shards.rows_label(unit.row_ids), ())
+            existing = find_existing(pool, names, unit.rows, unit.row_ids, recipe_hash, retried, exclusions.reasons)
+            if unit.existing is not None:
+                taken_down = [r for r in unit.rows if isinstance(r, Failure) and r.reason == TAKEDOWN_REASON]
+                if any(row.row in unit.redo for row in taken_down):
+                    replaced[unit.existing] = unit.index
+                # Another shard of these rows may be older, or of another data set: it must be ahead of this one.
+                before = delta.changes[unit.index].encoded
+                retries = any(isinstance(unit.rows[row], ClipRef) for row in unit.redo)
+                if existing is None or existing.summary.encoded < before + retries:
+                    yield unit
+                    continue
             # A unit without an encoded row is tried again until the data set is finished: the network may work again.
             if existing is None or not (existing.summary.encoded or published):
                 yield unit
             elif existing.redo:
-                yield replace(unit, existing=existing.summary.shard, redo=existing.redo)
+                origins = tuple(range(len(unit.rows)))
+                name = existing.summary.shard
+                yield replace(unit, existing=name, origins=origins, redo=existing.redo, recaption=frozenset())
             else:
                 done[unit.index] = existing.summary
                 accounting.add(existing.summary, reused=True)
 
-    with lease(output), _Workers(spec, output, fingerprint, all_takedowns) as workers:
+    with lease(output), _Workers(spec, pool, fingerprint, all_takedowns) as workers:
         with _write_errors(f"output {output}"):
             for unit, summary in workers.run(missing_units(), accounting.tick):
                 done[unit.index] = summary
                 accounting.add(summary)
                 rows_retried += len(unit.redo)
+                gave_up |= _failed_again(pool, unit, summary, retried)
+            record_failed_retries(output, gave_up, uuid.uuid4().hex)
 
         parts = [done[index] for index in sorted(done)]
         failed = add_counts(part.failed for part in parts)
@@ -99,15 +130,15 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         if encoded < 2:
             reasons = ", ".join(f"{reason} {count}" for reason, count in failed.items()) or "none failed"
             raise UserError(
-                f"{encoded} of {total} clips of {spec.source.table} can be used ({reasons});"
-                f" at least 2 are needed, see the failures in {storage.join(output, 'shard-*.json')}"
+                f"{encoded} of {delta.total} clips of {spec.source.table} can be used ({reasons});"
+                f" at least 2 are needed, see the failures in {storage.join(pool, 'shard-*.json')}"
             )
-        source = {name: fingerprint[name] for name in ("columns", "table_sha256")} | {"limit": spec.source.limit}
         with _write_errors(f"output {output}"):
-            manifest_sha = shards.publish_dataset(output, fingerprint, recipe_hash, source, parts)
+            manifest_sha = shards.publish_dataset(output, fingerprint, recipe_hash, {}, parts)
+            shards.erase_shards(output, recipe_hash, {name: done[index] for name, index in replaced.items()})
         report = PrepareReport(
-            dataset=output,
-            rows=total,
+            dataset=shards.version_of(output, manifest_sha),
+            rows=delta.total,
             encoded=encoded,
             samples=sum(part.samples for part in parts),
             failed=failed,
@@ -124,6 +155,28 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
         with _write_errors(f"report {report.page}"):
             workers.write_report(to_json(report), sum(part.size_bytes for part in parts), accounting.rows_made)
     return report
+
+
+def _failed_again(pool: str, unit: Unit, summary: ShardSummary, retried: frozenset[str]) -> dict[str, str]:
+    """Returns the links of a unit's retried rows that failed for a reason to retry, with the reason."""
+    index = shards.read_shard_manifest(pool, summary.shard) if unit.redo and retried else None
+    failures = {failure.row: failure.reason for failure in index.failures} if index is not None else {}
+    return {
+        row.url: failures[row.row]
+        for row in unit.rows
+        if isinstance(row, ClipRef) and row.row in unit.redo and failures.get(row.row) in retried
+    }
+
+
+def _upgrade(output: str, fingerprint: dict[str, Any]) -> None:
+    """Upgrades data sets of schema 2 with these samples: the output itself, and others of its root."""
+    for name in (output, *shards.siblings_of(output)):
+        try:
+            manifest, _ = shards.read_manifest(name)
+        except UserError:  # not finished
+            continue
+        if manifest.schema_version == 2 and digest(shards.recipe_of_samples(manifest.recipe)) == digest(fingerprint):
+            shards.upgrade(name)
 
 
 def _takedowns_of(source: SourceSpec, output: str) -> tuple[shards.Takedowns, shards.Takedowns]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 from tasks.shards import ShardManifest, ShardSummary, read_shard_manifest
-from tasks.shards.takedowns import TAKEDOWN_REASON
 
 
 @dataclass(frozen=True)
@@ -27,31 +26,42 @@ def retry_reasons(classes: Sequence[str]) -> frozenset[str]:
 
 
 def find_existing(
-    dataset: str,
+    pool: str,
     names: Iterable[str],
     rows: Sequence[ClipRef | Failure],
+    row_ids: Sequence[str],
     recipe_hash: str,
     reasons: frozenset[str],
+    excluded: frozenset[str],
 ) -> ExistingShard | None:
     """Returns the best shard among `names` with these rows and this recipe, or None.
 
     A killed run can leave an old and a rebuilt shard. The best has the most encoded rows, then the fewest to redo.
+
+    Args:
+        pool: the folder of the shards.
+        names: of their tars.
+        rows: the rows of a work unit, numbered from 0; they follow the current exclusions.
+        row_ids: the identities of the rows.
+        recipe_hash: of the samples.
+        reasons: of failures to try again.
+        excluded: the reasons of excluded rows.
     """
-    manifests = [read_shard_manifest(dataset, name) for name in names]
-    identity = (rows[0].row, rows[-1].row + 1, recipe_hash)
+    manifests = [read_shard_manifest(pool, name) for name in names]
     existing = [
-        ExistingShard(manifest.summary(), _rows_to_redo(manifest, rows, reasons))
+        ExistingShard(manifest.summary(), _rows_to_redo(manifest, rows, reasons, excluded))
         for manifest in manifests
-        if manifest is not None and (manifest.start, manifest.stop, manifest.recipe_hash) == identity
+        if manifest is not None
+        and (manifest.start, manifest.row_ids, manifest.recipe_hash) == (0, list(row_ids), recipe_hash)
     ]
     return max(existing, key=lambda shard: (shard.summary.encoded, -len(shard.redo)), default=None)
 
 
 def _rows_to_redo(
-    manifest: ShardManifest, rows: Sequence[ClipRef | Failure], reasons: frozenset[str]
+    manifest: ShardManifest, rows: Sequence[ClipRef | Failure], reasons: frozenset[str], excluded: frozenset[str]
 ) -> frozenset[int]:
-    """Returns the rows to process again; `rows` follow the current table and takedowns."""
+    """Returns the rows to process again."""
     failed = {failure.row: failure.reason for failure in manifest.failures}
-    retried = {row for row, reason in failed.items() if reason in reasons}
-    removed = {row.row for row in rows if isinstance(row, Failure) and row.reason == TAKEDOWN_REASON}
-    return frozenset(retried | {row for row in removed if failed.get(row) != TAKEDOWN_REASON})
+    retried = {row.row for row in rows if isinstance(row, ClipRef) and failed.get(row.row) in reasons}
+    removed = {row.row: row.reason for row in rows if isinstance(row, Failure) and row.reason in excluded}
+    return frozenset(retried | {row for row, reason in removed.items() if failed.get(row) != reason})

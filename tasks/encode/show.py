@@ -132,7 +132,7 @@ def _reference(meta: dict[str, Any], source: SourceSpec | None) -> ClipRef:
                 return row
         raise _Unreachable(f"{source.table} has no row with the key {key}")
     if meta["url"].lower().startswith(("http://", "https://")) and " (sha256 " not in meta["url"]:
-        return ClipRef(key, meta["url"], "", meta["row"])
+        return ClipRef(key, meta["url"], "", 0)
     raise _Unreachable(f"the link {meta['url']} needs its table; name it (--source)")
 
 

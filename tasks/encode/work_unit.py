@@ -1,17 +1,15 @@
-"""One work unit of prepare: a range of the table's rows, downloaded, decoded, encoded and written as one shard."""
+"""One work unit of prepare: rows of the source, downloaded, decoded, encoded and written as one shard."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tasks import shards
 from tasks.encode.encoder import ClipEncoder, decode_ahead
 from tasks.encode.spec import PrepareSpec
 from tasks.ingest.download import Fetched, download_clips
-from tasks.ingest.sources import read_rows, resolve_url
-from tasks.ingest.spec import SourceSpec
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import Outcome, ShardSummary, Takedowns
 from tasks.video.decode_pool import DecoderPool
@@ -19,45 +17,28 @@ from tasks.video.decode_pool import DecoderPool
 
 @dataclass(frozen=True)
 class Unit:
-    """One work unit: rows start (inclusive) to stop of the table, which become shard `index`.
+    """Rows that become one shard, numbered from 0 in it.
 
-    If there is a shard `existing`, it is rebuilt: the rows in `redo` are processed again, all others are copied.
+    If there is a shard `existing`, the rows are taken from it: row i of the unit is row `origins[i]` of that shard. The
+    rows in `redo` are processed again, those in `recaption` get the caption of their row, all others are copied.
     """
 
-    index: int
-    start: int
-    stop: int
+    index: int  # its place in the data set
+    row_ids: tuple[str, ...]
     rows: tuple[ClipRef | Failure, ...]
+    start: int  # number of its first row in the source, for messages
+    stop: int
     existing: str | None = None  # name of its tar
+    origins: tuple[int, ...] = ()
     redo: frozenset[int] = frozenset()
-
-
-def plan(spec: PrepareSpec, total: int, takedowns: Takedowns) -> Iterator[Unit]:
-    """Yields the work units in order while it reads the table; unit i always has the same rows and the same shard."""
-    rows: list[ClipRef | Failure] = []
-    start = 0
-    for row, address in addressed_rows(spec.source):
-        rows.append(takedowns.failure(row, address) or row)
-        if len(rows) == spec.clips_per_shard or start + len(rows) == total:
-            yield Unit(start // spec.clips_per_shard, start, start + len(rows), tuple(rows))
-            start += len(rows)
-            rows = []
-
-
-def addressed_rows(source: SourceSpec) -> Iterator[tuple[ClipRef | Failure, str | None]]:
-    """Yields the rows of a source, each with the resolved address of its link, or None without a valid one."""
-    for row in read_rows(source):
-        try:
-            yield row, resolve_url(source, row.url) if isinstance(row, ClipRef) else None
-        except ValueError:  # not a URL; the download reports it
-            yield row, None
+    recaption: frozenset[int] = frozenset()
 
 
 def encode_unit(
     encoder: ClipEncoder,
     decoders: DecoderPool,
     spec: PrepareSpec,
-    output: str,
+    pool: str,
     recipe_hash: str,
     takedowns: Takedowns,
     unit: Unit,
@@ -69,10 +50,12 @@ def encode_unit(
     made_with = {name: importlib.metadata.version(name) for name in ("av", "numpy", "torch", "diffusers")}
     kept: Iterator[Outcome] = iter(())
     if unit.existing is not None:
-        existing = shards.read_shard_manifest(output, unit.existing)
+        existing = shards.read_shard_manifest(pool, unit.existing)
         if existing is None:
-            raise UserError(f"the index of {unit.existing} in {output} was deleted; is another command writing there?")
-        kept = shards.stored_outcomes(output, existing)
+            raise UserError(f"the index of {unit.existing} in {pool} was deleted; is another command writing there?")
+        origins = frozenset(unit.origins)
+        stored = enumerate(shards.stored_outcomes(pool, existing))
+        kept = (outcome for position, outcome in stored if position in origins)
         made_with = {name: _both(existing.made_with.get(name, now), now) for name, now in made_with.items()}
     redone = by_file([row for row in unit.rows if unit.existing is None or row.row in unit.redo])
     fetched = download_clips([row for row in redone if isinstance(row, ClipRef)], spec.source, spec.download)
@@ -101,10 +84,18 @@ def encode_unit(
     def outcomes() -> Iterator[Outcome]:
         for row in unit.rows:
             before = next(kept, None)
-            yield before if before is not None and row.row not in unit.redo else outcome_of(row.row)
+            if before is None or row.row in unit.redo:
+                yield outcome_of(row.row)
+            elif isinstance(before, Failure):
+                yield replace(before, row=row.row)
+            elif row.row in unit.recaption and isinstance(row, ClipRef):
+                yield encoder.recaption(before, row)
+            else:
+                yield before
 
-    rows = (unit.start, unit.stop)
-    return shards.write_shard(output, unit.index, rows, outcomes(), recipe_hash, made_with).summary()
+    rows = (0, len(unit.rows))
+    label = shards.rows_label(unit.row_ids)
+    return shards.write_shard(pool, label, rows, outcomes(), recipe_hash, made_with, unit.row_ids).summary()
 
 
 def by_file(rows: list[ClipRef | Failure]) -> list[ClipRef | Failure]:

@@ -54,7 +54,8 @@ def read_folder(address: str, kind: str) -> Iterator[Row]:
     Raises:
         UserError: there is no folder, or it contains no videos.
     """
-    return (row for _, _, row in _entries(address, kind))
+    for _, size, row in _entries(address, kind):
+        yield row if isinstance(row, str) else row._replace(size_bytes=size)
 
 
 def folder_digest(address: str, kind: str) -> str:

@@ -32,6 +32,7 @@ class Cells(NamedTuple):
     start: str = ""
     end: str = ""
     inside: Inside | None = None
+    size_bytes: int | None = None
 
 
 # A row as written, or the reason why it cannot be read.

@@ -98,6 +98,18 @@ def source_identity(spec: SourceSpec) -> dict[str, Any]:
     return identity
 
 
+def source_name(spec: SourceSpec) -> dict[str, Any]:
+    """Returns what a source is called: its name without the folder, and the options that choose among its rows.
+
+    A table that grows keeps its name, and so does a moved one. Which rows it has is not part of it.
+    """
+    path, _, query = spec.table.partition("?")
+    name: dict[str, Any] = {"name": path.rstrip("/").rsplit("/", 1)[-1] + ("?" + query if query else "")}
+    options = {"limit": spec.limit, "split": spec.split, "captions": spec.captions, "columns": dict(spec.columns)}
+    name |= {option: value for option, value in options.items() if value is not None}
+    return name | ({"held_out": spec.held_out} if spec.split is not None else {})
+
+
 def opened(spec: SourceSpec) -> SourceSpec:
     """Returns the source with its format, its files and the digest of its content filled in, if they are not set.
 
@@ -170,6 +182,15 @@ def resolve_url(spec: SourceSpec, url: str) -> str:
     if url.startswith("/"):
         return url  # an absolute path; the download rejects paths outside the root
     return storage.join(root, posixpath.normpath(url))
+
+
+def addressed_rows(spec: SourceSpec) -> Iterator[tuple[ClipRef | Failure, str | None]]:
+    """Yields the rows of a source, each with the resolved address of its link, or None without a valid one."""
+    for row in read_rows(spec):
+        try:
+            yield row, resolve_url(spec, row.url) if isinstance(row, ClipRef) else None
+        except ValueError:  # not a URL; the download reports it
+            yield row, None
 
 
 def local_root(spec: SourceSpec) -> str | None:
@@ -311,13 +332,16 @@ def _parse_row(written: Row, row: int, seen: KeysSeen) -> ClipRef | Failure:
         return Failure(key, row, "bad_span", str(error))
     if not seen.add(key):
         return Failure(key, row, "duplicate_key", "an earlier row has this key")
-    return ClipRef(key, texts.url, caption, row, *(span or (None, None)), inside=texts.inside)
+    size_bytes = texts.size_bytes
+    if texts.inside is not None and texts.inside.column is None:
+        size_bytes = texts.inside.size
+    return ClipRef(key, texts.url, caption, row, *(span or (None, None)), texts.inside, size_bytes)
 
 
 def _stripped(written: Cells) -> Cells:
     """Returns a row whose texts have no surrounding white space."""
-    key, url, caption, start, end, inside = written
-    return Cells(key.strip(), url.strip(), caption.strip(), start.strip(), end.strip(), inside)
+    key, url, caption, start, end, inside, size_bytes = written
+    return Cells(key.strip(), url.strip(), caption.strip(), start.strip(), end.strip(), inside, size_bytes)
 
 
 def _key_of(written: Row, row: int) -> str:

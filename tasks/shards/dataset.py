@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from infra import storage
 from tasks.records import UserError, to_json
 from tasks.shards.fields import BY_FRAME, NPY_HEAD_BYTES, Layout, decode_field, npy_layout
 from tasks.shards.layout import MANIFEST, clip_key_of
-from tasks.shards.reading import read_manifest, read_shard_manifest
-from tasks.shards.split import clip_hash
+from tasks.shards.places import named
+from tasks.shards.reading import read_manifest, read_parts, shards_folder
+from tasks.shards.sample_index import SampleIndex, mapped, open_index, written_index
 from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 from tasks.shards.tar_reader import Tars
 
@@ -21,26 +23,33 @@ from tasks.shards.tar_reader import Tars
 class ShardDataset:
     """Random access to a published data set, by range reads at the recorded offsets.
 
-    The index of a shard is read when one of its samples is first used, and kept as arrays of 16 bytes per field and
-    sample.
+    The index is mapped into memory, so opening a data set reads none of its samples and none of its shards. For a data
+    set of schema 2 the index of every shard is read instead; the command `upgrade` writes it once.
 
     Raises:
-        UserError: the manifest is missing or of another schema, or a removal of clips is not complete.
+        UserError: the manifest or the index is missing, damaged or of another schema, or clips are being removed.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = storage.absolute(uri)
         self.published, self.manifest_sha256 = read_manifest(self.uri)
         if self.published.forgotten_sha256 != takedowns_sha256(read_takedowns(self.uri)):
+            if named(self.uri) != self.uri:
+                raise UserError(f"clips were removed from {uri} on request; take the newest version, {named(self.uri)}")
             raise UserError(f"a removal of clips from {uri} is not complete; repeat the command forget")
         self._ends = np.cumsum([shard.samples for shard in self.published.shards], dtype=np.int64)
-        self._tars = Tars([storage.join(self.uri, shard.shard) for shard in self.published.shards])
-        self._indexed = np.zeros(len(self._ends), bool)
-        # Pages that were never written take no memory: these arrays grow with the shards that are indexed.
-        self._keys = np.empty(len(self), np.dtypes.StringDType())
-        self._fields: tuple[str, ...] = ()
-        self._places_NF2 = np.empty((len(self), 0, 2), np.int64)  # offset and size in the tar
+        pool = shards_folder(self.uri, self.published)
+        self._tars = Tars([storage.join(pool, shard.shard) for shard in self.published.shards])
         self._layouts: dict[str, Layout] = {}
+
+    @functools.cached_property
+    def index(self) -> SampleIndex:
+        """The arrays of all samples and rows."""
+        index = open_index(self.uri, self.published, self.manifest_sha256)
+        if index is None:
+            with written_index(read_parts(self.uri, self.published, self.manifest_sha256).values()) as (path, _):
+                index = mapped(path)  # pages of a deleted file stay until the last reader is gone
+        return index
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -52,28 +61,26 @@ class ShardDataset:
 
     @functools.cached_property
     def keys(self) -> list[str]:
-        """All sample keys in the order of the table, as a list; avoid it for millions of samples."""
-        self._index(range(len(self._ends)))
-        return self._keys.tolist()
+        """All sample keys in the order of the manifest, as a list; avoid it for millions of samples."""
+        return self.index.keys(range(len(self)))
 
     def keys_of(self, samples: np.ndarray) -> tuple[str, ...]:
         """Returns the keys of samples, int64 [B]. Raises IndexError if there is no such sample."""
-        self._shards_of(samples)
-        return tuple(self._keys[samples].tolist())
+        self._check(samples)
+        return tuple(self.index.keys(samples.tolist()))
 
     def clip_of(self, i: int) -> str:
         """Returns the key of the clip that sample i was cut from."""
         return clip_key_of(self.keys_of(np.array([i]))[0])
 
     def clip_hashes(self) -> np.ndarray:
-        """Returns the hash of each sample's clip for the split, uint64 [N]; reads every shard's index once."""
-        self._index(range(len(self._ends)))
-        return np.fromiter((clip_hash(clip_key_of(key)) for key in self._keys), np.uint64, len(self))
+        """Returns the hash of each sample's clip for the split, uint64 [N]."""
+        return self.index.clip_hashes_N
 
     def fields(self, i: int) -> tuple[str, ...]:
         """Returns the fields of sample i; all samples have the same. Raises IndexError if there is no sample i."""
-        self._shards_of(np.array([i]))
-        return self._fields
+        self._check(np.array([i]))
+        return self.index.fields
 
     def num_frames(self, i: int, field: str = "latents") -> int:
         """Returns the number of frames of sample i, from the size of a field that has frames. Raises as `read` does."""
@@ -162,23 +169,21 @@ class ShardDataset:
         if self.manifest_sha256 != state["sha256"]:
             raise self._changed(MANIFEST)
 
-    def _shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the shards of samples, int64 [B], and reads their indexes if needed."""
+    def _check(self, samples: np.ndarray) -> None:
         outside = samples[(samples < 0) | (samples >= len(self))]
         if len(outside):
             raise IndexError(f"sample {outside[0]} of {len(self)}")
-        shards_B = np.searchsorted(self._ends, samples, side="right")
-        if not self._indexed[shards_B].all():
-            self._index(np.unique(shards_B).tolist())
-        return shards_B
 
     def _places(self, samples: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns shard, offset and size of a field of each sample, int64 [B] each."""
-        shards_B = self._shards_of(samples)
-        if name not in self._fields:
-            raise KeyError(f"{name!r} is not among the fields of {self.uri}: {', '.join(self._fields)}")
-        places_B2 = self._places_NF2[samples, self._fields.index(name)]
-        return shards_B, places_B2[:, 0], places_B2[:, 1]
+        self._check(samples)
+        index = self.index
+        if name not in index.fields:
+            raise KeyError(f"{name!r} is not among the fields of {self.uri}: {', '.join(index.fields)}")
+        field = index.fields.index(name)
+        shards_B = np.searchsorted(self._ends, samples, side="right")
+        offsets_B = index.offsets_NF[samples, field].astype(np.int64) * tarfile.BLOCKSIZE
+        return shards_B, offsets_B, index.sizes_NF[samples, field].astype(np.int64)
 
     def _layout(self, name: str) -> Layout:
         """Returns the layout of a field, from the first sample.
@@ -210,35 +215,6 @@ class ShardDataset:
 
     def _changed(self, name: str) -> UserError:
         return UserError(f"{name} of {self.uri} was deleted or changed after the data set was opened; open it again")
-
-    def _index(self, shards: Iterable[int]) -> None:
-        """Reads the indexes of shards that were not read before."""
-        missing = [shard for shard in shards if not self._indexed[shard] and self.published.shards[shard].samples]
-        for first in missing[:1]:  # the first index defines the fields
-            self._index_shard(first)
-        for _ in self._tars.map(self._index_shard, missing[1:]):
-            pass
-
-    def _index_shard(self, shard: int) -> None:
-        published = self.published.shards[shard]
-        manifest = read_shard_manifest(self.uri, published.shard)
-        if manifest is None and not storage.exists(storage.join(self.uri, published.shard)):
-            raise self._changed(published.shard)
-        fields = self._fields or (tuple(manifest.samples[0].members) if manifest and manifest.samples else ())
-        if (
-            manifest is None
-            or manifest.sha256 != published.sha256
-            or len(manifest.samples) != published.samples
-            or any(tuple(entry.members) != fields for entry in manifest.samples)
-        ):
-            raise UserError(f"the index of {published.shard} in {self.uri} is missing or stale; prepare it again")
-        if not self._fields:
-            self._fields = fields
-            self._places_NF2 = np.empty((len(self), len(fields), 2), np.int64)
-        here = slice(int(self._ends[shard]) - published.samples, int(self._ends[shard]))
-        self._keys[here] = [entry.key for entry in manifest.samples]
-        self._places_NF2[here] = [list(entry.members.values()) for entry in manifest.samples]
-        self._indexed[shard] = True
 
 
 _cached_layout = functools.lru_cache(1024)(npy_layout)  # most headers are equal

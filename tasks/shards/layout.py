@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 
 from tasks.records import Failure, count_by_reason, digest
 from tasks.shards.fields import SUFFIXES, encode_field
+from tasks.shards.identity import is_row_id, key_id
 from tasks.shards.split import row_key
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # of a manifest and of an index
+READABLE = (2, 3)  # 2: shards next to the manifest, known by ranges of rows; the command upgrade adds the rest
+SAMPLE_VERSION = 2  # of a sample's fields, which are part of a recipe
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 
@@ -59,7 +63,7 @@ class ShardManifest:
     """The index of one shard. Every row is accounted for: `stop - start == encoded + len(failures)`."""
 
     shard: str  # name of the tar
-    start: int  # first row of the source table, inclusive
+    start: int  # number of its first row; prepare numbers the rows of each shard from 0
     stop: int  # exclusive
     recipe_hash: str
     encoded: int  # rows that gave at least one sample
@@ -69,6 +73,7 @@ class ShardManifest:
     size_bytes: int
     schema_version: int = SCHEMA_VERSION
     made_with: dict[str, str] = field(default_factory=dict)  # library versions, for the record
+    row_ids: list[str] = field(default_factory=list)  # `tasks.shards.identity`, one per row; empty in schema 2
 
     def summary(self) -> ShardSummary:
         return ShardSummary(
@@ -83,10 +88,20 @@ class ShardManifest:
             sha256=self.sha256,
         )
 
-    def named(self, index: int) -> ShardManifest:
-        """Returns a copy with the name that its content determines."""
+    def named(self, label: int | str) -> ShardManifest:
+        """Returns a copy with the name that its label and its content determine."""
         content = dataclasses.asdict(self) | {"shard": ""}
-        return dataclasses.replace(self, shard=f"{shard_name(index)}-{digest(content)}.tar")
+        if not self.row_ids:
+            del content["row_ids"]  # as before they existed
+        return dataclasses.replace(self, shard=f"{shard_name(label)}-{digest(content)}.tar")
+
+    def identities(self) -> list[str]:
+        """Returns the identity of each row in order; of a shard without them what the keys tell."""
+        if self.row_ids:
+            return self.row_ids
+        keys = {row: row_key_of(entries[0].key) for row, entries in self.clips().items()}
+        keys |= {failure.row: failure.key for failure in self.failures}
+        return [key_id(keys[row]) for row in range(self.start, self.stop)]
 
     def clips(self) -> dict[int, list[Entry]]:
         """Returns the samples of each encoded row, by row. Raises ValueError if the counts do not add up."""
@@ -94,6 +109,7 @@ class ShardManifest:
         rows = [row for row in range(self.start, self.stop) if row not in failed]
         groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: row_key_of(entry.key))]
         within = all(self.start <= row < self.stop for row in failed)
+        within &= len(self.row_ids) in (0, self.stop - self.start) and all(map(is_row_id, self.row_ids))
         if not (within and len(failed) == len(self.failures) and len(rows) == len(groups) == self.encoded):
             raise ValueError(
                 f"rows {self.start} to {self.stop - 1} are not {self.encoded} encoded (samples of {len(groups)} clips)"
@@ -142,16 +158,23 @@ class DatasetManifest:
     shards: list[PublishedShard]
     schema_version: int = SCHEMA_VERSION
     forgotten_sha256: str | None = None  # of the takedowns that these shards follow
+    index_sha256: str | None = None  # of the array file of all samples and rows; None in schema 2
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:05d}"
+def shard_name(label: int | str) -> str:
+    """Returns the name of a shard without the digest of its content: by number, or by the digest of its rows."""
+    return f"shard-{label:05d}" if isinstance(label, int) else f"shard-{label}"
 
 
-def shard_number(name: str) -> int | None:
-    """Returns the number of a shard from the name of its tar; None for any other name."""
-    match = re.fullmatch(r"shard-(\d{5,})(-[0-9a-f]{16})?\.tar", name)
-    return int(match[1]) if match else None
+def shard_label(name: str) -> int | str | None:
+    """Returns the label of a shard, as of `shard_name`, from the name of its tar; None for any other name."""
+    match = re.fullmatch(r"shard-(?:(\d{5,15})|([0-9a-f]{16}))(-[0-9a-f]{16})?\.tar", name)
+    return None if match is None else int(match[1]) if match[1] else match[2]
+
+
+def rows_label(identities: Sequence[str]) -> str:
+    """Returns the label of a shard of these rows: 16 hex digits."""
+    return digest(list(identities))
 
 
 def index_name(shard: str) -> str:

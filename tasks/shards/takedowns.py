@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
@@ -21,12 +21,14 @@ from infra import storage
 from infra.redaction import name_of
 from tasks.json_records import parse_record
 from tasks.records import ClipRef, Failure, UserError
+from tasks.shards.places import named, names_of, root_of
 from tasks.shards.split import written_key
 
 TAKEDOWNS_FILE = "forgotten.json"
 TAKEDOWNS_FOLDER = "takedowns"
+DUPLICATES_FOLDER = "duplicates"  # of the root: hashes of the keys that the command deduplicate removed
+DUPLICATE_REASON = "duplicate"
 TAKEDOWN_REASON = "forgotten"  # of the failures that stand for removed clips
-_DIGEST = "[0-9a-f]{16}"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -92,8 +94,12 @@ def link_marks(url: str) -> list[str]:
 
 
 def read_takedowns(dataset: str) -> Takedowns:
-    """Returns the data set's own list, empty if there is none. Raises UserError if it cannot be read."""
-    address = storage.join(dataset, TAKEDOWNS_FILE)
+    """Returns the data set's own list, which all its versions have; empty if there is none.
+
+    Raises:
+        UserError: the list cannot be read.
+    """
+    address = storage.join(named(dataset), TAKEDOWNS_FILE)
     try:
         return parse_record(Takedowns, storage.read_bytes(address))
     except FileNotFoundError:
@@ -104,7 +110,7 @@ def read_takedowns(dataset: str) -> Takedowns:
 
 def write_takedowns(dataset: str, takedowns: Takedowns) -> None:
     """Replaces the data set's own list."""
-    storage.write_json(storage.join(dataset, TAKEDOWNS_FILE), dataclasses.asdict(takedowns))
+    storage.write_json(storage.join(named(dataset), TAKEDOWNS_FILE), dataclasses.asdict(takedowns))
 
 
 def takedowns_sha256(takedowns: Takedowns) -> str | None:
@@ -112,38 +118,54 @@ def takedowns_sha256(takedowns: Takedowns) -> str | None:
     return hashlib.sha256(storage.json_bytes(takedowns.marks)).hexdigest() if takedowns.marks else None
 
 
-def read_root_takedowns(dataset: str) -> Takedowns:
+def read_root_takedowns(dataset: str, folder: str = TAKEDOWNS_FOLDER) -> Takedowns:
     """Returns the takedowns of a data set's root; empty if the data set is not at `<root>/data/<digest>`.
 
+    Args:
+        dataset: address of the data set.
+        folder: the folder of the root that has the list; other lists of hashes have the same form.
     Raises:
         UserError: an entry is damaged.
     """
-    folder = _takedowns_folder(dataset)
     marks: dict[str, str] = {}
-    for name in storage.list_dir(folder) if folder is not None else []:
+    for entry in read_root_entries(dataset, folder):
+        marks = entry.marks | marks
+    return Takedowns(marks)
+
+
+def read_root_entries(dataset: str, folder: str) -> Iterator[Takedowns]:
+    """Yields each file of a list of a data set's root, in the order of their names. Raises as `read_root_takedowns`."""
+    root = root_of(dataset)
+    address_of_list = storage.join(root, folder) if root is not None else ""
+    for name in storage.list_dir(address_of_list) if root is not None else []:
         if not re.fullmatch(r"[0-9a-f]{64}\.json", name):
             continue
-        address = storage.join(folder or "", name)
+        address = storage.join(address_of_list, name)
         content = storage.read_bytes(address)
         if f"{hashlib.sha256(content).hexdigest()}.json" != name:
             raise UserError(f"{address} was changed, its name is not its sha256; restore it, or removed clips return")
         try:
-            marks = parse_record(Takedowns, content).marks | marks
+            yield parse_record(Takedowns, content)
         except ValueError as error:
             raise UserError(f"{address} cannot be read ({error}); restore it, or removed clips return") from error
-    return Takedowns(marks)
 
 
-def add_root_takedowns(dataset: str, takedowns: Takedowns) -> None:
-    """Adds entries that are missing from the takedowns of a data set's root; does nothing without a root."""
-    folder = _takedowns_folder(dataset)
-    if folder is None:
+def add_root_takedowns(dataset: str, takedowns: Takedowns, folder: str = TAKEDOWNS_FOLDER) -> None:
+    """Adds entries that are missing from a list of a data set's root; does nothing without a root."""
+    if root_of(dataset) is None:
         return
-    known = read_root_takedowns(dataset).marks
+    known = read_root_takedowns(dataset, folder).marks
     new = Takedowns({mark: reason for mark, reason in takedowns.marks.items() if mark not in known})
     if new.marks:
-        content = storage.json_bytes(dataclasses.asdict(new))
-        storage.write_bytes(storage.join(folder, f"{hashlib.sha256(content).hexdigest()}.json"), content)
+        add_root_entry(dataset, new, folder)
+
+
+def add_root_entry(dataset: str, entry: Takedowns, folder: str) -> None:
+    """Adds one file, named after its content, to a list of a data set's root; does nothing without a root."""
+    root = root_of(dataset)
+    if root is not None:
+        content = storage.json_bytes(dataclasses.asdict(entry))
+        storage.write_bytes(storage.join(root, folder, f"{hashlib.sha256(content).hexdigest()}.json"), content)
 
 
 def gather_root_takedowns(dataset: str) -> Takedowns:
@@ -151,16 +173,9 @@ def gather_root_takedowns(dataset: str) -> Takedowns:
 
     Data sets from before root takedowns existed have only their own list.
     """
-    if _takedowns_folder(dataset) is None:
+    root = root_of(dataset)
+    if root is None:
         return Takedowns()
-    siblings = storage.parent(dataset)
-    names = [name for name in storage.list_dir(siblings) if re.fullmatch(_DIGEST, name)]
-    lists = [read_takedowns(storage.join(siblings, name)).marks for name in names]
+    lists = [read_takedowns(name).marks for name in names_of(root)]
     add_root_takedowns(dataset, Takedowns({mark: reason for marks in lists for mark, reason in marks.items()}))
     return read_root_takedowns(dataset)
-
-
-def _takedowns_folder(dataset: str) -> str | None:
-    """Returns the takedown folder of a run, from the address that `flows.layout.address` chose for a data set."""
-    match = re.fullmatch(rf"(.*[^/])/data/{_DIGEST}", dataset.rstrip("/"))
-    return storage.join(match[1], TAKEDOWNS_FOLDER) if match else None

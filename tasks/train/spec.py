@@ -88,6 +88,10 @@ class TrainSpec:
     recompute_activations: bool = field(default=False, metadata=MEANS)
     # "none": every worker holds the complete state; "fsdp2": a shard, and weights are gathered layer by layer.
     sharding: Literal["none", "fsdp2"] = field(default="none", metadata=MEANS)
+    # Hashes of the data set's manifest and of the base's files. Where they are given they take the place of the two
+    # addresses in the identity, so that a training survives the move of its data.
+    dataset_sha256: str | None = field(default=None, metadata={BEFORE: None})
+    base_sha256: str | None = field(default=None, metadata={BEFORE: None})
 
     @property
     def largest_share(self) -> int:
@@ -158,8 +162,13 @@ def identity(value: Any, means: bool = True) -> Any:
 
 
 def spec_digest(spec: TrainSpec) -> str:
-    """The identity of a training: all fields that are not means. Another split of a batch changes the last bits."""
-    return digest(identity(spec, means=False))
+    """The identity of a training: all fields that are not means. Another split of a batch changes the last bits.
+
+    Data and base count by their hashes, if these are given, else by their addresses.
+    """
+    goals = identity(spec, means=False)
+    moved = [name for name in ("dataset", "base") if f"{name}_sha256" in goals]
+    return digest({name: value for name, value in goals.items() if name not in moved})
 
 
 def spool_file(spec: TrainSpec) -> Path:

@@ -20,8 +20,8 @@ from trip_model.folders import folder_hash
 FILE = "training.json"
 # Another schedule is still the same training: its steps go on under other learning rates.
 SCHEDULE = ("learning_rate_unet", "learning_rate_fusion", "weight_decay", "clip_norm", "warmup_steps", "cosine")
-# No part of what a training is for: the length, and addresses, which stand for the hashes in the record.
-_NOT_GOALS = ("steps", "dataset", "base", "start")
+# No part of what a training is for: the length, and data and base, whose hashes the record has on their own.
+_NOT_GOALS = ("steps", "dataset", "base", "dataset_sha256", "base_sha256", "start")
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import pytest
 
 from benchmarks.rig import crashing
 from benchmarks.rig.server import serving
-from benchmarks.rig.table import DECODE, DOWNLOAD, ENCODED, KINDS, TABLE, USABLE, Row, audit, write_rig
+from benchmarks.rig.table import DECODE, DOWNLOAD, ENCODED, FIRST_KEY, KINDS, TABLE, USABLE, Row, audit, write_rig
 from tasks.curate.verify import problems
 from tasks.encode import encoder
 from tasks.encode.job import prepare
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.ingest.drawing import draw_frame, draw_scene
 from tasks.ingest.spec import SourceSpec
-from tasks.shards import ShardDataset
+from tasks.shards import ShardDataset, clip_key_of
 
 SIZE = 32
 
@@ -67,7 +67,7 @@ def test_what_was_encoded_is_what_was_drawn(run: Run) -> None:
     data = ShardDataset(run.report.dataset)
     for place in range(len(data)):
         sample = data.read(place, ("pixels", "meta"))
-        row = run.rows[sample["meta"]["row"]]
+        row = run.rows[int(clip_key_of(sample["key"])) - FIRST_KEY]
         if row.kind == "vfr":  # its stamps are not the times it was drawn for
             continue
         want = [draw_frame(draw_scene(row.scene), time, SIZE) for time in sample["meta"]["times"]]

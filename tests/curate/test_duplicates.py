@@ -103,8 +103,8 @@ def test_killed_anywhere_the_same_command_completes_it(tmp_path: Path, monkeypat
         assert contents(uri) == contents(whole), happened
     else:
         raise AssertionError("the command never ended")
-    # Two reports, two shards of two files, the manifest, and the removal of four files.
-    assert len(happened) == 2 + 4 + 1 + 4
+    # Two reports, two shards of two files, index and manifest, and the removal of four files and an index.
+    assert len(happened) == 2 + 4 + 2 + 5
 
 
 def test_a_removal_on_request_that_was_cut_off_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_a_data_set_has_the_same_bytes_in_every_store(
     table = storage.join(store, "corpus", corpus.name)
     there = replace(here, source=SourceSpec(table), output=storage.join(store, "set"))
     report = prepare(there)
-    assert contents(report.dataset) == contents(here.output) and len(contents(report.dataset)) == 8
+    assert contents(report.dataset) == contents(here.output) and len(contents(report.dataset)) == 9
     assert list(problems(report.dataset)) == []
     assert all(storage.exists(address) for address in report_addresses(report.dataset).values())
     assert prepare(there).shards_reused == 3

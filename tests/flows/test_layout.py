@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from flows import layout
 from flows.cli.app import COMMANDS, FLOWS
 from flows.cli.signature import signature_of, summary_of
 from flows.source import DEFAULT
+from infra import storage
 from tasks.encode.fingerprint import fingerprint_of
 from tasks.ingest.demo import demo_table, write_demo_corpus
 from tasks.ingest.sources import source_digest
 from tasks.ingest.spec import SourceSpec
-from tasks.records import UserError
+from tasks.records import Artifact, UserError, to_json
+from tasks.train.spec import TrainReport, finished_report, spec_digest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,6 +43,46 @@ def test_the_table_of_the_demo_corpus_is_known_from_its_numbers(tmp_path: Path) 
 def test_a_recipe_without_clips_of_its_own_needs_a_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no clips of its own; name a table or a folder"):
         _ = layout.resolve("paper", None, str(tmp_path), None, DEFAULT).prepare
+
+
+def test_a_moved_root_and_base_have_the_finished_training(tmp_path: Path, tiny_base: Path) -> None:
+    data = Artifact(str(tmp_path / "one" / "data" / "0" / "versions" / "1"), "5" * 64)
+    spec = layout.resolve("demo", None, str(tmp_path / "one"), str(tiny_base), DEFAULT).train(data)
+    assert finished_report(spec) is None
+    report = TrainReport(spec.output, "model", spec.steps, 1.0, 0.5, 8, 1.0, "0" * 64, spec_digest(spec))
+    storage.write_json(storage.join(spec.output, "report.json"), to_json(report))
+
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    there = layout.resolve("demo", None, str(tmp_path / "two"), str(tmp_path / "base"), DEFAULT)
+    moved = there.train(replace(data, uri=data.uri.replace("/one/", "/two/")))
+    assert moved.dataset != spec.dataset and moved.base != spec.base
+    assert finished_report(moved) == report
+    # Other rows are another training, and so is another base.
+    assert finished_report(there.train(replace(data, sha256="6" * 64))) is None
+    (tmp_path / "base" / "unet" / "config.json").write_text("{}")
+    layout.base_hash.cache_clear()
+    assert finished_report(there.train(data)) is None
+
+
+def test_another_recipe_of_training_keeps_the_data_set(tmp_path: Path, tiny_base: Path) -> None:
+    run = layout.resolve("demo", None, str(tmp_path), str(tiny_base), DEFAULT)
+    changed = replace(run.recipe.train, steps=7, learning_rate_unet=1.0)
+    assert replace(run, recipe=replace(run.recipe, train=changed)).prepare.output == run.prepare.output
+
+
+def test_a_table_that_grows_or_moves_keeps_its_data_set(tmp_path: Path, tiny_base: Path) -> None:
+    def address(table: Path, text: str, limit: int | None = None) -> str:
+        table.parent.mkdir(exist_ok=True)
+        table.write_text("videoid,contentUrl,name\n" + text)
+        options = replace(DEFAULT, limit=limit)
+        return layout.resolve("demo", str(table), str(tmp_path), str(tiny_base), options).prepare.output
+
+    first = address(tmp_path / "a" / "clips.csv", "1,a.mp4,x\n")
+    assert address(tmp_path / "a" / "clips.csv", "1,a.mp4,x\n2,b.mp4,y\n") == first
+    assert address(tmp_path / "b" / "clips.csv", "2,b.mp4,y\n") == first
+    assert address(tmp_path / "a" / "other.csv", "1,a.mp4,x\n") != first
+    assert address(tmp_path / "a" / "clips.csv", "1,a.mp4,x\n", limit=1) != first
 
 
 @pytest.mark.parametrize("name", [*FLOWS, *COMMANDS])

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -58,7 +57,7 @@ def make_dataset(uri: str) -> str:
     shards.open_dataset(uri, RECIPE)
     first = shards.write_shard(
         uri,
-        index=0,
+        label=0,
         rows=(0, 3),
         outcomes=[[sample("a_000", 1), sample("a_001", 2)], Failure("b", 1, "too_short"), [sample("c_000", 3)]],
         recipe_hash="h",
@@ -177,16 +176,40 @@ def test_a_folder_without_its_last_file_is_no_data_set(tmp_path: Path) -> None:
         ShardDataset(str(tmp_path))
 
 
-def test_a_truncated_shard_and_a_stale_index_are_rejected(tmp_path: Path) -> None:
+def test_a_truncated_shard_and_a_damaged_index_are_rejected(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     tar = tar_of(tmp_path, 1)
     tar.write_bytes(tar.read_bytes()[:1000])
     with pytest.raises(UserError, match="truncated"):
         ShardDataset(str(tmp_path)).read(3)
-    index = tar_of(tmp_path).with_suffix(".json")
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0"}))
-    with pytest.raises(UserError, match="stale"):
+    (index,) = tmp_path.glob("index-*.npz")
+    content = index.read_bytes()
+    for damaged in (content[:-100], content[: len(content) // 2], b"", b"PK"):
+        index.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            ShardDataset(str(tmp_path)).read(0)
+    index.unlink()
+    with pytest.raises(UserError, match=r"index-\w+.npz is missing; prepare the data again"):
         ShardDataset(str(tmp_path)).read(0)
+
+
+def test_an_index_with_objects_or_of_another_data_set_is_rejected(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    (index,) = tmp_path.glob("index-*.npz")
+    arrays = dict(np.load(index))
+    np.savez(index, allow_pickle=True, **(arrays | {"reasons": np.array([{}], object)}))
+    with pytest.raises(UserError, match="is damaged"):
+        ShardDataset(str(tmp_path)).read(0)
+    np.savez(index, allow_pickle=False, **(arrays | {"clip_hashes": arrays["clip_hashes"][1:]}))
+    with pytest.raises(UserError, match="is not the index of its manifest"):
+        ShardDataset(str(tmp_path)).read(0)
+
+
+def test_shards_of_different_fields_are_no_data_set(tmp_path: Path) -> None:
+    one = shards.write_shard(str(tmp_path), 0, (0, 1), [[sample("a_000")]], "h")
+    two = shards.write_shard(str(tmp_path), 1, (1, 2), [[sample("b_000", keep_pixels=False)]], "h")
+    with pytest.raises(UserError, match="cannot be one data set"):
+        shards.publish_dataset(str(tmp_path), RECIPE, "h", {}, [one.summary(), two.summary()])
 
 
 def test_another_recipe_is_refused_by_name(tmp_path: Path) -> None:
