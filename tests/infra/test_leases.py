@@ -113,7 +113,10 @@ def test_a_lease_is_renewed_while_its_owner_works(fast: None, tmp_path: Path) ->
         assert leases.is_held(output)
 
 
-def test_a_writer_that_was_suspended_too_long_stops(fast: None, tmp_path: Path) -> None:
+def test_a_writer_that_was_suspended_too_long_stops(fast: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # A process of pytest-xdist ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     output = str(tmp_path / "out")
     heir = leases.Lease("t", "eve@far, process 7", "", time.time() + 99)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import threading
@@ -54,21 +55,20 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.asked.append(self.path)
             server.agents.add(self.headers["User-Agent"])
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
             times = server.asked.count(self.path)
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._answer(how, times)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        finally:
-            with server.lock:
-                server.at_once -= 1
 
     def _answer(self, how: dict[str, str], times: int) -> None:
         body = VIDEO
         if "wait" in how:
+            server = self.server
+            with server.lock:
+                server.at_once += 1
+                server.most_at_once = max(server.most_at_once, server.at_once)
             time.sleep(float(how["wait"]))
+            with server.lock:  # before the client can have the end of the answer
+                server.at_once -= 1
         status = int(how.get("status", 200))
         if "heals" in how and times >= int(how["heals"]):
             status = 200
