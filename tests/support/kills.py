@@ -26,6 +26,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
         original = getattr(storage, name)
 
         def run(*args: Any) -> Any:
+            if ".lease-" in str(args[0]):  # the lease of a process that was really killed ends with it
+                return original(*args)
             if len(happened) == step:
                 raise Killed
             happened.append(f"{name} {args[-1] if name == 'upload_file' else args[0]}")
