@@ -33,7 +33,8 @@ def running(tiny_model):
     """Two replicas and two versions. Threads as in a replica, because they change the last bits of a clip."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with service(tiny_model, "--replicas", "2", "--cpus", "1", "--max-queue", "16", "--no-page") as running:
+    flags = ("--replicas", "2", "--cpus", "1", "--max-queue", "16", "--no-page", "--max-step-frames", "64000")
+    with service(tiny_model, *flags) as running:
         yield running
     torch.set_num_threads(before)
 
