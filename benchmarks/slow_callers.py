@@ -13,9 +13,11 @@ import asyncio
 import base64
 import contextlib
 import json
+import multiprocessing
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +44,6 @@ class Callers:
         self.url, self.host, self.port, self.limit_seconds = url, parts.hostname, parts.port, limit_seconds
         photo = base64.b64encode(drawn_photo(48)).decode()
         self.body = json.dumps({"image": photo, "prompt": PROMPT, "num_frames": 2, "steps": 2}).encode()
-        self.health: list[float] = []
 
     async def good(self, client: httpx.AsyncClient) -> tuple[str, float]:
         start = time.monotonic()
@@ -90,31 +91,49 @@ class Callers:
         except httpx.HTTPError as error:
             return type(error).__name__
 
-    async def watch(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
-            while True:
-                start = time.monotonic()
-                await client.get("/healthz")
-                self.health.append(time.monotonic() - start)
-                await asyncio.sleep(0.05)
+
+def _watch(url: str, over: Any, seconds: Any) -> None:
+    """Asks /healthz until `over` is set, in a process of its own, which no other caller delays."""
+    latencies = []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        while not over.wait(0.05):
+            start = time.monotonic()
+            client.get("/healthz")
+            latencies.append(time.monotonic() - start)
+    seconds.put(latencies)
+
+
+@contextlib.contextmanager
+def watched(url: str) -> Iterator[list[float]]:
+    """The seconds of each answer of /healthz during a `with` block, known at its end."""
+    context = multiprocessing.get_context("spawn")
+    over, seconds = context.Event(), context.Queue()
+    process = context.Process(target=_watch, args=(url, over, seconds))
+    latencies: list[float] = []
+    process.start()
+    try:
+        yield latencies
+    finally:
+        over.set()
+        latencies += seconds.get(timeout=90)
+        process.join()
 
 
 async def attack(url: str, slow: int, gone: int, good: int, hostile: int, limit_seconds: float = 120) -> dict[str, Any]:
     """Runs all callers at once and returns how they ended."""
     callers = Callers(url, limit_seconds)
-    watching = asyncio.create_task(callers.watch())
-    slow_ones = [asyncio.create_task(callers.slow(number)) for number in range(slow)]
-    await asyncio.sleep(1)
-    gone_ones = [asyncio.create_task(callers.gone()) for _ in range(gone)]
-    hostile_ones = [asyncio.create_task(callers.hostile()) for _ in range(hostile)]
     limits = httpx.Limits(max_connections=good)
-    async with httpx.AsyncClient(base_url=url, timeout=limit_seconds, limits=limits) as client:
-        ends = await asyncio.gather(*(callers.good(client) for _ in range(good)))
-    await asyncio.gather(*gone_ones)
-    cut_off = await asyncio.gather(*slow_ones)
-    refused = await asyncio.gather(*hostile_ones)
-    watching.cancel()
-    health = sorted(callers.health)
+    with watched(url) as health:
+        slow_ones = [asyncio.create_task(callers.slow(number)) for number in range(slow)]
+        await asyncio.sleep(3)  # the process that watches has started, too
+        gone_ones = [asyncio.create_task(callers.gone()) for _ in range(gone)]
+        hostile_ones = [asyncio.create_task(callers.hostile()) for _ in range(hostile)]
+        async with httpx.AsyncClient(base_url=url, timeout=limit_seconds, limits=limits) as client:
+            ends = await asyncio.gather(*(callers.good(client) for _ in range(good)))
+        await asyncio.gather(*gone_ones)
+        cut_off = await asyncio.gather(*slow_ones)
+        refused = await asyncio.gather(*hostile_ones)
+    health.sort()
     return {
         "good": dict(Counter(end for end, _ in ends)),
         "good_longest_seconds": round(max(seconds for _, seconds in ends), 2),

@@ -95,7 +95,10 @@ class Replicas:
                 yield Refusal(500, f"the replica failed with {type(error).__name__}; send the request again")
                 return
             finally:
-                messages.cancel()  # the replica stops at its next step when the client has disconnected
+                # The replica stops at its next step when the client has disconnected. Ray raises the error again of a
+                # request that no replica accepted.
+                with contextlib.suppress(RayError, RayServeException):
+                    messages.cancel()
             await asyncio.sleep(PAUSE_SECONDS)
         yield out_of_time(seconds)
 

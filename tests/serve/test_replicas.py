@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -20,6 +21,7 @@ import torch
 from ray import serve
 
 from benchmarks.serve_load import PROMPT, load, service
+from benchmarks.slow_callers import attack
 from infra.cluster import ray_session
 from infra.settings import CHECKOUT
 from tasks.register.packaging import drawn_photo
@@ -33,7 +35,9 @@ def running(tiny_model):
     """Two replicas and two versions. Threads as in a replica, because they change the last bits of a clip."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with service(tiny_model, "--replicas", "2", "--cpus", "1", "--max-queue", "16", "--no-page") as running:
+    flags = ("--replicas", "2", "--cpus", "1", "--max-queue", "16", "--no-page", "--max-step-frames", "64000",
+             "--requests-per-minute", "100000")  # fmt: skip
+    with service(tiny_model, *flags) as running:
         yield running
     torch.set_num_threads(before)
 
@@ -122,7 +126,7 @@ def test_services_on_one_cluster_have_unique_names_and_do_not_delete_each_other(
         first.end()
         assert second.answers()
         second.process.kill()  # the next service of its name replaces what it leaves
-        second.process.wait()
+        second.process.communicate()
         third = Driver(address, tmp_path, "second")
         assert third.line() == "serves" and third.answers()
         third.end()
@@ -166,6 +170,14 @@ def test_clients_that_disconnect_leave_the_queues_of_the_replicas(running):
         time.sleep(0.1)
     status = httpx.get(f"{running.url}/readyz").json()
     assert waiting() == 0 and status["in_flight"] == 0, status
+
+
+def test_good_callers_are_answered_next_to_slow_hostile_and_vanishing_ones(running):
+    result = asyncio.run(attack(running.url, slow=40, gone=60, good=16, hostile=1))
+    assert sum(result["good"].values()) == 16 and set(result["good"]) <= {"200", "429"}, result
+    assert result["slow_cut_off"] == 40 and result["hostile"] == {"400": 1}, result
+    metrics = httpx.get(f"{running.url}/metrics").text
+    assert 'status="408"} 20' in metrics and 'status="500"' not in metrics
 
 
 def test_an_alias_move_and_a_killed_replica_lose_nothing_and_sigterm_completes_accepted_requests(running):
