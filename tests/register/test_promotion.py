@@ -390,6 +390,7 @@ def test_eight_processes_at_once_on_postgresql_make_one_champion_a_round(mlflow_
             assert winner in [version for version, _ in answers] or winner == versions[turn]
     finally:
         promoters.kill()
+        promoters.communicate()
     lines = client.search_model_versions(f"name = '{log_name('trip')}'")
     assert sorted(int(line.version) for line in lines) == list(range(1, len(lines) + 1)) and len(lines) > 40
     assert [entry.replaced for entry in entries[1:]] == [entry.version for entry in entries[:-1]]
