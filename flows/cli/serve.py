@@ -17,6 +17,7 @@ from infra import storage
 from infra.redaction import RedactingFilter, redact
 from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
+from tasks.serve.server_limits import SERVER, VIDEOS, ServerLimits, VideoLimits
 from trip_model.request_limits import BOUNDS, RequestError, check_number
 
 KEY_VARIABLE = "TRIP_API_KEY"
@@ -38,7 +39,7 @@ def serve(
     max_batch: int = 1,
     max_queue: int = 16,
     max_steps: int = int(BOUNDS["steps"].maximum),
-    max_step_frames: int = 16_000,
+    max_step_frames: int = SERVER.step_frames,
     seconds: float = 120,
     ray_address: str | None = None,
     service: str = "",
@@ -46,9 +47,9 @@ def serve(
     about: str = "",
     keys: Path | None = None,
     videos: str = "",
-    keep_hours: float = 24,
-    connections: int = 1024,
-    requests_per_minute: int = 300,
+    keep_hours: float = VIDEOS.keep_seconds / 3600,
+    connections: int = SERVER.connections,
+    requests_per_minute: int = SERVER.requests_per_minute,
     root_path: str = "",
     trusted_proxies: str = "",
     trusted_hosts: tuple[str, ...] = (),
@@ -137,11 +138,10 @@ def serve(
     from tasks.serve.api import ABOUT_MODEL, AppOptions, create_app
     from tasks.serve.connections import Connections
     from tasks.serve.gateway import Gateway, Server
-    from tasks.serve.guard import ServerLimits
     from tasks.serve.job import serving
     from tasks.serve.keys import Keys
     from tasks.serve.messages import EngineSpec
-    from tasks.serve.videos import VideoLimits, Videos
+    from tasks.serve.videos import Videos
 
     file = keys or (Path(os.environ[KEY_FILE_VARIABLE]) if os.environ.get(KEY_FILE_VARIABLE) else None)
     key = os.environ.get(KEY_VARIABLE) or None

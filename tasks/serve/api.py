@@ -24,12 +24,13 @@ from starlette.routing import Match
 
 from tasks.serve.body import JSON, READERS, read_request
 from tasks.serve.gateway import Gateway
-from tasks.serve.guard import Guard, ServerLimits
+from tasks.serve.guard import Guard
 from tasks.serve.keys import Keys
 from tasks.serve.limits import FORMATS, Animation, Refusal
 from tasks.serve.messages import MEDIA_TYPES, Clip, Progress, file_name
 from tasks.serve.openapi import LINES, RESULT_HEADERS, describe_animate, describe_model, describe_ready
 from tasks.serve.request_log import DISCONNECTED, RequestLog, error_body, error_response
+from tasks.serve.server_limits import ServerLimits
 from tasks.serve.videos import Videos
 from tasks.serve.videos_api import add_video_routes
 from tasks.serve.web_ui import add_page

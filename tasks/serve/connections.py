@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tasks.serve.guard import ServerLimits
+from tasks.serve.server_limits import ServerLimits
 
 LINGER_SECONDS = 2.0  # in which a body is discarded after its refusal, so that the client reads the response
 FLUSH_SECONDS = 30.0  # for a client to read the rest of a response

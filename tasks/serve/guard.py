@@ -7,14 +7,15 @@ import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infra.rate_limit import RateLimit
 from tasks.serve.keys import Keys
 from tasks.serve.limits import MAX_BODY_BYTES, Refusal, body_too_large
 from tasks.serve.request_log import DISCONNECTED, error_response
+from tasks.serve.server_limits import ServerLimits
 
 # The routes that need no key; docs/decisions/serving.md has the table. Every other path requires one.
 OPEN_ROUTES = (
@@ -25,57 +26,6 @@ OPEN_ROUTES = (
 OPEN_FOLDERS = ("/static-offline-docs/",)
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # change nothing
 _CALLERS = 10_000  # whose rates are remembered
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """What the service grants to connections, requests and callers.
-
-    Args:
-        connections: open at once. One more closes the oldest that has no request, or is closed itself.
-        head_bytes: of the request line and headers of a request.
-        head_seconds: from the connection, or the first byte of a later request, to the end of its headers.
-        body_seconds: for the body of a request, in addition to the time that `body_rate` gives.
-        body_rate: bytes per second that a sender must reach.
-        body_memory: bytes of all bodies in memory, received and waiting for the model.
-        requests_per_minute: of a caller that change something (POST, DELETE). A caller is a key, or without keys an
-            address (IPv6: a network of 64 bits).
-        burst: such requests that a caller may send at once.
-        wrong_keys_per_minute: of an address; further ones are refused without a look at the key.
-        step_frames: steps times frames of a clip.
-    """
-
-    connections: int = 1024
-    head_bytes: int = 2**14
-    head_seconds: float = 10
-    body_seconds: float = 20
-    body_rate: int = 2**14
-    body_memory: int = 2**29
-    requests_per_minute: int = 300
-    burst: int = 100
-    wrong_keys_per_minute: int = 10
-    step_frames: int = 16_000
-
-
-class _Rates:
-    """A token bucket for each name; the names used last are remembered."""
-
-    def __init__(self, per_minute: float, burst: int) -> None:
-        self._per_second, self._burst = per_minute / 60, burst
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, time
-
-    def wait(self, name: str) -> float:
-        """Returns the seconds until `name` may take a token; 0 if it may now."""
-        tokens, at = self._buckets.get(name, (float(self._burst), time.monotonic()))
-        tokens = min(self._burst, tokens + (time.monotonic() - at) * self._per_second)
-        return max(0.0, (1 - tokens) / self._per_second)
-
-    def take(self, name: str) -> None:
-        tokens, at = self._buckets.pop(name, (float(self._burst), time.monotonic()))
-        now = time.monotonic()
-        self._buckets[name] = (min(self._burst, tokens + (now - at) * self._per_second) - 1, now)
-        if len(self._buckets) > _CALLERS:
-            self._buckets.popitem(last=False)
 
 
 class Guard:
@@ -101,8 +51,8 @@ class Guard:
     ) -> None:
         self._app, self._limits, self._keys = app, limits, keys
         self._hosts, self._origins = frozenset(hosts), frozenset(origins)
-        self._rates = _Rates(limits.requests_per_minute, limits.burst)
-        self._wrong_keys = _Rates(limits.wrong_keys_per_minute, limits.wrong_keys_per_minute)
+        self._rates = RateLimit(limits.requests_per_minute / 60, limits.burst, _CALLERS)
+        self._wrong_keys = RateLimit(limits.wrong_keys_per_minute / 60, limits.wrong_keys_per_minute, _CALLERS)
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()  # addresses and names of right keys
         self._body_bytes = 0
 
@@ -134,11 +84,9 @@ class Guard:
             if self._keys is not None:
                 scope["state"]["caller"] = name = self._key_name(headers, caller)
                 caller = f"key {name}"
-            if method not in _SAFE_METHODS:
-                if wait := self._rates.wait(caller):
-                    rate = f"{self._limits.requests_per_minute} requests per minute"
-                    raise Refusal(429, f"the caller has sent more than {rate}; send it again later", _whole(wait))
-                self._rates.take(caller)
+            if method not in _SAFE_METHODS and (wait := self._rates.seconds_until_allowed(caller)):
+                rate = f"{self._limits.requests_per_minute} requests per minute"
+                raise Refusal(429, f"the caller has sent more than {rate}; send it again later", _whole(wait))
         if "transfer-encoding" in headers:  # its many small parts would cost the event loop more than their bytes
             raise Refusal(411, "the body has no Content-Length; send it with one")
         if headers.get("content-encoding", "identity").lower() != "identity":

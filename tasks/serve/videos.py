@@ -22,6 +22,7 @@ from tasks.json_records import parse_record
 from tasks.serve.gateway import Gateway
 from tasks.serve.limits import Animation, Refusal
 from tasks.serve.messages import Clip
+from tasks.serve.server_limits import VideoLimits
 
 PREFIX = "video_"
 STATES = ("queued", "in_progress", "completed", "failed", "cancelled")
@@ -29,23 +30,6 @@ _RETRY_SECONDS = 2.0  # where a refusal that may end names no time
 _SWEEP_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class VideoLimits:
-    """What the service grants to videos.
-
-    Args:
-        waiting: videos in the line; further ones are refused with 429.
-        kept: videos with a record, finished ones included; further ones are refused with 429.
-        keep_seconds: from the end of a video until its record and its file are removed.
-        parallel: videos in the model at once.
-    """
-
-    waiting: int = 100
-    kept: int = 1000
-    keep_seconds: float = 86_400
-    parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -246,7 +230,7 @@ class Videos:
         video = self._videos[video.id] = replace(video, state="in_progress")
         try:
             photo = await self._store(lambda: storage.read_bytes(self._file(video.id, "photo")))
-            clip = await self._clip(video, Animation(photo, **video.request))  # type: ignore[arg-type]
+            clip = await self._clip(video, Animation(photo, **video.request))  # pyright: ignore[reportArgumentType]
             about = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip)}
             del about["files"]
             data = await to_thread.run_sync(clip.as_file)

@@ -23,9 +23,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infra.rate_limit import RateLimit
 from tasks.json_records import parse_record
 from tasks.study.plan import ANSWERS, Plan
-from tasks.study.rate_limit import RateLimit
 from tasks.study.store import AlreadyStored, Full, NotNext, Store, Vote
 
 MAX_BODY_BYTES = 4096

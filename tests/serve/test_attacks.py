@@ -24,10 +24,10 @@ from tasks.register.packaging import drawn_photo
 from tasks.serve.api import AppOptions, create_app
 from tasks.serve.engine import Engine
 from tasks.serve.gateway import Gateway
-from tasks.serve.guard import ServerLimits
 from tasks.serve.keys import Keys
 from tasks.serve.limits import MAX_BODY_BYTES, read_json
 from tasks.serve.messages import EngineSpec
+from tasks.serve.server_limits import ServerLimits
 from tasks.serve.videos import Videos
 from tests.support.reports import write_record
 from tests.support.service import running_service

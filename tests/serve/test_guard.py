@@ -24,8 +24,8 @@ from tasks.register.packaging import drawn_photo
 from tasks.serve.api import AppOptions, create_app
 from tasks.serve.connections import Connections
 from tasks.serve.gateway import Gateway, Server
-from tasks.serve.guard import ServerLimits
 from tasks.serve.request_log import ACCESS_LOG
+from tasks.serve.server_limits import ServerLimits
 from tasks.serve.videos import Videos
 from tests.support.service import QuickBackend, running_service
 

@@ -19,9 +19,9 @@ from flows.cli.serve import serve_key
 from tasks.records import UserError
 from tasks.serve.api import AppOptions, create_app
 from tasks.serve.gateway import Gateway
-from tasks.serve.guard import ServerLimits
 from tasks.serve.keys import Keys, key_line
 from tasks.serve.request_log import ACCESS_LOG
+from tasks.serve.server_limits import ServerLimits
 from tasks.serve.videos import Videos
 from tests.support.service import QuickBackend
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tasks.serve.api import AppOptions
-from tasks.serve.guard import ServerLimits
+from tasks.serve.server_limits import ServerLimits
 from tests.support.service import QuickBackend, running_service
 
 EXAMPLES = 100  # of each route

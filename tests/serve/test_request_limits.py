@@ -22,9 +22,9 @@ from tasks.register import pyfunc_model
 from tasks.register.packaging import bounds, drawn_photo
 from tasks.serve.api import AppOptions, create_app
 from tasks.serve.gateway import Gateway
-from tasks.serve.guard import ServerLimits
 from tasks.serve.messages import Clip, Progress, Status
-from tasks.serve.videos import VideoLimits, Videos
+from tasks.serve.server_limits import ServerLimits, VideoLimits
+from tasks.serve.videos import Videos
 from trip_model.__main__ import main
 from trip_model.images import check_video_target, write_video
 from trip_model.pipeline import TripPipeline

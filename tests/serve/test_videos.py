@@ -21,7 +21,7 @@ from tasks.serve.api import AppOptions
 from tasks.serve.keys import Keys, key_line
 from tasks.serve.limits import Refusal
 from tasks.serve.openapi import ERROR, VIDEO, VIDEO_LIST
-from tasks.serve.videos import VideoLimits
+from tasks.serve.server_limits import VideoLimits
 from tests.support.service import QuickBackend, running_service
 
 PHOTO = drawn_photo(48)

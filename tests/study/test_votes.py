@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from infra.rate_limit import RateLimit
 from tasks.records import UserError
 from tasks.study.plan import BUNDLE
-from tasks.study.rate_limit import RateLimit
 from tasks.study.server import MAX_BODY_BYTES, ServerLimits, create_app
 from tasks.study.store import AlreadyStored, Full, NotNext, Store, Vote
 from tests.support.studies import make_study

@@ -19,7 +19,8 @@ from tasks.serve.connections import Connections
 from tasks.serve.gateway import Backend, Gateway
 from tasks.serve.limits import Animation
 from tasks.serve.messages import Clip, Progress, Status
-from tasks.serve.videos import VideoLimits, Videos
+from tasks.serve.server_limits import VideoLimits
+from tasks.serve.videos import Videos
 
 DEFAULTS = {"num_frames": 16, "steps": 50, "guidance": 1.0, "fps": 4.0}
 

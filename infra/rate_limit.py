@@ -27,11 +27,26 @@ class RateLimit:
 
     def seconds_until_allowed(self, key: str) -> float:
         """Takes a token and returns 0, or returns the seconds until there is one."""
+        wait = self.wait(key)
+        self._use(key, 0 if wait else 1)
+        return wait
+
+    def wait(self, key: str) -> float:
+        """Returns the seconds until there is a token, 0 if there is one; takes none."""
+        return max(0.0, (1 - self._tokens(key)) / self.per_second)
+
+    def take(self, key: str) -> None:
+        """Takes a token, whether there is one or not."""
+        self._use(key, 1)
+
+    def _tokens(self, key: str) -> float:
         now = self.clock()
-        tokens, since = self._buckets.pop(key, (self.burst, now))
-        tokens = min(self.burst, tokens + (now - since) * self.per_second)
-        wait = 0.0 if tokens >= 1 else (1 - tokens) / self.per_second
-        self._buckets[key] = (tokens if wait else tokens - 1, now)
+        tokens, since = self._buckets.get(key, (self.burst, now))
+        return min(self.burst, tokens + (now - since) * self.per_second)
+
+    def _use(self, key: str, count: int) -> None:
+        tokens = self._tokens(key) - count
+        self._buckets.pop(key, None)
+        self._buckets[key] = (tokens, self.clock())
         if len(self._buckets) > self.keys:
             self._buckets.popitem(last=False)
-        return wait
