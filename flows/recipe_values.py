@@ -39,6 +39,8 @@ REFUSED = {
     "prepare.fingerprint": "it is computed from the other values",
     "prepare.retry": "give --retry",
     "train.dataset": "give --dataset",
+    "train.dataset_sha256": "it is computed from the data set",
+    "train.base_sha256": "it is computed from the base",
     "train.output": _ADDRESS,
     "train.base": _BASE,
     "train.start": "give --from",

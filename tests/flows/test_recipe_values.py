@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_an_address_is_no_value_and_the_sentence_names_its_flag(name: str) -> No
     assert name in fields_of(asdict(find_recipe("demo")))
     with pytest.raises(UserError, match=f"{name} is no value of a recipe; "):
         with_set(f"{name}=x")
+
+
+def test_no_hash_and_no_address_is_a_value() -> None:
+    """They identify a result, or locate it; a value from the command line would make its record wrong."""
+    last = {name.rpartition(".")[2] for name in settable(find_recipe("demo"))}
+    assert not [name for name in last if re.search(r"(sha256|hash|digest|fingerprint|uri|address|output|base)$", name)]
 
 
 def test_a_number_of_frames_needs_no_list_of_deviations() -> None:
