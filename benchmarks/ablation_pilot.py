@@ -21,24 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from flows.recipes import demo
 from tasks.evaluate.report.ablation import two_way_mean
 from tasks.ingest.drawing import draw_frame, draw_scene
 from tasks.metrics.pixels import clip_distance
 from tasks.metrics.statistics import holm, p_value
 from tasks.train.optimizer import MovingAverage, learning_rate_factor, make_optimizer, trained_weights
-from tasks.train.spec import TrainSpec
-from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
+from trip_model.config import FusionConfig, ObjectiveConfig
 from trip_model.encoders import decode_latents, encode_pixels, load_text_encoder, load_vae
 from trip_model.model import Trip, base_unet_output, measure_residual_std
 from trip_model.objective import addressed_generator, draw, training_loss
 from trip_model.sampler import sample_latents
 
-SIZE, FRAMES, FPS = 64, 16, 4.0
 TRAINING, HELD_OUT = range(2_000_000, 2_000_600), range(3_000_000, 3_000_128)
 BUDGETS = (0, 50, 100, 200, 400)
-BANDS, BATCH, SAMPLED, SAMPLING_STEPS = 5, 8, 64, 20
+BANDS, SAMPLED = 5, 64
 REFERENCE = "TRIP"
-_TNF = FusionConfig(width=64, heads=4)
+DEMO = demo().train
+_TNF = FusionConfig(width=DEMO.model.fusion.width, heads=DEMO.model.fusion.heads)
 ARMS = {
     "TRIP^-": replace(_TNF, kind="none"),
     REFERENCE: _TNF,
@@ -54,7 +54,9 @@ class Clips:
         vae: Any = load_vae(base)
         text = load_text_encoder(base)
         drawn = [draw_scene(seed) for seed in scenes]
-        self.pixels = np.stack([[draw_frame(s, k / FPS, SIZE) for k in range(FRAMES)] for s in drawn])
+        model = DEMO.model
+        times = [k / model.fps for k in range(model.num_frames)]
+        self.pixels = np.stack([[draw_frame(scene, time, model.size) for time in times] for scene in drawn])
         raw = torch.stack([encode_pixels(vae, clip) for clip in self.pixels])
         self.z_0 = raw.permute(0, 2, 1, 3, 4) * float(vae.config.scaling_factor)
         self.text = torch.cat([text.encode(text.tokenize([scene.caption])) for scene in drawn])
@@ -91,7 +93,9 @@ def distances(trip: Trip, clips: Clips) -> np.ndarray:
     for part in torch.arange(SAMPLED).split(16):
         shape = clips.z_0.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=addressed_generator("pilot clip", 0, int(i))) for i in part])
-        z = sample_latents(trip, clips.z_0[part, :, :1], clips.text[part], clips.empty, noise, SAMPLING_STEPS, 1.0)
+        z = sample_latents(
+            trip, clips.z_0[part, :, :1], clips.text[part], clips.empty, noise, DEMO.model.schedule.sampling_steps, 1.0
+        )
         for i, latents in zip(part.tolist(), z, strict=True):
             frames = decode_latents(clips.vae, latents.permute(1, 0, 2, 3))
             values.append(clip_distance(frames, clips.pixels[i]))
@@ -100,13 +104,13 @@ def distances(trip: Trip, clips: Clips) -> np.ndarray:
 
 def train(base: str, fusion: FusionConfig, seed: int, clips: Clips, held_out: Clips) -> dict[str, np.ndarray]:
     """One training of one arm: errors after each budget and distances after the last."""
-    config = TripConfig(size=SIZE, fusion=fusion, schedule=ScheduleConfig(sampling_steps=SAMPLING_STEPS))
-    config = replace(config, unet_output=base_unet_output(base), residual_std=measure_residual_std(clips.z_0))
+    std = measure_residual_std(clips.z_0)
+    config = replace(DEMO.model, fusion=fusion, unet_output=base_unet_output(base), residual_std=std)
     torch.manual_seed(seed)
     trip = Trip.from_base(base, config).train()
-    spec = TrainSpec("", "", base, config, learning_rate_unet=7e-4, learning_rate_fusion=1e-3, warmup_steps=20)
+    spec = replace(DEMO, model=config, cosine=False)
     optimizer, weights = make_optimizer(trip, spec), trained_weights(trip)
-    average = MovingAverage(weights, 0.99)
+    average = MovingAverage(weights, spec.average_decay)
     curves: list[tuple[np.ndarray, np.ndarray]] = []
 
     def measure() -> None:
@@ -118,8 +122,10 @@ def train(base: str, fusion: FusionConfig, seed: int, clips: Clips, held_out: Cl
     for step in range(BUDGETS[-1]):
         if step in BUDGETS:
             measure()
-        order = torch.randperm(len(clips.z_0), generator=addressed_generator("pilot order", seed, step))[:BATCH]
-        drawn = draw(seed, step, range(BATCH), BATCH, tuple(clips.z_0.shape[1:]), 1000, 0.0)
+        order = torch.randperm(len(clips.z_0), generator=addressed_generator("pilot order", seed, step))[
+            : spec.global_batch
+        ]
+        drawn = draw(seed, step, range(spec.global_batch), spec.global_batch, clips.z_0.shape[1:], 1000, 0.0)
         loss, _ = training_loss(trip, clips.z_0[order], clips.text[order], clips.empty, drawn, ObjectiveConfig())
         optimizer.zero_grad()
         loss.backward()

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet3DConditionModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trip_model.unet import UNet3D, UNetConfig, set_dropout
+from benchmarks.mid_size import both_networks, mid_size
 
 
 @dataclass
@@ -92,27 +91,6 @@ def _best(function: Callable[[], Any], repeats: int) -> float:
     return min(seconds)
 
 
-def networks(head_width: int) -> dict[str, nn.Module]:
-    """Ours and diffusers' class with the same weights, without dropout."""
-    config = UNetConfig(
-        block_out_channels=(64, 128, 128, 128),
-        layers_per_block=1,
-        attention_head_dim=head_width,
-        cross_attention_dim=256,
-    )
-    torch.manual_seed(0)
-    ours = UNet3D(config)
-    for module in ours.modules():
-        if isinstance(module, nn.Conv3d):  # a new network's temporal convolutions end in zeros
-            nn.init.normal_(module.weight, std=0.02)
-    settings = {k: v for k, v in json.loads(config.to_json()).items() if not k.startswith("_")}
-    theirs = UNet3DConditionModel(**settings)
-    theirs.load_state_dict(ours.state_dict())
-    for unet in (ours, theirs):
-        set_dropout(unet, 0.0)
-    return {"ours": ours, "diffusers": theirs}
-
-
 def passes(unet: nn.Module, side: int) -> dict[str, Callable[[], Any]]:
     """A forward pass on both branches of guidance, and forward and backward on one sample."""
     x, t, text = torch.randn(2, 4, 17, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 256)
@@ -136,7 +114,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both networks' seconds of each pass, and the kernels of each with their bounds."""
     torch.set_num_threads(arguments.threads)
     peaks = measured_peaks()
-    all_passes = {name: passes(unet, arguments.side) for name, unet in networks(arguments.head_width).items()}
+    torch.manual_seed(0)
+    networks = dict(zip(("ours", "diffusers"), both_networks(mid_size(arguments.head_width)), strict=True))
+    all_passes = {name: passes(unet, arguments.side) for name, unet in networks.items()}
     result: dict[str, Any] = {"peaks": peaks, "torch": torch.__version__, "head_width": arguments.head_width}
     for what in next(iter(all_passes.values())):
         for name in all_passes:

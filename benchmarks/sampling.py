@@ -19,10 +19,11 @@ import torch
 from diffusers import UNet3DConditionModel
 from torch import nn
 
+from benchmarks.mid_size import both_networks, mid_size
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.model import Trip
 from trip_model.sampler import sample_latents
-from trip_model.unet import UNet3D, UNetConfig
+from trip_model.unet import UNetConfig
 
 
 class Eager(nn.Module):
@@ -39,17 +40,9 @@ class Eager(nn.Module):
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    config = UNetConfig(
-        block_out_channels=(64, 128, 128, 128), layers_per_block=1, attention_head_dim=8, cross_attention_dim=256
-    )
-    ours = UNet3D(config).eval()
-    for module in ours.modules():
-        if isinstance(module, nn.Conv3d):  # a new network's temporal convolutions end in zeros
-            nn.init.normal_(module.weight, std=0.02)
-    theirs: Any = UNet3DConditionModel(
-        **{k: v for k, v in json.loads(config.to_json()).items() if not k.startswith("_")}
-    ).eval()
-    theirs.load_state_dict(ours.state_dict())
+    config = mid_size()
+    networks = both_networks(config)
+    ours, theirs = networks[0].eval(), networks[1].eval()
     settings = TripConfig(size=8 * arguments.side, fusion=FusionConfig(width=64, heads=4))
     models = {"ours": Trip(ours, settings).eval()}
     eager: Any = Eager(theirs, config)

@@ -43,6 +43,7 @@ from tasks.evaluation_record import REPORT_FILE, EvaluationRecord, Gate
 from tasks.records import to_json
 from tasks.register.packaging import drawn_photo
 from tasks.register.registry import CHAMPION, RegisterSpec, register
+from trip_model.folders import RECORD
 from trip_model.pipeline import TripPipeline
 
 NAME = "trip"
@@ -92,9 +93,9 @@ def service(model: Path, *flags: str) -> Iterator[Service]:
         home = Path(scratch)
         variant = home / "variant"
         shutil.copytree(model, variant)
-        about = json.loads((variant / "trip.json").read_text())
+        about = json.loads((variant / RECORD).read_text())
         about["config"]["guidance"] += 2.0
-        (variant / "trip.json").write_text(json.dumps(about))
+        (variant / RECORD).write_text(json.dumps(about))
         _write_passed_report(home)
         registry = f"sqlite:///{home}/mlflow.db"
         folders = {}

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet3DConditionModel
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trip_model.unet import UNet3D, UNetConfig, load_unet, set_dropout
+from benchmarks.mid_size import both_networks, mid_size
+from trip_model.unet import UNetConfig, load_unet
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -34,22 +33,11 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.full_size:
         config = UNetConfig()
     else:
-        config = UNetConfig(
-            block_out_channels=(64, 128, 128, 128),
-            layers_per_block=arguments.layers,
-            attention_head_dim=arguments.head_width,
-            cross_attention_dim=256,
-        )
-    ours = UNet3D(config)
-    for module in ours.modules():
-        if isinstance(module, nn.Conv3d):  # a new network's temporal convolutions end in zeros
-            nn.init.normal_(module.weight, std=0.02)
-    settings = {k: v for k, v in json.loads(config.to_json()).items() if not k.startswith("_")}
-    theirs = UNet3DConditionModel(**settings)
-    theirs.load_state_dict(ours.state_dict())
+        config = mid_size(arguments.head_width, arguments.layers)
+    ours, theirs = both_networks(config)
     unets = {"ours": ours, "diffusers": theirs}
     for unet in unets.values():
-        set_dropout(unet.to(device).train(), 0.0)
+        unet.to(device).train()
     ours.recompute_activations = arguments.recompute
 
     x = torch.randn(arguments.batch, 4, 17, arguments.side, arguments.side, device=device)

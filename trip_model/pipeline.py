@@ -356,8 +356,8 @@ class TripPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             fit: `crop`, `pad`, or `keep`: frames of the photo's aspect ratio and about the model's area.
             motion_strength: factor of the motion; 1 is the model's own, 0 returns the photo in every frame.
             start: what sampling starts from: `noise`, the noised `photo`, or its low frequencies (`low-pass`).
-            feature_reuse: steps that share the deep features of the 3D-UNet; 1 computes them at every step. 2 takes
-                about two thirds of the time and changes the video a little (docs/decisions/unet.md).
+            feature_reuse: steps that share the deep features of the 3D-UNet; 1 computes them at every step
+                (docs/decisions/unet.md has time and quality).
             long: for videos longer than the model's: `joint` denoises overlapping windows together, `chunks` animates
                 the last frame of each chunk again.
             overlap: frames that two windows or chunks share.
