@@ -68,7 +68,7 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "train.model.unet_dropout": Silent("off; the base was trained with 0.1 in its temporal convolutions"),
     "train.model.clean_frame_timestep": Silent("the clean frame has the time step of the noised ones"),
     # TNF
-    "train.model.fusion.kind": Paper("tnf", "3.4", "`linear` is TRIP^W, `none` TRIP^- of Table 6"),
+    "train.model.fusion.kind": Paper("tnf", "3.4", "`linear` is TRIP^W, `none` TRIP^- of Table 6; `closed` is ours"),
     "train.model.fusion.prediction": Paper("direct", "3.4, Eq. 11, Figure 3", "`shrinkage` is ours"),
     "train.model.fusion.residual_skip": Silent("the text names no skip; `-no-skip` has none (fusion.md)"),
     "train.model.fusion.width": Silent("the width of the base's first level"),

@@ -41,7 +41,7 @@ class Connection(HttpToolsProtocol):
         self._whole = True  # the body has arrived
         self._discards = False  # the rest of the request
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         if len(self._group.open) >= self._group.limits.connections:
             idle = next((other for other in self._group.open if other.is_idle), None)

@@ -54,6 +54,16 @@ def test_the_captions_of_a_captioner_are_stored_next_to_those_of_the_source(spec
     assert fingerprint_of(named)["captioner"] == named.captioner and "captioner" not in before.published.recipe
 
 
+def test_an_edited_caption_goes_through_the_captioner_again(spec: PrepareSpec) -> None:
+    named = replace(spec, captioner=f"{CAPTIONERS}:brightness")
+    prepare(named)
+    (Path(spec.source.table) / "a.txt").write_text("another text")
+    report = prepare(named)
+    data = ShardDataset(report.dataset)
+    captions = {data.read(place, ("caption",))["caption"].partition(", ")[0] for place in range(len(data.keys))}
+    assert captions == {"another text", "clip b"}
+
+
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
