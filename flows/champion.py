@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from flows.console import log
 from flows.evaluate_trip import evaluate_stage, with_base_row
 from flows.layout import Run
+from flows.registry_files import fetched_model
 from infra import storage
 from tasks.evaluate.spec import EvaluateReport
 from tasks.evaluation_record import REPORT_FILE, read_evaluation
 from tasks.records import Artifact, UserError
-from tasks.register.champion import Champion, find_champion
-from tasks.train.spec import TrainReport
+from tasks.register.champion import find_champion
+from tasks.train.start import training_of
 
 
 def evaluate_beside_champion(
@@ -44,7 +44,9 @@ def evaluate_beside_champion(
     known = run.evaluate(Artifact("", champion.model_sha256), data, protocol, foreign=foreign)
     if not storage.exists(storage.join(known.output, REPORT_FILE)):
         log(f"evaluate    {label}, on the same items first")
-        folder = _trained_here(run.root, champion) or _fetched(run.root, champion, tracking_uri)
+        trained = training_of(champion.model_sha256, storage.join(run.root, "train"))
+        here = trained is not None and storage.exists(trained.model.uri)
+        folder = trained.model.uri if trained is not None and here else fetched_model(run.root, champion, tracking_uri)
         evaluate_stage(replace(known, model=folder))
     log(f"evaluate    next to {label}")
     return evaluate_stage(replace(spec, champion=known.output))
@@ -56,30 +58,3 @@ def _compared_before(output: str) -> str | None:
         return read_evaluation(output).champion
     except UserError:
         return None
-
-
-def _trained_here(root: str, champion: Champion) -> str | None:
-    """The champion's folder, if it was trained below this root and still exists."""
-    for name in storage.list_dir(storage.join(root, "train")):
-        address = storage.join(root, "train", name, "report.json")
-        if storage.exists(address):
-            trained = TrainReport(**storage.read_json(address)).exported
-            if trained.sha256 == champion.model_sha256 and storage.exists(storage.join(trained.uri, "trip.json")):
-                return trained.uri
-    return None
-
-
-def _fetched(root: str, champion: Champion, tracking_uri: str) -> str:
-    """The champion's folder from the registry, downloaded once, with its hash checked."""
-    from tasks.register.consumer import addresses
-    from tasks.serve.versions import AliasedModel, RegistryTrouble, VersionId
-
-    folder = storage.local_path(root)
-    cache = (folder if folder is not None else Path.home() / ".cache" / "trip-i2v") / "registry" / champion.name
-    with addresses(tracking_uri):
-        try:
-            model = AliasedModel(champion.name, "champion", tracking_uri, cache)
-            downloaded = model.fetch(VersionId(champion.number, champion.created))
-        except RegistryTrouble as error:
-            raise UserError(str(error)) from error
-    return str(downloaded)

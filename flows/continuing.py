@@ -7,15 +7,14 @@ from flows.console import log
 from flows.layout import Run
 from flows.parameters import BASE, CHAMPION, LAST
 from infra import storage
+from infra.settings import MODEL_NAME
 from tasks.records import Artifact, UserError
 from tasks.train.spec import TrainSpec
 from tasks.train.start import Parent, last_training, parent_at, start_from, training_of
 
-NAME = "trip"  # of the registered model
 
-
-def training(run: Run, data: Artifact, start: str, tracking_uri: str) -> TrainSpec:
-    """The spec of a training from `start`: base, last, champion, or the address of a trained model.
+def training(run: Run, data: Artifact, start: str, tracking_uri: str, name: str = MODEL_NAME) -> TrainSpec:
+    """The spec of a training from `start`: base, last, the champion of `name`, or the address of a trained model.
 
     Raises:
         UserError: nothing to continue, or a model that the recipe cannot continue.
@@ -26,7 +25,7 @@ def training(run: Run, data: Artifact, start: str, tracking_uri: str) -> TrainSp
     if start == LAST:
         parent = last_training(outputs)
     elif start == CHAMPION:
-        parent = _champion(run, outputs, tracking_uri)
+        parent = _champion(run, outputs, tracking_uri, name)
     else:
         parent = parent_at(start, outputs)
     spec = run.recipe.train
@@ -35,19 +34,13 @@ def training(run: Run, data: Artifact, start: str, tracking_uri: str) -> TrainSp
     return run.train(data, taken)
 
 
-def _champion(run: Run, outputs: str, tracking_uri: str) -> Parent:
+def _champion(run: Run, outputs: str, tracking_uri: str, name: str) -> Parent:
     """The champion of the registry: its training below the root, or the version's files, which are downloaded."""
-    from tasks.serve.versions import AliasedModel, RegistryTrouble
+    from flows.registry_files import fetched_model
+    from tasks.register.champion import find_champion
 
-    folder = storage.local_path(run.root)
-    if folder is None:
-        raise UserError(
-            f"the champion cannot be downloaded below {run.root}; give the address of its model: --from ADDRESS"
-        )
-    champion = AliasedModel(NAME, CHAMPION, tracking_uri, folder / "registry" / NAME)
-    try:
-        version = champion.current()
-        parent = training_of(champion.trained_sha256(version), outputs)
-        return parent or parent_at(str(champion.fetch(version)), outputs)
-    except RegistryTrouble as error:
-        raise UserError(f"{error}") from error
+    champion = find_champion(tracking_uri, name)
+    if champion is None:
+        raise UserError(f"{name} has no champion to continue; promote a version, or give --from base")
+    parent = training_of(champion.model_sha256, outputs)
+    return parent or parent_at(fetched_model(run.root, champion, tracking_uri), outputs)

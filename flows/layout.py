@@ -153,6 +153,22 @@ def resolve(
     return Run(find_recipe(recipe, base, values), named_source(source, options), storage.absolute(root))
 
 
+def held_out_run(run: Run, source: str | None, options: SourceOptions) -> Run | None:
+    """The same recipe on a second source to evaluate on; None where the first one's frames are stored.
+
+    Raises:
+        UserError: no second source, and a recipe that keeps no frames of the first.
+    """
+    if source is not None:
+        return replace(run, source=named_source(source, options))
+    if not run.recipe.prepare.keep_pixels:
+        raise UserError(
+            f"recipe {run.recipe.name!r} keeps no frames to evaluate on; name a second table:"
+            " --held-out-source TABLE.csv"
+        )
+    return None
+
+
 def data_set(uri: str) -> Artifact:
     """A finished data set by its address; of a name its newest version. Raises UserError if there is none."""
     data = ShardDataset(uri)

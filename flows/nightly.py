@@ -16,9 +16,8 @@ from flows.parameters import BASE, POSITIVE, PROTOCOL, RECIPE, From
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from infra import storage
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.evaluation_record import PAGE_FILE
-from tasks.records import UserError
 
 # Modules that the stages import when they run; the command imports them while its server starts.
 STAGES = ("tasks.encode.job", "tasks.evaluate.job", "tasks.register.registry")
@@ -33,7 +32,7 @@ def nightly(
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
     protocol: Annotated[str | None, PROTOCOL] = None,
-    name: str = "trip",
+    name: str = MODEL_NAME,
     least_new: Annotated[int, POSITIVE] = 1,
     start: From = BASE,
     values: Values = None,
@@ -64,14 +63,7 @@ def nightly(
         held_out_options: how the second source is read.
     """
     run = layout.resolve(recipe, source, root, base, options, values)
-    second = None
-    if held_out_source is not None:
-        second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
-    elif not run.recipe.prepare.keep_pixels:
-        raise UserError(
-            f"recipe {run.recipe.name!r} keeps no frames to evaluate on; name a second table:"
-            " --held-out-source TABLE.csv"
-        )
+    second = layout.held_out_run(run, held_out_source, held_out_options)
     uri = tracking_address(tracking_uri, root)
     question = nights.question_of(run, second, [protocol, name, least_new, start])
     sentence = nights.nothing_new(run, question)
@@ -99,7 +91,7 @@ def nightly(
             return asdict(night)
         log(f"nightly     {new_clips} new clips")
         held_out = data if second is None else prepare_held_out(second, protocol)
-        spec = continuing.training(run, data, start, uri)
+        spec = continuing.training(run, data, start, uri, name)
         model = train_stage(spec, uri, f"train {run.recipe.name}").exported
         report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, name)
     version = register_stage(run, data, model, report.uri, uri, name)

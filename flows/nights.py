@@ -111,7 +111,5 @@ def check(
 ) -> str | None:
     """`nothing_new` for the parameters of the nightly flow."""
     run = layout.resolve(recipe, source, root, base, options, values)
-    second = None
-    if held_out_source is not None:
-        second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
+    second = layout.held_out_run(run, held_out_source, held_out_options)
     return nothing_new(run, question_of(run, second, [protocol, name, least_new, start]))

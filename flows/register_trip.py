@@ -18,7 +18,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.metrics import record
-from infra.settings import DEFAULT_ROOT, code_version
+from infra.settings import DEFAULT_ROOT, MODEL_NAME, code_version
 from tasks.records import Artifact, UserError, to_json
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def register_trip(
     model: str | None = None,
     report: str | None = None,
     tracking_uri: str | None = None,
-    name: str = "trip",
+    name: str = MODEL_NAME,
     values: Values = None,
     *,
     options: SourceOptions = DEFAULT,

@@ -22,9 +22,9 @@ from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
 from infra import storage
 from infra.cluster import kept_ray_session
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.evaluate.protocol.protocol import held_out_protocol
-from tasks.records import Artifact, UserError
+from tasks.records import Artifact
 from tasks.shards import ShardDataset
 
 # Modules that the stages import when they run; the command imports them while its server starts.
@@ -110,21 +110,14 @@ def reproduce(
     run = layout.resolve(recipe, source, root, base, options, values)
     numbers = run.recipe
     uri = tracking_address(tracking_uri, root)
-    if not numbers.prepare.keep_pixels and held_out_source is None:
-        raise UserError(
-            f"recipe {numbers.name!r} keeps no frames to evaluate on; name a second table: --held-out-source TABLE.csv"
-        )
+    second = layout.held_out_run(run, held_out_source, held_out_options)
     with kept_ray_session():
         data = prepare_stage(run).data
-        held_out = data
-        if held_out_source is not None:
-            second = layout.resolve(recipe, held_out_source, root, base, held_out_options, values)
-            held_out = prepare_held_out(second, protocol)
+        held_out = data if second is None else prepare_held_out(second, protocol)
         model = train_stage(run.train(data), uri, f"train {numbers.name}").exported
-        foreign = held_out_source is not None
-        report = evaluate_beside_champion(run, model, held_out, protocol, foreign, uri, "trip")
-    version = register_stage(run, data, model, report.uri, uri, "trip")
-    fraction = 1.0 if held_out_source is not None else numbers.train.held_out_fraction
+        report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, MODEL_NAME)
+    version = register_stage(run, data, model, report.uri, uri, MODEL_NAME)
+    fraction = numbers.train.held_out_fraction if second is None else 1.0
     animation = animate_photo(model, held_out, fraction, numbers.evaluate.seed, run.root)
     results(
         "Done.",

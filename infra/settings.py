@@ -16,6 +16,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 COMMIT_FILE = ".commit"  # in a checkout without git: a deployed one, an image
 # The default of --root.
 DEFAULT_ROOT = "runs/demo"
+MODEL_NAME = "trip"  # of the registered model, where none is given
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",

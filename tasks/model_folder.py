@@ -6,6 +6,7 @@ from pathlib import Path
 
 from infra import storage
 from tasks.records import UserError
+from trip_model.folders import RECORD
 
 
 def local_model(uri: str) -> Path:
@@ -14,7 +15,7 @@ def local_model(uri: str) -> Path:
         folder = storage.local_folder(uri)
     except FileNotFoundError as error:
         raise UserError(f"no model folder at {uri!r}; give the folder that training exported") from error
-    for part in ("trip.json", "model_index.json"):
+    for part in (RECORD, "model_index.json"):
         if not (folder / part).is_file():
             raise UserError(
                 f"the model folder {uri!r} has no {part}; give the folder that training exported, not a base or"

@@ -15,13 +15,12 @@ import diffusers
 from safetensors.torch import load_file
 
 from trip_model.config import BaseSchedule, FusionConfig, ScheduleConfig, TripConfig, values_before
-from trip_model.folders import BaseFolderError
+from trip_model.folders import RECORD, BaseFolderError
 from trip_model.model import Trip
 from trip_model.unet import WEIGHTS, load_unet, save_unet
 
 FORMAT = 1
 INDEX = "model_index.json"
-RECORD = "trip.json"
 CODE = "pipeline.py"  # what diffusers loads by `custom_pipeline`
 _CODE_TEXT = '''"""The pipeline class of this folder, which diffusers loads by `custom_pipeline`."""
 

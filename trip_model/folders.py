@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+RECORD = "trip.json"  # of a model folder: its configuration and provenance, written last
 BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.console import log, results
 from flows.mlflow_store import existing_store
 from infra.redaction import redact
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.records import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MODEL_ROW = "trip"  # the model under evaluation in a report
 
 
 def promote(
-    version: int, reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip"
+    version: int, reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = MODEL_NAME
 ) -> None:
     """Make a version champion if the gate of its report passed; the former champion becomes `previous`.
 
@@ -39,7 +39,9 @@ def promote(
         _log_champion(name, promotion.promote(client, name, str(version), reason))
 
 
-def rollback(reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
+def rollback(
+    reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = MODEL_NAME
+) -> None:
     """Make the previous champion the champion again; repeated, it goes back one version further.
 
     Args:
@@ -54,7 +56,7 @@ def rollback(reason: str = "", root: str = DEFAULT_ROOT, tracking_uri: str | Non
         _log_champion(name, promotion.rollback(client, name, reason))
 
 
-def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = "trip") -> None:
+def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = MODEL_NAME) -> None:
     """Print the champion, since when and why, its scores, its training data, and the last promotions.
 
     Args:

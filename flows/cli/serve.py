@@ -15,7 +15,7 @@ from flows.console import log, results
 from flows.mlflow_store import existing_store
 from infra import storage
 from infra.redaction import RedactingFilter, redact
-from infra.settings import DEFAULT_ROOT
+from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.records import UserError
 from tasks.serve.server_limits import SERVER, VIDEOS, ServerLimits, VideoLimits
 from trip_model.request_limits import BOUNDS, RequestError, check_number
@@ -27,7 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    name: str = "trip",
+    name: str = MODEL_NAME,
     alias: str = "champion",
     root: str = DEFAULT_ROOT,
     tracking_uri: str | None = None,
@@ -172,7 +172,7 @@ def serve(
             line = Videos(gateway, videos, VideoLimits(keep_seconds=keep_hours * 3600, parallel=replicas * max_batch))
             config = uvicorn.Config(
                 create_app(gateway, line, options),
-                http=Connections(limits, gateway.metrics),  # type: ignore[arg-type] - it is called as a class
+                http=Connections(limits, gateway.metrics),  # pyright: ignore[reportArgumentType] - uvicorn calls it as it calls a class
                 ws="none",
                 lifespan="on",
                 log_level="warning",

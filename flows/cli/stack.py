@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from infra.metrics import FOLDER_VARIABLE
-from infra.settings import CHECKOUT, QUIET, TELEMETRY_OFF, code_version
+from infra.settings import CHECKOUT, MODEL_NAME, QUIET, TELEMETRY_OFF, code_version
 from infra.supervisor import Service, responds
 from tasks.records import UserError
 
@@ -44,7 +44,6 @@ PORTS = {
     "metrics": 9464,
 }
 POOL = "trip-local"
-MODEL = "trip"
 BUCKET = "trip"
 STAND_IN = "moto"
 DATABASES = ("prefect", "mlflow", "mlflow_auth")  # one for each; the role of the same name owns it
@@ -362,7 +361,7 @@ class Stack:
             self._plain | client | {"TRIP_API_KEY": self.secrets["model"]},
             after=("mlflow",),
             is_healthy=_responds(f"{self.url('model')}/readyz"),
-            missing=lambda: "" if self.has_champion() else f"a champion of {MODEL!r} in the registry",
+            missing=lambda: "" if self.has_champion() else f"a champion of {MODEL_NAME!r} in the registry",
             address=self.url("model"),
         )
 
@@ -380,7 +379,7 @@ class Stack:
     def has_champion(self) -> bool:
         """Whether the registry has a version that the model service can load."""
         user = base64.b64encode(f"trip:{self.secrets['mlflow']}".encode()).decode()
-        query = f"name={quote(MODEL)}&alias=champion"
+        query = f"name={quote(MODEL_NAME)}&alias=champion"
         url = f"{self.url('mlflow')}/api/2.0/mlflow/registered-models/alias?{query}"
         return responds(url, {"Authorization": f"Basic {user}"})
 

@@ -15,7 +15,7 @@ from infra import storage
 from tasks.evaluate.protocol.protocol import Item
 from tasks.model_folder import local_model
 from tasks.records import Artifact, UserError
-from trip_model.folders import resolve_base
+from trip_model.folders import RECORD, resolve_base
 from trip_model.images import load_image
 
 if TYPE_CHECKING:  # only the process that generates loads diffusers
@@ -136,7 +136,7 @@ def load_animator(
 
 def described(model: str) -> dict[str, Any]:
     """The `trip.json` of a model export. Raises UserError on no model."""
-    return json.loads((local_model(model) / "trip.json").read_text())
+    return json.loads((local_model(model) / RECORD).read_text())
 
 
 def base_sha256(model: str) -> str | None:

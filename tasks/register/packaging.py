@@ -23,12 +23,12 @@ from PIL import Image
 
 import trip_model
 from tasks.records import UserError, digest
-from trip_model.folders import files_hash
+from trip_model.folders import RECORD, files_hash
 from trip_model.request_limits import BOUNDS, VIDEO_FORMATS
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE_FOLDER = Path(trip_model.__file__).parent
-DESCRIPTIONS = ("trip.json", "model_index.json")
+DESCRIPTIONS = (RECORD, "model_index.json")
 REQUIREMENTS = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy", "pandas", "pillow", "safetensors")
 # Files for the wheel in addition to the package: settings, and the texts that they name.
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")

@@ -16,6 +16,7 @@ from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
 from infra import storage, tracking
+from infra.settings import MODEL_NAME
 from tasks.model_folder import local_model
 from tasks.records import UserError, digest
 from tasks.register import packaging
@@ -31,7 +32,7 @@ from tasks.register.promotion import (
     version_ref,
 )
 from tasks.register.report_facts import ReportFacts, read_report
-from trip_model.folders import file_hashes, files_hash
+from trip_model.folders import RECORD, file_hashes, files_hash
 from trip_model.images import load_image
 from trip_model.request_limits import check_photo
 
@@ -54,7 +55,7 @@ class RegisterSpec:
     model: str
     report: str
     tracking_uri: str
-    name: str = "trip"
+    name: str = MODEL_NAME
     experiment: str = "trip"
     artifact_location: str | None = None
     lineage: dict[str, str] = field(default_factory=dict)
@@ -91,7 +92,7 @@ def register(spec: RegisterSpec, progress: Callable[[str], None] = print) -> Reg
     """
     report = read_report(spec.report)
     folder = local_model(spec.model).resolve()
-    settings = packaging.read_model_json(folder, "trip.json")
+    settings = packaging.read_model_json(folder, RECORD)
     hashes = file_hashes(folder)  # the check at the registry's door; nothing after it hashes the folder again
     model_sha256 = files_hash(hashes)
     if report.record.model_sha256 not in ("", model_sha256):

@@ -96,10 +96,6 @@ class AliasedModel:
         os.utime(package)
         return self._model_folder(package, version)
 
-    def trained_sha256(self, id: VersionId) -> str:
-        """Returns the hash of the folder that training exported; "" if unknown. Raises `RegistryTrouble`."""
-        return self._tags(id.number).get("trip.judged_model", "")
-
     def last_fetched(self) -> VersionId | None:
         """Returns the version that was used last, for a process that starts while the registry is down."""
         packages = sorted(self.cache.glob(PACKAGE.format("*", "*")), key=lambda folder: folder.stat().st_mtime)

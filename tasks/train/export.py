@@ -14,7 +14,7 @@ from tasks.shards import ShardDataset
 from tasks.train.checkpoints import Tensors
 from tasks.train.initial import initial_model
 from tasks.train.lora import add_adapters, save_and_merge
-from tasks.train.spec import TrainReport, TrainSpec, spec_digest
+from tasks.train.spec import REPORT, TrainReport, TrainSpec, spec_digest
 from tasks.train.start import totals, write_training
 from trip_model.checkpoint import save_model
 from trip_model.config import TripConfig
@@ -63,7 +63,7 @@ def export(
         for path in sorted(p for p in spool.rglob("*") if p.is_file()):
             storage.upload_file(path, storage.join(spec.output, *path.relative_to(spool).parts))
         write_training(spec, report.model_digest, dataset.manifest_sha256, base_sha256)
-        storage.write_json(storage.join(spec.output, "report.json"), asdict(report))
+        storage.write_json(storage.join(spec.output, REPORT), asdict(report))
     finally:
         shutil.rmtree(spool)
     return report

@@ -8,7 +8,7 @@ from typing import Any
 
 from infra import storage
 from tasks.records import UserError, digest
-from tasks.train.checkpoints import Checkpoint, CheckpointStore
+from tasks.train.checkpoints import COMPLETE, Checkpoint, CheckpointStore
 from tasks.train.spec import Start, TrainSpec
 from trip_model.checkpoint import config_from_json, load_model, read_record
 from trip_model.config import TripConfig
@@ -37,7 +37,7 @@ def initial_state(start: Start | None) -> Checkpoint | None:
     if start is None or not start.state:
         return None
     try:
-        mark = storage.read_json(storage.join(start.state, "complete.json"))
+        mark = storage.read_json(storage.join(start.state, COMPLETE))
         if digest(mark["files"]) != start.state_digest:
             raise ValueError(f"its digest is {digest(mark['files'])}, expected {start.state_digest}")
         checkpoint = CheckpointStore(storage.parent(start.state)).load(mark["step"])

@@ -16,7 +16,7 @@ from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tasks.train.optimizer import trained_parameters
 from tasks.train.spec import TrainSpec, check_spec
-from trip_model.folders import folder_hash, resolve_base
+from trip_model.folders import RECORD, folder_hash, resolve_base
 
 
 def preflight(spec: TrainSpec) -> list[str]:
@@ -89,7 +89,7 @@ def _other_base(spec: TrainSpec, dataset: ShardDataset, base: Path) -> list[str]
 
 def _trained_base(spec: TrainSpec, base: Path) -> list[str]:
     """A trained TRIP has the layout of a base, and a fusion that a base does not have."""
-    if not (base / "trip.json").is_file():
+    if not (base / RECORD).is_file():
         return []
     return [
         f"{spec.base} is a trained TRIP: as a base it gives its 3D-UNet, and its fusion is trained from the start;"

@@ -12,6 +12,7 @@ from infra.settings import MlflowAccess
 from tasks.records import Artifact, UserError, digest
 from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
+REPORT = "report.json"  # next to the model; written last, so it marks the training as complete
 # Metadata of a field that does not change the result, up to rounding, and so is not part of the identity.
 MEANS = {"means": True}
 
@@ -240,7 +241,7 @@ def finished_report(spec: TrainSpec) -> TrainReport | None:
     Raises:
         UserError: the output contains the training of another spec.
     """
-    address = storage.join(spec.output, "report.json")
+    address = storage.join(spec.output, REPORT)
     if not storage.exists(address):
         return None
     report = TrainReport(**storage.read_json(address))

@@ -13,9 +13,9 @@ from typing import Any
 from infra import storage
 from tasks.json_records import parse_record
 from tasks.records import Artifact, UserError, digest
-from tasks.train.spec import Start, TrainSpec, identity
+from tasks.train.spec import REPORT, Start, TrainSpec, identity
 from trip_model.config import FusionConfig, values_before
-from trip_model.folders import folder_hash
+from trip_model.folders import RECORD, folder_hash
 
 FILE = "training.json"
 # Another schedule is still the same training: its steps go on under other learning rates.
@@ -164,7 +164,7 @@ def _why_not_the_same(record: TrainingRecord | None, other: list[str], dataset_s
 
 def _check_network(parent: Parent, spec: TrainSpec, base_sha256: str) -> None:
     try:
-        described = storage.read_json(storage.join(parent.model.uri, "trip.json"))
+        described = storage.read_json(storage.join(parent.model.uri, RECORD))
     except FileNotFoundError:
         raise UserError(f"{parent.model.uri} has no trip.json; give the folder that training exported") from None
     trained_from = str(described["provenance"].get("base_sha256"))
@@ -186,9 +186,11 @@ def _check_network(parent: Parent, spec: TrainSpec, base_sha256: str) -> None:
 
 def _last_checkpoint(output: str, step: int) -> tuple[str, str]:
     """Address and digest of the checkpoint at a step; empty if it is gone."""
-    address = storage.join(output, "checkpoints", f"step-{step:08d}")
+    from tasks.train.checkpoints import COMPLETE, CheckpointStore  # imports torch
+
+    address = CheckpointStore(storage.join(output, "checkpoints")).address(step)
     try:
-        mark = storage.read_json(storage.join(address, "complete.json"))
+        mark = storage.read_json(storage.join(address, COMPLETE))
     except (FileNotFoundError, ValueError):
         return "", ""
     return address, digest(mark["files"])
@@ -204,7 +206,7 @@ def parent_at(address: str, outputs: str) -> Parent:
         UserError: no trained model there.
     """
     address = storage.absolute(address)
-    if not storage.exists(storage.join(address, "trip.json")) and storage.exists(storage.join(address, "report.json")):
+    if not storage.exists(storage.join(address, RECORD)) and storage.exists(storage.join(address, REPORT)):
         address = storage.join(address, "model")
     try:
         model = Artifact(address, folder_hash(storage.local_folder(address)))
@@ -235,7 +237,7 @@ def last_training(outputs: str) -> Parent:
     finished = []
     for output in trainings(outputs):
         record = read_training(output)
-        if record is not None and storage.exists(storage.join(output, "report.json")):
+        if record is not None and storage.exists(storage.join(output, REPORT)):
             finished.append((record.finished, output, record))
     if not finished:
         raise UserError(f"no finished training below {outputs} to continue; train one first, or give --from ADDRESS")

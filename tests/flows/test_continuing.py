@@ -36,7 +36,7 @@ def run(tmp_path: Path, tiny_base: Path) -> layout.Run:
 
 def test_without_a_registry_the_champion_is_one_sentence(run: layout.Run, tmp_path: Path) -> None:
     data = Artifact("data", "0" * 64)
-    with pytest.raises(UserError, match="has no version trip@champion; register a model"):
+    with pytest.raises(UserError, match="trip has no champion to continue; promote a version"):
         continuing.training(run, data, "champion", f"sqlite:///{tmp_path}/mlflow.db")
     assert continuing.training(run, data, "base", "").start is None
 
