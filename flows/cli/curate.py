@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,8 @@ import numpy as np
 from flows.console import log
 from flows.recipes import DEMO_BASE
 from flows.source import DEFAULT, SourceOptions, named_source
+from infra import storage
+from infra.leases import lease
 from infra.redaction import redact
 from tasks.curate.compact import compact as merge_shards
 from tasks.curate.duplicates import deduplicate as remove_duplicates
@@ -24,7 +28,20 @@ from tasks.curate.verify import problems
 from tasks.ingest.rows import clean_key
 from tasks.ingest.samples import write_sample
 from tasks.records import UserError
+from tasks.shards import named
 from tasks.shards import upgrade as upgrade_dataset
+
+
+@contextlib.contextmanager
+def _only_writer(data: str) -> Iterator[None]:
+    """Holds the lease of a data set. A prepare at the same time would publish the rows that it read before.
+
+    Raises:
+        LeaseHeld: another process writes to the data set.
+    """
+    dataset = named(storage.absolute(data))
+    with lease(dataset) if storage.exists(dataset) else contextlib.nullcontext():
+        yield
 
 
 def sample(
@@ -115,7 +132,8 @@ def forget(data: str, ids: Path, reason: str = "asked for") -> int:
         raise UserError(f"--ids {ids} cannot be read ({error}); give a text file with one id per line") from error
     if not words:
         raise UserError(f"--ids {ids} is empty; give a text file with one id per line")
-    report = forget_clips(data, words, reason, clean_key, log)
+    with _only_writer(data):
+        report = forget_clips(data, words, reason, clean_key, log)
     for word in report.unknown:
         print(f"not in the data set: {word}")
     log(f"forget      {report.rows} rows ({report.samples} samples) removed, {report.shards} shards rebuilt")
@@ -129,7 +147,8 @@ def deduplicate(data: str, distance: int = 4) -> None:
         data: address of the folder of a data set that was prepared with filters.
         distance: number of a hash's 64 bits that may differ, 0 to 8.
     """
-    removal = remove_duplicates(data, distance, log)
+    with _only_writer(data):
+        removal = remove_duplicates(data, distance, log)
     log(f"deduplicate {removal.rows} rows ({removal.samples} samples) removed, {removal.shards} shards rebuilt")
 
 
@@ -140,7 +159,8 @@ def compact(data: str, rows_per_shard: int | None = None) -> None:
         data: address of the data set's folder, as the prepare stage prints it.
         rows_per_shard: rows of a full shard; by default the number of the largest shard.
     """
-    report = merge_shards(data, rows_per_shard, log)
+    with _only_writer(data):
+        report = merge_shards(data, rows_per_shard, log)
     log(f"compact     {report.merged} of {report.before} shards merged, {report.after} now, in {report.dataset}")
 
 
@@ -150,5 +170,6 @@ def upgrade(data: str) -> None:
     Args:
         data: address of the data set's folder, as the prepare stage prints it.
     """
-    done = upgrade_dataset(data)
+    with _only_writer(data):
+        done = upgrade_dataset(data)
     log(f"upgrade     {data}: {'done' if done else 'has the present format already'}")

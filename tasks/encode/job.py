@@ -65,7 +65,21 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
     spec = replace(spec, source=opened(spec.source), output=output)
     fingerprint = spec.fingerprint or fingerprint_of(spec)
     retried = retry_reasons(spec.retry)
-    recipe_hash = digest(fingerprint)
+    with ExitStack() as held:
+        with _write_errors(f"output {output}"):
+            held.enter_context(lease(output))  # before anything that exists is read: another writer would change it
+        return _prepare(spec, fingerprint, retried, progress, began)
+
+
+def _prepare(
+    spec: PrepareSpec,
+    fingerprint: dict[str, Any],
+    retried: frozenset[str],
+    progress: Progress | None,
+    began: float,
+) -> PrepareReport:
+    """`prepare` as the only writer of the output; the spec is checked, and its source opened."""
+    output, recipe_hash = spec.output, digest(fingerprint)
     pool = shards.pool_of(output, recipe_hash)
     with _write_errors(f"output {output}"):
         _upgrade(output, fingerprint)
@@ -115,7 +129,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> PrepareRepor
                 done[unit.index] = existing.summary
                 accounting.add(existing.summary, reused=True)
 
-    with lease(output), _Workers(spec, pool, fingerprint, all_takedowns) as workers:
+    with _Workers(spec, pool, fingerprint, all_takedowns) as workers:
         with _write_errors(f"output {output}"):
             for unit, summary in workers.run(missing_units(), accounting.tick):
                 done[unit.index] = summary

@@ -17,6 +17,7 @@ from tasks.evaluate.spec import EvaluateSpec
 from tasks.ingest.demo import write_demo_corpus
 from tasks.train.job import train
 from tasks.train.spec import TrainSpec
+from tests.support.latents import write_latents
 from tests.support.tiny_cli import tiny
 
 
@@ -37,6 +38,20 @@ def test_a_stage_writes_nothing_while_another_process_has_its_output(
     assert user_error(refused.value) is refused.value
     assert sentence(refused.value).startswith(f"{output} is being written by ")
     assert not list(output.glob("*.tar")) and not (output / "report.json").exists()
+
+
+@pytest.mark.parametrize("command", ["forget", "deduplicate", "compact", "upgrade"])
+def test_a_command_of_a_data_set_writes_nothing_while_another_process_has_it(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(write_latents(str(tmp_path / "set"), clips=2, frames=4))
+    before = {file: file.read_bytes() for file in data.iterdir()}
+    (tmp_path / "ids").write_text("clip0\n")
+    ids = ["--ids", str(tmp_path / "ids")] if command == "forget" else []
+    with lease(str(data)):
+        assert main([command, "--data", str(data), *ids]) == 2
+    assert f"{data} is being written by " in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in data.iterdir()} == before
 
 
 @pytest.mark.slow
