@@ -181,6 +181,11 @@ def _file(output: str, number: int) -> str:
     return f"{output.rstrip('/')}{_SUFFIX}{number:06d}"
 
 
+def is_lease(name: str) -> bool:
+    """Whether a name in a folder of outputs is that of a lease; the leases of an output are next to it."""
+    return _SUFFIX in name
+
+
 def _numbers(output: str) -> list[int]:
     prefix = output.rstrip("/").rsplit("/", 1)[-1] + _SUFFIX
     names = storage.list_dir(storage.parent(output))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from infra import storage
+from infra.leases import is_lease
 from tasks.json_records import parse_record
 from tasks.records import Artifact, UserError, digest
 from tasks.train.spec import REPORT, Start, TrainSpec, identity
@@ -229,7 +230,9 @@ def training_of(model_sha256: str, outputs: str) -> Parent | None:
 
 def trainings(outputs: str) -> list[str]:
     """The outputs of trainings below a folder, finished or not."""
-    return [storage.join(outputs, name) for name in storage.list_dir(outputs)]
+    # A name with a dot is that of an output that `gc` is removing.
+    names = [name for name in storage.list_dir(outputs) if not is_lease(name) and not name.startswith(".")]
+    return [storage.join(outputs, name) for name in names]
 
 
 def last_training(outputs: str) -> Parent:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from infra import storage
+from infra.leases import lease
 from tasks.records import UserError
 from tasks.shards import ShardDataset
 from tasks.train.checkpoints import Checkpoint, CheckpointStore
@@ -101,7 +102,8 @@ def assert_equal(one: Checkpoint, other: Checkpoint) -> None:
 @pytest.mark.parametrize("kind", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_six_steps_and_four_more_equal_ten_bitwise(kind: str, trained: TrainSpec, tmp_path: Path) -> None:
     first = replace(trained, trained=kind, output=str(tmp_path / "train" / "first"))
-    run_training(first)
+    with lease(first.output):  # its file stays next to the output, as after a command
+        run_training(first)
     whole = replace(first, steps=10, output=str(tmp_path / "whole"))
     expected = losses(whole)
     parent = last_training(str(tmp_path / "train"))
