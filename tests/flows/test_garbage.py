@@ -85,6 +85,27 @@ def test_only_what_nothing_in_use_refers_to_is_removed(tmp_path: Path, capsys: p
     assert names(root)["train"] == "ab" and "hours ago" in capsys.readouterr().out
 
 
+def test_shards_that_no_data_set_names_go_unless_a_prepare_may_need_them(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    tar = storage.join(root, "shards", "recipe", f"shard-{'1' * 16}-{'2' * 16}.tar")
+    index = tar.replace(".tar", ".json")
+    for address in (tar, index):
+        storage.write_bytes(address, b"x")
+    dataset = storage.join(root, "data", "a" * 16)
+    storage.write_bytes(storage.join(dataset, "recipe.json"), b"{}")
+
+    def collect(hours: float, dry_run: bool = False) -> bool:
+        """Whether the shard is there afterwards."""
+        garbage.collect(root, f"sqlite:///{tmp_path}/mlflow.db", 1, hours, dry_run)
+        assert storage.exists(tar) == storage.exists(index)
+        return storage.exists(tar)
+
+    with leases.lease(dataset):
+        assert collect(0)  # a prepare is running
+    assert collect(24) and collect(0, dry_run=True)
+    assert not collect(0)
+
+
 def test_a_registry_that_does_not_answer_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training(str(tmp_path), "a")
     gone = ["--tracking-uri", "http://127.0.0.1:9"]
