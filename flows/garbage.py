@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from flows.console import log
 from flows.nights import read_nights
 from infra import leases, storage
-from infra.tracking import TROUBLE, connect, sqlite_file
+from infra.tracking import EVALUATED_MODEL, LINEAGE, REPORT_DIGEST, TROUBLE, connect, sqlite_file
 from tasks.evaluation_record import REPORT_FILE, EvaluationRecord, read_evaluation
 from tasks.records import UserError
 from tasks.shards import MANIFEST, names_of
@@ -163,10 +163,10 @@ def _use_aliases(used: _InUse, tracking_uri: str) -> None:
             for alias, number in model.aliases.items():
                 tags = client.get_model_version(model.name, number).tags
                 reason = f"models:/{model.name}@{alias}"
-                used.add_address(tags.get("lineage.data_uri", ""), reason)
-                used.manifests.setdefault(tags.get("lineage.data_digest", ""), reason)
-                used.models.setdefault(tags.get("trip.judged_model", ""), reason)
-                used.reports.setdefault(tags.get("trip.report", ""), reason)
+                used.add_address(tags.get(f"{LINEAGE}data_uri", ""), reason)
+                used.manifests.setdefault(tags.get(f"{LINEAGE}data_digest", ""), reason)
+                used.models.setdefault(tags.get(EVALUATED_MODEL, ""), reason)
+                used.reports.setdefault(tags.get(REPORT_DIGEST, ""), reason)
     except TROUBLE as error:
         raise UserError(f"the registry at {tracking_uri} does not answer ({error}); nothing was removed") from error
 

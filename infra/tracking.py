@@ -22,6 +22,8 @@ SOURCE_TYPE = "uri"
 MODEL_HASH = (
     "trip.model_sha256"  # tag of a version: `folder_hash` of its model, checked by the service after a download
 )
+# Other tags of a version: the hash of the model that was evaluated, the digest of the report, and where it comes from.
+EVALUATED_MODEL, REPORT_DIGEST, LINEAGE = "trip.judged_model", "trip.report", "lineage."
 
 # Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
 TROUBLE = (MlflowException, SQLAlchemyError, CommandError, OSError)

@@ -64,6 +64,7 @@ def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = 
         tracking_uri: address of the MLflow registry.
         name: the model's name in the registry.
     """
+    from infra.tracking import LINEAGE
     from tasks.register import promotion
 
     with _registry(root, tracking_uri) as client:
@@ -77,9 +78,7 @@ def live(root: str = DEFAULT_ROOT, tracking_uri: str | None = None, name: str = 
             raise UserError(f"no version of {name} is live; its versions are {', '.join(state.versions) or 'none'}")
         results(f"{name}: version {state.champion} is live", _why(state))
         champion = state.versions[state.champion]
-        origin = {
-            tag.removeprefix("lineage."): value for tag, value in champion.tags.items() if tag.startswith("lineage.")
-        }
+        origin = {tag.removeprefix(LINEAGE): value for tag, value in champion.tags.items() if tag.startswith(LINEAGE)}
         if origin:
             results("Trained on", dict(sorted(origin.items())))
         results("Scores", _scores(client, champion.run_id or "") or {"none": "the run of this version has no report"})

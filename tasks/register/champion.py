@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mlflow.exceptions import MlflowException
 
-from infra.tracking import sqlite_file
+from infra.tracking import EVALUATED_MODEL, sqlite_file
 from tasks.records import UserError
 from tasks.register.promotion import CHAMPION, open_registry, version_ref
 
@@ -37,7 +37,7 @@ def find_champion(tracking_uri: str, name: str) -> Champion | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    model_sha256 = version.tags.get("trip.judged_model", "")
+    model_sha256 = version.tags.get(EVALUATED_MODEL, "")
     if not model_sha256:
         raise UserError(
             f"version {version.version} of {name}, the champion, does not name the model of its evaluation, so no model"

@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from infra import tracking
 from infra.redaction import redact, without_userinfo
+from infra.tracking import EVALUATED_MODEL, REPORT_DIGEST
 from tasks.records import UserError
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -166,7 +167,7 @@ def promote(client: MlflowClient, name: str, version: str, reason: str = "") -> 
     objections = _objections(state, candidate, reason)
     if objections:
         raise _refused(client, name, version, f"version {version} of {name} is not promoted: {'; '.join(objections)}")
-    report = candidate.tags.get("trip.report", "")
+    report = candidate.tags.get(REPORT_DIGEST, "")
     reasons = [f"the gate of report {report} passed", candidate.tags["trip.consumer_check"], *filter(None, [reason])]
     first, now = _append(client, name, state, PROMOTE, (*state.champions, version_ref(candidate)), "; ".join(reasons))
     if first.promoted != version_ref(candidate):
@@ -324,7 +325,7 @@ def _objections(state: PromotionState, candidate: ModelVersion, reason: str) -> 
         objections.append(f"the gate of its report did not pass ({tags.get('trip.gate_reasons', 'it has no report')})")
     if not tags.get("trip.consumer_check"):
         objections.append("its consumer check is missing; run register-trip for it again")
-    compared = {"trip.report": tags.get("trip.compared_report"), "trip.judged_model": tags.get("trip.compared_model")}
+    compared = {REPORT_DIGEST: tags.get("trip.compared_report"), EVALUATED_MODEL: tags.get("trip.compared_model")}
     if champion is not None and any(compared.values()):
         same = any(of and of == champion.tags.get(tag) for tag, of in compared.items())
         if not same:

@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from infra import storage, tracking
 from infra.settings import MODEL_NAME
+from infra.tracking import EVALUATED_MODEL, LINEAGE, REPORT_DIGEST
 from tasks.model_folder import local_model
 from tasks.records import UserError, digest
 from tasks.register import packaging
@@ -192,7 +193,7 @@ def _size_mb(folder: Path) -> float:
 def _find_version(client: MlflowClient, name: str, package_digest: str, report_digest: str) -> ModelVersion | None:
     for version in client.search_model_versions(f"name = '{name}'"):
         tags = version.tags
-        if (tags.get("trip.package"), tags.get("trip.report")) == (package_digest, report_digest):
+        if (tags.get("trip.package"), tags.get(REPORT_DIGEST)) == (package_digest, report_digest):
             return version
     return None
 
@@ -203,7 +204,7 @@ def _parent(client: MlflowClient, name: str, settings: dict[str, Any]) -> dict[s
     lineage = {n: str(settings["provenance"][n]) for n in names if n in settings.get("provenance", {})}
     if lineage:
         versions = client.search_model_versions(f"name = '{name}'")
-        of_parent = [int(v.version) for v in versions if v.tags.get("trip.judged_model") == lineage["parent_sha256"]]
+        of_parent = [int(v.version) for v in versions if v.tags.get(EVALUATED_MODEL) == lineage["parent_sha256"]]
         lineage["parent_version"] = str(max(of_parent)) if of_parent else "not registered"
     return lineage
 
@@ -294,10 +295,10 @@ def _create_version(
     tags = {
         "trip.package": package_digest,
         tracking.MODEL_HASH: client.get_logged_model(model_id).tags[tracking.MODEL_HASH],
-        "trip.report": report.record.digest,
+        REPORT_DIGEST: report.record.digest,
         "trip.gate": "passed" if report.record.gate.passed else "not passed",
         "trip.gate_reasons": "; ".join(report.record.gate.reasons)[:4900] or "none",
-        **{f"lineage.{name}": str(value)[:4900] for name, value in spec.lineage.items()},
+        **{f"{LINEAGE}{name}": str(value)[:4900] for name, value in spec.lineage.items()},
         **spec.tags,
     }
     return client.create_model_version(

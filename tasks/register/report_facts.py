@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra import storage
+from infra.tracking import EVALUATED_MODEL
 from tasks.evaluation_record import REPORT_FILE, EvaluationRecord, read_evaluation
 from tasks.metrics.statistics import Estimate
 from tasks.records import UserError
@@ -40,7 +41,7 @@ class ReportFacts:
     def origin(self) -> dict[str, str]:
         """Tags of the version that a later promotion needs."""
         compared = dict(zip(("trip.compared_report", "trip.compared_model"), self.champion or (), strict=False))
-        tags = {"trip.judged_model": self.record.model_sha256, **compared}
+        tags = {EVALUATED_MODEL: self.record.model_sha256, **compared}
         return {tag: value for tag, value in tags.items() if value}
 
     def copy_files(self, folder: Path) -> None:
