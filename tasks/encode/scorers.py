@@ -79,7 +79,7 @@ def overlaid_text(pixels: np.ndarray) -> float:
     Raises:
         UserError: the package is not installed, or its weights are others.
     """
-    covered = sum(_text_boxes(frame) for frame in _some(pixels))
+    covered = np.sum([_text_boxes(frame) for frame in _some(pixels)], axis=0)
     return float((covered >= LASTING).mean())
 
 
