@@ -24,6 +24,7 @@ import av
 import numpy as np
 
 from benchmarks.decode_check import FOLDERS
+from tasks.video.decode import open_container
 from tasks.video.shots import MissingPackageError, cuts_of, transnet_weights
 from tasks.video.spec import ShotSpec
 from tasks.video.streams import decoded_frames, deinterlaced, main_stream
@@ -33,8 +34,9 @@ CONCATENATIONS, PARTS, WIDTH, HEIGHT, RATE = 4, 20, 320, 180, 25
 
 def frames_of(source: Path | BytesIO) -> Iterator[av.VideoFrame]:
     """Yields the frames of a video in display order."""
-    with av.open(source if isinstance(source, BytesIO) else str(source), metadata_errors="ignore") as container:
-        stream = main_stream(container)
+    data = source.getvalue() if isinstance(source, BytesIO) else source
+    with open_container(data) as container:
+        stream = main_stream(container, lambda: open_container(data))
         assert stream is not None
         yield from (frame for frame, _ in deinterlaced(decoded_frames(container, stream)))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +42,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     is used and left open: the outermost block owns it.
 
     Raises:
-        ConnectionError: no response from the address. SessionNotStarted: Ray's start timed out, twice.
+        ConnectionError: no response from the address. SessionNotStarted: Ray's start timed out, twice. OSError
+        ENAMETOOLONG: the path of the temporary folder is too long.
     """
     global _started_here
     if ray.is_initialized():
@@ -84,6 +87,10 @@ def _start(**options: Any) -> None:
             raise
         except Exception as error:  # Ray raises bare classes here
             ray.shutdown()
+            if "AF_UNIX path length" in str(error):
+                raise OSError(
+                    errno.ENAMETOOLONG, "this path is too long for Ray's sockets", tempfile.gettempdir()
+                ) from error
             if not any(part in str(error).lower() for part in _SLOW_START):
                 raise
             if last_try:

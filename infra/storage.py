@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -22,12 +23,17 @@ from infra.redaction import redact
 _TEMPORARY_SUFFIX = ".part"
 # Packages whose errors `boundary` explains; a missing file, a forbidden one and a full store are OSErrors already.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
+_NO_RESPONSE = re.compile("Connect|Timeout|Closed|HTTPClient|IncompleteRead|Payload")  # in the names of their errors
 
 _log = logging.getLogger(__name__)
 
 
 class StorageError(Exception):
     """A store cannot be used: credentials or a library are missing, or it does not respond."""
+
+
+class StoreNotResponding(StorageError):
+    """A store does not respond, or stopped in the middle; a later attempt may succeed."""
 
 
 @contextlib.contextmanager
@@ -47,7 +53,8 @@ def boundary(uri: str) -> Iterator[None]:
             )
         else:
             remedy = "check the address, its endpoint (AWS_ENDPOINT_URL) and the network"
-        raise StorageError(f"{redact(uri)} cannot be used ({kind}: {text}); {remedy}") from error
+        problem = StoreNotResponding if _NO_RESPONSE.search(kind) else StorageError
+        raise problem(f"{redact(uri)} cannot be used ({kind}: {text}); {remedy}") from error
 
 
 def local_path(uri: str) -> Path | None:

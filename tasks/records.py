@@ -16,9 +16,10 @@ from infra.redaction import redact
 RETRY_CLASSES = {
     "network": frozenset({"network", "truncated"}),
     "timeout": frozenset({"timeout", "too_slow", "http_408"}),
-    "server": frozenset({"http_425", *(f"http_{status}" for status in range(500, 600))}),
-    # A CDN also answers 403 to too many requests; a retry within the run would not help.
-    "throttled": frozenset({"http_403", "http_429"}),
+    "server": frozenset({"http_425", "store_busy", *(f"http_{status}" for status in range(500, 600))}),
+    # A CDN also answers 403 to too many requests, a store also to expired credentials; a retry within the run would
+    # not help.
+    "throttled": frozenset({"http_403", "http_429", "store_forbidden"}),
     # Another machine may have more memory or time.
     "decoder": frozenset({"decoder_crash", "decoder_timeout", "out_of_memory"}),
     # Rows that failed in several retries, which the root lists; this class asks for them nevertheless.

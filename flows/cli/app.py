@@ -76,6 +76,7 @@ REMEDIES = {
     errno.EACCES: "give a --root that you may write, or change its permissions",
     errno.EPERM: "give a --root that you may write, or change its permissions",
     errno.ENOTDIR: "give a --root whose parents are folders",
+    errno.ENAMETOOLONG: "give a shorter path; that of temporary files is TMPDIR",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "free some memory",
 }

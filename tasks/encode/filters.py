@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tasks.encode.hooks import check_name, load_scorer
+from tasks.encode.scorers import SHIPPED
 from tasks.encode.spec import FilterSpec
 from tasks.records import UserError
 from tasks.video.decode import Clip, ClipError, read_shots, read_spans, read_track, read_windows
@@ -29,9 +30,10 @@ REASONS = {
     "near_static": "least_motion",
     "watermark": "most_watermark",
     "unsafe": "most_unsafe",
+    "overlaid_text": "most_text",
 }
 # Scores of functions that a recipe names, in the order of their calls: by score, the field with the function.
-SCORERS = {"watermark": "watermark_scorer", "unsafe": "unsafe_scorer"}
+SCORERS = {"watermark": "watermark_scorer", "unsafe": "unsafe_scorer", "text": "text_scorer"}
 SCORES = ("side", "brightness", "contrast", "bars", "cut", "motion")
 _BLACK = 32  # of 255: the brightest pixel of a bar after compression
 _PLAIN = 0.01  # standard deviation of the luma of a plain colour, at most
@@ -48,7 +50,7 @@ class Window:
 
 
 def check_filters(spec: FilterSpec) -> None:
-    """Raises UserError for a bound outside the range of its score, and for a watermark bound without a scorer."""
+    """Raises UserError for a bound outside the range of its score, a bound without its scorer, and missing weights."""
     for bound in REASONS.values():
         value, most = getattr(spec, bound), 100_000 if bound == "least_side" else 1
         if value is not None and not 0 <= value <= most:
@@ -58,6 +60,11 @@ def check_filters(spec: FilterSpec) -> None:
         if getattr(spec, bound) is not None and name is None:
             raise UserError(f"filters.{bound} needs a scorer; name it in filters.{scorer} (module:function)")
         check_name(f"filters.{scorer}", name)
+        if name in SHIPPED:
+            try:
+                SHIPPED[name].path()
+            except UserError as error:
+                raise UserError(f"filters.{scorer} {name}: {error}") from error
 
 
 def scores(pixels: np.ndarray, info: dict[str, Any]) -> dict[str, float]:

@@ -29,7 +29,9 @@ class FilterSpec:
     most_watermark: float | None = None
     watermark_scorer: str | None = None  # module:function
     most_unsafe: float | None = None
-    unsafe_scorer: str | None = None  # module:function
+    unsafe_scorer: str | None = None  # module:function; tasks.encode.scorers:unsafe_content with the extra `unsafe`
+    most_text: float | None = None
+    text_scorer: str | None = None  # module:function; tasks.encode.scorers:overlaid_text with the extra `text`
 
     def chosen(self) -> dict[str, Any]:
         """Returns the fields that are set, by name: the filters' part of the fingerprint, empty if all are off."""

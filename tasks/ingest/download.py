@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import itertools
 import random
@@ -12,11 +13,12 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from urllib.parse import urljoin
 
 import aiohttp
+import pyarrow
 from yarl import URL
 
 from infra import storage
@@ -33,7 +35,9 @@ from trip_model.request_limits import MAX_PHOTO_BYTES
 
 # Retried within the run; 403 and the rarer 5xx only by a later run with `retry`.
 _RETRYABLE = RETRY_CLASSES["network"] | RETRY_CLASSES["timeout"]
-_RETRYABLE |= {f"http_{status}" for status in (425, 429, 500, 502, 503, 504)}
+_RETRYABLE |= {f"http_{status}" for status in (425, 429, 500, 502, 503, 504)} | {"store_busy"}
+# Errors of an object store that pass: what its library makes of SlowDown, InternalError and of codes it does not know.
+_STORE_BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.ECONNRESET, errno.ETIMEDOUT}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_HOPS = 5
 _PIECE_BYTES = 1 << 16
@@ -56,8 +60,9 @@ def download_clips(
     Successive clips with the same link are one download, and share its result.
 
     Failure reasons: `http_<status>`, `timeout`, `too_slow`, `network`, `truncated`, `too_large`, `not_a_video`,
-    `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`. The detail
-    contains the number of attempts if there were several. Files are read only below the table's folder.
+    `robots_opt_out`, `blocked_address`, `bad_url`, `too_many_redirects`, `missing_file`, `unreadable_file`, and of an
+    object store `store_busy` and `store_forbidden`. The detail contains the number of attempts if there were several.
+    Files are read only below the table's folder.
 
     Raises:
         UserError: the source's base URL, proxy or an allowed host is not one.
@@ -240,11 +245,12 @@ class _Downloader:
         if inside.column is None and inside.size > self._spec.max_bytes:
             raise Refused("too_large", f"{inside.size} bytes, at most {self._spec.max_bytes}")
         if inside.column is None:
-            data = storage.read_range(inside.file, inside.offset, inside.offset + inside.size)
+            with _reading(inside.file):
+                data = storage.read_range(inside.file, inside.offset, inside.offset + inside.size)
             if len(data) != inside.size:
                 raise Refused("unreadable_file", "the tar ends within the video")
             return data
-        with self._cells:
+        with self._cells, _reading(inside.file):
             data = read_cell(inside)
         if len(data) > self._spec.max_bytes:
             raise Refused("too_large", f"{len(data)} bytes, at most {self._spec.max_bytes}")
@@ -314,13 +320,32 @@ def _read_file(address: str, roots: list[str], max_bytes: int) -> bytes:
             "blocked_address",
             "only http(s) URLs and files below the table's own folder are read; allow others with --allow-host FOLDER",
         )
-    try:
+    with _reading(address):
         data = storage.read_range(address, 0, max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Refused("missing_file", "no such file") from error
-    except OSError as error:
-        reason = " ".join((error.strerror or str(error)).split())[:200]
-        raise Refused("unreadable_file", reason or type(error).__name__) from error
     if len(data) > max_bytes:
         raise Refused("too_large", f"more than {max_bytes} bytes")
     return data
+
+
+@contextmanager
+def _reading(address: str) -> Iterator[None]:
+    """Converts errors of reading one file into its reason. A store that cannot be used at all still ends the stage."""
+    try:
+        with storage.boundary(address):
+            yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Refused("missing_file", "no such file") from error
+    except storage.StoreNotResponding as error:
+        raise Refused("store_busy", str(error)) from error
+    except (OSError, pyarrow.ArrowException) as error:
+        text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+        raise Refused(_reason_of(address, error), text or type(error).__name__) from error
+
+
+def _reason_of(address: str, error: Exception) -> str:
+    if storage.local_path(address) is not None:
+        return "unreadable_file"
+    if isinstance(error, PermissionError):
+        return "store_forbidden"
+    is_busy = isinstance(error, TimeoutError) or getattr(error, "errno", None) in _STORE_BUSY
+    return "store_busy" if is_busy else "unreadable_file"

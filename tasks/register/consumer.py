@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -11,6 +13,7 @@ import mlflow
 import pandas as pd
 
 from infra.settings import client_address
+from tasks.register.packaging import package_version
 from tasks.video.decode import read_clip
 from trip_model.images import load_image
 
@@ -21,7 +24,8 @@ def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> s
     The address is looked up at `mlflow.set_tracking_uri`, as for any consumer. Returns a sentence that describes the
     video. Raises ClipError or ValueError when it is not a playable video.
     """
-    model = mlflow.pyfunc.load_model(model_uri)
+    with own_wheel_is_no_mismatch():
+        model = mlflow.pyfunc.load_model(model_uri)
     rows = pd.DataFrame({"image": [photo], "prompt": [prompt]})
     row = model.predict(rows, params={"seed": 0, "steps": steps}).iloc[0]
     clip = read_clip(row["video"], int(row["num_frames"]), float(row["fps"]), int(row["height"]))
@@ -30,6 +34,25 @@ def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> s
         f"answered with {clip.pixels.shape[0]} frames of {row['width']}x{row['height']} as {row['format']},"
         f" frame 1 differs from the photo by {difference:.1f} of 255"
     )
+
+
+@contextmanager
+def own_wheel_is_no_mismatch() -> Iterator[None]:
+    """Drops MLflow's warning about versions if it names nothing but the wheel of this very code.
+
+    MLflow compares the version of a checkout with that of its wheel, which contains the hash of the code.
+    """
+    own = f"trip-i2v=={package_version()}"
+
+    def names_another(record: logging.LogRecord) -> bool:
+        return re.findall(r"^ - .*required: (.*)\)$", record.getMessage(), re.MULTILINE) != [own]
+
+    logger = logging.getLogger("mlflow.utils.requirements_utils")
+    logger.addFilter(names_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(names_another)
 
 
 @contextmanager

@@ -69,6 +69,11 @@ def package_code() -> dict[str, str]:
     return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def package_version() -> str:
+    """Returns the version of the wheel that `build_wheel` builds: that of the package, and the hash of its code."""
+    return f"{trip_model.__version__}+sha{digest(package_code())[:12]}"
+
+
 def build_wheel(folder: Path) -> str:
     """Builds the wheel of `trip_model` into `folder` and returns the requirement that names exactly this wheel.
 
@@ -86,7 +91,8 @@ def build_wheel(folder: Path) -> str:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((PACKAGE_FOLDER.parent / name).read_bytes())
             copy.chmod(0o644)  # a wheel records the modes, which a checkout's umask decides
-        Path(scratch, "setup.cfg").write_text(f"[egg_info]\ntag_build = +sha{digest(code)[:12]}\n")
+        tag = package_version().removeprefix(trip_model.__version__)
+        Path(scratch, "setup.cfg").write_text(f"[egg_info]\ntag_build = {tag}\n")
         build = subprocess.run(
             [sys.executable, "-c", BUILD, str(folder.resolve())],
             cwd=scratch,

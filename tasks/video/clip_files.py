@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from tasks.records import UserError
-from tasks.video.decode import CONTAINERS, ClipError
+from tasks.video.decode import ClipError, open_container
 from tasks.video.frame import to_square
 from tasks.video.streams import decoded_frames, deinterlaced, main_stream
 from trip_model.images import load_image
@@ -118,10 +118,8 @@ def _arrays(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
 def _video(data: bytes, frames: int, size: int) -> list[NDArray[np.uint8]]:
     frames_read: list[NDArray[np.uint8]] = []
     reformatter = VideoReformatter()
-    with av.open(
-        io.BytesIO(data), "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore"
-    ) as container:
-        stream = main_stream(container)
+    with open_container(data) as container:
+        stream = main_stream(container, lambda: open_container(data))
         if stream is None:
             raise ClipError("undecodable", "the file holds no video stream")
         stream.codec_context.thread_count = 1

@@ -289,12 +289,17 @@ class _Grid:
             )
 
 
+def open_container(source: bytes | str | Path) -> InputContainer:
+    """Opens the bytes of a video, or its path. Containers that list other addresses are not opened."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    return av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore")
+
+
 @contextmanager
 def _open(source: bytes | str | Path) -> Iterator[tuple[InputContainer, VideoStream, dict[str, Any]]]:
     """Opens a video and yields its container, its stream and what is known of the stream."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    with av.open(file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
-        stream = main_stream(container)
+    with open_container(source) as container:
+        stream = main_stream(container, lambda: open_container(source))
         if stream is None:
             raise ClipError("no_video_stream", "the file has no video stream")
         stream.thread_type = "SLICE"

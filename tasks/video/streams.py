@@ -7,7 +7,8 @@ VP9, which Matroska stores next to the frames, is decoded with them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import av
 from av.container import InputContainer
@@ -18,13 +19,33 @@ from av.video.stream import VideoStream
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of VP8 and VP9 ignore the alpha layer
 
 
-def main_stream(container: InputContainer) -> VideoStream | None:
-    """Returns the best video stream that is not an attached picture or of one frame; else the best of all, or None."""
+def main_stream(container: InputContainer, reopen: Callable[[], InputContainer]) -> VideoStream | None:
+    """Returns the best video stream that is not an attached picture or of one frame; else the best of all, or None.
+
+    Args:
+        container: no packet of it is read.
+        reopen: opens the same file again, to count packets where a container does not say how many frames it has.
+    """
     streams = list(container.streams.video)
     main = [stream for stream in streams if not stream.disposition & Disposition.attached_pic and stream.frames != 1]
+    if len(main) > 1 and any(stream.frames < 3 for stream in main):  # 0 is unknown; AVI counts the delay of B-frames
+        with reopen() as same:
+            several = _streams_with_several_packets(same)
+        main = [stream for stream in main if stream.index in several] or main
     if len(main) > 1:  # the default stream, then the largest picture, then the first
         return max(main, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
     return main[0] if main else streams[0] if streams else None
+
+
+def _streams_with_several_packets(container: InputContainer) -> set[int]:
+    """Returns the indices of the video streams with at least two packets before the end, or before a break."""
+    counts = {stream.index: 0 for stream in container.streams.video}
+    with suppress(av.FFmpegError):
+        for packet in container.demux(*container.streams.video):
+            counts[packet.stream.index] += bool(packet.size)
+            if min(counts.values()) > 1:
+                break
+    return {index for index, count in counts.items() if count > 1}
 
 
 def alpha_decoder(stream: VideoStream) -> str | None:

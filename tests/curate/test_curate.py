@@ -133,6 +133,18 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: edit(f / "manifest.json", lambda v: v["shards"][1].update(rows=[4, 5])),
         [r"rows \(3, 5\), manifest.json has \(4, 5\)", "begins at row 4, expected 3"],
     ),
+    "a source of fewer rows": (
+        lambda f: edit(f / "manifest.json", lambda v: v["source"].update(limit=3)),
+        ["its source has the limit 3, with 6 rows"],
+    ),
+    "a source with one thing more": (
+        lambda f: edit(f / "manifest.json", lambda v: v["source"].update(split="train")),
+        ["its source has 'split', which is not part of it"],
+    ),
+    "a source of another table": (
+        lambda f: edit(f / "manifest.json", lambda v: v["source"].update(table_sha256="0" * 64)),
+        ["its source has the table_sha256 '0+', its recipe None"],
+    ),
     "another recipe in the manifest": (
         lambda f: edit(f / "manifest.json", lambda v: v["recipe"].update(fps=8.0)),
         ["recipe.json: is not the recipe of manifest.json", "recipe_hash is"],

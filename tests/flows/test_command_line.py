@@ -7,6 +7,7 @@ import fcntl
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from flows.register_trip import register_trip
 from flows.reproduce import reproduce
 from flows.source import SourceOptions
 from flows.train_trip import train_trip
+from infra.cluster import ray_session
 from tasks.encode.job import prepare
 from tasks.encode.spec import FilterSpec, PrepareSpec
 from tasks.ingest.demo import FIRST_SEED, write_demo_corpus
@@ -243,6 +245,19 @@ def test_a_full_or_read_only_disk_is_one_sentence_with_a_remedy(number: int) -> 
     assert user_error(error) is error
     assert sentence(error).startswith("/data/run/x: said by the system; ")
     assert "--root" in sentence(error)
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    with pytest.raises(OSError, match="too long for Ray") as caught, ray_session(None, 1):
+        pass
+    error = user_error(caught.value)
+    assert error is caught.value and sentence(error).startswith(f"{deep}: ") and "TMPDIR" in sentence(error)
 
 
 def test_a_tick_has_its_estimate_last() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from flows.cli.app import main
-from tasks.ingest.download import download_clips
+from tasks.encode.resume import retry_reasons
+from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.sources import read_rows
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.records import ClipRef, Failure, UserError
+from tasks.records import ClipRef, Failure, Inside, UserError
 
 _ERROR = """<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>{code}</Code><Message>{message}</Message><RequestId>1</RequestId></Error>"""
@@ -71,11 +72,45 @@ def test_a_table_in_such_a_store_is_one_sentence(store: int, capsys: pytest.Capt
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
-def test_a_video_in_such_a_store_is_a_counted_reason(store: int, tmp_path: Path) -> None:
-    table = tmp_path / "table.csv"
-    table.write_text("videoid,contentUrl,name\na,s3://clips/a.mp4,a dog\n")
-    source = SourceSpec(str(table), allow=("s3://clips/",))
-    [(_, result)] = download_clips(
-        [row for row in read_rows(source) if isinstance(row, ClipRef)], source, DownloadSpec(attempts=1)
-    )
-    assert result == Failure("a", 0, "unreadable_file", f"s3://clips/a.mp4: {REASONS[store]}")
+def one(source: SourceSpec, ref: ClipRef) -> Fetched | Failure:
+    [(_, result)] = download_clips([ref], source, DownloadSpec(attempts=2, backoff_seconds=0))
+    return result
+
+
+REASONS_OF_ROWS = {503: "store_busy", 403: "store_forbidden"}
+INSIDES = {"a file": None, "a member of a tar": (0, 9, None), "a cell of Parquet": (0, 0, "video")}
+
+
+@pytest.mark.parametrize("inside", INSIDES)
+def test_a_video_in_such_a_store_has_a_reason_that_a_later_run_may_retry(
+    store: int, tmp_path: Path, inside: str
+) -> None:
+    source = SourceSpec(str(tmp_path / "table.csv"), allow=("s3://clips/",))
+    part = INSIDES[inside] and Inside("s3://clips/a.mp4", *INSIDES[inside])
+    result = one(source, ClipRef("a", "s3://clips/a.mp4", "a dog", 0, inside=part))
+    assert isinstance(result, Failure) and result.reason == REASONS_OF_ROWS[store], result
+    assert result.detail.endswith(", 2 attempts") == (store == 503), result
+    assert result.reason in retry_reasons(["server" if store == 503 else "throttled"])
+
+
+def test_a_store_that_does_not_respond_costs_the_rows_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    source = SourceSpec(str(tmp_path / "table.csv"), allow=("s3://clips/",))
+    result = one(source, ClipRef("a", "s3://clips/a.mp4", "a dog", 0))
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert isinstance(result, Failure) and result.reason == "store_busy" and "\n" not in result.detail
+
+
+def test_a_damaged_file_that_contains_the_video_has_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 cut")
+    source = SourceSpec(str(tmp_path / "t.parquet"))
+    result = one(source, ClipRef("a", "t.parquet#0", "a dog", 0, inside=Inside(str(tmp_path / "t.parquet"), 0, 0, "v")))
+    assert isinstance(result, Failure) and result.reason == "unreadable_file"

@@ -87,6 +87,22 @@ def test_the_default_stream_is_taken_and_covers_and_single_frames_are_not() -> N
         assert clip.info["video_stream"] == 1
 
 
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("matroska", "libx264"), ("webm", "libvpx"), ("mpegts", "libx264"), ("avi", "mpeg4")],
+)
+def test_a_single_frame_is_found_where_the_container_does_not_count_frames(container: str, codec: str) -> None:
+    options = {} if codec == "libvpx" else {"bf": "2"}
+    [expected] = read_windows(written([plain()], container, codec, **options), 8, 6.0, 32)
+    for single in (plain([7], (32, 32)), plain([7], (128, 128))):
+        clip = read_clip(written([single, plain()], container, codec, default=0, **options), 8, 6.0, 32)
+        assert clip.info["video_stream"] == 1
+        np.testing.assert_allclose(clip.pixels, expected.pixels, atol=3)
+        np.testing.assert_allclose(clip.times, expected.times, atol=0.002)
+    with pytest.raises(ClipError, match="too_short"):
+        read_clip(written([plain([7]), plain([9])], container, codec), 8, 6.0, 32)
+
+
 def test_a_file_that_contains_nothing_but_a_picture_is_too_short() -> None:
     with pytest.raises(ClipError, match="too_short"):
         read_clip(written([plain([7])]), 8, 6.0, 32)
