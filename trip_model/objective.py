@@ -26,13 +26,13 @@ def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generat
 
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one training batch, on the CPU."""
+    """The random part of one training batch, drawn on the CPU."""
 
     t_B: torch.Tensor  # int64 time steps
     noise: torch.Tensor  # float32, shaped like z_0
     drop_B: torch.Tensor  # bool, True replaces the caption by the empty one
 
-    def part(self, samples: torch.Tensor) -> Draw:
+    def part(self, samples: torch.Tensor | slice) -> Draw:
         """Returns the draws of the samples at these indices."""
         return Draw(self.t_B[samples], self.noise[samples], self.drop_B[samples])
 
