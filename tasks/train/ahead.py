@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from tasks.train.loader import Batch
@@ -28,7 +29,9 @@ class StepInput:
     @classmethod
     def of(cls, batch: Batch, scaling: float, drawn: Draw) -> StepInput:
         """The input of a step from what was read; `scaling` turns raw latents into final ones."""
-        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).float() * scaling
+        raw = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).numpy()
+        # By numpy, in this thread: torch would start its threads next to those of the step that runs.
+        z_0 = torch.from_numpy(np.multiply(raw, np.float32(scaling), dtype=np.float32))
         return cls(z_0, batch.tokens_BL if batch.text_BLD is None else batch.text_BLD, drawn, batch.intact_B)
 
     def pinned(self) -> StepInput:
