@@ -3,18 +3,23 @@
     python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
     python -m benchmarks.loader resume [--peers PYTHON]           samples repeated and lost by a stop in mid-epoch
     python -m benchmarks.loader index [--samples 10700000]        memory and time of opening a data set
+    python -m benchmarks.loader wait [--step 0.05] [--batch 8] [--steps 200]     share of a training spent on waiting
 
-Each prints one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
+`wait` reads as training does, two steps ahead of steps that last that long and need no processor of this machine, from
+a local folder and from an S3 server on loopback (moto, in a process of its own). Each prints one JSON. Samples are
+16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
 docs/decisions/loader.md describes the peers' environment; without it the only peer is webdataset.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +34,7 @@ import torch
 
 from benchmarks.loader_peers import BATCH, LENGTH, SHAPE, numbers
 from benchmarks.loader_peers import speed as measured
+from benchmarks.machine import add_json, write_json
 from infra import storage
 from tasks.shards import (
     MANIFEST,
@@ -41,7 +47,9 @@ from tasks.shards import (
 )
 from tasks.shards.layout import PublishedShard
 from tasks.shards.sample_index import SampleIndex, index_file, written_index
+from tasks.train.ahead import ReadAhead, StepInput
 from tasks.train.loader import Batch, TrainingData
+from trip_model.objective import draw
 
 PEERS = Path(__file__).with_name("loader_peers.py")
 PER_SHARD = 512
@@ -186,6 +194,83 @@ def opened(folder: str) -> dict[str, Any]:
     }
 
 
+def wait(given: argparse.Namespace, tars: Path) -> dict[str, Any]:
+    """Returns the share of the time in which steps wait for their batches, from a local folder and from S3."""
+    results = {"local": _waited(given, str(tars))}
+    with s3_server() as bucket:
+        for path in sorted(path for path in tars.rglob("*") if path.is_file()):
+            storage.upload_file(path, storage.join(bucket, str(path.relative_to(tars))))
+        results["s3"] = _waited(given, bucket)
+    return {
+        "step_seconds": given.step,
+        "batch": given.batch,
+        "steps": given.steps,
+        "sample_bytes": int(np.prod(SHAPE)) * 2 + LENGTH * 4,
+        "load": os.getloadavg()[0],
+        **results,
+    }
+
+
+def _waited(given: argparse.Namespace, tars: str) -> dict[str, float]:
+    data = TrainingData(ShardDataset(tars), 0.0, seed=0, num_frames=SHAPE[0])
+    shape = (SHAPE[1], SHAPE[0], *SHAPE[2:])
+    reads: list[float] = []
+
+    def read(step: int) -> StepInput:
+        begin = time.perf_counter()
+        batch = data.batch(step, given.batch)
+        given_step = StepInput.of(batch, 0.18, draw(0, step, batch.positions, given.batch, shape, 1000, 0.0))
+        reads.append(time.perf_counter() - begin)
+        return given_step
+
+    waits = []
+    processor = time.process_time()
+    with ReadAhead(read, 0, given.steps) as ahead:
+        for _ in range(given.steps):
+            begin = time.perf_counter()
+            ahead.take()
+            waits.append(time.perf_counter() - begin)
+            time.sleep(given.step)
+    processor = time.process_time() - processor
+    return {
+        "first_wait_seconds": waits[0],
+        "share": sum(waits[1:]) / (sum(waits[1:]) + (given.steps - 1) * given.step),
+        "read_seconds_median": statistics.median(reads),
+        "read_seconds_most": max(reads),
+        "processor_seconds_a_batch": processor / given.steps,
+    }
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Runs moto's S3 server in a process of its own; yields the address of a bucket on it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("latents")
+        yield "s3://latents/set"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def _peer(python: str, what: str, tars: Path, folder: Path, peer: str) -> list[str]:
     return [python, str(PEERS), what, str(tars), str(folder), "--peer", peer]
 
@@ -213,18 +298,27 @@ def main(given: argparse.Namespace) -> dict[str, Any]:
         folders = {peer: folder / peer for peer in ("litdata", "mosaicml")} if given.peers else {}
         for peer, target in folders.items():
             subprocess.run(_peer(given.peers, "convert", folder / "tars", target, peer), check=True, stdout=sys.stderr)
+        if given.what == "wait":
+            return wait(given, folder / "tars")
         return (speed if given.what == "speed" else resume)(given, folder / "tars", folders)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "resume", "index", "ours", "opened"))
+    parser.add_argument("what", choices=("speed", "resume", "index", "wait", "ours", "opened"))
     parser.add_argument("--peers", help="the Python that litdata and mosaicml-streaming are installed for")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--step", type=float, default=0.05, help="of `wait`: seconds of a step")
+    parser.add_argument("--batch", type=int, default=8, help="of `wait`: samples a step")
+    parser.add_argument("--steps", type=int, default=200, help="of `wait`")
     parser.add_argument("--data", help="the data set that `ours` reads or `opened` opens")
+    add_json(parser)
     chosen = parser.parse_args()
-    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "index": CLIPS}.get(chosen.what)
-    print(json.dumps(main(chosen), indent=None if chosen.data else 2))
+    chosen.samples = chosen.samples or {"speed": 4096, "resume": 1024, "wait": 1024, "index": CLIPS}.get(chosen.what)
+    if chosen.what == "wait":
+        write_json("loader_wait", main(chosen), chosen.json)
+    else:
+        print(json.dumps(main(chosen), indent=None if chosen.data else 2))

@@ -13,7 +13,6 @@ time, so that other work on the machine disturbs them little. Prints one JSON or
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.machine import add_json, write_json
 from benchmarks.mid_size import both_networks, mid_size
 
 
@@ -183,6 +183,10 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="print markdown instead of JSON")
+    add_json(parser)
     given = parser.parse_args()
     measured = main(given)
-    print(table(measured) if given.table else json.dumps(measured))
+    if given.table:
+        print(table(measured))
+    else:
+        write_json("roofline", measured, given.json)

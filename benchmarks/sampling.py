@@ -10,7 +10,6 @@ Prints one JSON; `apart` is the largest difference of the final latents.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from diffusers import UNet3DConditionModel
 from torch import nn
 
+from benchmarks.machine import add_json, write_json
 from benchmarks.mid_size import both_networks, mid_size
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.model import Trip
@@ -80,4 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--repeats", type=int, default=5)
-    print(json.dumps(main(parser.parse_args()), indent=1))
+    add_json(parser)
+    chosen = parser.parse_args()
+    write_json("sampling", main(chosen), chosen.json)

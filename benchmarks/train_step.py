@@ -11,7 +11,6 @@ Prints one JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import add_json, write_json
 from benchmarks.mid_size import both_networks, mid_size
 from trip_model.unet import UNetConfig, load_unet
 
@@ -125,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recompute", action="store_true", help="ours recomputes its activations")
+    add_json(parser)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    print(json.dumps(main(chosen), indent=2))
+    write_json("train_step", main(chosen), chosen.json)

@@ -16,7 +16,7 @@ from flows.prefect_artifacts import stage_artifact
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
-from flows.training_lines import tick_counts, validation_table
+from flows.training_lines import tick_counts, tick_metrics, validation_table
 from infra.metrics import record
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
@@ -41,7 +41,8 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
             log(line)
         log(tick_counts(values))
         spool = spool_file(spec)
-        record("train", {"spool_bytes": spool.stat().st_size if spool.exists() else 0})
+        waiting = {"spool_bytes": spool.stat().st_size if spool.exists() else 0}
+        record("train", tick_metrics(values) | waiting)
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session

@@ -23,9 +23,15 @@ def tick_counts(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if values["samples_per_second_device"] != values["samples_per_second"]:
         counts["of a device"] = values["samples_per_second_device"]
+    counts["mfu"] = f"{values['mfu']:.0%}"
     counts["wait"] = f"{values['data_wait']:.1%}"
     counts["GB"] = values["peak_memory_gb"]
     return counts | ({"damaged": values["damaged"]} if "damaged" in values else {})
+
+
+def tick_metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a tick for `infra.metrics`, each under its own name, which dashboard and alerts use."""
+    return {name: value for name, value in values.items() if name not in ("step", "steps", "seconds_left")}
 
 
 def validation_table(values: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,7 @@ class Trip(nn.Module):
             fusion = TemporalNoiseFusion(config.fusion, channels)
         self.fusion = fusion
         self.schedule = NoiseSchedule(config.schedule)
+        self._residual_std: dict[tuple[int, torch.device, int], torch.Tensor] = {}
 
     @classmethod
     def from_base(cls, base: str | Path, config: TripConfig) -> Trip:
@@ -44,9 +45,14 @@ class Trip(nn.Module):
 
     def residual_std(self, frames: int, device: torch.device, offset: int = 0) -> torch.Tensor:
         """Returns s_i from frame `offset` on, [1, 1, F, 1, 1]; frames beyond the trained ones repeat the last value."""
+        if (frames, device, offset) in self._residual_std:
+            return self._residual_std[frames, device, offset]
         known = self.config.residual_std
         values = [known[min(i, len(known) - 1)] for i in range(offset, offset + frames)]
-        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, frames, 1, 1)
+        std = torch.tensor(values, dtype=torch.float32, device=device).view(1, 1, frames, 1, 1)
+        if device.type == "cuda":  # each copy to a GPU makes the process wait for it
+            self._residual_std[frames, device, offset] = std
+        return std
 
     def shrinkage(self, t_B: torch.Tensor, frames: int) -> torch.Tensor:
         """Returns lambda*(t, i), float32 [B, 1, F, 1, 1]."""

@@ -26,13 +26,13 @@ def addressed_generator(purpose: str, seed: int, *address: int) -> torch.Generat
 
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one training batch, on the CPU."""
+    """The random part of one training batch, drawn on the CPU."""
 
     t_B: torch.Tensor  # int64 time steps
     noise: torch.Tensor  # float32, shaped like z_0
     drop_B: torch.Tensor  # bool, True replaces the caption by the empty one
 
-    def part(self, samples: torch.Tensor) -> Draw:
+    def part(self, samples: torch.Tensor | slice) -> Draw:
         """Returns the draws of the samples at these indices."""
         return Draw(self.t_B[samples], self.noise[samples], self.drop_B[samples])
 
@@ -54,14 +54,15 @@ def draw(
     """
     offset = torch.rand((), generator=addressed_generator("time-step", seed, step), dtype=torch.float64).item()
     times: list[int] = []
-    noises: list[torch.Tensor] = []
+    noise = torch.empty(len(positions), *shape)
     drops: list[bool] = []
-    for position in positions:
+    for place, position in enumerate(positions):
         generator = addressed_generator("noise", seed, step, position)
         times.append(int((offset + position / global_batch) % 1.0 * steps_T))
         drops.append(torch.rand((), generator=generator).item() < text_dropout)
-        noises.append(torch.randn(tuple(shape), generator=generator))
-    return Draw(torch.tensor(times), torch.stack(noises), torch.tensor(drops))
+        # In place: a copy of all samples would start torch's threads next to those of a step that runs.
+        torch.randn(tuple(shape), generator=generator, out=noise[place])
+    return Draw(torch.tensor(times), noise, torch.tensor(drops))
 
 
 def training_loss(

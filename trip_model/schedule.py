@@ -26,6 +26,7 @@ class NoiseSchedule:
         self.config = config
         self.alphas_cumprod_T: torch.Tensor = self.ddim().alphas_cumprod
         self._conditioning_steps_T = None if config.base is None else matched_steps(self.alphas_cumprod_T, config.base)
+        self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def ddim(self) -> DDIMScheduler:
         """Returns diffusers' DDIM scheduler without clipping of x0. Sampling uses `ddim_step` instead of its `step`."""
@@ -62,13 +63,23 @@ class NoiseSchedule:
 
     def conditioning_step(self, t_B: torch.Tensor) -> torch.Tensor:
         """Returns the time steps passed to the 3D-UNet: `t_B`, or the base's steps of equal SNR if `bridge="snr"`."""
-        return t_B if self._conditioning_steps_T is None else self._conditioning_steps_T.to(t_B.device)[t_B]
+        if self._conditioning_steps_T is None:
+            return t_B
+        return self._on_device("conditioning_steps", self._conditioning_steps_T, t_B.device)[t_B]
 
     def signal_and_noise(self, t_B: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (sqrt(abar_t), sqrt(1 - abar_t)) of Equation 1, float32 [B, 1, ...] with `ndim` dimensions."""
-        abar_B = self.alphas_cumprod_T.to(t_B.device)[t_B]
+        abar_B = self._on_device("alphas_cumprod", self.alphas_cumprod_T, t_B.device)[t_B]
         shape = (-1, *(1,) * (ndim - 1))
         return abar_B.sqrt().view(shape), (1 - abar_B).sqrt().view(shape)
+
+    def _on_device(self, name: str, table_T: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Returns the table on a device, copied there once: each copy makes the process wait for a GPU."""
+        if device == table_T.device:
+            return table_T
+        if (name, device) not in self._copies:
+            self._copies[name, device] = table_T.to(device)
+        return self._copies[name, device]
 
     def add_noise(self, z_0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """Forward diffusion (Equation 1): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, in float32."""

@@ -103,8 +103,6 @@ def _fixed_parts(train: TrainSpec, counts: ModelCounts, text_parameters: int, de
         how = f"derived: weights of two layers x {value} B, gradients of one x {value} + 4 B"
         gathered = counts.largest_layer * (2 * value + value + 4)
         parts.append(Part("gathered layers", gathered, f"{how}; {counts.largest_layer / 1e6:,.1f} M"))
-    elif train.workers > 1:
-        parts.append(Part("buckets of DDP", 4 * counts.trained, f"{per_trained} 4 B, a second copy of the gradients"))
     parts.append(Part("text encoder", 4 * text_parameters, f"{text_parameters / 1e6:,.1f} M parameters x 4 B, frozen"))
     if device.name != "cpu":
         reserve = RESERVE * device.memory_bytes

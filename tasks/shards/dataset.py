@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,30 @@ from tasks.shards.reading import read_manifest, read_parts, shards_folder
 from tasks.shards.sample_index import SampleIndex, mapped, open_index, written_index
 from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 from tasks.shards.tar_reader import Tars
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """The reads of one field of several samples: from where, and into which memory."""
+
+    layout: Layout
+    counts: list[int]  # frames of each sample
+    starts: list[int]
+    shards: list[int]
+    offsets: list[int]
+    heads: np.ndarray  # uint8 [B, header]
+    values: np.ndarray
+    buffers: list[list[memoryview]]  # views of heads and values
+
+    def damage(self, filled: Sequence[bool]) -> dict[int, str]:
+        """Returns the damage by position in the batch, after the buffers were filled, or could not be."""
+        damage = dict.fromkeys(_not_finite(self.values), "values that are not finite")
+        for b, start in enumerate(self.starts):
+            if not filled[b]:
+                damage[b] = "truncated"
+            elif start == 0 and not _matches_layout(self.heads[b].tobytes(), self.counts[b], self.layout):
+                damage[b] = "another header"
+        return damage
 
 
 class ShardDataset:
@@ -136,6 +161,29 @@ class ShardDataset:
         Raises:
             As `read`, except for damage.
         """
+        return self.stacks(samples, {field: (starts, count)})[field]
+
+    def stacks(
+        self, samples: np.ndarray, windows: Mapping[str, tuple[Sequence[int] | None, int | None]]
+    ) -> dict[str, tuple[np.ndarray, dict[int, str]]]:
+        """Returns `stack` of several fields, by name, given (starts, count) of each.
+
+        All fields are read at once; from an object store what lies close together is one request.
+        """
+        reads = {name: self._planned(samples, name, *window) for name, window in windows.items()}
+        filled = self._fill(
+            [shard for read in reads.values() for shard in read.shards],
+            [offset for read in reads.values() for offset in read.offsets],
+            [buffers for read in reads.values() for buffers in read.buffers],
+        )
+        results = {}
+        for place, (name, read) in enumerate(reads.items()):
+            results[name] = read.values, read.damage(filled[place * len(samples) : (place + 1) * len(samples)])
+            for b in results[name][1]:
+                read.values[b] = 0
+        return results
+
+    def _planned(self, samples: np.ndarray, field: str, starts: Sequence[int] | None, count: int | None) -> _Reads:
         layout, counts_B = self._layout(field), self.frame_counts(samples, field)
         count = layout.shape[0] if count is None else count
         starts_B = np.zeros_like(counts_B) if starts is None else np.asarray(starts)
@@ -150,16 +198,9 @@ class ShardDataset:
         rows = zip(heads, values, starts_B.tolist(), strict=True)
         buffers = [[head.data, value.data] if start == 0 else [value.data] for head, value, start in rows]
         offsets_B = offsets_B + np.where(starts_B > 0, layout.begin + starts_B * layout.row_bytes, 0)
-        filled = self._fill(shards_B.tolist(), offsets_B.tolist(), buffers)
-        damage = dict.fromkeys(_not_finite(values), "values that are not finite")
-        for b, start in enumerate(starts_B.tolist()):
-            if not filled[b]:
-                damage[b] = "truncated"
-            elif start == 0 and not _matches_layout(heads[b].tobytes(), int(counts_B[b]), layout):
-                damage[b] = "another header"
-        for b in damage:
-            values[b] = 0
-        return values, damage
+        return _Reads(
+            layout, counts_B.tolist(), starts_B.tolist(), shards_B.tolist(), offsets_B.tolist(), heads, values, buffers
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"uri": self.uri, "sha256": self.manifest_sha256}  # a loader's worker process reads the index again

@@ -14,6 +14,34 @@ Result = TypeVar("Result")
 
 _MOST_OPEN = 256  # files; most systems allow a process 1024
 _REMOTE_READS = 16  # at a time
+# A request costs more than these bytes: what lies between two fields of a sample is read with them, up to a limit.
+_GAP_BYTES, _REQUEST_BYTES = 1 << 16, 1 << 23
+
+
+def _size(buffers: Iterable[memoryview]) -> int:
+    size = 0
+    for buffer in buffers:
+        size += buffer.nbytes
+    return size
+
+
+def _neighbours(
+    tars: Sequence[int], offsets: Sequence[int], buffers: Sequence[list[memoryview]]
+) -> Iterable[list[int]]:
+    """Groups reads by number: those of a group lie in one tar, in order, with small gaps between them."""
+    group: list[int] = []
+    end = 0
+    for read in sorted(range(len(tars)), key=lambda number: (tars[number], offsets[number])):
+        near = bool(group) and tars[read] == tars[group[0]] and 0 <= offsets[read] - end <= _GAP_BYTES
+        if near and offsets[read] + _size(buffers[read]) - offsets[group[0]] <= _REQUEST_BYTES:
+            group.append(read)
+        else:
+            if group:
+                yield group
+            group = [read]
+        end = offsets[read] + _size(buffers[read])
+    if group:
+        yield group
 
 
 class Tars:
@@ -40,7 +68,16 @@ class Tars:
             # An open file outlives its name, but the tars of removed clips must not be read anymore.
             if os.fstat(self._open[tar]).st_nlink == 0:
                 raise self._gone(tar)
-        return list(self.map(self._fill, tars, offsets, buffers))
+        if self._local:
+            return list(map(self._fill, tars, offsets, buffers))
+        groups = list(_neighbours(tars, offsets, buffers))
+        read_all = self._threads.map(lambda group: self._fill_group(group, tars, offsets, buffers), groups)
+        filled = {
+            read: done
+            for group, results in zip(groups, read_all, strict=True)
+            for read, done in zip(group, results, strict=True)
+        }
+        return [filled[read] for read in range(len(tars))]
 
     def map(self, work: Callable[..., Result], *arguments: Iterable[Any]) -> Iterable[Result]:
         """Applies `work` to the arguments in order; concurrently if the tars are in an object store."""
@@ -51,9 +88,7 @@ class Tars:
         return ThreadPoolExecutor(_REMOTE_READS, "range-reads")
 
     def _fill(self, tar: int, offset: int, buffers: list[memoryview]) -> bool:
-        size = 0
-        for buffer in buffers:
-            size += buffer.nbytes
+        size = _size(buffers)
         if size == 0:  # an empty caption
             return True
         try:
@@ -69,6 +104,19 @@ class Tars:
             buffer.cast("B")[:] = data[begin : begin + buffer.nbytes]
             begin += buffer.nbytes
         return True
+
+    def _fill_group(
+        self, group: list[int], tars: Sequence[int], offsets: Sequence[int], buffers: Sequence[list[memoryview]]
+    ) -> list[bool]:
+        """Fills reads that lie next to each other in one tar with one request; one by one if the tar ends too early."""
+        end, joined = offsets[group[0]], list[memoryview]()
+        for read in group:
+            gap = [memoryview(bytearray(offsets[read] - end))] if offsets[read] > end else []
+            joined += [*gap, *buffers[read]]
+            end = offsets[read] + _size(buffers[read])
+        if len(group) > 1 and self._fill(tars[group[0]], offsets[group[0]], joined):
+            return [True] * len(group)
+        return [self._fill(tars[read], offsets[read], buffers[read]) for read in group]
 
     def _descriptor(self, tar: int) -> int:
         descriptor = self._open.pop(tar, None)

@@ -137,9 +137,9 @@ class TrainingData:
         starts = self._starts(samples_B, places)
         arrays: dict[str, np.ndarray] = {}
         damage: dict[int, str] = {}
-        for name in self._fields:
-            window = (starts, self.num_frames) if name in ("latents", "logvar") else (None, None)
-            arrays[name], reasons = self.dataset.stack(samples_B, name, *window)
+        windows = {n: (starts, self.num_frames) if n in ("latents", "logvar") else (None, None) for n in self._fields}
+        for name, (values, reasons) in self.dataset.stacks(samples_B, windows).items():
+            arrays[name] = values
             damage |= {b: f"{name}: {reason}" for b, reason in reasons.items()}
         tokens_BL = arrays["tokens"]
         unknown_B = ((tokens_BL < 0) | (tokens_BL >= self._vocab_size)).any(axis=1)

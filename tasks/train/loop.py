@@ -19,6 +19,7 @@ from torch import nn
 from infra import storage
 from tasks.records import UserError, digest
 from tasks.shards import ShardDataset
+from tasks.train.ahead import ReadAhead, StepInput
 from tasks.train.checkpoints import (
     Checkpoint,
     CheckpointListener,
@@ -34,6 +35,7 @@ from tasks.train.optimizer import MovingAverage, choose_trained, learning_rate_f
 from tasks.train.profiling import peak_memory_bytes, profiler
 from tasks.train.sharding import full_tensor, full_tensors, shard, shard_like
 from tasks.train.spec import TrainReport, TrainSpec, check_spec, finished_report, spec_digest
+from tasks.train.utilisation import clip_flops, matmul_flops_per_second
 from tasks.train.validation import LOSS, Validation, ValidationResult
 from trip_model.checkpoint import config_from_json
 from trip_model.config import TripConfig
@@ -75,8 +77,9 @@ def run_training(
         on_tick: called every `tick_every` steps with "step", "steps", "seconds_left", the means of "loss", "frame_1"
             and "frame_last" since the last tick, and of the last step "grad_norm" (before clipping), "lr_unet" and
             "lr_fusion" (if there is a fusion module). Since the last tick, without validations: "samples_per_second",
-            "samples_per_second_device" (of one worker) and "data_wait", the share of the time in which rank 0 read its
-            batches. "peak_memory_gb" is rank 0's since its start: allocated on its GPU, or resident in GB (1e9 bytes).
+            "samples_per_second_device" (of one worker), "mfu", the share of the device's matmul peak, both measured
+            (`tasks.train.utilisation`), and "data_wait", the share of the time in which rank 0 waited for its batches.
+            "peak_memory_gb" is rank 0's since its start: allocated on its GPU, or resident in GB (1e9 bytes).
             "damaged" counts skipped samples, if there are any. After a validation the tick has its metrics, too.
         listener: called for every checkpoint.
         control: requests a checkpoint between the regular ones, or a stop.
@@ -156,13 +159,20 @@ class Training:
         self.average = MovingAverage(self._trained, spec.average_decay)
         self.losses = _Losses()
         self._grad_norm = torch.tensor(math.nan)
+        self._unsettled: list[torch.Tensor] = []
+        self._latent_shape: torch.Size  # of one clip; known at the first step
         self._step = 0
         if state is not None:
             self._restore(state)
         if self._over_ranks([self._step]) != [self._step]:
             raise RuntimeError(f"rank {rank} of {world} resumes from step {self._step}, other ranks from another step")
         copies = world > 1 and not self._sharded
-        self._model: nn.Module = nn.parallel.DistributedDataParallel(self.trip) if copies else self.trip
+        # Gradients are views of what is sent, and no buffers differ between ranks: the model has none.
+        self._model: nn.Module = (
+            nn.parallel.DistributedDataParallel(self.trip, gradient_as_bucket_view=True, broadcast_buffers=False)
+            if copies
+            else self.trip
+        )
         self._share = len(share(spec.global_batch, rank, world))
         self._micro = min(spec.micro_batch or self._share, self._share)
         self._validation: Validation | None = None
@@ -187,15 +197,23 @@ class Training:
     def run(self, checkpoints: CheckpointStore, on_tick: Tick, control: ControlSignal | None) -> None:
         """Runs the remaining steps, with ticks, validations and checkpoints."""
         spec = self.spec
-        with profiler(spec, self._rank, self._device) as profile:
+        with (
+            profiler(spec, self._rank, self._device) as profile,
+            ReadAhead(self._read, self._step, spec.steps) as ahead,
+        ):
             clock = _Clock(self._step)
             while self._step < spec.steps:
-                self._train_step(clock)
+                with clock.waiting():
+                    given = ahead.take()
+                self._train_step(given)
                 if profile is not None:
                     profile.step()
                 step, finished = self._step, self._step == spec.steps
+                validate = spec.validation.every > 0 and (step % spec.validation.every == 0 or finished)
+                if step % spec.tick_every == 0 or finished or validate:
+                    self._settle()
                 metrics: dict[str, float] = {}
-                if self._validation is not None and (step % spec.validation.every == 0 or finished):
+                if self._validation is not None and validate:
                     with clock.stopped(), self.average.applied():
                         result = self._validation.validate(self.trip)
                     if self._rank == 0:
@@ -206,6 +224,7 @@ class Training:
                     clock = _Clock(step)
                 request = control() if control is not None else ""
                 if request or finished or step % spec.checkpoint_every == 0:
+                    self._settle()
                     parts = self._parts()
                     if self._rank == 0:
                         checkpoints.save(step, parts, self._facts(), {"loss": self.losses.last} | metrics)
@@ -218,6 +237,9 @@ class Training:
     def _tick(self, clock: _Clock, metrics: dict[str, float]) -> dict[str, Any]:
         """The numbers of the steps since the last tick."""
         spec, step = self.spec, self._step
+        with clock.stopped():
+            flops = clip_flops(self.trip, spec, self._latent_shape, (self._text.length, self._text.width))
+            peak = matmul_flops_per_second(self._device, spec.precision)
         steps_per_second = (step - clock.first_step) / clock.seconds()
         damaged = self._data.damaged
         return (
@@ -231,42 +253,56 @@ class Training:
                 "grad_norm": self._grad_norm.item(),
                 "samples_per_second": steps_per_second * spec.global_batch,
                 "samples_per_second_device": steps_per_second * spec.global_batch / self._world,
+                "mfu": steps_per_second * spec.global_batch / self._world * flops / peak,
                 "data_wait": clock.waited / clock.seconds(),
                 "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
                 "seconds_left": (spec.steps - step) / steps_per_second,
             }
         )
 
-    def _train_step(self, clock: _Clock) -> None:
-        """One step on one global batch: the gradients of this rank's share, clipping, the update and the average."""
-        spec, step = self.spec, self._step
-        with clock.waiting():
-            batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
-        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4).float() * self._scaling
+    def _read(self, step: int) -> StepInput:
+        """This rank's share of a global batch and its draws; runs in a thread, ahead of the step."""
+        spec = self.spec
+        batch = self._data.batch(step, spec.global_batch, self._rank, self._world)
+        _, frames, channels, height, width = batch.raw_latents_BFCHW.shape
         drawn = draw(
-            spec.seed, step, batch.positions, spec.global_batch, z_0.shape[1:],
+            spec.seed, step, batch.positions, spec.global_batch, (channels, frames, height, width),
             self.trip.config.schedule.num_train_timesteps, spec.objective.text_dropout,
         )  # fmt: skip
+        given = StepInput.of(batch, self._scaling, drawn)
+        return given.pinned() if self._device.startswith("cuda") else given
+
+    def _train_step(self, given: StepInput) -> None:
+        """One step on one global batch: the gradients of this rank's share, clipping, the update and the average.
+
+        Nothing in it waits for the device: what is computed for the log stays there until `_settle`.
+        """
+        spec, step = self.spec, self._step
         factor = learning_rate_factor(step, spec)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self._optimizer.zero_grad(set_to_none=True)
-        total, errors = 0.0, []
+        self._latent_shape = given.z_0_BCFHW.shape[1:]
+        intact_B, given = given.intact_B, given.to(self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        errors = []
         parts = torch.arange(self._share).split(self._micro)
         for number, part in enumerate(parts):
             # A damaged sample has no term in the mean over the global batch. All ranks make the same number of passes:
             # a part without an intact sample passes one row of zeros with weight zero.
-            intact = part[batch.intact_B[part]]
-            part = intact if len(intact) else part[:1]
+            intact = part[intact_B[part]]
+            rows: Any = slice(int(part[0]), int(part[-1]) + 1)
+            if len(intact) < len(part):
+                rows = (intact if len(intact) else part[:1]).to(self._device)
             torch.manual_seed(_dropout_seed(spec.seed, step, self._rank, number))
             with self._between_ranks(last=number + 1 == len(parts)):
-                text = batch.tokens_BL[part] if batch.text_BLD is None else batch.text_BLD[part]
+                text = given.text[rows]
                 loss, error_BF = training_loss(
                     self._model,
-                    z_0[part].to(self._device),
-                    self._text.encode(text) if batch.text_BLD is None else text.to(self._device),
+                    given.z_0_BCFHW[rows],
+                    text if spec.stored_text else self._text.encode(text),
                     self._empty_text,
-                    drawn.part(part),
+                    given.drawn.part(rows),
                     spec.objective,
                     torch.bfloat16 if spec.precision == "bfloat16" else None,
                 )
@@ -274,20 +310,36 @@ class Training:
                 weight = len(intact) * self._world / spec.global_batch
                 loss = loss * weight
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
             errors.append(error_BF.mean(dim=0) * weight)
-        damaged = float((~batch.intact_B).sum())
-        total, damaged, *by_frame = self._over_ranks([total, damaged, *torch.stack(errors).sum(dim=0).tolist()])
-        if damaged and self._rank == 0:
-            self._data.refresh_damaged()  # the sample may be another rank's
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
+        damaged = torch.full_like(total, len(intact_B) - int(intact_B.sum()))
+        self._unsettled.append(torch.cat([total[None], damaged[None], torch.stack(errors).sum(dim=0).double()]))
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), spec.clip_norm)
         self._grad_norm = full_tensor(grad_norm)
         self._optimizer.step()
         self.average.update(step)
-        self.losses.add(total, by_frame)
         self._step = step + 1
+
+    def _settle(self) -> None:
+        """Reads the losses of the steps since the last call from the device; all ranks call it after the same step.
+
+        Raises:
+            FloatingPointError: a loss is not finite. No checkpoint has been written since.
+        """
+        if not self._unsettled:
+            return
+        values = torch.stack(self._unsettled)
+        self._unsettled = []
+        if self._world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self._world
+        rows = values.tolist()
+        for step, (total, _, *by_frame) in enumerate(rows, self._step - len(rows)):
+            if not math.isfinite(total):
+                raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
+            self.losses.add(total, by_frame)
+        if self._rank == 0 and any(damaged for _, damaged, *_ in rows):
+            self._data.refresh_damaged()  # the sample may be another rank's
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """Means over all ranks, bitwise equal on each rank."""

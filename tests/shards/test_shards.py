@@ -319,3 +319,25 @@ def test_an_index_of_many_samples_is_small(tmp_path: Path) -> None:
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(np.unique(hashes)) == 8000 and held < 120 * 8000
+
+
+def test_the_fields_of_a_sample_are_one_request_to_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"memory://{uuid.uuid4().hex}/set"
+    make_dataset(uri)
+    data = ShardDataset(uri)
+    windows: dict = {"latents": ([1, 0, 1], 2), "tokens": (None, None)}
+    samples = np.array([3, 0, 2])
+    data.stacks(samples, windows)  # reads the layouts
+    requests: list[tuple[str, int, int]] = []
+    read_range = storage.read_range
+    monkeypatch.setattr(storage, "read_range", lambda *place: requests.append(place) or read_range(*place))
+    found = data.stacks(samples, windows)
+    assert len(requests) <= len(samples)
+    one_by_one = {name: data.stack(samples, name, *window) for name, window in windows.items()}
+    for name, (alone, damage) in one_by_one.items():
+        assert np.array_equal(found[name][0], alone) and damage == found[name][1] == {}
+    assert np.array_equal(found["latents"][0][0], sample("", 4).latents[1:3])
+    largest = max(stop - start for _, start, stop in requests)
+    monkeypatch.setattr(storage, "read_range", lambda u, a, b: read_range(u, a, b)[: -1 if b - a >= largest else None])
+    again = data.stacks(samples, windows)  # what is cut is read again, field by field
+    assert all(np.array_equal(again[name][0], one_by_one[name][0]) and not again[name][1] for name in windows)
