@@ -89,10 +89,17 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
             CORSMiddleware,
             allow_origins=options.origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-Id", "Idempotency-Key"],
+            allow_headers=[
+                "Authorization",
+                "X-API-Key",
+                "Content-Type",
+                "X-Request-Id",
+                "Idempotency-Key",
+                "Callback-Url",
+            ],
             expose_headers=[*RESULT_HEADERS, "X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(RequestLog, count=gateway.count_http)
+    app.add_middleware(RequestLog, count=gateway.count_http, tracer=gateway.tracer)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
