@@ -34,7 +34,7 @@ def otlp_provider() -> TracerProvider:
         UserError: the exporter is not installed.
     """
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
         raise UserError(
             f"--traces needs opentelemetry-exporter-otlp-proto-http ({error}); install the extra `traces`"
