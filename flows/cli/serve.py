@@ -176,11 +176,11 @@ def serve(
     provider = otlp_provider() if traces else None
     tracer = NO_TRACES if provider is None else provider.get_tracer("trip")
     videos = videos or storage.join(root, "videos", service or f"{name}-{alias}")
-    _log_to_stderr(access_log)
     with (
         _listening(host, port) as listener,
         tempfile.TemporaryDirectory(prefix="trip-serve-", ignore_cleanup_errors=True) as cache,
     ):
+        _log_to_stderr(access_log)
         spec = EngineSpec(name, alias, uri, cache, max_batch, max_queue, step_frames=max_step_frames)
         log(f"serve: starting {replicas} replicas of {name}@{alias} from {redact(uri)}")
         with serving(spec, replicas, cpus, gpus, ray_address, service) as backend:
@@ -244,10 +244,12 @@ def _callbacks(private_hosts: tuple[str, ...]) -> Callbacks:
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """Listens before the model is loaded, so that an address in use is known at once. Raises UserError."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"cannot listen on {host}:{port} (a port is at most 65535); give another --host or --port")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); give another --host or --port") from error
     with listener:
         yield listener
