@@ -247,7 +247,7 @@ def _load(spec: BaselineSpec, adapter: Adapter, folder: Path, dtype: str) -> Any
     import torch
 
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"dtype {dtype!r}, expected float32, float16 or bfloat16")
     try:
         pipeline = _pipeline_class(adapter).from_pretrained(str(folder), dtype=kind, **adapter.load)

@@ -69,7 +69,8 @@ def silent(_: str) -> None:
     pass
 
 
-@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # diffusers' text-to-video-zero
+# Diffusers' text-to-video-zero calls both in an older way.
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning", "ignore:Default grid_sample:UserWarning")
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_the_clips_of_a_method_are_complete_and_seeded(method: str, data, protocol, tmp_path: Path) -> None:
     model = build(method, tmp_path)
