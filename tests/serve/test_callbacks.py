@@ -216,6 +216,7 @@ def test_callers_have_secrets_of_their_own(tmp_path: Path) -> None:
         }
         assert len(secrets) == 2 and all(secret.startswith("whsec_") for secret in secrets)
         assert SECRET not in str(secrets) + repr(Callbacks(options()).options)
+        wait(lambda: len(receiver.received) == 4)
 
 
 def test_one_idempotency_key_has_one_address() -> None:
