@@ -103,21 +103,17 @@ class Run:
         "held-out". The address follows from what decides TRIP's own clips: further feature extractors and baselines are
         columns and rows of the same report.
         """
-        fraction = 1.0 if foreign else self.recipe.train.held_out_fraction
         spec = replace(
-            self.recipe.evaluate,
+            items_of(self.recipe, data, protocol, foreign),
             model=model.uri,
             model_sha256=model.sha256,
-            dataset=data.uri,
-            held_out_fraction=fraction,
             # The drawn corpus declares it; of other clips nobody has.
             deterministic_motion=self.recipe.evaluate.deterministic_motion and self.source is None and not foreign,
         )
-        spec = replace(spec, protocol=protocol or (spec.protocol if foreign else "held-out"))
         identity = {
             "model": model.sha256,
             "dataset": data.sha256,
-            "numbers": [spec.clips, fraction, spec.steps, spec.guidance, spec.seed, spec.batch],
+            "numbers": [spec.clips, spec.held_out_fraction, spec.steps, spec.guidance, spec.seed, spec.batch],
             "protocol": spec.protocol,
         }
         return replace(spec, output=address(self.root, "evaluate", identity))
@@ -151,6 +147,17 @@ def resolve(
         UserError: an unknown recipe, unusable options, or values that the recipe does not have.
     """
     return Run(find_recipe(recipe, base, values), named_source(source, options), storage.absolute(root))
+
+
+def items_of(recipe: Recipe, data: Artifact, protocol: str | None, foreign: bool) -> EvaluateSpec:
+    """The recipe's evaluation with all that decides its items; data that are `foreign` were never trained on."""
+    spec = recipe.evaluate
+    return replace(
+        spec,
+        dataset=data.uri,
+        held_out_fraction=1.0 if foreign else recipe.train.held_out_fraction,
+        protocol=protocol or (spec.protocol if foreign else "held-out"),
+    )
 
 
 def held_out_run(run: Run, source: str | None, options: SourceOptions) -> Run | None:

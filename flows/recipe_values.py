@@ -61,7 +61,7 @@ REFUSED = {
 }
 
 
-def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
+def parse_assignments(texts: Sequence[str], flag: str = "--set", example: str = "train.steps=200") -> dict[str, Any]:
     """Values by dotted name from FIELD=VALUE texts; VALUE is TOML, and anything else is a string. The last one counts.
 
     Raises:
@@ -71,7 +71,7 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
-            raise UserError(f"--set {text!r}, expected FIELD=VALUE such as train.steps=200")
+            raise UserError(f"{flag} {text!r}, expected FIELD=VALUE such as {example}")
         values |= flatten({name: _toml_value(value)})
     return values
 

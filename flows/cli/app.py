@@ -54,6 +54,7 @@ COMMANDS = {
     "deduplicate": "flows.cli.curate",
     "compact": "flows.cli.curate",
     "upgrade": "flows.cli.curate",
+    "generate-baseline": "flows.cli.baseline",
     "vbench-export": "flows.cli.vbench",
     "vbench-read": "flows.cli.vbench",
     "preference-study": "flows.cli.preference",

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.console import log, results
 from flows.mlflow_store import existing_store
@@ -19,6 +20,9 @@ from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.records import UserError
 from tasks.serve.server_limits import SERVER, VIDEOS, ServerLimits, VideoLimits
 from trip_model.request_limits import BOUNDS, RequestError, check_number
+
+if TYPE_CHECKING:
+    from tasks.serve.callbacks import Callbacks
 
 KEY_VARIABLE = "TRIP_API_KEY"
 KEY_FILE_VARIABLE = "TRIP_API_KEY_FILE"
@@ -58,6 +62,9 @@ def serve(
     tls_key: Path | None = None,
     drain_pause: float = 0,
     access_log: bool = True,
+    callbacks: bool = False,
+    callback_hosts: tuple[str, ...] = (),
+    traces: bool = False,
 ) -> None:
     """Serve the model of a registry alias over HTTP, and follow the alias when it moves.
 
@@ -100,6 +107,11 @@ def serve(
         tls_key: file of its private key.
         drain_pause: seconds at SIGTERM in which /readyz is 503 and requests are still accepted, for a load balancer.
         access_log: whether each request is logged to standard error, as one line of JSON.
+        callbacks: whether a caller may give an address that is called when its video in the background has ended. It
+            needs a secret for signatures in TRIP_CALLBACK_SECRET.
+        callback_hosts: HOST or HOST:PORT in the private network that may be called too.
+        traces: whether traces are sent over OTLP, to OTEL_EXPORTER_OTLP_ENDPOINT and as OpenTelemetry's other variables
+            say; it needs the extra `traces`.
     """
     counts = {
         "--replicas": replicas, "--max-batch": max_batch, "--max-queue": max_queue, "--seconds": seconds,
@@ -141,6 +153,7 @@ def serve(
     from tasks.serve.job import serving
     from tasks.serve.keys import Keys
     from tasks.serve.messages import EngineSpec
+    from tasks.serve.tracing import NO_TRACES, otlp_provider
     from tasks.serve.videos import Videos
 
     file = keys or (Path(os.environ[KEY_FILE_VARIABLE]) if os.environ.get(KEY_FILE_VARIABLE) else None)
@@ -159,17 +172,21 @@ def serve(
         page,
         about or ABOUT_MODEL,
     )
+    callers = _callbacks(callback_hosts) if callbacks else None
+    provider = otlp_provider() if traces else None
+    tracer = NO_TRACES if provider is None else provider.get_tracer("trip")
     videos = videos or storage.join(root, "videos", service or f"{name}-{alias}")
-    _log_to_stderr(access_log)
     with (
         _listening(host, port) as listener,
         tempfile.TemporaryDirectory(prefix="trip-serve-", ignore_cleanup_errors=True) as cache,
     ):
+        _log_to_stderr(access_log)
         spec = EngineSpec(name, alias, uri, cache, max_batch, max_queue, step_frames=max_step_frames)
         log(f"serve: starting {replicas} replicas of {name}@{alias} from {redact(uri)}")
         with serving(spec, replicas, cpus, gpus, ray_address, service) as backend:
-            gateway = Gateway(backend, seconds, max_steps)
-            line = Videos(gateway, videos, VideoLimits(keep_seconds=keep_hours * 3600, parallel=replicas * max_batch))
+            gateway = Gateway(backend, seconds, max_steps, tracer)
+            video_limits = VideoLimits(keep_seconds=keep_hours * 3600, parallel=replicas * max_batch)
+            line = Videos(gateway, videos, video_limits, callers)
             config = uvicorn.Config(
                 create_app(gateway, line, options),
                 http=Connections(limits, gateway.metrics),  # pyright: ignore[reportArgumentType] - uvicorn calls it as it calls a class
@@ -191,6 +208,8 @@ def serve(
             shown = {"web UI": f"{address}/"} if page else {}
             results("serve", {**shown, "api": f"{address}/v1/animate", "docs": f"{address}/docs"})
             Server(config, gateway, drain_pause).run([listener])
+            if provider is not None:
+                provider.shutdown()  # sends what it still has
     log("serve: stopped; all accepted requests were completed")
 
 
@@ -212,13 +231,25 @@ def serve_key(name: str, file: Path) -> None:
     results("serve-key", {"name": name, "key": key, "file": str(file)})
 
 
+def _callbacks(private_hosts: tuple[str, ...]) -> Callbacks:
+    """Raises UserError."""
+    from tasks.serve.callbacks import SECRET_VARIABLE, CallbackOptions, Callbacks
+
+    try:
+        return Callbacks(CallbackOptions(os.environ.get(SECRET_VARIABLE, ""), private_hosts))
+    except ValueError as error:
+        raise UserError(f"--callbacks: {error}") from error
+
+
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """Listens before the model is loaded, so that an address in use is known at once. Raises UserError."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"cannot listen on {host}:{port} (a port is at most 65535); give another --host or --port")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); give another --host or --port") from error
     with listener:
         yield listener

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.redaction import redact
+from tasks.evaluate.baseline_pipelines import RECORD
 from tasks.evaluate.gate import GateRule
 from tasks.evaluate.protocol.protocol import Protocol
 from tasks.evaluation_record import REPORT_FILE, Gate, read_evaluation
@@ -139,6 +140,11 @@ def provenance_of(
                 spec.methods | {"champion": spec.champion, "base": spec.base.uri if spec.base else None}
             ).items()
             if folder
+        },
+        "baselines": {
+            name: storage.read_json(storage.join(folder, RECORD))
+            for name, folder in spec.methods.items()
+            if storage.exists(storage.join(folder, RECORD))
         },
         "judges": {
             extractor.metric: {

@@ -23,12 +23,12 @@ from yarl import URL
 
 from infra import storage
 from infra.redaction import name_of, redact
+from infra.url_guard import Access, AddressGuard, Refused, blocked_cause, host_and_port, written_url
 from tasks.ingest.files import is_over_http
-from tasks.ingest.http_checks import AGENT, Refused, is_photo, is_video, looks_like, opts_out, seconds_to_wait
+from tasks.ingest.http_checks import AGENT, is_photo, is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.sources import has_scheme, local_root, resolve_url, source_files
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.tables import read_cell
-from tasks.ingest.url_guard import Access, AddressGuard, blocked_cause, host_and_port, written_url
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, Inside, UserError
 from trip_model import __version__
 from trip_model.request_limits import MAX_PHOTO_BYTES

@@ -1,4 +1,4 @@
-"""Classifies HTTP responses: video or something else, opt-out, Retry-After; and defines the failure of an attempt."""
+"""Classifies HTTP responses: video or something else, opt-out, Retry-After."""
 
 from __future__ import annotations
 
@@ -24,14 +24,6 @@ _LOOKS = {
     "a picture": rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP",
     "a compressed file": rb"PK\x03\x04|\x1f\x8b|BZh|7z\xbc\xaf|\xfd7zXZ",
 }
-
-
-class Refused(Exception):
-    """Raised when one attempt fails, with its reason; `retry_after` in seconds if the server sent one."""
-
-    def __init__(self, reason: str, detail: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.retry_after = reason, detail, retry_after
 
 
 def is_video(data: bytes) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -89,10 +90,17 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
             CORSMiddleware,
             allow_origins=options.origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-Id", "Idempotency-Key"],
+            allow_headers=[
+                "Authorization",
+                "X-API-Key",
+                "Content-Type",
+                "X-Request-Id",
+                "Idempotency-Key",
+                "Callback-Url",
+            ],
             expose_headers=[*RESULT_HEADERS, "X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(RequestLog, count=gateway.count_http)
+    app.add_middleware(RequestLog, count=gateway.count_http, tracer=gateway.tracer)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
@@ -126,12 +134,12 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
         except Refusal as refusal:
             raise gateway.count_refusal(refusal) from refusal.__cause__
         accept = request.headers.get("accept", "")
-        if LINES in accept:
+        if accepts(accept, LINES):
             messages = gateway.stream(animation)
             first = await anext(messages)  # raises the refusal of a request that is not accepted
             return StreamingResponse(_lines(first, messages, request.state.request_id), media_type=LINES)
         clip = await _clip(gateway, animation, request)
-        if JSON in accept:
+        if accepts(accept, JSON):
             return JSONResponse(_as_json(clip, request.state.request_id), headers=_headers(clip))
         return Response(clip.as_file(), media_type=MEDIA_TYPES[clip.format], headers=_headers(clip))
 
@@ -183,6 +191,15 @@ def create_app(gateway: Gateway, videos: Videos, options: AppOptions | None = No
     if options.page:
         add_page(app)
     return app
+
+
+def accepts(header: str, media_type: str) -> bool:
+    """Whether an `Accept` header names a media type; `;q=0` excludes it, and wildcards name none."""
+    for part in header.lower().split(","):
+        kind, *parameters = (word.strip() for word in part.split(";"))
+        if kind == media_type:
+            return not any(re.fullmatch(r"q\s*=\s*0(\.0*)?", parameter) for parameter in parameters)
+    return False
 
 
 def _allowed(request: Request) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -40,9 +41,12 @@ async def read_request(request: Request, max_steps: int, seed: int | None = None
 
 
 async def _form(headers: Headers, body: bytes) -> dict[str, Any]:
-    """The fields of a form. Raises ValueError for one that would take long to parse."""
+    """The fields of a form. Raises ValueError for one that would take long to parse, or that ends too early."""
     if body.count(b"\r\n--") > MAX_BOUNDARIES:
         raise ValueError(f"more than {MAX_BOUNDARIES} boundaries")
+    boundary = parse_options_header(headers.get("content-type", ""))[1].get(b"boundary", b"")
+    if boundary and b"--" + boundary + b"--" not in body:  # the parser would take what there is
+        raise ValueError("the closing boundary is missing")
 
     async def parts() -> AsyncGenerator[bytes, None]:
         # The parser keeps a tuple for each run of bytes; a million of them hold Python's lock while they are collected.

@@ -10,12 +10,14 @@ from types import FrameType
 from typing import Protocol
 
 import uvicorn
+from opentelemetry.trace import StatusCode, Tracer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from tasks.serve.limits import Animation, Refusal
 from tasks.serve.messages import Clip, Message, Progress, Status
+from tasks.serve.tracing import NO_TRACES
 from trip_model.request_limits import BOUNDS
 
 MAX_STEPS = int(BOUNDS["steps"].maximum)
@@ -38,9 +40,13 @@ class Gateway:
     Args:
         seconds: the time limit of a request.
         max_steps: the largest number of steps that a request may have.
+        tracer: of the spans of requests, of videos and of what the model does.
     """
 
-    def __init__(self, backend: Backend, seconds: float, max_steps: int = MAX_STEPS) -> None:
+    def __init__(
+        self, backend: Backend, seconds: float, max_steps: int = MAX_STEPS, tracer: Tracer = NO_TRACES
+    ) -> None:
+        self.tracer = tracer
         self.backend = backend
         self.seconds = seconds
         self.max_steps = max_steps
@@ -85,21 +91,36 @@ class Gateway:
         start = time.monotonic()
         self.in_flight += 1
         answered = False
+        # Not the current span: a generator's blocks run in the contexts of those who read it.
+        span = self.tracer.start_span("animate", attributes={"trip.seed": animation.seed})
         try:
             async with aclosing(self.backend.stream(animation, self.seconds)) as messages:
                 async for message in messages:
                     answered = not isinstance(message, Progress)
+                    if isinstance(message, Progress) and message.step == 1:
+                        span.add_event("first step")  # before it, the request waits
                     if isinstance(message, Refusal):
+                        span.set_status(StatusCode.ERROR, f"status {message.status}")
                         raise self.count_refusal(message)
                     if isinstance(message, Clip):
                         self._requests.labels(200).inc()
                         self._clips.labels(message.model, message.version).inc()
                         self._clip_seconds.observe(time.monotonic() - start)
+                        span.set_attributes(
+                            {
+                                "trip.model": message.model,
+                                "trip.version": message.version,
+                                "trip.frames": message.num_frames,
+                                "trip.steps": message.steps,
+                            }
+                        )
                     yield message
         finally:
             self.in_flight -= 1
             if not answered:  # the client has disconnected
                 self._requests.labels(499).inc()
+                span.add_event("abandoned")
+            span.end()
 
 
 class _Retries(Collector):

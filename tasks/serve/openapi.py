@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.serve.body import JSON, MULTIPART
+from tasks.serve.callbacks import MAX_URL_CHARACTERS
 from tasks.serve.limits import animation_schema
 from tasks.serve.messages import MEDIA_TYPES
 from tasks.serve.videos import STATES
@@ -70,6 +71,8 @@ VIDEO = {
         "format": TEXT,
         "model": TEXT,
         "version": TEXT,
+        "callback_url": {"type": ["string", "null"]},
+        "callback_secret": {"type": "string", "description": "verifies calls; in the response to the request only"},
         "error": {"type": ["object", "null"]},
     },
 }
@@ -115,16 +118,22 @@ def describe_animate(max_steps: int) -> dict[str, Any]:
     return describe_request(max_steps) | {"responses": {"200": clip} | refusals(408, 422, 503, 504)}
 
 
-def describe_submit(max_steps: int) -> dict[str, Any]:
+def describe_submit(max_steps: int, callbacks: bool) -> dict[str, Any]:
     key = {
         "name": "Idempotency-Key",
         "in": "header",
         "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]{1,128}$"},
         "description": "a name for this request; the same name and values return the video of the first request",
     }
+    callback = {
+        "name": "Callback-Url",
+        "in": "header",
+        "schema": {"type": "string", "maxLength": MAX_URL_CHARACTERS, "format": "uri"},
+        "description": "a public address that is called when the video has ended, signed as Standard Webhooks says",
+    }
     return {
         **describe_request(max_steps),
-        "parameters": [key],
+        "parameters": [key, callback] if callbacks else [key],
         **describe(202, "The video, in the line", VIDEO, 408, 409, 422, 503),
     }
 

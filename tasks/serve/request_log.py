@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, use_span
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.limits import FIELDS, Refusal
+from tasks.serve.tracing import NO_TRACES, context_of
 
 ACCESS_LOG = "tasks.serve.access"  # the logger of the lines, each a JSON object
 DISCONNECTED = 499  # the status of a request whose client does not wait for the response
@@ -58,11 +60,12 @@ class RequestLog:
     """Gives every request an id (or keeps a valid `X-Request-Id`), logs and counts its end, and answers HEAD as GET.
 
     A line of the log has the name of the caller's key, never a key, the path without its query, and the trace of a
-    `traceparent` header. An error of the application is logged with the id and answered with 500.
+    `traceparent` header, which also is the parent of the span of the request. An error of the application is logged
+    with the id and answered with 500.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, int, float], None]) -> None:
-        self._app, self._count = app, count  # of method, route, status, seconds
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int, float], None], tracer: Tracer = NO_TRACES) -> None:
+        self._app, self._count, self._tracer = app, count, tracer  # count: of method, route, status, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,8 +105,11 @@ class RequestLog:
                 complete = not message.get("more_body", False)
             await send(message)
 
+        header = headers.get(b"traceparent", b"").decode("latin-1") or None
+        span = self._tracer.start_span(scope["method"], context_of(header), SpanKind.SERVER)
         try:
-            await self._app(inner, listen, respond)
+            with use_span(span, record_exception=False, set_status_on_exception=False):
+                await self._app(inner, listen, respond)
         except Exception as error:
             _log.error("request %s failed", request_id, exc_info=error)
             if status:  # the response has begun; the server closes the connection
@@ -115,10 +121,24 @@ class RequestLog:
             route = getattr(inner.get("route"), "path", "none")
             seconds = time.monotonic() - start
             self._count(scope["method"], route, end, seconds)
+            span.update_name(f"{scope['method']} {route}")
+            span.set_attributes(
+                {
+                    "http.request.method": scope["method"],
+                    "http.route": route,
+                    "http.response.status_code": end,
+                    "trip.request_id": request_id,
+                    "trip.caller": state["caller"],
+                }
+            )
+            if end >= 500:
+                span.set_status(StatusCode.ERROR)
+            span.end()
+            recorded = span.get_span_context()
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": request_id,
-                "trace_id": trace[1].decode() if trace else "",
+                "trace_id": f"{recorded.trace_id:032x}" if recorded.is_valid else trace[1].decode() if trace else "",
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": end,

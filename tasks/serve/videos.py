@@ -12,17 +12,21 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from anyio import to_thread
+from opentelemetry.trace import SpanKind
 
 from infra import storage
 from infra.storage import StorageError
 from tasks.json_records import parse_record
+from tasks.serve.callbacks import CallbackFailed, Callbacks
 from tasks.serve.gateway import Gateway
 from tasks.serve.limits import Animation, Refusal
 from tasks.serve.messages import Clip
 from tasks.serve.server_limits import VideoLimits
+from tasks.serve.tracing import context_of, traceparent_of
 
 PREFIX = "video_"
 STATES = ("queued", "in_progress", "completed", "failed", "cancelled")
@@ -44,6 +48,9 @@ class Video:
         ended: when it was completed, failed or cancelled.
         clip: the fields of the `Clip` without its files.
         error: the status and message of the refusal that ended it.
+        callback: the address that is called when it has ended.
+        called: whether that was done, or given up.
+        trace: the `traceparent` of its request.
     """
 
     id: str
@@ -55,6 +62,9 @@ class Video:
     ended: float | None = None
     clip: dict[str, bool | str | int | float] | None = None
     error: tuple[int, str] | None = None
+    callback: str | None = None
+    called: bool = False
+    trace: str | None = None
     schema: Literal[1] = 1
 
     @property
@@ -67,10 +77,21 @@ class Videos:
 
     A video is accepted when its photo and its record are stored. A killed service makes the unfinished ones from their
     start when it starts again: the seed is in the record, so the clip is the same. One address is for one service.
+
+    With `callbacks` a caller may give an address, which is called at least once when its video has ended, also by the
+    next start of a killed service.
     """
 
-    def __init__(self, gateway: Gateway, address: str, limits: VideoLimits | None = None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        address: str,
+        limits: VideoLimits | None = None,
+        callbacks: Callbacks | None = None,
+    ) -> None:
         self.limits = limits or VideoLimits()
+        self.callbacks = callbacks
+        self._calls: set[asyncio.Task[None]] = set()
         self._gateway, self._address = gateway, storage.absolute(address)
         self._videos: dict[str, Video] = {}
         self._line: deque[str] = deque()
@@ -83,6 +104,10 @@ class Videos:
     async def running(self) -> AsyncIterator[None]:
         """Reads the records, then makes videos and removes old ones during an `async with` block."""
         await self._load()
+        if self.callbacks is not None:
+            self.callbacks.open()
+            for video in self._videos.values():
+                self._call(video)
         tasks = [asyncio.create_task(self._work()) for _ in range(self.limits.parallel)]
         tasks.append(asyncio.create_task(self._sweep()))
         try:
@@ -91,20 +116,31 @@ class Videos:
             for task in (*tasks, *self._running.values()):
                 task.cancel()
             await asyncio.gather(*tasks, *self._running.values(), return_exceptions=True)
+            for task in self._calls:  # the next start calls again
+                task.cancel()
+            await asyncio.gather(*self._calls, return_exceptions=True)
+            if self.callbacks is not None:
+                await self.callbacks.close()
 
-    async def submit(self, animation: Animation, owner: str, idempotency_key: str | None = None) -> Video:
+    async def submit(
+        self, animation: Animation, owner: str, idempotency_key: str | None = None, callback: str | None = None
+    ) -> Video:
         """Stores a video and puts it at the end of the line. Raises `Refusal`.
 
         With an idempotency key that the owner has sent before, it returns that video, or refuses other values.
         """
+        if callback is not None:
+            if self.callbacks is None:
+                raise Refusal(422, "this service calls no addresses; send the request without Callback-Url")
+            callback = self.callbacks.check(callback)
         if idempotency_key is None:
-            return await self._accept(PREFIX + secrets.token_hex(16), animation, owner)
+            return await self._accept(PREFIX + secrets.token_hex(16), animation, owner, callback)
         id = id_of(owner, idempotency_key)
         async with self._idempotent:
             existing = self._videos.get(id)
             if existing is None:
-                return await self._accept(id, animation, owner)
-        if existing.fingerprint != _fingerprint(animation):
+                return await self._accept(id, animation, owner, callback)
+        if (existing.fingerprint, existing.callback) != (_fingerprint(animation), callback):
             raise Refusal(409, "the Idempotency-Key was sent with another request; use a new one")
         return existing
 
@@ -182,7 +218,7 @@ class Videos:
             if not video.has_ended:
                 self._line.append(video.id)
 
-    async def _accept(self, id: str, animation: Animation, owner: str) -> Video:
+    async def _accept(self, id: str, animation: Animation, owner: str, callback: str | None) -> Video:
         if self._gateway.closing:
             raise Refusal(503, "the service is stopping; send the request again later", 5)
         if len(self._line) >= self.limits.waiting:
@@ -191,7 +227,16 @@ class Videos:
             raise Refusal(429, f"{len(self._videos)} videos are stored; delete some, or send it again in 60 s", 60)
         values = dataclasses.asdict(animation)
         photo = values.pop("image")
-        video = Video(id, owner, "queued", values, _fingerprint(animation), time.time())
+        video = Video(
+            id,
+            owner,
+            "queued",
+            values,
+            _fingerprint(animation),
+            time.time(),
+            callback=callback,
+            trace=traceparent_of(),
+        )
         self._videos[id] = video  # counts before it is stored
 
         def write() -> None:
@@ -228,6 +273,14 @@ class Videos:
 
     async def _make(self, video: Video) -> None:
         video = self._videos[video.id] = replace(video, state="in_progress")
+        attributes = {"trip.video": video.id, "trip.waited_seconds": time.time() - video.created}
+        span = self._gateway.tracer.start_as_current_span(
+            "video", context_of(video.trace), SpanKind.CONSUMER, attributes
+        )
+        with span:
+            await self._make_clip(video)
+
+    async def _make_clip(self, video: Video) -> None:
         try:
             photo = await self._store(lambda: storage.read_bytes(self._file(video.id, "photo")))
             clip = await self._clip(video, Animation(photo, **video.request))  # pyright: ignore[reportArgumentType]
@@ -265,7 +318,37 @@ class Videos:
         except Refusal as refusal:  # the next start makes it again
             _log.error("video %s ended, but %s", video.id, refusal.message)
         self._videos[video.id] = ended
+        self._call(ended)
         return ended
+
+    def _call(self, video: Video) -> None:
+        """Starts the calls of the address of a video that has ended."""
+        if self.callbacks is not None and video.has_ended and video.callback is not None and not video.called:
+            task = asyncio.create_task(self._call_until_answered(self.callbacks, video, video.callback))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+
+    async def _call_until_answered(self, callbacks: Callbacks, video: Video, address: str) -> None:
+        error = None if video.error is None else {"status": video.error[0], "message": video.error[1]}
+        event = {
+            "type": f"video.{video.state}",
+            "timestamp": datetime.fromtimestamp(video.ended or video.created, UTC).isoformat(),
+            "data": {"id": video.id, "status": video.state, "error": error},
+        }
+        for attempt, delay in enumerate(callbacks.options.delays, 1):
+            await asyncio.sleep(delay)
+            if video.id not in self._videos:  # deleted
+                return
+            try:
+                await callbacks.send(address, video.owner, f"{video.id}.{video.state}", event)
+                break
+            except CallbackFailed as failure:
+                _log.warning("video %s: attempt %d to call its address failed: %s", video.id, attempt, failure)
+        if video.id not in self._videos:
+            return
+        called = self._videos[video.id] = replace(self._videos[video.id], called=True)
+        with contextlib.suppress(Refusal):  # otherwise the next start calls again
+            await self._store(lambda: storage.write_json(self._file(video.id, "json"), dataclasses.asdict(called)))
 
     async def _sweep(self) -> None:
         while True:

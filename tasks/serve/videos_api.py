@@ -30,7 +30,7 @@ def add_video_routes(app: FastAPI, gateway: Gateway, videos: Videos, dependencie
         dependencies=dependencies,
         summary="Animate a photo in the background",
         status_code=202,
-        openapi_extra=describe_submit(gateway.max_steps),
+        openapi_extra=describe_submit(gateway.max_steps, videos.callbacks is not None),
     )
     async def submit(request: Request) -> Response:
         key, owner, seed = request.headers.get("idempotency-key"), request.state.caller, None
@@ -40,8 +40,11 @@ def add_video_routes(app: FastAPI, gateway: Gateway, videos: Videos, dependencie
             # A request that is sent again has no other seed.
             seed = int(id_of(owner, key)[-7:], 16)
         animation = await read_request(request, gateway.max_steps, seed)
-        video = await videos.submit(animation, owner, key)
-        return JSONResponse(as_json(videos, video), 202, {"Location": str(request.url_for("show", id=video.id).path)})
+        video = await videos.submit(animation, owner, key, request.headers.get("callback-url"))
+        body = as_json(videos, video)
+        if video.callback is not None and videos.callbacks is not None:
+            body["callback_secret"] = videos.callbacks.secret_of(owner)
+        return JSONResponse(body, 202, {"Location": str(request.url_for("show", id=video.id).path)})
 
     @app.get(
         ROOT,
@@ -119,5 +122,6 @@ def as_json(videos: Videos, video: Video) -> dict[str, Any]:
         "created_at": int(video.created),
         "completed_at": None if video.ended is None else int(video.ended),
         "expires_at": int(videos.expires(video)),
+        "callback_url": video.callback,
         "error": None if video.error is None else {"status": video.error[0], "message": video.error[1]},
     }

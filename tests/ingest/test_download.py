@@ -15,12 +15,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from infra import url_guard as addresses
 from infra.redaction import name_of
-from tasks.ingest import url_guard as addresses
+from infra.url_guard import is_public
 from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.http_checks import is_video, looks_like, opts_out, seconds_to_wait
 from tasks.ingest.spec import DownloadSpec, SourceSpec
-from tasks.ingest.url_guard import is_public
 from tasks.records import RETRY_CLASSES, ClipRef, Failure, UserError
 from trip_model import __version__
 

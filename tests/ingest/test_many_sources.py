@@ -19,12 +19,12 @@ import pytest
 
 from flows.cli.app import main
 from infra import storage
+from infra.url_guard import written_url
 from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.samples import write_sample
 from tasks.ingest.sources import count_rows, find_format, opened, read_rows, resolve_url, source_digest, source_identity
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.ingest.survey import preview, survey
-from tasks.ingest.url_guard import written_url
 from tasks.records import ClipRef, Failure, UserError
 from tasks.shards import writing
 from tasks.shards.layout import PackedSample

@@ -62,6 +62,18 @@ def test_a_gif_shows_no_frame_so_short_that_browsers_slow_it_down(fps, delays):
     assert fps > 50 or sum(found) == round(6 * 100 / fps) * 10
 
 
+def test_a_gif_of_equal_frames_lasts_as_long_as_the_clip():
+    """Pillow joins equal neighbours to one frame, which is shown for their time."""
+    still, stops = np.repeat(PIXELS[:1], 6, axis=0), PIXELS[[0, 1, 1, 1, 2, 2]]
+    for pixels, delays in ((still, [1500]), (stops, [250, 750, 500])):
+        image: Any = Image.open(io.BytesIO(video_bytes(pixels, 4, "gif")))
+        found = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            found.append(image.info["duration"])
+        assert found == delays
+
+
 def test_a_webp_has_its_frames_and_loops():
     image: Any = Image.open(io.BytesIO(video_bytes(PIXELS, 4, "webp")))
     assert image.n_frames == 6 and image.info["loop"] == 0

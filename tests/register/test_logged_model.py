@@ -13,13 +13,16 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow.models import Model
+from mlflow.pyfunc.model import PythonModelContext
 
 from infra.tracking import connect
 from tasks.records import UserError
 from tasks.register import packaging
 from tasks.register.packaging import build_wheel, drawn_photo, mentions, requirements, without_local_paths
+from tasks.register.pyfunc_model import InputError, TripModel
 from tasks.register.registry import RegisterSpec, register
 from tasks.serve.versions import AliasedModel, RegistryTrouble
 from tasks.video.decode import read_clip
@@ -122,6 +125,55 @@ def test_the_service_loads_only_the_registered_weights(spec, package, tmp_path):
 def test_paths_in_a_config_are_cut_to_their_names_and_nothing_else_changes():
     config = {"_name_or_path": "/home/me/base/unet", "list": ["file:///data/x", "/", "a/b"], "beta": 1e-4, "ok": None}
     assert without_local_paths(config) == {"_name_or_path": "unet", "list": ["x", "/", "a/b"], "beta": 1e-4, "ok": None}
+
+
+def hostile() -> dict[str, tuple[dict, dict, str]]:
+    """(columns, parameters, words of the message) of inputs that the logged model must reject."""
+    photo, prompt = drawn_photo(32), "a cat"
+    good = {"image": [photo], "prompt": [prompt]}
+    return {
+        "no image": ({"image": [None], "prompt": [prompt]}, {}, "row 0: image is None"),
+        "NaN": ({"image": [float("nan")], "prompt": [prompt]}, {}, "row 0: image is nan"),
+        "a number": ({"image": [5], "prompt": [prompt]}, {}, "row 0: image is 5"),
+        "a list": ({"image": [[1, 2]], "prompt": [prompt]}, {}, "row 0: image is [1, 2]"),
+        "a path": ({"image": ["/etc/passwd"], "prompt": [prompt]}, {}, "cannot be read"),
+        "an address": ({"image": ["http://127.0.0.1/a.png"], "prompt": [prompt]}, {}, "not base64"),
+        "a page": ({"image": ["data:text/html;base64,PGh0bWw+"], "prompt": [prompt]}, {}, "cannot be read"),
+        "PostScript": ({"image": [b"%!PS-Adobe-3.0 EPSF-3.0\n"], "prompt": [prompt]}, {}, "cannot be read"),
+        "half a photo": ({"image": [photo[: len(photo) // 2]], "prompt": [prompt]}, {"steps": 1}, "row 0: "),
+        "no prompt": ({"image": [photo], "prompt": [None]}, {}, "row 0: prompt is None"),
+        "an object": ({"image": [photo], "prompt": [{"a": 1}]}, {}, "row 0: prompt is {'a': 1}"),
+        "the second row": ({"image": [photo] * 2, "prompt": [prompt, " "]}, {}, "row 1: prompt is ' '"),
+        "no rows": ({"image": [], "prompt": []}, {}, "0 rows were sent; send 1 to 16"),
+        "17 rows": ({"image": [photo] * 17, "prompt": [prompt] * 17}, {}, "17 rows were sent"),
+        "no column": ({"prompt": [prompt]}, {}, "column 'image' is missing"),
+        "a negative seed": (good, {"seed": -1}, "seed is -1"),
+        "a seed that rows exceed": (
+            {"image": [photo] * 2, "prompt": [prompt] * 2},
+            {"seed": 2**63 - 1, "steps": 1, "num_frames": 2},
+            "row 1: seed is",
+        ),
+        "no steps": (good, {"steps": 0}, "steps is 0"),
+        "another format": (good, {"format": "../a"}, "format is '../a'"),
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> TripModel:
+    model = TripModel()
+    model.load_context(PythonModelContext({"model": str(tiny_model)}, {}))
+    return model
+
+
+@pytest.mark.parametrize("case", hostile())
+def test_the_model_rejects_hostile_input_with_one_sentence(case, model):
+    """As `predict` gets it: MLflow's own check of types comes before it, and is not in every way that leads there."""
+    columns, params, words = hostile()[case]
+    with pytest.raises(InputError) as caught:
+        model.predict(None, pd.DataFrame(columns), params)
+    message = str(caught.value)
+    assert words in message and "\n" not in message and len(message) < 400
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"  # MLflow's server answers 400
 
 
 def test_the_signature_names_inputs_outputs_and_parameters_with_defaults(package):

@@ -7,7 +7,9 @@ import base64
 import io
 import json
 import shutil
+import socket
 import struct
+import time
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -22,9 +24,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from flows.cli.app import main
 from infra.tracking import connect
 from tasks.register.registry import RegisterSpec, register
-from tasks.serve.api import AppOptions, create_app
+from tasks.serve.api import ABOUT_MODEL, AppOptions, create_app
 from tasks.serve.engine import Engine
 from tasks.serve.gateway import Gateway
 from tasks.serve.keys import Keys
@@ -130,13 +133,20 @@ def engine(store: Store, tmp_path_factory: pytest.TempPathFactory):
         yield engine
 
 
-def ask(engine_or_gateway, method: str = "POST", path: str = "/v1/animate", key: str | None = None, **request):
+def ask(
+    engine_or_gateway,
+    method: str = "POST",
+    path: str = "/v1/animate",
+    key: str | None = None,
+    options: AppOptions | None = None,
+    **request,
+):
     """One request to the application over an in-process connection."""
     gateway = engine_or_gateway if isinstance(engine_or_gateway, Gateway) else Gateway(engine_or_gateway, 60)
 
     async def go() -> httpx.Response:
-        options = AppOptions(keys=Keys(key=key) if key else None)
-        app = create_app(gateway, Videos(gateway, "memory://videos"), options)
+        chosen = options or AppOptions(keys=Keys(key=key) if key else None)
+        app = create_app(gateway, Videos(gateway, "memory://videos"), chosen)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://trip", timeout=60) as client:
             return await client.request(method, path, **request)
@@ -183,6 +193,42 @@ def test_a_form_gives_the_same_frames_as_json_and_as_the_pipeline(engine, store)
     pngs = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in as_json["frames"]]
     np.testing.assert_array_equal(np.stack(pngs), expected)
     assert (as_json["seed"], as_json["steps"], as_json["version"], as_json["batch"]) == (9, 3, "2", 1)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("application/json", "application/json"),
+        ("video/mp4;q=0.5, application/json", "application/json"),
+        ("Application/JSON; q=0.1", "application/json"),
+        ("video/mp4, application/json;q=0", "video/mp4"),
+        ("video/mp4, application/x-ndjson; q=0.000, application/json; q = 0.0", "video/mp4"),
+        ("application/jsonp", "video/mp4"),
+        ("*/*", "video/mp4"),
+    ],
+)
+def test_accept_chooses_the_form_of_the_answer_and_q_0_excludes_one(accept, kind, engine):
+    answer = ask(engine, json=GOOD | {"num_frames": 2, "steps": 1}, headers={"Accept": accept})
+    assert answer.status_code == 200 and answer.headers["content-type"].partition(";")[0] == kind
+
+
+def test_the_model_says_what_it_can_do_and_the_operator_may_say_it(engine):
+    own = "This model moves clouds and water."
+    for about, options in ((ABOUT_MODEL, AppOptions()), (own, AppOptions(about=own))):
+        assert ask(engine, "GET", "/v1/model", options=options).json()["about"] == about
+    assert "dissolve into blur" in ABOUT_MODEL, "a first photo that turns to mush is no surprise"
+
+
+@pytest.mark.parametrize("port", ["in use", "99999"])
+def test_a_port_that_cannot_be_listened_on_is_said_before_the_model_is_loaded(port, tmp_path, capsys):
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = str(listener.getsockname()[1]) if port == "in use" else port
+        start = time.monotonic()
+        assert main(["serve", "--port", number, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 2
+    output = capsys.readouterr()
+    assert f"cannot listen on 127.0.0.1:{number}" in output.err and "give another --host or --port" in output.err
+    assert "starting" not in output.out and time.monotonic() - start < 60
 
 
 def test_the_returned_seed_gives_the_same_clip(engine):
@@ -273,6 +319,15 @@ BODIES = {
     ),
     "a list": ({"json": [1]}, 400, "not an object"),
     "no boundary": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "not multipart"),
+    "no closing boundary": (
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat\r\n--x\r\n'
+            b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + photo(),
+            "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+        },
+        400,
+        "the closing boundary is missing",
+    ),
     "two photos": ({"files": [("image", photo()), ("image", photo())]}, 400, "Too many files"),
     "no image": ({"json": {"prompt": PROMPT}}, 422, "image is missing; send a JPEG"),
 }

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from opentelemetry.trace import Tracer
 
 from tasks.serve.api import AppOptions, create_app
+from tasks.serve.callbacks import CallbackOptions, Callbacks
 from tasks.serve.connections import Connections
 from tasks.serve.gateway import Backend, Gateway
 from tasks.serve.limits import Animation
 from tasks.serve.messages import Clip, Progress, Status
 from tasks.serve.server_limits import VideoLimits
+from tasks.serve.tracing import NO_TRACES
 from tasks.serve.videos import Videos
 
 DEFAULTS = {"num_frames": 16, "steps": 50, "guidance": 1.0, "fps": 4.0}
@@ -74,15 +77,17 @@ def running_service(
     videos: str | None = None,
     video_limits: VideoLimits | None = None,
     seconds: float = 60,
+    callbacks: CallbackOptions | None = None,
+    tracer: Tracer = NO_TRACES,
     **config: Any,
 ) -> Iterator[Running]:
     options = options or AppOptions()
-    gateway = Gateway(backend, seconds)
+    gateway = Gateway(backend, seconds, tracer=tracer)
     with (
         tempfile.TemporaryDirectory(prefix="trip-videos-") as folder,
         socket.create_server(("127.0.0.1", 0)) as listener,
     ):
-        line = Videos(gateway, videos or folder, video_limits)
+        line = Videos(gateway, videos or folder, video_limits, Callbacks(callbacks) if callbacks else None)
         connections: Any = Connections(options.limits, gateway.metrics)
         settings = uvicorn.Config(
             create_app(gateway, line, options), http=connections, ws="none", lifespan="on", log_level="warning",

@@ -1,4 +1,4 @@
-"""Guards against SSRF: URLs of an untrusted table may be http or https, and never lead into the private network."""
+"""Guards against SSRF: URLs of others may be http or https, and never lead into the private network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from tasks.ingest.http_checks import Refused
+
+class Refused(Exception):
+    """Raised when one attempt fails, with its reason; `retry_after` in seconds if the server sent one."""
+
+    def __init__(self, reason: str, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.detail, self.retry_after = reason, detail, retry_after
+
 
 # The only block of IPv6 with global unicast addresses (RFC 4291, IANA). It excludes mapped, compatible and translated
 # IPv4 addresses (::ffff:0:0/96, ::/96, 64:ff9b::/96), which stand for a host of IPv4.
@@ -37,7 +44,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Access:
-    """What the caller, not the table, allows in the private network."""
+    """What the operator, not the one who names the URLs, allows in the private network."""
 
     declared: tuple[URL, ...] = ()  # URLs whose combination of scheme, host and port may be private
     hosts: frozenset[tuple[str, int | None]] = frozenset()  # hosts that may be private; without a port every port
@@ -45,7 +52,7 @@ class Access:
 
 
 class AddressGuard(AbstractResolver):
-    """Checks the URLs of a table and of redirects in three places.
+    """Checks URLs that others name, and those of redirects, in three places.
 
     `check` reads the parsed URL that aiohttp gets, `resolve` drops private addresses of a host name, and `open_socket`
     checks the address of every connection before it is opened. So no private address is connected to, in whatever form
