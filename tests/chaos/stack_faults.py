@@ -1,0 +1,429 @@
+"""Disturbs a complete stack while a run of `reproduce` goes from a table to a registered model, and compares.
+
+    python -m tests.chaos.stack_faults [--only ray-worker-prepare,disk-train] [--seed 0] [--steps 120]
+
+One stack of `flows up` with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on a server for S3 (moto).
+An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls `flows up`, and starts
+the same run again until it completes. Compared with the undisturbed run: the hash of the data set, the hash of the
+model, and the curve of the loss in MLflow, which must have every step with the same value, once. Processes of a run that
+are alive a minute after it are orphans. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from flows import layout, recipes
+from flows.source import DEFAULT
+from infra import storage
+from infra.supervisor import SERVICE_VARIABLE, STACK_VARIABLE
+from tasks.ingest.demo import write_demo_corpus
+from tasks.train.checkpoints import COMPLETE
+from tasks.train.spec import TrainSpec, finished_report
+from tests.conftest import free_port, make_tiny_base
+from tests.support.stacks import ENDED, REPOSITORY, Stack, until
+from tests.support.tiny_cli import tiny
+
+RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
+GRACE_SECONDS = 60.0
+MOST_RERUNS = 5
+OUTAGE_SECONDS, LONG_OUTAGE_SECONDS = 60.0, 120.0
+STAGE_PROCESSES = ("ray::EncodeWorker", "ray::RayTrainWorker", "ray::TrainController", "ray::_Relay")
+
+
+@dataclass
+class Result:
+    """What a run left: the hashes of its results, its loss by step, and what it cost."""
+
+    name: str
+    ends: list[str] = field(default_factory=list)  # of each flow run, the last one completed
+    seconds: float = 0.0
+    data: str = ""
+    model: str = ""
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    running_in_mlflow: int = 0
+
+
+class Bench:
+    """The stack, its S3 server, and the runs on them."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.fault = folder / "s3-is-down"
+        port = free_port()
+        self._s3 = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.s3_server", str(port), str(self.fault)],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "s3.log").open("wb"),
+        )
+        access = {"AWS_ACCESS_KEY_ID": "trip", "AWS_SECRET_ACCESS_KEY": "tripsecret", "AWS_DEFAULT_REGION": "us-east-1"}
+        self.endpoint = f"http://127.0.0.1:{port}"
+        os.environ |= access | {"AWS_ENDPOINT_URL": self.endpoint}
+        self.stack = Stack(folder / "up", **access)
+        self.base = str(make_tiny_base(folder / "base"))
+        self.table = write_demo_corpus(folder / "corpus", 24, 32)
+        self.deployment = ""
+        recipes.RECIPES["tiny"] = lambda: tiny(self.base)
+
+    def up(self) -> None:
+        import s3fs
+
+        until(lambda: _answers(self.endpoint), 60, "the start of the S3 server")
+        s3fs.S3FileSystem().mkdir("trip")
+        self.stack.run("up", "--s3", self.endpoint)
+        self.deployment = self.stack.use_tiny_flow("reproduce", "reproduce")
+
+    def down(self) -> None:
+        if (self.stack.folder / "stack.json").exists():
+            self.stack.run("down")
+        self._s3.kill()
+        self._s3.wait()
+
+    def parameters(self, root: str) -> dict[str, Any]:
+        values = [f"train.steps={self.steps}", "train.checkpoint_every=10"]
+        return {"recipe": "tiny", "source": self.table, "root": root, "base": self.base, "values": values}
+
+    def start(self, root: str) -> str:
+        return self.stack.start(self.deployment, self.parameters(root))
+
+    def training(self, root: str) -> TrainSpec | None:
+        """The training of a run, once its data set is there."""
+        given = self.parameters(root)
+        run = layout.resolve("tiny", self.table, root, self.base, DEFAULT, given["values"])
+        try:
+            return run.train(run.prepared())
+        except Exception:  # not prepared yet, or the store does not answer now
+            return None
+
+    def processes(self, service: str = "", run: str = "") -> list[psutil.Process]:
+        """The living processes of the stack: of a service, or of a flow run."""
+        wanted = {STACK_VARIABLE: str(self.stack.folder)} | ({SERVICE_VARIABLE: service} if service else {})
+        wanted |= {RUN_VARIABLE: run} if run else {}
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                mine = process.environ()
+                if all(mine.get(name) == value for name, value in wanted.items()):
+                    # A process that renamed itself may have lost its environment.
+                    found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+        return list(found.values())
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """Ray's processes by a part of their name or command."""
+        found = []
+        for process in self.processes("ray"):
+            with contextlib.suppress(psutil.Error):
+                if part in process.name() or part in " ".join(process.cmdline()[:1]):
+                    found.append(process)
+        return found
+
+    def kill_service(self, name: str) -> None:
+        """SIGKILL to a service's process only."""
+        record = json.loads((self.stack.folder / name / "process.json").read_text())
+        os.kill(record["pid"], signal.SIGKILL)
+
+    def kill_service_with_children(self, name: str) -> None:
+        for process in self.processes(name):
+            _kill(process)
+
+    def kill_flow(self, run: str) -> None:
+        """SIGKILL to the process of a flow run, whatever it does."""
+        for process in self.processes(run=run):
+            _kill(process)
+
+    # Moments.
+
+    def in_prepare(self, root: str, run: str) -> None:
+        """Waits until workers of prepare have written a shard."""
+        until(lambda: self.named("EncodeWorker") and storage_names(root, ".tar"), 300, "a shard")
+
+    def in_training(self, root: str, run: str, step: int = 30) -> None:
+        """Waits for the checkpoint of a step."""
+        until(lambda: self._checkpoint(root) >= step, 400, f"the checkpoint of step {step}")
+
+    def _checkpoint(self, root: str) -> int:
+        names = storage_names(root, COMPLETE)
+        steps = [int(part[5:]) for name in names for part in name.split("/") if part.startswith("step-")]
+        return max(steps, default=0)
+
+    # Runs.
+
+    def until_over(self, run: str, seconds: float) -> str:
+        """Waits for the end of a flow run; its state, or `lost` if its process is gone and nobody ended it."""
+        gone_since = 0.0
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            kind, message = self.stack.state(run)
+            if kind in ENDED:
+                return f"{kind} {message}".strip()
+            alive = kind in ("SCHEDULED", "PENDING", "") or self.processes(run=run)
+            gone_since = 0.0 if alive else gone_since or time.monotonic()
+            if gone_since and time.monotonic() - gone_since > 30:
+                return "lost: its process is gone and its state is RUNNING"
+            time.sleep(1)
+        return f"not ended within {seconds:.0f} s"
+
+    def orphans(self, run_ids: list[str]) -> list[str]:
+        """Processes of ended runs, and of services whose own process is gone, after at most a minute."""
+
+        def left() -> list[str]:
+            names = []
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    words, mine = " ".join(process.cmdline()), process.environ()
+                    if mine.get(RUN_VARIABLE) in run_ids or words.startswith(STAGE_PROCESSES):
+                        names.append(words[:60])
+            return names
+
+        deadline = time.monotonic() + GRACE_SECONDS
+        while left() and time.monotonic() < deadline:
+            time.sleep(1)
+        return left()
+
+    def run(self, name: str, root: str, disturb: Callable[[str, str], None] | None) -> Result:
+        """One case: a run with its disturbance, repeated until it completes."""
+        began, result, runs = time.monotonic(), Result(name), []
+        for attempt in range(MOST_RERUNS + 1):
+            if attempt:
+                self.stack.run("up")
+            run = self.start(root)
+            runs.append(run)
+            if attempt == 0 and disturb is not None:
+                disturb(root, run)
+            end = self.until_over(run, 400)
+            result.ends.append(end)
+            print(f"  {name}, attempt {attempt + 1}: {end[:300]}", file=sys.stderr, flush=True)
+            if end.startswith("COMPLETED"):
+                break
+        result.seconds = round(time.monotonic() - began, 1)
+        spec = self.training(root)
+        report = finished_report(spec) if spec is not None else None
+        if spec is not None and report is not None:
+            result.data, result.model = spec.dataset_sha256 or "", report.model_digest
+        result.loss, result.running_in_mlflow = self.take_curve()
+        result.orphans = self.orphans(runs)
+        return result
+
+    def take_curve(self) -> tuple[list[tuple[int, float]], int]:
+        """The points of the loss of the training's run in MLflow; removes the run, for the next case is the same one."""
+        query = {"experiment_ids": [self._experiment()], "filter": "tags.`trip.stage` = 'train'"}
+        runs = self.stack.mlflow("runs/search", query).get("runs", [])
+        points = []
+        for run in runs:
+            address = f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=loss&max_results=10000"
+            points += [(int(m["step"]), m["value"]) for m in self.stack.mlflow(address).get("metrics", [])]
+            self.stack.mlflow("runs/delete", {"run_id": run["info"]["run_id"]})
+        return sorted(points), sum(run["info"]["status"] == "RUNNING" for run in runs)
+
+    def _experiment(self) -> str:
+        return self.stack.mlflow("experiments/get-by-name?experiment_name=trip")["experiment"]["experiment_id"]
+
+    # Faults.
+
+    @contextlib.contextmanager
+    def s3_down(self, seconds: float) -> Iterator[None]:
+        self.fault.touch()
+        try:
+            yield
+            time.sleep(seconds)
+        finally:
+            self.fault.unlink()
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, trust_env=False).status_code < 500
+    return False
+
+
+def storage_names(root: str, part: str) -> list[str]:
+    """The files below a root with `part` in their name."""
+    local = storage.local_path(root)
+    if local is not None:
+        return [str(path) for path in local.rglob("*") if part in path.name]
+    import s3fs
+
+    files = s3fs.S3FileSystem()
+    files.invalidate_cache()
+    return [name for name in files.find(root) if part in name.rsplit("/", 1)[-1]]
+
+
+def cases(bench: Bench, calm: Result, seed: int) -> dict[str, tuple[str, Callable[[str, str], None]]]:
+    """What is done in each case: the address of its root, and its disturbance, called with the root and the flow run."""
+
+    def killed(part: str, moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
+        def disturb(root: str, run: str) -> None:
+            moment(root, run)
+            for process in bench.named(part):
+                _kill(process)
+
+        return disturb
+
+    def killed_service(name: str, away: float) -> Callable[[str, str], None]:
+        def disturb(root: str, run: str) -> None:
+            bench.in_training(root, run)
+            bench.kill_service(name)
+            time.sleep(away)
+            bench.stack.run("up")
+
+        return disturb
+
+    def without_mlflow(root: str, run: str) -> None:
+        bench.in_training(root, run)
+        bench.kill_service_with_children("mlflow")
+        began = time.monotonic()
+        bench.in_training(root, run, step=50)
+        bench.kill_flow(run)
+        again = bench.start(root)  # by the operator, before MLflow is back
+        print(f"  without MLflow: {bench.until_over(again, 110)[:300]}", file=sys.stderr, flush=True)
+        time.sleep(max(0.0, LONG_OUTAGE_SECONDS - (time.monotonic() - began)))
+        bench.stack.run("up")
+
+    def without_s3(moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
+        def disturb(root: str, run: str) -> None:
+            moment(root, run)
+            with bench.s3_down(OUTAGE_SECONDS):
+                pass
+
+        return disturb
+
+    def full_disk(moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
+        def disturb(root: str, run: str) -> None:
+            moment(root, run)
+            filler = Path(root).parent / "filler"
+            with contextlib.suppress(OSError), filler.open("wb") as file:
+                while True:
+                    file.write(b"0" * 65536)
+                    file.flush()
+            print(f"  full disk: {bench.until_over(run, 300)[:400]}", file=sys.stderr, flush=True)
+            filler.unlink()
+
+        return disturb
+
+    def any_moment(number: int) -> Callable[[str, str], None]:
+        share = float(np.random.default_rng([seed, number]).random())
+
+        def disturb(root: str, run: str) -> None:
+            until(lambda: bench.processes(run=run), 60, "the start of the flow")
+            time.sleep(share * calm.seconds * 0.9)
+            bench.kill_flow(run)
+
+        return disturb
+
+    store = "s3://trip"
+    found: dict[str, tuple[str, Callable[[str, str], None]]] = {
+        "ray-worker-prepare": (store, killed("EncodeWorker", bench.in_prepare)),
+        "raylet-prepare": (store, killed("raylet", bench.in_prepare)),
+        "ray-worker-train": (store, killed("RayTrainWorker", bench.in_training)),
+        "raylet-train": (store, killed("raylet", bench.in_training)),
+        "prefect-worker": (store, killed_service("worker", 5)),
+        "prefect-server": (store, killed_service("prefect", 20)),
+        "mlflow-and-flow": (store, without_mlflow),
+        "s3-503-prepare": (store, without_s3(bench.in_prepare)),
+        "s3-503-train": (store, without_s3(bench.in_training)),
+        "postgres": (store, killed_service("postgres", 10)),
+        **{f"flow-{number}": (store, any_moment(number)) for number in range(4)},
+    }
+    disk = str(bench.folder / "disk")
+    return found | {
+        "disk-prepare": (disk, full_disk(bench.in_prepare)),
+        "disk-train": (disk, full_disk(bench.in_training)),
+    }
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A file system of its own in memory; False where this process may not mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=False)
+
+
+def verdict(result: Result, calm: Result) -> dict[str, Any]:
+    """The comparison with the undisturbed run."""
+    steps, expected = [step for step, _ in result.loss], dict(calm.loss)
+    return {
+        "case": result.name,
+        "runs": len(result.ends),
+        "first end": result.ends[0].split(" ")[0].rstrip(":"),
+        "seconds": result.seconds,
+        "same data": result.data == calm.data != "",
+        "same model": result.model == calm.model != "",
+        "steps missing": len(expected.keys() - set(steps)),
+        "steps twice": len(steps) - len(set(steps)),
+        "same loss": all(expected.get(step) == value for step, value in result.loss),
+        "orphans": len(result.orphans),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="names of cases, with commas")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=120)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = Path(tempfile.mkdtemp(prefix="trip-faults-"))
+    folder.chmod(0o755)
+    bench = Bench(folder, arguments.steps)
+    rows: list[dict[str, Any]] = []
+    try:
+        with small_disk(folder / "disk") as mounted:
+            bench.up()
+            calm = bench.run("undisturbed", "s3://trip/undisturbed", None)
+            print(json.dumps(asdict(calm) | {"loss": len(calm.loss)}), file=sys.stderr, flush=True)
+            rows.append(verdict(calm, calm))
+            for name, (store, disturb) in cases(bench, calm, arguments.seed).items():
+                if (arguments.only and name not in arguments.only.split(",")) or (
+                    store == disk_of(bench) and not mounted
+                ):
+                    continue
+                result = bench.run(name, storage.join(store, name), disturb)
+                rows.append(verdict(result, calm))
+                print(
+                    json.dumps(rows[-1] | {"ends": result.ends, "orphans": result.orphans}), file=sys.stderr, flush=True
+                )
+    finally:
+        bench.down()
+        shutil.rmtree(folder, ignore_errors=True)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+
+
+def disk_of(bench: Bench) -> str:
+    return str(bench.folder / "disk")
+
+
+if __name__ == "__main__":
+    main()
