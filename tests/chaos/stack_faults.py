@@ -2,11 +2,11 @@
 
     python -m tests.chaos.stack_faults [--only ray-worker-prepare,disk-train] [--seed 0] [--steps 120]
 
-One stack of `flows up` with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on a server for S3 (moto).
-An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls `flows up`, and starts
-the same run again until it completes. Compared with the undisturbed run: the hash of the data set, the hash of the
-model, and the curve of the loss in MLflow, which must have every step with the same value, once. Processes of a run that
-are alive a minute after it are orphans. Prints a table in Markdown.
+One stack of `flows up`, with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on an S3
+server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls
+`flows up`, and starts the same run again until it completes. Compared with the undisturbed run: the hash of the data
+set, the hash of the model, and the curve of the loss in MLflow, which must have every step with the same value, once.
+Processes of a run that are alive a minute after it are orphans. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Bench:
         return result
 
     def take_curve(self) -> tuple[list[tuple[int, float]], int]:
-        """The points of the loss of the training's run in MLflow; removes the run, for the next case is the same one."""
+        """The loss in MLflow, and how many runs are RUNNING; removes them, as the next case has the same training."""
         query = {"experiment_ids": [self._experiment()], "filter": "tags.`trip.stage` = 'train'"}
         runs = self.stack.mlflow("runs/search", query).get("runs", [])
         points = []
@@ -274,7 +274,7 @@ def storage_names(root: str, part: str) -> list[str]:
 
 
 def cases(bench: Bench, calm: Result, seed: int) -> dict[str, tuple[str, Callable[[str, str], None]]]:
-    """What is done in each case: the address of its root, and its disturbance, called with the root and the flow run."""
+    """Each case with the store of its root and its disturbance, which gets the root and the id of the flow run."""
 
     def killed(part: str, moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
         def disturb(root: str, run: str) -> None:
@@ -404,25 +404,19 @@ def main() -> None:
             print(json.dumps(asdict(calm) | {"loss": len(calm.loss)}), file=sys.stderr, flush=True)
             rows.append(verdict(calm, calm))
             for name, (store, disturb) in cases(bench, calm, arguments.seed).items():
-                if (arguments.only and name not in arguments.only.split(",")) or (
-                    store == disk_of(bench) and not mounted
-                ):
+                wanted = not arguments.only or name in arguments.only.split(",")
+                if not wanted or not (mounted or "://" in store):
                     continue
                 result = bench.run(name, storage.join(store, name), disturb)
                 rows.append(verdict(result, calm))
-                print(
-                    json.dumps(rows[-1] | {"ends": result.ends, "orphans": result.orphans}), file=sys.stderr, flush=True
-                )
+                told = rows[-1] | {"ends": result.ends, "orphans": result.orphans}
+                print(json.dumps(told), file=sys.stderr, flush=True)
     finally:
         bench.down()
         shutil.rmtree(folder, ignore_errors=True)
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
-
-
-def disk_of(bench: Bench) -> str:
-    return str(bench.folder / "disk")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An S3 server in memory (moto) that answers 503 as long as a file exists: `python -m tests.support.s3_server PORT FILE`."""
+"""An S3 server in memory (moto) that responds with 503 while a file exists; arguments: the port and the file."""
 
 from __future__ import annotations
 
