@@ -9,6 +9,7 @@ from prefect import flow, task
 
 from flows import layout
 from flows.console import log
+from flows.events import PROMOTED, emit
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
 from flows.parameters import RECIPE
@@ -46,6 +47,8 @@ def register_stage(
     numbers |= {"not promoted": "; ".join(registered.reasons)} if registered.reasons else {}
     stage_artifact("register-result", f"{name} version {registered.version}", numbers, {"MLflow": registered.run_page})
     _record_champion(tracking_uri, name)
+    if registered.promoted:
+        emit(PROMOTED, f"{name}.{registered.version}", {"name": name, "version": registered.version})
     return registered
 
 

@@ -9,6 +9,7 @@ from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
+from flows.events import TRAINED, emit
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
 from flows.parameters import BASE, RECIPE, From
@@ -95,4 +96,8 @@ def train_trip(
     run = layout.resolve(recipe, source, root, base, options, values)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
     spec = replace(continuing.training(run, data, start, uri), profile=profile or run.recipe.train.profile)
-    return to_json(train_stage(spec, uri, f"train {run.recipe.name}"))
+    report = train_stage(spec, uri, f"train {run.recipe.name}")
+    evaluation = {"recipe": recipe, "source": source, "root": root, "base": base, "dataset": data.uri}
+    evaluation |= {"model": report.model, "tracking_uri": tracking_uri, "values": values, "options": to_json(options)}
+    emit(TRAINED, report.model, evaluation)
+    return to_json(report)

@@ -339,6 +339,8 @@ class Stack:
         port = str(self.settings.ports["worker"])
         extra = {"PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK, "PREFECT_WORKER_WEBSERVER_PORT": port}
         extra |= {"PREFECT_WORKER_QUERY_SECONDS": "5", "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,infra,trip_model"}
+        # For smoke-test, which follows a promotion.
+        extra |= {"TRIP_SERVICE": self.url("model"), "TRIP_API_KEY": self.secrets["model"]}
         extra |= {FOLDER_VARIABLE: str(self.folder / "metrics" / "stages")}
         return Service(
             "worker",

@@ -1,6 +1,6 @@
-"""Disturbs a complete stack while a run of `reproduce` goes from a table to a registered model, and compares.
+"""Disturbs a complete stack while a run prepares a table and trains a model, and compares the results.
 
-    python -m tests.chaos.stack_faults [--only ray-worker-prepare,disk-train] [--seed 0] [--steps 120]
+    python -m tests.chaos.stack_faults [--only ray-worker-prepare,disk-train] [--flow reproduce] [--workers 1]
 
 One stack of `flows up`, with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on an S3
 server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls
@@ -64,8 +64,9 @@ class Result:
 class Bench:
     """The stack, its S3 server, and the runs on them."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path, flow: str, steps: int, workers: int) -> None:
+        self.folder, self.flow = folder, flow
+        self.values = [f"train.steps={steps}", "train.checkpoint_every=10", f"train.workers={workers}"]
         self.fault = folder / "s3-is-down"
         port = free_port()
         self._s3 = subprocess.Popen(
@@ -89,7 +90,7 @@ class Bench:
         until(lambda: _answers(self.endpoint), 60, "the start of the S3 server")
         s3fs.S3FileSystem().mkdir("trip")
         self.stack.run("up", "--s3", self.endpoint)
-        self.deployment = self.stack.use_tiny_flow("reproduce", "reproduce")
+        self.deployment = self.stack.use_tiny_flow("reproduce", self.flow)
 
     def down(self) -> None:
         if (self.stack.folder / "stack.json").exists():
@@ -98,16 +99,14 @@ class Bench:
         self._s3.wait()
 
     def parameters(self, root: str) -> dict[str, Any]:
-        values = [f"train.steps={self.steps}", "train.checkpoint_every=10"]
-        return {"recipe": "tiny", "source": self.table, "root": root, "base": self.base, "values": values}
+        return {"recipe": "tiny", "source": self.table, "root": root, "base": self.base, "values": self.values}
 
     def start(self, root: str) -> str:
         return self.stack.start(self.deployment, self.parameters(root))
 
     def training(self, root: str) -> TrainSpec | None:
         """The training of a run, once its data set is there."""
-        given = self.parameters(root)
-        run = layout.resolve("tiny", self.table, root, self.base, DEFAULT, given["values"])
+        run = layout.resolve("tiny", self.table, root, self.base, DEFAULT, self.values)
         try:
             return run.train(run.prepared())
         except Exception:  # not prepared yet, or the store does not answer now
@@ -390,12 +389,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of cases, with commas")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flow", default="prepare_and_train", choices=["prepare_and_train", "reproduce"])
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--workers", type=int, default=1, help="of the training")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="trip-faults-"))
     folder.chmod(0o755)
-    bench = Bench(folder, arguments.steps)
+    bench = Bench(folder, arguments.flow, arguments.steps, arguments.workers)
     rows: list[dict[str, Any]] = []
     try:
         with small_disk(folder / "disk") as mounted:
