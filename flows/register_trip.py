@@ -19,6 +19,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT, MODEL_NAME, code_version
 from tasks.records import Artifact, UserError, to_json
 
@@ -67,7 +68,7 @@ def _record_champion(tracking_uri: str, name: str) -> None:
     record("champion", values)
 
 
-@flow(name="register-trip")
+@flow(name="register-trip", on_running=[outlive_reader])
 def register_trip(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

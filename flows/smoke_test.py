@@ -11,6 +11,7 @@ from prefect import flow
 
 from flows.console import log
 from flows.parameters import POSITIVE
+from infra.output import outlive_reader
 from infra.redaction import redact
 from tasks.records import UserError
 
@@ -18,7 +19,7 @@ SERVICE_VARIABLE, KEY_VARIABLE = "TRIP_SERVICE", "TRIP_API_KEY"
 STEPS = 2  # enough to run every part of the model
 
 
-@flow(name="smoke-test")
+@flow(name="smoke-test", on_running=[outlive_reader])
 def smoke_test(
     service: str | None = None, version: str | None = None, seconds: Annotated[int, POSITIVE] = 600
 ) -> dict[str, str]:

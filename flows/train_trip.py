@@ -19,6 +19,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from flows.training_lines import tick_counts, validation_table
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
@@ -63,7 +64,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     return report
 
 
-@flow(name="train-trip")
+@flow(name="train-trip", on_running=[outlive_reader])
 def train_trip(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

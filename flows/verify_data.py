@@ -8,12 +8,13 @@ from prefect import flow
 
 from flows.console import log
 from infra import storage
+from infra.output import outlive_reader
 from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
 from tasks.records import UserError
 
 
-@flow(name="verify")
+@flow(name="verify", on_running=[outlive_reader])
 def verify_data(root: str = DEFAULT_ROOT, data: str | None = None) -> dict[str, int]:
     """Check every byte of the newest version of each data set below a root; fails if there is a problem.
 
