@@ -265,6 +265,8 @@ class Stack:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "ray.token")}
+        # Actors of Ray Train ask the state API, which needs an address where several sessions run on the machine.
+        access |= {"RAY_ADDRESS": f"{LOOPBACK}:{ports['ray']}"}
         return Service(
             "ray",
             tuple(command),

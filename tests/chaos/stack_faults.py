@@ -1,6 +1,6 @@
 """Disturbs a complete stack while a run prepares a table and trains a model, and compares the results.
 
-    python -m tests.chaos.stack_faults [--only ray-worker-prepare,disk-train] [--flow reproduce] [--workers 1]
+    python -m tests.chaos.stack_faults [--only raylets,disk] [--flow reproduce] [--workers 1]
 
 One stack of `flows up`, with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on an S3
 server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls
@@ -43,8 +43,12 @@ from tests.support.tiny_cli import tiny
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 GRACE_SECONDS = 60.0
 MOST_RERUNS = 5
+# Gets the root and the id of a flow run, and returns the id of the run that goes on.
+Disturb = Callable[[str, str], str]
 OUTAGE_SECONDS, LONG_OUTAGE_SECONDS = 60.0, 120.0
-STAGE_PROCESSES = ("ray::EncodeWorker", "ray::RayTrainWorker", "ray::TrainController", "ray::_Relay")
+STAGE_PROCESSES = tuple(
+    f"ray::{kind}" for kind in ("EncodeWorker", "RayTrainWorker", "TrainController", "_Relay", "PlacementGroupCleaner")
+)
 
 
 @dataclass
@@ -82,6 +86,8 @@ class Bench:
         self.base = str(make_tiny_base(folder / "base"))
         self.table = write_demo_corpus(folder / "corpus", 24, 32)
         self.deployment = ""
+        self.ends: list[str] = []  # of the runs of this case
+        self.started: list[str] = []
         recipes.RECIPES["tiny"] = lambda: tiny(self.base)
 
     def up(self) -> None:
@@ -102,7 +108,9 @@ class Bench:
         return {"recipe": "tiny", "source": self.table, "root": root, "base": self.base, "values": self.values}
 
     def start(self, root: str) -> str:
-        return self.stack.start(self.deployment, self.parameters(root))
+        run = self.stack.start(self.deployment, self.parameters(root))
+        self.started.append(run)
+        return run
 
     def training(self, root: str) -> TrainSpec | None:
         """The training of a run, once its data set is there."""
@@ -197,20 +205,26 @@ class Bench:
             time.sleep(1)
         return left()
 
-    def run(self, name: str, root: str, disturb: Callable[[str, str], None] | None) -> Result:
-        """One case: a run with its disturbance, repeated until it completes."""
-        began, result, runs = time.monotonic(), Result(name), []
+    def again(self, root: str, run: str) -> str:
+        """Waits for the end of a run, and starts it again as an operator does."""
+        self.ends.append(self.until_over(run, 400))
+        self.stack.run("up")
+        return self.start(root)
+
+    def run(self, name: str, root: str, disturb: Disturb | None) -> Result:
+        """One case: a run with its disturbances, repeated until it completes."""
+        began, result = time.monotonic(), Result(name)
+        self.ends, self.started = result.ends, []
+        run = self.start(root)
+        if disturb is not None:
+            run = disturb(root, run)
         for attempt in range(MOST_RERUNS + 1):
             if attempt:
-                self.stack.run("up")
-            run = self.start(root)
-            runs.append(run)
-            if attempt == 0 and disturb is not None:
-                disturb(root, run)
+                run = self.again(root, run)
             end = self.until_over(run, 400)
-            result.ends.append(end)
-            print(f"  {name}, attempt {attempt + 1}: {end[:300]}", file=sys.stderr, flush=True)
+            print(f"  {name}: {end[:300]}", file=sys.stderr, flush=True)
             if end.startswith("COMPLETED"):
+                result.ends.append(end)
                 break
         result.seconds = round(time.monotonic() - began, 1)
         spec = self.training(root)
@@ -218,7 +232,7 @@ class Bench:
         if spec is not None and report is not None:
             result.data, result.model = spec.dataset_sha256 or "", report.model_digest
         result.loss, result.running_in_mlflow = self.take_curve()
-        result.orphans = self.orphans(runs)
+        result.orphans = self.orphans(self.started)
         return result
 
     def take_curve(self) -> tuple[list[tuple[int, float]], int]:
@@ -235,16 +249,11 @@ class Bench:
     def _experiment(self) -> str:
         return self.stack.mlflow("experiments/get-by-name?experiment_name=trip")["experiment"]["experiment_id"]
 
-    # Faults.
-
-    @contextlib.contextmanager
-    def s3_down(self, seconds: float) -> Iterator[None]:
+    def s3_down(self, seconds: float) -> None:
+        """The S3 server responds with 503 for a time."""
         self.fault.touch()
-        try:
-            yield
-            time.sleep(seconds)
-        finally:
-            self.fault.unlink()
+        time.sleep(seconds)
+        self.fault.unlink()
 
 
 def _kill(process: psutil.Process) -> None:
@@ -272,86 +281,85 @@ def storage_names(root: str, part: str) -> list[str]:
     return [name for name in files.find(root) if part in name.rsplit("/", 1)[-1]]
 
 
-def cases(bench: Bench, calm: Result, seed: int) -> dict[str, tuple[str, Callable[[str, str], None]]]:
-    """Each case with the store of its root and its disturbance, which gets the root and the id of the flow run."""
+def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
+    """Each case with the store of its root and its disturbances, which follow each other."""
 
-    def killed(part: str, moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
-        def disturb(root: str, run: str) -> None:
-            moment(root, run)
-            for process in bench.named(part):
-                _kill(process)
+    def kill(part: str) -> None:
+        for process in bench.named(part):
+            _kill(process)
 
-        return disturb
+    def ray_workers(root: str, run: str) -> str:
+        bench.in_prepare(root, run)
+        kill("EncodeWorker")
+        bench.in_training(root, run)
+        kill("RayTrainWorker")
+        return run
 
-    def killed_service(name: str, away: float) -> Callable[[str, str], None]:
-        def disturb(root: str, run: str) -> None:
-            bench.in_training(root, run)
+    def raylets(root: str, run: str) -> str:
+        bench.in_prepare(root, run)
+        kill("raylet")
+        run = bench.again(root, run)
+        bench.in_training(root, run)
+        kill("raylet")
+        return run
+
+    def services(root: str, run: str) -> str:
+        bench.in_training(root, run)
+        for name, away in (("worker", 5), ("prefect", 20), ("postgres", 10)):
             bench.kill_service(name)
             time.sleep(away)
             bench.stack.run("up")
+        return run
 
-        return disturb
-
-    def without_mlflow(root: str, run: str) -> None:
+    def without_mlflow(root: str, run: str) -> str:
         bench.in_training(root, run)
         bench.kill_service_with_children("mlflow")
         began = time.monotonic()
-        bench.in_training(root, run, step=50)
+        bench.in_training(root, run, step=60)
         bench.kill_flow(run)
-        again = bench.start(root)  # by the operator, before MLflow is back
-        print(f"  without MLflow: {bench.until_over(again, 110)[:300]}", file=sys.stderr, flush=True)
+        run = bench.start(root)  # by the operator, before MLflow is back
         time.sleep(max(0.0, LONG_OUTAGE_SECONDS - (time.monotonic() - began)))
         bench.stack.run("up")
+        return run
 
-    def without_s3(moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
-        def disturb(root: str, run: str) -> None:
+    def without_s3(root: str, run: str) -> str:
+        bench.in_prepare(root, run)
+        bench.s3_down(OUTAGE_SECONDS)
+        bench.in_training(root, run)
+        bench.s3_down(OUTAGE_SECONDS)
+        return run
+
+    def full_disk(root: str, run: str) -> str:
+        filler = Path(root).parent / "filler"
+        for moment in (bench.in_prepare, bench.in_training):
             moment(root, run)
-            with bench.s3_down(OUTAGE_SECONDS):
-                pass
-
-        return disturb
-
-    def full_disk(moment: Callable[[str, str], None]) -> Callable[[str, str], None]:
-        def disturb(root: str, run: str) -> None:
-            moment(root, run)
-            filler = Path(root).parent / "filler"
-            with contextlib.suppress(OSError), filler.open("wb") as file:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
-                    file.write(b"0" * 65536)
-                    file.flush()
-            print(f"  full disk: {bench.until_over(run, 300)[:400]}", file=sys.stderr, flush=True)
+                    file.write(b"0" * 4096)
+            end = bench.until_over(run, 300)
+            bench.ends.append(end)
             filler.unlink()
+            run = bench.start(root)
+        return run
 
-        return disturb
-
-    def any_moment(number: int) -> Callable[[str, str], None]:
-        share = float(np.random.default_rng([seed, number]).random())
-
-        def disturb(root: str, run: str) -> None:
-            until(lambda: bench.processes(run=run), 60, "the start of the flow")
-            time.sleep(share * calm.seconds * 0.9)
+    def any_moments(root: str, run: str) -> str:
+        rng = np.random.default_rng(seed)
+        for _ in range(3):
+            until(lambda run=run: bench.processes(run=run), 120, "the start of the flow")
+            time.sleep(float(rng.random()) * 100)
             bench.kill_flow(run)
-
-        return disturb
+            run = bench.again(root, run)
+        return run
 
     store = "s3://trip"
-    found: dict[str, tuple[str, Callable[[str, str], None]]] = {
-        "ray-worker-prepare": (store, killed("EncodeWorker", bench.in_prepare)),
-        "raylet-prepare": (store, killed("raylet", bench.in_prepare)),
-        "ray-worker-train": (store, killed("RayTrainWorker", bench.in_training)),
-        "raylet-train": (store, killed("raylet", bench.in_training)),
-        "prefect-worker": (store, killed_service("worker", 5)),
-        "prefect-server": (store, killed_service("prefect", 20)),
-        "mlflow-and-flow": (store, without_mlflow),
-        "s3-503-prepare": (store, without_s3(bench.in_prepare)),
-        "s3-503-train": (store, without_s3(bench.in_training)),
-        "postgres": (store, killed_service("postgres", 10)),
-        **{f"flow-{number}": (store, any_moment(number)) for number in range(4)},
-    }
-    disk = str(bench.folder / "disk")
-    return found | {
-        "disk-prepare": (disk, full_disk(bench.in_prepare)),
-        "disk-train": (disk, full_disk(bench.in_training)),
+    return {
+        "ray-workers": (store, ray_workers),
+        "raylets": (store, raylets),
+        "services": (store, services),
+        "mlflow": (store, without_mlflow),
+        "s3": (store, without_s3),
+        "disk": (str(bench.folder / "disk"), full_disk),
+        "flow": (store, any_moments),
     }
 
 
@@ -374,7 +382,7 @@ def verdict(result: Result, calm: Result) -> dict[str, Any]:
     return {
         "case": result.name,
         "runs": len(result.ends),
-        "first end": result.ends[0].split(" ")[0].rstrip(":"),
+        "ends": ", ".join(end.split(" ")[0].rstrip(":") for end in result.ends),
         "seconds": result.seconds,
         "same data": result.data == calm.data != "",
         "same model": result.model == calm.model != "",
@@ -404,7 +412,7 @@ def main() -> None:
             calm = bench.run("undisturbed", "s3://trip/undisturbed", None)
             print(json.dumps(asdict(calm) | {"loss": len(calm.loss)}), file=sys.stderr, flush=True)
             rows.append(verdict(calm, calm))
-            for name, (store, disturb) in cases(bench, calm, arguments.seed).items():
+            for name, (store, disturb) in cases(bench, arguments.seed).items():
                 wanted = not arguments.only or name in arguments.only.split(",")
                 if not wanted or not (mounted or "://" in store):
                     continue
