@@ -23,6 +23,7 @@ from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
+from tasks.train.spool import Spool
 
 
 @task(name="train", **STAGE_POLICY)
@@ -31,7 +32,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name, tags=run_tags())
     report = finished_report(spec)
     if report is not None:
-        if spool_file(spec).exists():
+        if Spool(spec).exists():
             from tasks.train.job import train
 
             train(spec, None, tracking)  # delivers metrics that were spooled

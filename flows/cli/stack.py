@@ -272,8 +272,13 @@ class Stack:
             tuple(command),
             # Workers import the code of the driver, whose path they get; another one here would mix two commits.
             self._plain | access | self._s3_environment | {"PYTHONPATH": os.pathsep.join(_python_path())},
-            is_healthy=_responds(f"{self.url('ray-dashboard')}/api/gcs_healthz"),
+            # The head without its raylet takes no work; Ray gives up on a raylet that needs 30 s to start.
+            is_healthy=lambda: (
+                responds(f"{self.url('ray-dashboard')}/api/gcs_healthz")
+                and responds(f"{self.url('ray-agent')}/api/local_raylet_healthz")
+            ),
             address=self.url("ray-dashboard"),
+            tries=2,
         )
 
     def _prefect(self) -> Service:

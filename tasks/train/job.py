@@ -30,7 +30,8 @@ from tasks.shards import read_manifest
 from tasks.train.checkpoints import CheckpointStore, SavedCheckpoint
 from tasks.train.loop import ControlSignal, Tick, TrainingStopped, run_training
 from tasks.train.preflight import preflight
-from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
+from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest
+from tasks.train.spool import Spool
 from tasks.train.ticks import TickFile
 
 NO_TRACKING = TrackingSpec()
@@ -67,7 +68,7 @@ def train(
     """
     done = finished_report(spec)
     if done is not None:
-        if spool_file(spec).exists():  # metrics that were not delivered
+        if Spool(spec).exists():  # metrics that were not delivered
             with _RunLog(spec, tracking):
                 pass
         return done
@@ -232,16 +233,18 @@ class _RunLog:
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
         self._ticks = TickFile(spec)
+        self._spool = Spool(spec)
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
         tracking.access.apply()
         manifest_sha256 = read_manifest(spec.dataset)[1]
+        self._spool.fetch()
         self._tracking = Tracking(
             tracking.uri,
             tracking.experiment,
             tracking.artifact_location or default_artifact_location(tracking.uri),
-            spool_file(spec),
+            self._spool.file,
         )
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
         parent = {"trip.parent": spec.start.parent} if spec.start is not None else {}
@@ -258,6 +261,7 @@ class _RunLog:
         if self._tracking is not None:
             stopped = isinstance(error, TrainingStopped | KeyboardInterrupt)
             self._tracking.finish("KILLED" if stopped else "FAILED" if error is not None else "FINISHED")
+            self._spool.keep()
 
     def tick(self, values: dict[str, Any]) -> None:
         self._ticks.tick(values)
@@ -269,6 +273,7 @@ class _RunLog:
     def before_mark(self) -> None:
         if self._tracking is not None:
             self._tracking.flush(FLUSH_SECONDS)
+            self._spool.keep()
 
     def after_mark(self, saved: SavedCheckpoint) -> None:
         self._ticks.upload()

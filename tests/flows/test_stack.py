@@ -21,7 +21,7 @@ from flows.cli import stack as stacks
 from infra.supervisor import Service, ServiceFailed, Supervisor
 from tasks.ingest.demo import write_demo_corpus
 from tasks.records import UserError
-from tests.support.stacks import Stack, members, until
+from tests.support.stacks import ENDED, Stack, members, until
 
 
 def sleeper(name: str, **more: Any) -> Service:
@@ -87,6 +87,21 @@ def test_a_service_that_ends_is_named_with_its_log_and_a_waiting_one_holds_its_d
         supervisor.up([broken], print)
 
 
+def test_a_service_with_several_tries_is_started_again_when_it_ends_at_its_start(supervisor: Supervisor) -> None:
+    mark = supervisor.folder / "tried"
+    script = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); again = p.exists()"
+    script += "; p.touch(); time.sleep(600 * again)"
+    lines: list[str] = []
+    service = Service("slow", (sys.executable, "-c", script, str(mark)), is_healthy=lambda: _age(mark) > 2, tries=2)
+    supervisor.up([service], lines.append)
+    assert lines[0] == "slow         ended with code 0, starting it again" and "healthy in" in lines[1]
+
+
+def _age(file: Path) -> float:
+    """Seconds since the last change of a file; 0 without one."""
+    return time.time() - file.stat().st_mtime if file.exists() else 0.0
+
+
 def test_a_port_in_use_is_left_to_its_owner_and_the_chosen_one_stays(tmp_path: Path) -> None:
     settings = stacks.Settings("sqlite", "", "trip", 1)
     stack = stacks.Stack(tmp_path, settings)
@@ -144,17 +159,14 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
     assert time.monotonic() - began < 180 or os.getloadavg()[0] > 4, "up took more than three minutes"
     assert oct(stack.folder.stat().st_mode & 0o777) in ("0o700", "0o711")
 
-    (deployment,) = [d["id"] for d in stack.api("POST", "/deployments/filter", {}) if d["name"] == "reproduce"]
+    deployment = stack.use_tiny_flow("reproduce", "reproduce")
     parameters = {
         "recipe": "tiny",
         "source": write_demo_corpus(tmp_path / "corpus", 12, 32),
         "root": "s3://trip/night",
         "base": str(tiny_base),
     }
-    # The form's list of recipes does not have the one of the tests.
-    stack.api("PATCH", f"/deployments/{deployment}", {"enforce_parameter_schema": False})
-    changes = {"entrypoint": "tests/support/tiny_flow.py:reproduce", "parameters": parameters}
-    stack.api("PATCH", f"/deployments/{deployment}", changes)
+    stack.api("PATCH", f"/deployments/{deployment}", {"parameters": parameters})
 
     run = stack.scheduled_run(deployment, 400)
     assert run["state_type"] == "COMPLETED" and run["auto_scheduled"], (stack.folder / "worker" / "log").read_text()
@@ -173,6 +185,18 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
     assert "model        healthy" in stack.run("up")
     now = {path.parent.name: path.read_text() for path in stack.folder.glob("*/process.json")}
     assert {name for name in now if now[name] != pids.get(name)} == {"model"}
+
+    # A night whose model is planted worse: steps a thousand times too large.
+    nightly = stack.use_tiny_flow("nightly", "nightly")
+    worse = [f"train.learning_rate_{part}=3" for part in ("unet", "fusion")]
+    night = stack.start(nightly, parameters | {"values": worse})
+    until(lambda: stack.state(night)[0] in ENDED, 400, "the end of the night")
+    assert stack.state(night)[0] == "COMPLETED", stack.state(night)
+    second = stack.mlflow("model-versions/get?name=trip&version=2")["model_version"]
+    refused = {tag["key"]: tag["value"] for tag in second["tags"]}["trip.promotion_refused"]
+    assert "the champion" in refused, refused
+    alias = stack.mlflow("registered-models/alias?name=trip&alias=champion")["model_version"]
+    assert alias["version"] == "1"
 
     stack.run("down")
     assert not members(stack.folder)
