@@ -51,6 +51,7 @@ S3_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN
 # Prefect's worker and server end in an orderly way on SIGINT.
 PREFECT_STOP = Signals.SIGINT
 LOOPBACK = "127.0.0.1"
+KEPT_SESSIONS = 3  # of Ray, with their logs; each start makes another
 ADOPTING = ("worker",)  # its flow runs go on after its death
 
 
@@ -277,6 +278,7 @@ class Stack:
                 responds(f"{self.url('ray-dashboard')}/api/gcs_healthz")
                 and responds(f"{self.url('ray-agent')}/api/local_raylet_healthz")
             ),
+            prepare=lambda: remove_old_sessions(Path(ray_folder(self.folder))),
             address=self.url("ray-dashboard"),
             tries=2,
         )
@@ -506,6 +508,13 @@ def ray_folder(folder: Path) -> str:
     if len(inside) <= 40:  # sockets add 66 characters, and their path has at most 107
         return inside
     return os.path.join(tempfile.gettempdir(), f"trip-ray-{hash_of(str(folder).encode())[:12]}")
+
+
+def remove_old_sessions(folder: Path) -> None:
+    """Removes the sessions of Ray in a folder but the newest; none of them runs when Ray is about to start."""
+    sessions = sorted(path for path in folder.glob("session_*") if path.is_dir() and not path.is_symlink())
+    for session in sessions[: -(KEPT_SESSIONS - 1)]:
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def hash_of(content: Path | bytes) -> str:

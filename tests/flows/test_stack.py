@@ -114,6 +114,16 @@ def test_a_port_in_use_is_left_to_its_owner_and_the_chosen_one_stays(tmp_path: P
     assert stacks.load(tmp_path).settings.ports == ports
 
 
+def test_old_sessions_of_ray_are_removed_before_the_next_one(tmp_path: Path) -> None:
+    names = [f"session_2026-11-0{day}_10-00-00_000001_7" for day in range(1, 6)]
+    for name in names:
+        (tmp_path / name / "logs").mkdir(parents=True)
+    (tmp_path / "session_latest").symlink_to(names[-1])
+    stacks.remove_old_sessions(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [*names[-(stacks.KEPT_SESSIONS - 1) :], "session_latest"]
+
+
 def test_secrets_are_made_once_for_the_owner_only_and_are_in_no_command(tmp_path: Path) -> None:
     stack = stacks.Stack(tmp_path, stacks.Settings("postgresql", "moto", "trip", 1))
     stacks.choose_ports(stack, set())
