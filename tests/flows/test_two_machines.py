@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,27 +103,44 @@ def test_two_machines_train_one_model_and_share_nothing_but_the_object_store(
     flags = [word for value in values for word in ("--set", value)]
     source = ["--source", f"{s3_folder}/corpus/{table.name}", "--tracking-uri", uri]
 
-    def reproduce(root: str) -> list[str]:
-        return [*TINY, str(tiny_base), "reproduce", "--recipe", "tiny", "--root", root, *source, *flags]
+    def command(name: str, root: str, *more: str) -> list[str]:
+        return [
+            *TINY,
+            str(tiny_base),
+            name,
+            "--recipe",
+            "tiny",
+            "--root",
+            f"{s3_folder}/{root}",
+            *source,
+            *flags,
+            *more,
+        ]
 
     machines.start()
     until(lambda: machines.alive() == 1, 120, "the start of the head")
     machines.start()
     until(lambda: machines.alive() == 2, 120, "the second machine")
-    done = machines.run(1, reproduce(f"{s3_folder}/two"))
+    done = machines.run(1, command("reproduce", "two"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "of 2 from the newest checkpoint" not in done.stdout, "a machine did not take part"
 
     machines.end()
+    (data,) = [name for name in storage.list_dir(f"{s3_folder}/two/data") if re.fullmatch("[0-9a-f]{16}", name)]
+    (machines.private / "tmp").mkdir()
     alone = subprocess.run(
-        reproduce(f"{s3_folder}/alone"), capture_output=True, text=True, cwd=REPOSITORY, env=machines.environment
+        command("train-trip", "alone", "--dataset", f"{s3_folder}/two/data/{data}"),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=machines.environment,
     )
     assert alone.returncode == 0, alone.stdout[-3000:] + alone.stderr[-3000:]
     assert results(f"{s3_folder}/two") == results(f"{s3_folder}/alone")
 
 
 def results(root: str) -> dict[str, Any]:
-    """The hashes of what a run left: its data set and its model."""
+    """The identity of a root's training, and the hash of its model."""
     (training,) = [name for name in storage.list_dir(f"{root}/train") if ".lease" not in name]
     report = json.loads(storage.read_bytes(f"{root}/train/{training}/report.json"))
     return {"training": training, "model": report["model_digest"], "steps": report["step"]}
