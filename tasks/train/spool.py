@@ -44,10 +44,10 @@ class Spool:
         if self._copy is None:
             return
         try:
-            storage.upload_file(self.file, self._copy)
-            self._copied = True
-        except FileNotFoundError:  # delivered
-            if self._copied:
+            if self.file.exists():
+                storage.upload_file(self.file, self._copy)
+                self._copied = True
+            elif self._copied:
                 storage.delete(self._copy)
                 self._copied = False
         except (OSError, storage.StorageError) as error:
