@@ -38,6 +38,10 @@ NO_TRACKING = TrackingSpec()
 MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the group resumes from the newest one
 # Interval at which an elastic training looks for machines. Growing costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
+# Until all workers have loaded their libraries, which takes more than a minute on a busy machine; Ray then starts them
+# all again. An elastic training waits this long for a lost machine, and is then resized.
+START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+START_SECONDS, ELASTIC_START_SECONDS = 300, 30
 FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
 STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow
 _logger = logging.getLogger(__name__)
@@ -125,6 +129,7 @@ def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[No
 def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
     """Restarts the trainer as long as there are new checkpoints: Ray counts the failures of a complete run."""
     checkpoints = CheckpointStore(storage.join(spec.output, "checkpoints"))
+    os.environ.setdefault(START_VARIABLE, str(START_SECONDS if spec.least_workers is None else ELASTIC_START_SECONDS))
     while True:
         before = checkpoints.steps()
         try:
