@@ -124,6 +124,13 @@ def test_old_sessions_of_ray_are_removed_before_the_next_one(tmp_path: Path) -> 
     assert left == [*names[-(stacks.KEPT_SESSIONS - 1) :], "session_latest"]
 
 
+def test_rays_processes_know_the_address_of_their_session(tmp_path: Path) -> None:
+    stack = stacks.Stack(tmp_path, stacks.Settings("sqlite", "", "trip", 1))
+    stacks.choose_ports(stack, set())
+    (ray,) = [service for service in stack.services if service.name == "ray"]
+    assert ray.environment["RAY_ADDRESS"] == stack.client_environment["RAY_ADDRESS"]
+
+
 def test_secrets_are_made_once_for_the_owner_only_and_are_in_no_command(tmp_path: Path) -> None:
     stack = stacks.Stack(tmp_path, stacks.Settings("postgresql", "moto", "trip", 1))
     stacks.choose_ports(stack, set())
