@@ -36,16 +36,16 @@ def create_automations(deployments: Mapping[str, UUID], webhook: str | None) -> 
 
     wanted: dict[str, tuple[EventTrigger, Any]] = {}
     if "evaluate-trip" in deployments:
-        values = {name: _value(f"event.payload.{name}") for name in OF_A_TRAINING}
+        values = {name: _value(_field(name)) for name in OF_A_TRAINING}
         action = RunDeployment(deployment_id=deployments["evaluate-trip"], parameters=values)
         wanted["trip: evaluate a finished training"] = on(TRAINED), action
     if "smoke-test" in deployments:
-        values = {"version": _value("event.payload.version")}
+        values = {"version": _value(_field("version"))}
         action = RunDeployment(deployment_id=deployments["smoke-test"], parameters=values)
         wanted["trip: test the service after a promotion"] = on(PROMOTED), action
     block = _webhook_block(webhook)
     if block is not None:
-        failed = {name: f"event.payload.{name}" for name in _FAILURE}
+        failed = {name: _field(name) for name in _FAILURE}
         wanted["trip: report a failed stage"] = (
             on(STAGE_FAILED),
             CallWebhook(block_document_id=block, payload=_template(failed)),
@@ -72,9 +72,14 @@ def create_automations(deployments: Mapping[str, UUID], webhook: str | None) -> 
     return list(wanted)
 
 
-def _value(name: str) -> dict[str, Any]:
+def _field(name: str) -> str:
+    """A field of an event's payload as an expression of Jinja, for which `payload.values` is a method."""
+    return f"event.payload['{name}']"
+
+
+def _value(expression: str) -> dict[str, Any]:
     """A parameter of a run: a value of the event as JSON, so that null and lists stay what they are."""
-    template = {"__prefect_kind": "jinja", "template": f"{{{{ {name} | tojson }}}}"}
+    template = {"__prefect_kind": "jinja", "template": f"{{{{ {expression} | tojson }}}}"}
     return {"__prefect_kind": "json", "value": template}
 
 

@@ -105,7 +105,8 @@ def test_a_failure_reaches_the_webhook_and_a_training_and_a_promotion_start_runs
     try:
         wait_for_port(port, server)
         for _ in range(2):  # the second one updates
-            done = subprocess.run(DEPLOY, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+            names = ["--name", "evaluate-trip", "--name", "smoke-test"]
+            done = subprocess.run([*DEPLOY, *names], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
 
         def ask(path: str, body: Any) -> Any:
