@@ -20,6 +20,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
 from infra import storage
 from infra.cluster import kept_ray_session
+from infra.output import outlive_reader
 from infra.redaction import redact
 from infra.settings import DEFAULT_ROOT
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE
@@ -34,7 +35,7 @@ LAMBDAS = ((1.0, 0.5), (0.5, 0.0), (0.2, 0.0), (0.1, 0.0), (0.05, 0.0))
 LEAST_VALIDATION_CLIPS = 8
 
 
-@flow(name="ablate")
+@flow(name="ablate", on_running=[outlive_reader])
 def ablate(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

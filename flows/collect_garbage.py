@@ -9,10 +9,11 @@ from prefect import flow
 from flows import garbage
 from flows.mlflow_store import tracking_address
 from flows.parameters import HOURS, NIGHTS, NOT_NEGATIVE, POSITIVE
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT
 
 
-@flow(name="gc")
+@flow(name="gc", on_running=[outlive_reader])
 def collect_garbage(
     root: str = DEFAULT_ROOT,
     tracking_uri: str | None = None,

@@ -21,6 +21,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT, code_version
 from tasks.evaluate.spec import EvaluateReport, EvaluateSpec
 from tasks.evaluation_record import PAGE_FILE
@@ -97,7 +98,7 @@ def track_evaluation(report: EvaluateReport, dataset: str, tracking_uri: str) ->
     return tracking.run_page
 
 
-@flow(name="evaluate-trip")
+@flow(name="evaluate-trip", on_running=[outlive_reader])
 def evaluate_trip(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

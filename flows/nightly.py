@@ -16,6 +16,7 @@ from flows.parameters import BASE, POSITIVE, PROTOCOL, RECIPE, From
 from flows.recipe_values import Values
 from flows.source import DEFAULT, SourceOptions
 from infra import storage
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.evaluation_record import PAGE_FILE
 
@@ -23,7 +24,7 @@ from tasks.evaluation_record import PAGE_FILE
 STAGES = ("tasks.encode.job", "tasks.evaluate.job", "tasks.register.registry")
 
 
-@flow(name="nightly")
+@flow(name="nightly", on_running=[outlive_reader])
 def nightly(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+import numpy as np
+
 from flows import layout
 from flows.layout import Run
 from flows.source import SourceOptions
 from infra import storage
 from tasks.json_records import parse_record
 from tasks.records import Artifact, digest
-from tasks.shards import MANIFEST, ShardDataset, clip_key_of
+from tasks.shards import MANIFEST, ShardDataset
 
 FOLDER = "nights"
 
@@ -84,14 +86,11 @@ def nothing_new(run: Run, question: str) -> str | None:
 
 def count_new_clips(data: Artifact, trained_on: str) -> int:
     """How many clips a data set has that the data set of the last training had not; all without a training."""
-    clips = _clips(data.uri)
+    clips = ShardDataset(data.uri).index.clip_hashes_N
+    before = np.empty(0, np.uint64)
     if trained_on and storage.exists(storage.join(trained_on, MANIFEST)):
-        clips -= _clips(trained_on)
-    return len(clips)
-
-
-def _clips(uri: str) -> set[str]:
-    return {clip_key_of(key) for key in ShardDataset(uri).keys}
+        before = ShardDataset(trained_on).index.clip_hashes_N
+    return len(np.setdiff1d(clips, before))
 
 
 def check(

@@ -21,6 +21,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY
 from infra import storage
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT
 from tasks.encode.spec import PrepareReport, PrepareSpec
 from tasks.evaluate.protocol.protocol import load_protocol
@@ -93,7 +94,7 @@ def prepare_held_out(second: Run, protocol: str | None) -> Artifact:
     return held_out
 
 
-@flow(name="prepare-latents")
+@flow(name="prepare-latents", on_running=[outlive_reader])
 def prepare_latents(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

@@ -9,6 +9,7 @@ from prefect import flow, task
 
 from flows import layout
 from flows.console import log
+from flows.events import PROMOTED, emit
 from flows.layout import EXPERIMENT, Run
 from flows.mlflow_store import tracking_address
 from flows.parameters import RECIPE
@@ -18,6 +19,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from infra import storage
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT, MODEL_NAME, code_version
 from tasks.records import Artifact, UserError, to_json
 
@@ -46,6 +48,8 @@ def register_stage(
     numbers |= {"not promoted": "; ".join(registered.reasons)} if registered.reasons else {}
     stage_artifact("register-result", f"{name} version {registered.version}", numbers, {"MLflow": registered.run_page})
     _record_champion(tracking_uri, name)
+    if registered.promoted:
+        emit(PROMOTED, f"{name}.{registered.version}", {"name": name, "version": registered.version})
     return registered
 
 
@@ -64,7 +68,7 @@ def _record_champion(tracking_uri: str, name: str) -> None:
     record("champion", values)
 
 
-@flow(name="register-trip")
+@flow(name="register-trip", on_running=[outlive_reader])
 def register_trip(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

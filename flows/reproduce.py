@@ -22,6 +22,7 @@ from flows.source import DEFAULT, SourceOptions
 from flows.train_trip import train_stage
 from infra import storage
 from infra.cluster import kept_ray_session
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT, MODEL_NAME
 from tasks.evaluate.protocol.protocol import held_out_protocol
 from tasks.records import Artifact
@@ -76,7 +77,7 @@ def _is_current(mark: str, identity: dict[str, Any], files: list[str]) -> bool:
         return False
 
 
-@flow(name="reproduce")
+@flow(name="reproduce", on_running=[outlive_reader])
 def reproduce(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,

@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from flows.console import log
+from flows.events import report_failure
 from infra.redaction import RedactingFilter
 from infra.settings import code_version
 
@@ -51,5 +52,6 @@ STAGE_POLICY: dict[str, Any] = {
     "retries": 1,
     "retry_delay_seconds": 10,
     "retry_condition_fn": is_transient,
+    "on_failure": [report_failure],
     "cache_policy": NO_CACHE,  # results are found by their address, on any machine
 }

@@ -9,6 +9,7 @@ from prefect import flow, task
 
 from flows import continuing, layout
 from flows.console import log
+from flows.events import TRAINED, emit
 from flows.layout import EXPERIMENT
 from flows.mlflow_store import tracking_address
 from flows.parameters import BASE, RECIPE, From
@@ -18,9 +19,11 @@ from flows.source import DEFAULT, SourceOptions
 from flows.stage import STAGE_POLICY, run_tags
 from flows.training_lines import tick_counts, tick_metrics, validation_table
 from infra.metrics import record
+from infra.output import outlive_reader
 from infra.settings import DEFAULT_ROOT
 from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
+from tasks.train.spool import Spool
 
 
 @task(name="train", **STAGE_POLICY)
@@ -29,7 +32,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     tracking = TrackingSpec(tracking_uri, EXPERIMENT, run_name, tags=run_tags())
     report = finished_report(spec)
     if report is not None:
-        if spool_file(spec).exists():
+        if Spool(spec).exists():
             from tasks.train.job import train
 
             train(spec, None, tracking)  # delivers metrics that were spooled
@@ -63,7 +66,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     return report
 
 
-@flow(name="train-trip")
+@flow(name="train-trip", on_running=[outlive_reader])
 def train_trip(
     recipe: Annotated[str, RECIPE] = "demo",
     source: str | None = None,
@@ -96,4 +99,8 @@ def train_trip(
     run = layout.resolve(recipe, source, root, base, options, values)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
     spec = replace(continuing.training(run, data, start, uri), profile=profile or run.recipe.train.profile)
-    return to_json(train_stage(spec, uri, f"train {run.recipe.name}"))
+    report = train_stage(spec, uri, f"train {run.recipe.name}")
+    evaluation = {"recipe": recipe, "source": source, "root": root, "base": base, "dataset": data.uri}
+    evaluation |= {"model": report.model, "tracking_uri": tracking_uri, "values": values, "options": to_json(options)}
+    emit(TRAINED, report.model, evaluation)
+    return to_json(report)

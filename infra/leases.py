@@ -32,6 +32,9 @@ RENEW_SECONDS = 15.0
 EXPIRE_SECONDS = 90.0
 SETTLE_SECONDS = 2.0  # on a store without conditional writes: until the last of several simultaneous writers is known
 _SUFFIX = ".lease-"
+# Interrupts the work of an owner that lost its lease. Not SIGINT, which background jobs of a script ignore; no program
+# sends this one, and by default it has no effect.
+_INTERRUPT = signal.SIGURG
 P = ParamSpec("P")
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ def lease(output: str) -> Iterator[None]:
     number = _take(output, own)
     stop, lost = threading.Event(), threading.Event()
     main, owner_thread = threading.current_thread() is threading.main_thread(), threading.get_ident()
+    before = signal.signal(_INTERRUPT, _interrupt) if main else None  # Python allows it in the main thread only
 
     def renew() -> None:
         while not stop.wait(RENEW_SECONDS):
@@ -89,7 +93,7 @@ def lease(output: str) -> Iterator[None]:
                 if newest(output)[0] > number:
                     lost.set()
                     if main:
-                        signal.pthread_kill(owner_thread, signal.SIGINT)
+                        signal.pthread_kill(owner_thread, _INTERRUPT)
                     return
                 _write(output, number, replace(own, renewed=time.time()))
             except (OSError, ValueError, storage.StorageError) as error:
@@ -105,10 +109,16 @@ def lease(output: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        if main:
+            signal.signal(_INTERRUPT, before or signal.SIG_DFL)
         if not lost.is_set():
             _write(output, number, replace(own, renewed=time.time(), released=True))
     if lost.is_set():
         raise LeaseHeld(f"{_held(output, newest(output)[1])}; it took over since this process did not answer")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def leased(stage: Callable[P, T]) -> Callable[P, T]:

@@ -15,6 +15,7 @@ from infra.redaction import redact
 
 _MAX_PENDING = 50_000
 _LONGEST_PAUSE_SECONDS = 30.0
+_MOST_WAITS = 20  # of `close`, while a slow receiver still accepts records
 
 Record = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -83,11 +84,18 @@ class Outbox:
             return not self._pending
 
     def close(self, wait_seconds: float) -> bool:
-        """Makes a last attempt, at most `wait_seconds`, without pauses; True if everything was delivered."""
+        """Delivers the rest without pauses; True if everything was delivered.
+
+        It ends after the first error, or after `wait_seconds` in which the receiver accepted nothing.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout=wait_seconds)
+        for _ in range(_MOST_WAITS):
+            left = len(self._pending)
+            self._thread.join(timeout=wait_seconds)
+            if not self._thread.is_alive() or len(self._pending) >= left:
+                break
         if self.flush(0):
             return True
         where = f"kept in {self._spool}" if self._spool else "lost"

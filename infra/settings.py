@@ -33,8 +33,6 @@ RAY = {
     "RAY_TQDM_PATCH_PRINT": "0",
     # The controller polls its workers at this interval; the default of 2 s costs a short training several seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # After the loss of a machine an elastic training waits this long for it, and is then resized.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     # In a task without GPUs torch must see the accelerators as outside Ray; Ray warns unless this is set.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
@@ -10,8 +12,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,6 +27,9 @@ _TEMPORARY_SUFFIX = ".part"
 # Packages whose errors `boundary` explains; a missing file, a forbidden one and a full store are OSErrors already.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
 _NO_RESPONSE = re.compile("Connect|Timeout|Closed|HTTPClient|IncompleteRead|Payload")  # in the names of their errors
+
+BUSY_SECONDS = 120.0  # how long an object store may answer that it is busy or down (503), before a call fails
+_LONGEST_PAUSE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -390,9 +396,39 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Patient:
+    """A file system whose methods repeat a request that the store refused because it is busy."""
+
+    def __init__(self, filesystem: AbstractFileSystem) -> None:
+        self._filesystem = filesystem
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._filesystem, name)
+        return _patiently(value) if callable(value) else value
+
+
+def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        began, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                return method(*arguments, **options)
+            except OSError as error:
+                # s3fs raises EBUSY for 503 and SlowDown, after the few attempts of its library.
+                if error.errno != errno.EBUSY or time.monotonic() - began > BUSY_SECONDS:
+                    raise
+                _log.warning("the store is busy, trying again: %s", redact(str(error)))
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    return call
+
+
 def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
     try:
-        return fsspec.core.url_to_fs(uri)
+        filesystem, name = fsspec.core.url_to_fs(uri)
+        return cast(AbstractFileSystem, _Patient(filesystem)), name
     except (ImportError, ValueError) as error:  # a library that is not installed, or an unknown scheme
         raise StorageError(f"{redact(uri)} cannot be used ({redact(str(error))}); install it, or correct it") from error
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Service:
         user: the account that runs it if the supervisor runs as root; "" for the same one.
         adopts: whether its children go on after its death, as the flow runs of a worker do.
         start_seconds: the limit of a start.
+        tries: how many times one `up` starts a service that ends before it is healthy.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Service:
     user: str = ""
     adopts: bool = False
     start_seconds: float = 180.0
+    tries: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -121,6 +124,7 @@ class Supervisor:
         self.seconds = {}
         pending = list(services)
         starting: dict[str, tuple[Service, subprocess.Popen[bytes], float]] = {}
+        tried: Counter[str] = Counter()
         ready: set[str] = set()
         while pending or starting:
             for service in [s for s in pending if ready.issuperset(s.after)]:
@@ -144,6 +148,11 @@ class Supervisor:
                     log(f"{name:<12} {'done' if service.is_healthy is None else 'healthy'} in {seconds:.1f} s")
                 elif process.poll() is not None or seconds > service.start_seconds:
                     code = process.poll()
+                    tried[name] += 1
+                    if code is not None and tried[name] < service.tries:
+                        log(f"{name:<12} ended with code {code}, starting it again")
+                        starting[name] = (service, self._start(service), time.monotonic())
+                        continue
                     how = f"did not respond within {seconds:.0f} s" if code is None else f"ended with code {code}"
                     self.stop(service)
                     raise ServiceFailed(f"{name} {how}; its log is {self.log(name)}\n{self._tail(name)}")

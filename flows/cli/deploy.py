@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,14 +10,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 from flows.console import log, results
 from infra import storage
+from infra.redaction import redact
 from infra.settings import CHECKOUT, COMMIT_FILE, code_version
 from tasks.records import UserError
 
 POOL = "trip-local"
+WEBHOOK_VARIABLE = "TRIP_WEBHOOK"
 KEPT = "deployed"  # folder below `roots` with the files of each deployed commit
 
 
@@ -24,7 +29,8 @@ def deploy(roots: str = "runs", name: list[str] | None = None, in_place: bool = 
     """Create or update the deployments of prefect.yaml on the server at PREFECT_API_URL.
 
     A schedule that was paused stays paused. Runs execute the files of the present commit, which are copied once, and
-    not what the checkout contains later.
+    not what the checkout contains later. Automations evaluate a finished training, test the service after a promotion,
+    and send failures to the webhook whose address is in TRIP_WEBHOOK.
 
     Args:
         roots: folder or address that the roots of the deployments lie below.
@@ -36,7 +42,8 @@ def deploy(roots: str = "runs", name: list[str] | None = None, in_place: bool = 
     roots = storage.absolute(roots)
     version = code_version()
     checkout = CHECKOUT if in_place else _pinned(version, Path(storage.local_path(roots) or CHECKOUT / "runs") / KEPT)
-    _create_pool(checkout)
+    with _server_errors():
+        _create_pool(checkout)
     environment = os.environ | {
         "TRIP_CHECKOUT": str(checkout),
         "TRIP_COMMIT": version,
@@ -48,7 +55,31 @@ def deploy(roots: str = "runs", name: list[str] | None = None, in_place: bool = 
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"prefect deploy failed: {' '.join((done.stdout + done.stderr).split())[-1500:]}")
-    results("Deployed", {"commit": version, "files": str(checkout), "roots": roots} | _close_parameters(name))
+    from flows.cli.automations import create_automations
+
+    with _server_errors():
+        ids, addresses = _close_parameters(name)
+        automations = create_automations(ids, os.environ.get(WEBHOOK_VARIABLE))
+    addresses |= {"automations": ", ".join(automations) or "none"}
+    results("Deployed", {"commit": version, "files": str(checkout), "roots": roots} | addresses)
+
+
+@contextlib.contextmanager
+def _server_errors() -> Iterator[None]:
+    """Converts errors of Prefect's server into a `UserError`."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        yield
+    except httpx.HTTPError as error:
+        address = redact(os.environ["PREFECT_API_URL"])
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code in (401, 403):
+            raise UserError(f"the Prefect server at {address} asks for a login; set PREFECT_API_AUTH_STRING") from error
+        reason = redact(" ".join(str(error).split()))[:300] or type(error).__name__
+        raise UserError(
+            f"the Prefect server at {address} does not answer ({reason}); start it, or correct PREFECT_API_URL"
+        ) from error
 
 
 def _pinned(version: str, folder: Path) -> Path:
@@ -99,14 +130,15 @@ def _create_pool(checkout: Path) -> None:
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
-def _close_parameters(names: list[str] | None) -> dict[str, str]:
-    """Makes the server reject misspelt parameters; returns the addresses of the deployments by name."""
+def _close_parameters(names: list[str] | None) -> tuple[dict[str, UUID], dict[str, str]]:
+    """Makes the server reject misspelt parameters; returns ids and addresses of the deployments by name."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
 
     from flows.parameters import form_schema
 
-    addresses = {}
+    ids: dict[str, UUID] = {}
+    addresses: dict[str, str] = {}
     with get_client(sync_client=True) as client:
         ours = [d for d in client.read_deployments() if d.work_pool_name == POOL]
         for deployment in ours:
@@ -114,7 +146,8 @@ def _close_parameters(names: list[str] | None) -> dict[str, str]:
                 continue
             schema = form_schema(deployment.parameter_openapi_schema)
             client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
+            ids[deployment.name] = deployment.id
             addresses[deployment.name] = str(client.api_url).removesuffix("/api/").removesuffix("/api") + (
                 f"/deployments/deployment/{deployment.id}"
             )
-    return addresses
+    return ids, addresses

@@ -102,6 +102,10 @@ def _registry(root: str, tracking_uri: str | None) -> Iterator[Any]:
 def _log_champion(name: str, state: PromotionState) -> None:
     earlier = f"; previous is version {state.earlier[-1].number}" if state.earlier else ""
     log(f"version {state.champion} of {name} is champion{earlier}")
+    if "PREFECT_API_URL" in os.environ:  # automations of that server may follow
+        from flows.events import PROMOTED, emit
+
+        emit(PROMOTED, f"{name}.{state.champion}", {"name": name, "version": state.champion})
 
 
 def _why(state: PromotionState) -> dict[str, str]:

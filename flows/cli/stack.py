@@ -51,6 +51,7 @@ S3_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN
 # Prefect's worker and server end in an orderly way on SIGINT.
 PREFECT_STOP = Signals.SIGINT
 LOOPBACK = "127.0.0.1"
+KEPT_SESSIONS = 3  # of Ray, with their logs; each start makes another
 ADOPTING = ("worker",)  # its flow runs go on after its death
 
 
@@ -265,13 +266,21 @@ class Stack:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         command += [f"--{name}={value}" for name, value in flags.items()]
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "ray.token")}
+        # Actors of Ray Train ask the state API, which needs an address where several sessions run on the machine.
+        access |= {"RAY_ADDRESS": f"{LOOPBACK}:{ports['ray']}"}
         return Service(
             "ray",
             tuple(command),
             # Workers import the code of the driver, whose path they get; another one here would mix two commits.
             self._plain | access | self._s3_environment | {"PYTHONPATH": os.pathsep.join(_python_path())},
-            is_healthy=_responds(f"{self.url('ray-dashboard')}/api/gcs_healthz"),
+            # The head without its raylet takes no work; Ray gives up on a raylet that needs 30 s to start.
+            is_healthy=lambda: (
+                responds(f"{self.url('ray-dashboard')}/api/gcs_healthz")
+                and responds(f"{self.url('ray-agent')}/api/local_raylet_healthz")
+            ),
+            prepare=lambda: remove_old_sessions(Path(ray_folder(self.folder))),
             address=self.url("ray-dashboard"),
+            tries=2,
         )
 
     def _prefect(self) -> Service:
@@ -339,6 +348,8 @@ class Stack:
         port = str(self.settings.ports["worker"])
         extra = {"PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK, "PREFECT_WORKER_WEBSERVER_PORT": port}
         extra |= {"PREFECT_WORKER_QUERY_SECONDS": "5", "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,infra,trip_model"}
+        # For smoke-test, which follows a promotion.
+        extra |= {"TRIP_SERVICE": self.url("model"), "TRIP_API_KEY": self.secrets["model"]}
         extra |= {FOLDER_VARIABLE: str(self.folder / "metrics" / "stages")}
         return Service(
             "worker",
@@ -497,6 +508,13 @@ def ray_folder(folder: Path) -> str:
     if len(inside) <= 40:  # sockets add 66 characters, and their path has at most 107
         return inside
     return os.path.join(tempfile.gettempdir(), f"trip-ray-{hash_of(str(folder).encode())[:12]}")
+
+
+def remove_old_sessions(folder: Path) -> None:
+    """Removes the sessions of Ray in a folder but the newest; none of them runs when Ray is about to start."""
+    sessions = sorted(path for path in folder.glob("session_*") if path.is_dir() and not path.is_symlink())
+    for session in sessions[: -(KEPT_SESSIONS - 1)]:
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def hash_of(content: Path | bytes) -> str:

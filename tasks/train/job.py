@@ -30,13 +30,18 @@ from tasks.shards import read_manifest
 from tasks.train.checkpoints import CheckpointStore, SavedCheckpoint
 from tasks.train.loop import ControlSignal, Tick, TrainingStopped, run_training
 from tasks.train.preflight import preflight
-from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest, spool_file
+from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spec_digest
+from tasks.train.spool import Spool
 from tasks.train.ticks import TickFile
 
 NO_TRACKING = TrackingSpec()
 MAX_FAILURES = 2  # without a new checkpoint in between; after a lost worker the group resumes from the newest one
 # Interval at which an elastic training looks for machines. Growing costs a restart and the steps since a checkpoint.
 GROW_SECONDS = 600.0
+# Until all workers have loaded their libraries, which takes more than a minute on a busy machine; Ray then starts them
+# all again. An elastic training waits this long for a lost machine, and is then resized.
+START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+START_SECONDS, ELASTIC_START_SECONDS = 300, 30
 FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
 STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow
 _logger = logging.getLogger(__name__)
@@ -67,7 +72,7 @@ def train(
     """
     done = finished_report(spec)
     if done is not None:
-        if spool_file(spec).exists():  # metrics that were not delivered
+        if Spool(spec).exists():  # metrics that were not delivered
             with _RunLog(spec, tracking):
                 pass
         return done
@@ -124,6 +129,7 @@ def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[No
 def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
     """Restarts the trainer as long as there are new checkpoints: Ray counts the failures of a complete run."""
     checkpoints = CheckpointStore(storage.join(spec.output, "checkpoints"))
+    os.environ.setdefault(START_VARIABLE, str(START_SECONDS if spec.least_workers is None else ELASTIC_START_SECONDS))
     while True:
         before = checkpoints.steps()
         try:
@@ -232,16 +238,18 @@ class _RunLog:
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
         self._ticks = TickFile(spec)
+        self._spool = Spool(spec)
         self._tracking: Tracking | None = None
         if not tracking.uri:
             return
         tracking.access.apply()
         manifest_sha256 = read_manifest(spec.dataset)[1]
+        self._spool.fetch()
         self._tracking = Tracking(
             tracking.uri,
             tracking.experiment,
             tracking.artifact_location or default_artifact_location(tracking.uri),
-            spool_file(spec),
+            self._spool.file,
         )
         params = {k: v for k, v in asdict(spec).items() if not isinstance(v, dict)}
         parent = {"trip.parent": spec.start.parent} if spec.start is not None else {}
@@ -258,6 +266,7 @@ class _RunLog:
         if self._tracking is not None:
             stopped = isinstance(error, TrainingStopped | KeyboardInterrupt)
             self._tracking.finish("KILLED" if stopped else "FAILED" if error is not None else "FINISHED")
+            self._spool.keep()
 
     def tick(self, values: dict[str, Any]) -> None:
         self._ticks.tick(values)
@@ -269,6 +278,7 @@ class _RunLog:
     def before_mark(self) -> None:
         if self._tracking is not None:
             self._tracking.flush(FLUSH_SECONDS)
+            self._spool.keep()
 
     def after_mark(self, saved: SavedCheckpoint) -> None:
         self._ticks.upload()

@@ -13,6 +13,7 @@ from tasks.records import Artifact, UserError, digest
 from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
 REPORT = "report.json"  # next to the model; written last, so it marks the training as complete
+SPOOL = "tracking.jsonl"  # undelivered tracking records (`tasks/train/spool.py`)
 # Metadata of a field that does not change the result, up to rounding, and so is not part of the identity.
 MEANS = {"means": True}
 
@@ -176,7 +177,7 @@ def spool_file(spec: TrainSpec) -> Path:
     """The file of undelivered tracking records: in the output, or in a local cache if the output is remote."""
     output = storage.local_path(spec.output)
     if output is not None:
-        return output / "tracking.jsonl"
+        return output / SPOOL
     return Path.home() / ".cache" / "trip-i2v" / "tracking" / f"{digest(spec.output)}.jsonl"
 
 

@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flows.cli import stack as stacks
 from infra.supervisor import Service, ServiceFailed, Supervisor
 from tasks.ingest.demo import write_demo_corpus
 from tasks.records import UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-FLOWS = [sys.executable, "-m", "flows"]
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+from tests.support.stacks import ENDED, Stack, members, until
 
 
 def sleeper(name: str, **more: Any) -> Service:
     """A service with a child, healthy at once."""
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     return Service(name, (sys.executable, "-c", script), is_healthy=lambda: True, **more)
-
-
-def members(folder: Path) -> list[int]:
-    """The processes that belong to a stack."""
-    mark = f"TRIP_STACK={folder}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
 
 
 @pytest.fixture
@@ -59,16 +39,6 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
 
 def pid_of(folder: Path, name: str) -> int:
     return json.loads((folder / name / "process.json").read_text())["pid"]
-
-
-def until(answer: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = answer()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
 
 
 def test_a_second_up_starts_only_the_service_that_was_killed_and_ends_its_children(supervisor: Supervisor) -> None:
@@ -117,6 +87,21 @@ def test_a_service_that_ends_is_named_with_its_log_and_a_waiting_one_holds_its_d
         supervisor.up([broken], print)
 
 
+def test_a_service_with_several_tries_is_started_again_when_it_ends_at_its_start(supervisor: Supervisor) -> None:
+    mark = supervisor.folder / "tried"
+    script = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); again = p.exists()"
+    script += "; p.touch(); time.sleep(600 * again)"
+    lines: list[str] = []
+    service = Service("slow", (sys.executable, "-c", script, str(mark)), is_healthy=lambda: _age(mark) > 2, tries=2)
+    supervisor.up([service], lines.append)
+    assert lines[0] == "slow         ended with code 0, starting it again" and "healthy in" in lines[1]
+
+
+def _age(file: Path) -> float:
+    """Seconds since the last change of a file; 0 without one."""
+    return time.time() - file.stat().st_mtime if file.exists() else 0.0
+
+
 def test_a_port_in_use_is_left_to_its_owner_and_the_chosen_one_stays(tmp_path: Path) -> None:
     settings = stacks.Settings("sqlite", "", "trip", 1)
     stack = stacks.Stack(tmp_path, settings)
@@ -127,6 +112,23 @@ def test_a_port_in_use_is_left_to_its_owner_and_the_chosen_one_stays(tmp_path: P
     assert ports["mlflow"] != taken and len(set(ports.values())) == len(stacks.PORTS)
     stacks.choose_ports(stacks.load(tmp_path), set())
     assert stacks.load(tmp_path).settings.ports == ports
+
+
+def test_old_sessions_of_ray_are_removed_before_the_next_one(tmp_path: Path) -> None:
+    names = [f"session_2026-11-0{day}_10-00-00_000001_7" for day in range(1, 6)]
+    for name in names:
+        (tmp_path / name / "logs").mkdir(parents=True)
+    (tmp_path / "session_latest").symlink_to(names[-1])
+    stacks.remove_old_sessions(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [*names[-(stacks.KEPT_SESSIONS - 1) :], "session_latest"]
+
+
+def test_rays_processes_know_the_address_of_their_session(tmp_path: Path) -> None:
+    stack = stacks.Stack(tmp_path, stacks.Settings("sqlite", "", "trip", 1))
+    stacks.choose_ports(stack, set())
+    (ray,) = [service for service in stack.services if service.name == "ray"]
+    assert ray.environment["RAY_ADDRESS"] == stack.client_environment["RAY_ADDRESS"]
 
 
 def test_secrets_are_made_once_for_the_owner_only_and_are_in_no_command(tmp_path: Path) -> None:
@@ -149,79 +151,6 @@ def test_a_stack_keeps_its_database_and_refuses_an_address_that_is_none(tmp_path
         stacks.prepare(tmp_path, "postgresql", None, "", None)
     with pytest.raises(UserError, match=r"--s3 minio: expected the http address"):
         stacks.prepare(tmp_path, "auto", "minio", "", None)
-
-
-class Stack:
-    """The commands of a stack, and Prefect's API."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        names = ("PREFECT_", "MLFLOW_", "RAY_", "AWS_")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(names)} | {"OMP_NUM_THREADS": "1"}
-
-    def run(self, command: str, *flags: str) -> str:
-        done = subprocess.run(
-            [*FLOWS, command, "--folder", str(self.folder), *flags],
-            env=self.environment,
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]} {done.stderr[-3000:]}"
-        return done.stdout
-
-    def client(self) -> dict[str, str]:
-        lines = (self.folder / "client.env").read_text().splitlines()
-        return {name: value.strip("'") for name, _, value in (x.removeprefix("export ").partition("=") for x in lines)}
-
-    def api(self, method: str, path: str, body: Any = None) -> Any:
-        client = self.client()
-        user, _, password = client["PREFECT_API_AUTH_STRING"].partition(":")
-        answer = httpx.request(
-            method,
-            client["PREFECT_API_URL"] + path,
-            json=body,
-            auth=(user, password),
-            timeout=30,
-            trust_env=False,
-        )
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
-
-    def mlflow(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        client = self.client()
-        auth = (client["MLFLOW_TRACKING_USERNAME"], client["MLFLOW_TRACKING_PASSWORD"])
-        url = f"{client['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/{path}"
-        answer = httpx.request("POST" if body else "GET", url, json=body, auth=auth, timeout=30, trust_env=False)
-        answer.raise_for_status()
-        return answer.json()
-
-    def scheduled_run(self, deployment: str, seconds: float) -> dict[str, Any]:
-        """Gives a deployment a schedule whose first run is due; returns that run when it has ended."""
-        known = {run["id"] for run in self.runs(deployment)}
-        first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(
-            seconds=30
-        )  # a busy server plans after some seconds
-        interval = {"interval": 86400, "anchor_date": first.isoformat(), "timezone": "UTC"}
-        self.api("POST", f"/deployments/{deployment}/schedules", [{"schedule": interval, "active": True}])
-        # Prefect plans a changed deployment within seconds, and the others once a minute.
-        self.api("PATCH", f"/deployments/{deployment}", {"paused": False})
-
-        def ended() -> dict[str, Any] | None:
-            runs = [r for r in self.runs(deployment) if r["id"] not in known and r["state_type"] in ENDED]
-            return runs[0] if runs else None
-
-        run = until(
-            ended, seconds, f"the end of a scheduled run; {(self.folder / 'worker' / 'log').read_text()[-2000:]}"
-        )
-        for schedule in self.api("GET", f"/deployments/{deployment}")["schedules"]:
-            self.api("DELETE", f"/deployments/{deployment}/schedules/{schedule['id']}")
-        return run
-
-    def runs(self, deployment: str) -> list[dict[str, Any]]:
-        body = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        return self.api("POST", "/flow_runs/filter", body)
 
 
 @pytest.fixture
@@ -247,17 +176,14 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
     assert time.monotonic() - began < 180 or os.getloadavg()[0] > 4, "up took more than three minutes"
     assert oct(stack.folder.stat().st_mode & 0o777) in ("0o700", "0o711")
 
-    (deployment,) = [d["id"] for d in stack.api("POST", "/deployments/filter", {}) if d["name"] == "reproduce"]
+    deployment = stack.use_tiny_flow("reproduce", "reproduce")
     parameters = {
         "recipe": "tiny",
         "source": write_demo_corpus(tmp_path / "corpus", 12, 32),
         "root": "s3://trip/night",
         "base": str(tiny_base),
     }
-    # The form's list of recipes does not have the one of the tests.
-    stack.api("PATCH", f"/deployments/{deployment}", {"enforce_parameter_schema": False})
-    changes = {"entrypoint": "tests/support/tiny_flow.py:reproduce", "parameters": parameters}
-    stack.api("PATCH", f"/deployments/{deployment}", changes)
+    stack.api("PATCH", f"/deployments/{deployment}", {"parameters": parameters})
 
     run = stack.scheduled_run(deployment, 400)
     assert run["state_type"] == "COMPLETED" and run["auto_scheduled"], (stack.folder / "worker" / "log").read_text()
@@ -276,6 +202,18 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
     assert "model        healthy" in stack.run("up")
     now = {path.parent.name: path.read_text() for path in stack.folder.glob("*/process.json")}
     assert {name for name in now if now[name] != pids.get(name)} == {"model"}
+
+    # A night whose model is planted worse: steps a thousand times too large.
+    nightly = stack.use_tiny_flow("nightly", "nightly")
+    worse = [f"train.learning_rate_{part}=3" for part in ("unet", "fusion")]
+    night = stack.start(nightly, parameters | {"values": worse})
+    until(lambda: stack.state(night)[0] in ENDED, 400, "the end of the night")
+    assert stack.state(night)[0] == "COMPLETED", stack.state(night)
+    second = stack.mlflow("model-versions/get?name=trip&version=2")["model_version"]
+    refused = {tag["key"]: tag["value"] for tag in second["tags"]}["trip.promotion_refused"]
+    assert "the champion" in refused, refused
+    alias = stack.mlflow("registered-models/alias?name=trip&alias=champion")["model_version"]
+    assert alias["version"] == "1"
 
     stack.run("down")
     assert not members(stack.folder)

@@ -58,6 +58,8 @@ def test_every_flow_has_a_deployment_and_one_has_a_schedule() -> None:
         "ablate",
         "nightly",
         "collect_garbage",
+        "verify_data",
+        "smoke_test",
     }
     assert [d["name"] for d in DEPLOYMENTS if d.get("schedules")] == ["nightly"]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -13,6 +17,7 @@ import pytest
 from flows.cli.app import user_error
 from infra import storage
 from tasks.ingest.rows import reading
+from tests.conftest import REPOSITORY, free_port, wait_for_port
 
 
 @pytest.fixture(params=["local", "file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
@@ -145,3 +150,40 @@ def test_a_store_without_a_library_is_one_sentence(address: str) -> None:
         storage.read_bytes(address)
     assert "hunter2" not in str(raised.value)
     assert user_error(RuntimeError("of a framework")) is None and user_error(raised.value) is raised.value
+
+
+def test_a_call_waits_for_a_store_that_is_down_for_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    port, down = free_port(), tmp_path / "down"
+    values = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"}
+    for name, value in (values | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    command = [sys.executable, "-m", "tests.support.s3_server", str(port), str(down)]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, cwd=REPOSITORY, stderr=log) as server:
+        try:
+            wait_for_port(port, server)
+            s3fs.S3FileSystem().mkdir("bucket")
+            calls: list[Callable[[], object]] = [
+                lambda: storage.write_bytes("s3://bucket/a", b"1"),
+                lambda: storage.create_bytes("s3://bucket/b", b"2"),
+                lambda: storage.exists("s3://bucket/a"),
+                lambda: storage.list_dir("s3://bucket"),
+                lambda: storage.read_bytes("s3://bucket/b"),
+            ]
+            found = []
+            for call in calls:
+                down.touch()
+                timer = threading.Timer(1.5, down.unlink)
+                timer.start()
+                found.append(call())
+                timer.join()
+            assert found == [None, True, True, ["a", "b"], b"2"]
+            monkeypatch.setattr(storage, "BUSY_SECONDS", 0.0)
+            down.touch()
+            with pytest.raises(OSError, match="try again"):
+                storage.read_bytes("s3://bucket/a")
+        finally:
+            server.kill()
+            s3fs.S3FileSystem.clear_instance_cache()

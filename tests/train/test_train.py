@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -378,6 +379,27 @@ def test_tracking_that_is_down_stops_nothing_and_catches_up_when_the_command_is_
     (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
     assert run.info.status == "FINISHED" and not (Path(spec.output) / "tracking.jsonl").exists()
+
+
+def test_another_machine_delivers_what_the_first_one_could_not_when_the_output_is_remote(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.train.job.FLUSH_SECONDS", 0.2)
+    remote = replace(spec, output=f"memory://{uuid.uuid4().hex}/out")
+    wall = tmp_path / "wall"
+    wall.write_text("a file where a folder should be")
+    tracking = TrackingSpec(f"sqlite:///{wall}/mlflow.db", "exp", "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path / "first"))
+    report = train(remote, None, tracking, in_process=True)
+    assert storage.exists(f"{remote.output}/tracking.jsonl")
+    wall.unlink()
+    monkeypatch.setenv("HOME", str(tmp_path / "second"))
+    assert train(remote, None, tracking, in_process=True) == report
+    client = MlflowClient(tracking.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("exp").experiment_id])
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+    assert run.info.status == "FINISHED" and steps == [1, 2, 3, 4, 5, 6]
+    assert not storage.exists(f"{remote.output}/tracking.jsonl")
 
 
 def test_validation_does_not_change_training_and_frame_one_is_known(spec: TrainSpec, tmp_path: Path) -> None:

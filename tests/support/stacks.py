@@ -1,0 +1,136 @@
+"""A stack of `flows up` as its user sees it: the commands, Prefect's and MLflow's API, and its processes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FLOWS = [sys.executable, "-m", "flows"]
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def members(folder: Path) -> list[int]:
+    """The processes that belong to a stack."""
+    mark = f"TRIP_STACK={folder}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def until(answer: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = answer()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+class Stack:
+    """The commands of a stack, and Prefect's API."""
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self.folder = folder
+        names = ("PREFECT_", "MLFLOW_", "RAY_", "AWS_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(names)} | {"OMP_NUM_THREADS": "1"}
+        self.environment |= variables
+
+    def run(self, command: str, *flags: str) -> str:
+        done = subprocess.run(
+            [*FLOWS, command, "--folder", str(self.folder), *flags],
+            env=self.environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]} {done.stderr[-3000:]}"
+        return done.stdout
+
+    def client(self) -> dict[str, str]:
+        lines = (self.folder / "client.env").read_text().splitlines()
+        return {name: value.strip("'") for name, _, value in (x.removeprefix("export ").partition("=") for x in lines)}
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        client = self.client()
+        user, _, password = client["PREFECT_API_AUTH_STRING"].partition(":")
+        answer = httpx.request(
+            method,
+            client["PREFECT_API_URL"] + path,
+            json=body,
+            auth=(user, password),
+            timeout=30,
+            trust_env=False,
+        )
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def mlflow(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        client = self.client()
+        auth = (client["MLFLOW_TRACKING_USERNAME"], client["MLFLOW_TRACKING_PASSWORD"])
+        url = f"{client['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/{path}"
+        answer = httpx.request("POST" if body else "GET", url, json=body, auth=auth, timeout=30, trust_env=False)
+        answer.raise_for_status()
+        return answer.json()
+
+    def use_tiny_flow(self, deployment: str, flow: str) -> str:
+        """Makes a deployment run a flow of the tests with their recipe `tiny`; returns its id."""
+        (found,) = [d["id"] for d in self.api("POST", "/deployments/filter", {}) if d["name"] == deployment]
+        # The form's list of recipes does not have the one of the tests.
+        self.api("PATCH", f"/deployments/{found}", {"enforce_parameter_schema": False})
+        self.api("PATCH", f"/deployments/{found}", {"entrypoint": f"tests/support/tiny_flow.py:{flow}"})
+        return found
+
+    def start(self, deployment: str, parameters: dict[str, Any]) -> str:
+        """Starts a run of a deployment; returns its id."""
+        return self.api("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
+
+    def state(self, run: str) -> tuple[str, str]:
+        """Type and message of a run's state; ("", "") while the server does not answer."""
+        try:
+            state = self.api("GET", f"/flow_runs/{run}")["state"]
+        except httpx.HTTPError:
+            return "", ""
+        return state["type"], state["message"] or ""
+
+    def scheduled_run(self, deployment: str, seconds: float) -> dict[str, Any]:
+        """Gives a deployment a schedule whose first run is due; returns that run when it has ended."""
+        known = {run["id"] for run in self.runs(deployment)}
+        first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(
+            seconds=30
+        )  # a busy server plans after some seconds
+        interval = {"interval": 86400, "anchor_date": first.isoformat(), "timezone": "UTC"}
+        self.api("POST", f"/deployments/{deployment}/schedules", [{"schedule": interval, "active": True}])
+        # Prefect plans a changed deployment within seconds, and the others once a minute.
+        self.api("PATCH", f"/deployments/{deployment}", {"paused": False})
+
+        def ended() -> dict[str, Any] | None:
+            runs = [r for r in self.runs(deployment) if r["id"] not in known and r["state_type"] in ENDED]
+            return runs[0] if runs else None
+
+        run = until(
+            ended, seconds, f"the end of a scheduled run; {(self.folder / 'worker' / 'log').read_text()[-2000:]}"
+        )
+        for schedule in self.api("GET", f"/deployments/{deployment}")["schedules"]:
+            self.api("DELETE", f"/deployments/{deployment}/schedules/{schedule['id']}")
+        return run
+
+    def runs(self, deployment: str) -> list[dict[str, Any]]:
+        body = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return self.api("POST", "/flow_runs/filter", body)
