@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,6 +30,7 @@ _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", 
 _NO_RESPONSE = re.compile("Connect|Timeout|Closed|HTTPClient|IncompleteRead|Payload")  # in the names of their errors
 
 BUSY_SECONDS = 120.0  # how long an object store may answer that it is busy or down (503), before a call fails
+_patient = ContextVar("patient", default=True)
 _LONGEST_PAUSE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -396,6 +398,16 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Within it a busy object store is an error at once, for callers that have an order and a limit of their own."""
+    token = _patient.set(False)
+    try:
+        yield
+    finally:
+        _patient.reset(token)
+
+
 class _Patient:
     """A file system whose methods repeat a request that the store refused because it is busy."""
 
@@ -416,7 +428,7 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
                 return method(*arguments, **options)
             except OSError as error:
                 # s3fs raises EBUSY for 503 and SlowDown, after the few attempts of its library.
-                if error.errno != errno.EBUSY or time.monotonic() - began > BUSY_SECONDS:
+                if error.errno != errno.EBUSY or not _patient.get() or time.monotonic() - began > BUSY_SECONDS:
                     raise
                 _log.warning("the store is busy, trying again: %s", redact(str(error)))
                 time.sleep(pause)

@@ -331,7 +331,7 @@ def _read_file(address: str, roots: list[str], max_bytes: int) -> bytes:
 def _reading(address: str) -> Iterator[None]:
     """Converts errors of reading one file into its reason. A store that cannot be used at all still ends the stage."""
     try:
-        with storage.boundary(address):
+        with storage.boundary(address), storage.impatient():  # rows are retried by this stage
             yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Refused("missing_file", "no such file") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli.app import main
+from infra import storage
 from tasks.encode.resume import retry_reasons
 from tasks.ingest.download import Fetched, download_clips
 from tasks.ingest.sources import read_rows
@@ -51,6 +52,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "BUSY_SECONDS", 0.0)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # it waits 2 s in all between its own attempts
     s3fs.S3FileSystem.clear_instance_cache()
     yield request.param
@@ -101,6 +103,7 @@ def test_a_store_that_does_not_respond_costs_the_rows_and_not_the_run(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "BUSY_SECONDS", 0.0)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
     source = SourceSpec(str(tmp_path / "table.csv"), allow=("s3://clips/",))
