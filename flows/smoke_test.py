@@ -16,6 +16,7 @@ from infra.redaction import redact
 from tasks.records import UserError
 
 SERVICE_VARIABLE, KEY_VARIABLE = "TRIP_SERVICE", "TRIP_API_KEY"
+ANSWER_SECONDS = 10  # of a service that is alive, to say whether it is ready
 STEPS = 2  # enough to run every part of the model
 
 
@@ -41,10 +42,12 @@ def smoke_test(
         raise UserError(f"no address of a model service; give service, or set {SERVICE_VARIABLE} for the worker")
     key = os.environ.get(KEY_VARIABLE)
     deadline, found = time.monotonic() + seconds, "no response"
-    with httpx.Client(base_url=service, headers={"X-API-Key": key} if key else {}, timeout=seconds) as client:
+    headers = {"X-API-Key": key} if key else {}
+    # Without the proxy of the environment, which does not reach a service of the same machine or cluster.
+    with httpx.Client(base_url=service, headers=headers, timeout=seconds, trust_env=False) as client:
         while True:
             try:
-                answer = client.get("/readyz")
+                answer = client.get("/readyz", timeout=ANSWER_SECONDS)
                 state = answer.json()
                 found = f"version {state['version']}" if state.get("version") else str(state.get("trouble", answer))
                 if answer.status_code == 200 and version in (None, str(state["version"])):

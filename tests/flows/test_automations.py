@@ -16,7 +16,10 @@ import httpx
 import pytest
 
 from flows.events import NOT_NAMED, parts_of
+from flows.smoke_test import smoke_test
+from tasks.records import UserError
 from tests.conftest import free_port, wait_for_port
+from tests.support.service import QuickBackend, running_service
 from tests.support.stacks import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,3 +146,12 @@ def test_a_failure_reaches_the_webhook_and_a_training_and_a_promotion_start_runs
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_the_smoke_test_animates_a_photo_with_the_version_of_the_promotion() -> None:
+    with running_service(QuickBackend()) as service:
+        assert smoke_test.fn(service.url, "1", 5)["version"] == "1"
+        with pytest.raises(UserError, match="has version 1 after 1 s, expected version 2"):
+            smoke_test.fn(service.url, "2", 1)
+    with pytest.raises(UserError, match=r"ConnectError.* expected a version"):
+        smoke_test.fn(service.url, None, 1)

@@ -197,9 +197,9 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch) -> None:
     with receiving() as receiver, receiving() as proxy:
         monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.host}")
         with running_service(QuickBackend(), callbacks=options(receiver.host)) as service:
-            answer = httpx.Client(trust_env=False).post(
+            answer = httpx.post(
                 f"{service.url}/v1/videos", data={"prompt": "a cat"}, files={"image": PHOTO},
-                headers=callback(receiver),
+                headers=callback(receiver), trust_env=False,
             )  # fmt: skip
             assert answer.status_code == 202
             wait(lambda: receiver.received)
