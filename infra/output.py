@@ -14,7 +14,7 @@ _END_SECONDS = 2.0  # for the last lines; a child that still has the pipe open k
 _relayed: set[int] = set()
 
 
-def outlive_reader(*_: object) -> None:
+def outlive_reader(*_: object, **__: object) -> None:
     """Sends stdout and stderr through pipes of this process, which are read also after their reader has ended.
 
     Without it the next printed line is an error, in whatever library prints it. Children inherit the pipes. Outputs

@@ -31,17 +31,23 @@ def create_automations(deployments: Mapping[str, UUID], webhook: str | None) -> 
     from prefect.events.schemas.automations import EventTrigger, Posture
 
     def on(event: str, match: Mapping[str, Any] | None = None) -> EventTrigger:
-        related = {"match_related": dict(match)} if match else {}
-        return EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1, within=timedelta(0), **related)
+        within = timedelta(0)
+        return EventTrigger(
+            expect={event}, posture=Posture.Reactive, threshold=1, within=within, match_related=dict(match or {})
+        )
+
+    def run(deployment: str, values: dict[str, Any]) -> RunDeployment:
+        fields = {"deployment_id": deployments[deployment], "parameters": values}
+        return RunDeployment.model_validate({"source": "selected", **fields})
 
     wanted: dict[str, tuple[EventTrigger, Any]] = {}
     if "evaluate-trip" in deployments:
         values = {name: _value(_field(name)) for name in OF_A_TRAINING}
-        action = RunDeployment(deployment_id=deployments["evaluate-trip"], parameters=values)
+        action = run("evaluate-trip", values)
         wanted["trip: evaluate a finished training"] = on(TRAINED), action
     if "smoke-test" in deployments:
         values = {"version": _value(_field("version"))}
-        action = RunDeployment(deployment_id=deployments["smoke-test"], parameters=values)
+        action = run("smoke-test", values)
         wanted["trip: test the service after a promotion"] = on(PROMOTED), action
     block = _webhook_block(webhook)
     if block is not None:
@@ -92,10 +98,10 @@ def _webhook_block(address: str | None) -> UUID | None:
     """The id of the block with the address of the webhook, after a change if one is given; None without a block."""
     from prefect.blocks.webhook import Webhook
 
+    block: Any = Webhook  # outside an event loop its methods return values, not coroutines
     if address is None:
         try:
-            return Webhook.load(WEBHOOK_BLOCK)._block_document_id
+            return block.load(WEBHOOK_BLOCK)._block_document_id
         except ValueError:
             return None
-    headers: Any = {"Content-Type": "application/json"}
-    return Webhook(url=address, headers=headers).save(WEBHOOK_BLOCK, overwrite=True)
+    return block(url=address, headers={"Content-Type": "application/json"}).save(WEBHOOK_BLOCK, overwrite=True)
