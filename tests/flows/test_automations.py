@@ -59,8 +59,9 @@ def test_the_parts_of_an_errors_sentence_are_what_failed_and_what_to_do() -> Non
     assert "the same command continues" in parts_of("[Errno 5] Input/output error")["remedy"]
 
 
-def test_deploy_without_a_server_is_one_sentence() -> None:
+def test_deploy_without_a_server_is_one_sentence(tmp_path: Path) -> None:
     environment = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    environment |= {"PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(DEPLOY, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "the Prefect server at http://127.0.0.1:9/api does not answer" in done.stderr

@@ -20,7 +20,7 @@ def serve(port: int, fault: Path) -> None:
         if fault.exists():
             environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
             start("503 Service Unavailable", [("Content-Type", "application/xml")])
-            return [BUSY]
+            return [] if environment["REQUEST_METHOD"] == "HEAD" else [BUSY]
         return moto(environment, start)
 
     run_simple("127.0.0.1", port, application, threaded=True)
