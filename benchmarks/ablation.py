@@ -1,7 +1,7 @@
 """The planned ablation: the arms of Table 6 and ours, from bases that never saw an image condition.
 
-    python -m benchmarks.ablation --base noise=runs/bases/noise/weights
-    python -m benchmarks.ablation --base velocity=runs/bases/velocity/weights
+    python -m benchmarks.ablation --base noise=examples/ablation_bases/noise
+    python -m benchmarks.ablation --base velocity=examples/ablation_bases/velocity
     python -m benchmarks.ablation --report
 
 docs/decisions/ablation-plan.md is the plan. Each arm first chooses its learning rate (and TRIP^W its weights) by short
