@@ -8,8 +8,8 @@ docs/decisions/ablation-plan.md is the plan. Each arm first chooses its learning
 trainings under a seed that no arm has, on clips that no table contains; then every seed trains every arm from every
 base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of `--out`:
 the same command continues with those that are missing, and one process for each base can run beside the other.
-`--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue elsewhere;
-`--report` prints the tables of `--out`, and `--read FILE` those of a packed file.
+`--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue
+elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file.
 """
 
 from __future__ import annotations
