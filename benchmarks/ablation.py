@@ -8,8 +8,8 @@ docs/decisions/ablation-plan.md is the plan. Each arm first chooses its learning
 trainings under a seed that no arm has, on clips that no table contains; then every seed trains every arm from every
 base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of `--out`:
 the same command continues with those that are missing, and one process for each base can run beside the other.
-`--pack FILE` joins the files, with one value for each clip; `--report` prints the tables of `--out`, and `--read FILE`
-those of a packed file.
+`--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue
+elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file.
 """
 
 from __future__ import annotations
@@ -265,6 +265,15 @@ class Study:
             if not self.file(base, arm, seed).is_file():
                 self.run(base, arm, seed)
 
+    def unpack(self, packed: Path) -> None:
+        """Writes the files of a packed file, so that a study continues on another machine."""
+        by_file: dict[str, dict[str, Values]] = {}
+        for key, values in np.load(packed).items():
+            stem, name = key.rsplit("/", 1)
+            by_file.setdefault(stem, {})[name] = values
+        for stem, arrays in by_file.items():
+            self.save(self.out / f"{stem}.npz", arrays)
+
     def read(self) -> dict[str, Values]:
         """All arrays of the folder by `FILE/ARRAY`."""
         files = sorted(file for file in self.out.glob("*.npz") if not file.name.endswith(".part.npz"))
@@ -361,6 +370,8 @@ def _table(columns: list[Column]) -> Iterator[str]:
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     study = Study(arguments.out, dict(text.split("=", 1) for text in arguments.base))
+    if arguments.unpack is not None:
+        study.unpack(arguments.unpack)
     if arguments.base and not (arguments.report or arguments.pack or arguments.read):
         study.work(arguments.seeds)
     arrays = study.read() if arguments.read is None else dict(np.load(arguments.read))
@@ -377,5 +388,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--read", type=Path, help="print the tables of this packed file")
+    parser.add_argument("--unpack", type=Path, help="first write the files of this packed file into --out")
     parser.add_argument("--pack", type=Path, help="train nothing; write all arrays into this file")
     main(parser.parse_args())

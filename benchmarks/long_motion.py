@@ -28,7 +28,7 @@ from tasks.metrics.statistics import Estimate, ratio_of_sums
 from trip_model.images import write_video
 from trip_model.pipeline import LongMode, TripPipeline, seed_generator
 
-FIRST_SEED = 1_000_000
+FIRST_SEED = 5_000_000
 MODES: tuple[LongMode, ...] = get_args(LongMode)
 Pixels = NDArray[np.uint8]
 
