@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -13,7 +11,7 @@ import mlflow
 import pandas as pd
 
 from infra.settings import client_address
-from tasks.register.packaging import package_version
+from tasks.register.packaging import own_wheel_is_no_mismatch
 from tasks.video.decode import read_clip
 from trip_model.images import load_image
 
@@ -34,25 +32,6 @@ def call_as_consumer(model_uri: str, photo: bytes, prompt: str, steps: int) -> s
         f"answered with {clip.pixels.shape[0]} frames of {row['width']}x{row['height']} as {row['format']},"
         f" frame 1 differs from the photo by {difference:.1f} of 255"
     )
-
-
-@contextmanager
-def own_wheel_is_no_mismatch() -> Iterator[None]:
-    """Drops MLflow's warning about versions if it names nothing but the wheel of this very code.
-
-    MLflow compares the version of a checkout with that of its wheel, which contains the hash of the code.
-    """
-    own = f"trip-i2v=={package_version()}"
-
-    def names_another(record: logging.LogRecord) -> bool:
-        return re.findall(r"^ - .*required: (.*)\)$", record.getMessage(), re.MULTILINE) != [own]
-
-    logger = logging.getLogger("mlflow.utils.requirements_utils")
-    logger.addFilter(names_another)
-    try:
-        yield
-    finally:
-        logger.removeFilter(names_another)
 
 
 @contextmanager

@@ -6,11 +6,15 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,25 @@ def package_code() -> dict[str, str]:
 def package_version() -> str:
     """Returns the version of the wheel that `build_wheel` builds: that of the package, and the hash of its code."""
     return f"{trip_model.__version__}+sha{digest(package_code())[:12]}"
+
+
+@contextmanager
+def own_wheel_is_no_mismatch() -> Iterator[None]:
+    """Drops MLflow's warning about versions if it names nothing but the wheel of this very code.
+
+    MLflow compares the version of a checkout with that of its wheel, which contains the hash of the code.
+    """
+    own = f"trip-i2v=={package_version()}"
+
+    def names_another(record: logging.LogRecord) -> bool:
+        return re.findall(r"^ - .*required: (.*)\)$", record.getMessage(), re.MULTILINE) != [own]
+
+    logger = logging.getLogger("mlflow.utils.requirements_utils")
+    logger.addFilter(names_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(names_another)
 
 
 def build_wheel(folder: Path) -> str:
@@ -176,7 +199,7 @@ def save_package(
     the model. The returned hash is that of the files that a consumer downloads; only the rewritten ones are read again.
     """
     example = pd.DataFrame({"image": [photo], "prompt": [prompt]})
-    with tempfile.TemporaryDirectory() as wheels:
+    with tempfile.TemporaryDirectory() as wheels, own_wheel_is_no_mismatch():
         mlflow.pyfunc.save_model(
             path=str(target),
             python_model=str(CODE_FILE),

@@ -8,8 +8,7 @@ import logging
 import pytest
 from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
 
-from tasks.register.consumer import own_wheel_is_no_mismatch
-from tasks.register.packaging import package_version
+from tasks.register.packaging import own_wheel_is_no_mismatch, package_version
 
 NUMPY = f"numpy=={importlib.metadata.version('numpy')}"
 
