@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,10 +38,19 @@ class StandIn(nn.Module):
 
 
 def install(seconds_per_frame: float = 0.0) -> None:
-    """Makes the encoders of this process load the stand-in."""
-    from tasks.encode import encoder
+    """Makes the encoders of this process load the stand-in; the pages of a data set still decode with the VAE."""
+    from trip_model import encoders
 
-    encoder.load_vae = lambda base, device="cpu": StandIn(seconds_per_frame)  # type: ignore[assignment]
+    real = encoders.load_vae
+
+    def load(base: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+        stand_in = StandIn(seconds_per_frame)
+        vae: Any = real(base, device)
+        stand_in.decode = vae.decode
+        stand_in.config.scaling_factor = vae.config.scaling_factor
+        return stand_in
+
+    encoders.load_vae = load
 
 
 @contextmanager
