@@ -4,10 +4,11 @@
     python -m benchmarks.ablation --base velocity=examples/ablation_bases/velocity
     python -m benchmarks.ablation --report
 
-docs/decisions/ablation-plan.md is the plan. Each arm first chooses its learning rate (and TRIP^W its weights) by short
-trainings under a seed that no arm has, on clips that no table contains; then every seed trains every arm from every
-base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of `--out`:
-the same command continues with those that are missing, and one process for each base can run beside the other.
+docs/decisions/ablation-plan.md is the plan. Unlike `flows ablate` it needs no data set, no Ray and no registry, and
+measures errors by time step along one training. Each arm first chooses its learning rate (and TRIP^W its weights) by
+short trainings under a seed that no arm has, on clips that no table contains; then every seed trains every arm from
+every base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of
+`--out`: the same command continues with those that are missing, and one process for each base can run beside the other.
 `--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue
 elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file.
 """
@@ -51,7 +52,7 @@ BUDGETS = (0, 50, 200)
 CHOICE_STEPS, CHOICE_SEED = 50, 1000
 BANDS, SAMPLES, SAMPLING_STEPS = 5, 2, 10
 SAMPLED = (("energy", "energy score"), ("still_psnr", "PSNR of the still part, dB"), ("motion", "motion ratio"))
-REFERENCE, VAE = "TRIP", "VAE round trip"
+REFERENCE, VAE, STILL = "TRIP", "VAE round trip", "still photo"
 DEMO = demo().train
 _TNF = FusionConfig(width=DEMO.model.fusion.width, heads=DEMO.model.fusion.heads)
 ARMS = {
@@ -128,6 +129,13 @@ def round_trip(clips: Clips) -> dict[str, Values]:
     return scores([[decode_latents(clips.vae, z.permute(1, 0, 2, 3))] * SAMPLES for z in clips.z_0], clips)
 
 
+def still(clips: Clips) -> dict[str, Values]:
+    """The same scores of the photo, through the VAE, in every frame: what a system gets that does nothing."""
+    first = [decode_latents(clips.vae, z[:, :1].permute(1, 0, 2, 3)) for z in clips.z_0]
+    frames = clips.pixels.shape[1]
+    return scores([[photo.repeat(frames, axis=0)] * SAMPLES for photo in first], clips)
+
+
 def scores(made: Sequence[Sequence[Any]], clips: Clips) -> dict[str, Values]:
     """Energy score, motion ratio and PSNR of the still part of each item's clips, each [N]."""
     truth = clips.pixels
@@ -178,7 +186,8 @@ def train(
             measure()
         shuffled = torch.randperm(count, generator=addressed_generator("ablation order", seed, step))
         order = shuffled[: spec.global_batch]
-        drawn = draw(seed, step, range(spec.global_batch), spec.global_batch, clips.z_0.shape[1:], 1000, 0.0)
+        times = config.schedule.num_train_timesteps
+        drawn = draw(seed, step, range(spec.global_batch), spec.global_batch, clips.z_0.shape[1:], times, 0.0)
         loss, _ = training_loss(trip, clips.z_0[order], clips.text[order], clips.empty, drawn, ObjectiveConfig())
         optimizer.zero_grad()
         loss.backward()
@@ -253,9 +262,9 @@ class Study:
             for choice in range(len(candidates(arm))):
                 if not self.file("choice", base, arm, choice).is_file():
                     self.choose(base, arm, choice)
-        for base in self.bases:
-            if not self.file(base, VAE, 0).is_file():
-                self.save(self.file(base, VAE, 0), round_trip(self.clips(base, HELD_OUT)))
+        for base, (row, score) in itertools.product(self.bases, {VAE: round_trip, STILL: still}.items()):
+            if not self.file(base, row, 0).is_file():
+                self.save(self.file(base, row, 0), score(self.clips(base, HELD_OUT)))
         rest = [arm for arm in ARMS if arm not in FIRST]
         order = [
             *itertools.product(range(seeds), self.bases, FIRST),
@@ -304,7 +313,7 @@ def tables(arrays: dict[str, Values]) -> Iterator[str]:
                     s: v[at].reshape(-1, len(HELD_OUT)).mean(0)[clips]
                     for s, v in _runs(arrays, base, arm, name).items()
                 }
-                for arm in (*ARMS, VAE)
+                for arm in (*ARMS, VAE, STILL)
             }
             return about, by_arm, [str(seed) for seed, kept in zip(HELD_OUT, clips, strict=True) if kept]
 
@@ -345,7 +354,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
     """A row for each arm: its mean over seeds, the difference to TRIP with interval, and p adjusted by Holm."""
     yield "| arm | seeds | " + " | ".join(title for title, *_ in columns) + " |"
     yield "|---|---|" + "---|" * len(columns)
-    present = [arm for arm in (*ARMS, VAE) if columns[0][1][arm]]
+    present = [arm for arm in (*ARMS, VAE, STILL) if columns[0][1][arm]]
     cells: dict[str, list[str]] = {arm: [str(len(columns[0][1][arm]))] for arm in present}
     for _, values, clips in columns:
         minus = {
@@ -353,7 +362,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
                 [values[arm][s] - values[REFERENCE][s] for s in sorted(values[arm]) if s in values[REFERENCE]]
             )
             for arm in present
-            if arm not in (REFERENCE, VAE) and set(values[arm]) & set(values[REFERENCE])
+            if arm not in (REFERENCE, VAE, STILL) and set(values[arm]) & set(values[REFERENCE])
         }
         raw = [p_value(lambda level, v=minus_SC, c=clips: two_way_mean(v, c, level)) for minus_SC in minus.values()]
         adjusted = dict(zip(minus, holm(raw), strict=True))
