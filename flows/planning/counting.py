@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flows.planning.base import BaseConfig
 from tasks.train.optimizer import choose_trained
 from tasks.train.spec import TrainSpec
+from tasks.train.utilisation import Operations
 from trip_model import unet_blocks
 from trip_model.config import TripConfig
 from trip_model.model import Trip
@@ -151,22 +151,17 @@ def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False, 
     return PassCounts(forward_flops, counter.flops, sum(saved.values()), counter.peak)
 
 
-class StepCounter(TorchDispatchMode):
-    """Counts the FLOPs of all operations, by the formulas of `FlopCounterMode`, and the peak of their bytes.
-
-    `FlopCounterMode` also follows modules, with hooks that keep the graphs of recomputed activations alive.
-    """
+class StepCounter(Operations):
+    """Counts the FLOPs of all operations, and the peak of their bytes."""
 
     def __init__(self, ignored: set[int]) -> None:
         super().__init__()
-        self.flops = self.live = self.peak = 0
+        self.live = self.peak = 0
         self._ignored = ignored
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())

@@ -164,7 +164,8 @@ class Training:
         self._step = 0
         if state is not None:
             self._restore(state)
-        if self._over_ranks([self._step]) != [self._step]:
+        here = torch.tensor(self._step, dtype=torch.float64, device=device)
+        if self._over_ranks(here.clone()) != here:
             raise RuntimeError(f"rank {rank} of {world} resumes from step {self._step}, other ranks from another step")
         copies = world > 1 and not self._sharded
         # Gradients are views of what is sent, and no buffers differ between ranks: the model has none.
@@ -328,12 +329,8 @@ class Training:
         """
         if not self._unsettled:
             return
-        values = torch.stack(self._unsettled)
+        rows = self._over_ranks(torch.stack(self._unsettled)).tolist()
         self._unsettled = []
-        if self._world > 1:
-            torch.distributed.all_reduce(values)
-            values /= self._world
-        rows = values.tolist()
         for step, (total, _, *by_frame) in enumerate(rows, self._step - len(rows)):
             if not math.isfinite(total):
                 raise FloatingPointError(f"the loss is {total} at step {step}; lower the learning rates")
@@ -341,13 +338,12 @@ class Training:
         if self._rank == 0 and any(damaged for _, damaged, *_ in rows):
             self._data.refresh_damaged()  # the sample may be another rank's
 
-    def _over_ranks(self, values: list[float]) -> list[float]:
+    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Means over all ranks, bitwise equal on each rank."""
-        if self._world == 1:
-            return values
-        sums = torch.tensor(values, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(sums)
-        return (sums / self._world).tolist()
+        if self._world > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self._world
+        return values
 
     def _between_ranks(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over the ranks once per step, with the last part of the batch."""

@@ -21,8 +21,11 @@ PEAK_SIZES = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product
 PEAK_REPEATS = 5
 
 
-class _Operations(TorchDispatchMode):
-    """Adds up the floating-point operations of all kernels, by the formulas of torch's `FlopCounterMode`."""
+class Operations(TorchDispatchMode):
+    """Adds up the floating-point operations of all kernels, by the formulas of torch's `FlopCounterMode`.
+
+    `FlopCounterMode` also follows modules, with hooks that keep the graphs of recomputed activations alive.
+    """
 
     flops = 0
 
@@ -63,7 +66,7 @@ def _count(
         choose_trained(trip, spec)
         x = torch.empty(1, unet.in_channels, frames + slots, height, width)
         prior, t_B = torch.empty(1, channels, frames, height, width), torch.zeros(1, dtype=torch.int64)
-        with _Operations() as operations:
+        with Operations() as operations:
             output = trip.unet(x, t_B, torch.empty(1, *text_shape))
             if trip.fusion is not None:
                 output = trip.fusion.attend(output[:, :, -frames:], prior, t_B)
