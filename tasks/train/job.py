@@ -129,30 +129,43 @@ def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[No
 def _fit_while_progressing(spec: TrainSpec, config: dict[str, Any]) -> None:
     """Restarts the trainer as long as there are new checkpoints: Ray counts the failures of a complete run."""
     checkpoints = CheckpointStore(storage.join(spec.output, "checkpoints"))
-    os.environ.setdefault(START_VARIABLE, str(START_SECONDS if spec.least_workers is None else ELASTIC_START_SECONDS))
     while True:
         before = checkpoints.steps()
         try:
-            ray.train.torch.TorchTrainer(
-                _worker,
-                train_loop_config=config,
-                torch_config=ray.train.torch.TorchConfig(backend=None if spec.gpus_per_worker else "gloo"),
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=spec.workers if spec.least_workers is None else (spec.least_workers, spec.workers),
-                    use_gpu=spec.gpus_per_worker > 0,
-                    resources_per_worker=_resources(spec),
-                    elastic_resize_monitor_interval_s=GROW_SECONDS,
-                ),
-                run_config=ray.train.RunConfig(
-                    name=f"trip-{spec_digest(spec)}-{time.time_ns():x}",
-                    storage_path=os.path.join(os.path.expanduser("~"), ".cache", "trip-ray"),
-                    failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-                ),
-            ).fit()
+            with _start_limit(spec):
+                ray.train.torch.TorchTrainer(
+                    _worker,
+                    train_loop_config=config,
+                    torch_config=ray.train.torch.TorchConfig(backend=None if spec.gpus_per_worker else "gloo"),
+                    scaling_config=ray.train.ScalingConfig(
+                        num_workers=spec.workers if spec.least_workers is None else (spec.least_workers, spec.workers),
+                        use_gpu=spec.gpus_per_worker > 0,
+                        resources_per_worker=_resources(spec),
+                        elastic_resize_monitor_interval_s=GROW_SECONDS,
+                    ),
+                    run_config=ray.train.RunConfig(
+                        name=f"trip-{spec_digest(spec)}-{time.time_ns():x}",
+                        storage_path=os.path.join(os.path.expanduser("~"), ".cache", "trip-ray"),
+                        failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+                    ),
+                ).fit()
             return
         except ray.train.TrainingFailedError:
             if checkpoints.steps()[:1] == before[:1]:
                 raise
+
+
+@contextlib.contextmanager
+def _start_limit(spec: TrainSpec) -> Iterator[None]:
+    """Sets how long Ray Train waits for a group of workers during one training, unless the operator has set it."""
+    if START_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[START_VARIABLE] = str(START_SECONDS if spec.least_workers is None else ELASTIC_START_SECONDS)
+    try:
+        yield
+    finally:
+        del os.environ[START_VARIABLE]
 
 
 def _resources(spec: TrainSpec) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from infra import storage
 from tasks.records import to_json
 from tasks.train.checkpoints import CheckpointStore
+from tasks.train.job import ELASTIC_START_SECONDS, START_SECONDS, START_VARIABLE, _start_limit
 from tasks.train.spec import TrainSpec
 from tests.support.train_worker import STOP, WORLD
 from tests.train.test_train import dataset, spec, train_until  # noqa: F401 - fixtures
@@ -48,3 +50,15 @@ def test_two_workers_resume_bitwise_and_one_goes_on_with_their_batches(
     assert rest == pytest.approx(alone[STOP:], rel=1e-4)  # the samples that two workers would have had, in their order
     for name, tensor in tensors(tmp_path / "early").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_each_training_has_its_own_limit_for_the_start_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainSpec("", "", "")
+    monkeypatch.delenv(START_VARIABLE, raising=False)
+    for given, limit in ((training, START_SECONDS), (replace(training, least_workers=1), ELASTIC_START_SECONDS)):
+        with _start_limit(given):
+            assert os.environ[START_VARIABLE] == str(limit)
+        assert START_VARIABLE not in os.environ
+    monkeypatch.setenv(START_VARIABLE, "7")
+    with _start_limit(training):
+        assert os.environ[START_VARIABLE] == "7"
