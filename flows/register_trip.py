@@ -56,9 +56,10 @@ def register_stage(
 def _record_champion(tracking_uri: str, name: str) -> None:
     """Writes the metrics of the champion: its version, and when it was promoted."""
     from infra.tracking import connect
+    from tasks.register.promotion import CHAMPION
 
     client = connect(tracking_uri)
-    version = client.get_registered_model(name).aliases.get("champion")
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
     if version is None:
         return
     values: dict[str, float] = {"version": int(version)}

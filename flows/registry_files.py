@@ -20,13 +20,14 @@ def fetched_model(root: str, champion: Champion, tracking_uri: str) -> str:
         UserError: the registry does not answer, or its files are damaged.
     """
     from tasks.register.consumer import addresses
+    from tasks.register.promotion import CHAMPION
     from tasks.serve.versions import AliasedModel, RegistryTrouble, VersionId
 
     folder = storage.local_path(root)
     cache = (folder if folder is not None else Path.home() / ".cache" / "trip-i2v") / "registry" / champion.name
     with addresses(tracking_uri):
         try:
-            model = AliasedModel(champion.name, "champion", tracking_uri, cache)
+            model = AliasedModel(champion.name, CHAMPION, tracking_uri, cache)
             downloaded = model.fetch(VersionId(champion.number, champion.created))
         except RegistryTrouble as error:
             raise UserError(str(error)) from error

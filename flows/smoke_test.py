@@ -13,9 +13,9 @@ from flows.console import log
 from flows.parameters import POSITIVE
 from infra.output import outlive_reader
 from infra.redaction import redact
+from infra.settings import SERVICE_ADDRESS, SERVICE_KEY
 from tasks.records import UserError
 
-SERVICE_VARIABLE, KEY_VARIABLE = "TRIP_SERVICE", "TRIP_API_KEY"
 ANSWER_SECONDS = 10  # of a service that is alive, to say whether it is ready
 STEPS = 2  # enough to run every part of the model
 
@@ -37,10 +37,10 @@ def smoke_test(
     import httpx
     from PIL import Image
 
-    service = (service or os.environ.get(SERVICE_VARIABLE, "")).rstrip("/")
+    service = (service or os.environ.get(SERVICE_ADDRESS, "")).rstrip("/")
     if not service:
-        raise UserError(f"no address of a model service; give service, or set {SERVICE_VARIABLE} for the worker")
-    key = os.environ.get(KEY_VARIABLE)
+        raise UserError(f"no address of a model service; give service, or set {SERVICE_ADDRESS} for the worker")
+    key = os.environ.get(SERVICE_KEY)
     deadline, found = time.monotonic() + seconds, "no response"
     headers = {"X-API-Key": key} if key else {}
     # Without the proxy of the environment, which does not reach a service of the same machine or cluster.

@@ -17,6 +17,8 @@ COMMIT_FILE = ".commit"  # in a checkout without git: a deployed one, an image
 # The default of --root.
 DEFAULT_ROOT = "runs/demo"
 MODEL_NAME = "trip"  # of the registered model, where none is given
+# Variables of a caller of the model service: its address, and the key that the service also reads.
+SERVICE_ADDRESS, SERVICE_KEY = "TRIP_SERVICE", "TRIP_API_KEY"
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",

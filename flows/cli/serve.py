@@ -16,7 +16,7 @@ from flows.console import log, results
 from flows.mlflow_store import existing_store
 from infra import storage
 from infra.redaction import RedactingFilter, redact
-from infra.settings import DEFAULT_ROOT, MODEL_NAME
+from infra.settings import DEFAULT_ROOT, MODEL_NAME, SERVICE_KEY
 from tasks.records import UserError
 from tasks.serve.server_limits import SERVER, VIDEOS, ServerLimits, VideoLimits
 from trip_model.request_limits import BOUNDS, RequestError, check_number
@@ -24,7 +24,6 @@ from trip_model.request_limits import BOUNDS, RequestError, check_number
 if TYPE_CHECKING:
     from tasks.serve.callbacks import Callbacks
 
-KEY_VARIABLE = "TRIP_API_KEY"
 KEY_FILE_VARIABLE = "TRIP_API_KEY_FILE"
 CLOSE_SECONDS = 2  # for connections that are open after the last response
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -157,7 +156,7 @@ def serve(
     from tasks.serve.videos import Videos
 
     file = keys or (Path(os.environ[KEY_FILE_VARIABLE]) if os.environ.get(KEY_FILE_VARIABLE) else None)
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = os.environ.get(SERVICE_KEY) or None
     limits = ServerLimits(
         connections=connections,
         requests_per_minute=requests_per_minute,

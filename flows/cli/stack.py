@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from infra.metrics import FOLDER_VARIABLE
-from infra.settings import CHECKOUT, MODEL_NAME, QUIET, TELEMETRY_OFF, code_version
+from infra.settings import CHECKOUT, MODEL_NAME, QUIET, SERVICE_ADDRESS, SERVICE_KEY, TELEMETRY_OFF, code_version
 from infra.supervisor import Service, responds
 from tasks.records import UserError
 
@@ -349,7 +349,7 @@ class Stack:
         extra = {"PREFECT_WORKER_WEBSERVER_HOST": LOOPBACK, "PREFECT_WORKER_WEBSERVER_PORT": port}
         extra |= {"PREFECT_WORKER_QUERY_SECONDS": "5", "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,infra,trip_model"}
         # For smoke-test, which follows a promotion.
-        extra |= {"TRIP_SERVICE": self.url("model"), "TRIP_API_KEY": self.secrets["model"]}
+        extra |= {SERVICE_ADDRESS: self.url("model"), SERVICE_KEY: self.secrets["model"]}
         extra |= {FOLDER_VARIABLE: str(self.folder / "metrics" / "stages")}
         return Service(
             "worker",
@@ -369,7 +369,7 @@ class Stack:
         return Service(
             "model",
             command,
-            self._plain | client | {"TRIP_API_KEY": self.secrets["model"]},
+            self._plain | client | {SERVICE_KEY: self.secrets["model"]},
             after=("mlflow",),
             is_healthy=_responds(f"{self.url('model')}/readyz"),
             missing=lambda: "" if self.has_champion() else f"a champion of {MODEL_NAME!r} in the registry",

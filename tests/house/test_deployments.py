@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from flows.recipes import RECIPES
+from infra.output import outlive_reader
 from infra.settings import TELEMETRY_OFF
 from trip_model import __version__
 
@@ -38,6 +39,7 @@ def test_an_entrypoint_resolves_and_takes_its_parameters(deployment: dict[str, A
     file, name = deployment["entrypoint"].split(":")
     assert (REPOSITORY / file).is_file()
     flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
+    assert outlive_reader in flow.on_running_hooks, "the run would end with its worker"
     inspect.signature(flow.fn).bind(**deployment["parameters"])
     assert deployment["parameters"].get("recipe", "demo") in RECIPES
 
