@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,11 +86,14 @@ INSIDES = {"a file": None, "a member of a tar": (0, 9, None), "a cell of Parquet
 
 @pytest.mark.parametrize("inside", INSIDES)
 def test_a_video_in_such_a_store_has_a_reason_that_a_later_run_may_retry(
-    store: int, tmp_path: Path, inside: str
+    store: int, tmp_path: Path, inside: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = SourceSpec(str(tmp_path / "table.csv"), allow=("s3://clips/",))
     part = INSIDES[inside] and Inside("s3://clips/a.mp4", *INSIDES[inside])
+    monkeypatch.setattr(storage, "BUSY_SECONDS", 60.0)  # other calls wait so long; a row does not
+    began = time.monotonic()
     result = one(source, ClipRef("a", "s3://clips/a.mp4", "a dog", 0, inside=part))
+    assert time.monotonic() - began < 40
     assert isinstance(result, Failure) and result.reason == REASONS_OF_ROWS[store], result
     assert result.detail.endswith(", 2 attempts") == (store == 503), result
     assert result.reason in retry_reasons(["server" if store == 503 else "throttled"])
