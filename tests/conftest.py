@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is imported: on tiny models more threads than one only wait for each other.
@@ -66,6 +67,19 @@ def real_clips() -> Path:
     return REAL_CLIPS
 
 
+# A 3D-UNet of a few thousand parameters, for 4 by 4 latents and a text width of 16.
+TINY_UNET: dict[str, Any] = {
+    "sample_size": 4,
+    "block_out_channels": (16, 16),
+    "down_block_types": ("DownBlock3D", "CrossAttnDownBlock3D"),
+    "up_block_types": ("CrossAttnUpBlock3D", "UpBlock3D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
+
+
 def make_tiny_base(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A random base of a few thousand parameters: 32x32 pixels, 4x4 latents, 16-wide text."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
@@ -73,16 +87,7 @@ def make_tiny_base(folder: Path, prediction_type: str = "epsilon") -> Path:
 
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    UNet3DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).save_pretrained(folder / "unet")
+    UNet3DConditionModel(**TINY_UNET).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import DEMO_BASE
+from tests.conftest import DEMO_BASE, TINY_UNET
 
 SIDE = 32  # pixels of the frames that they make
 
@@ -142,16 +142,7 @@ def _i2vgen_xl(parts: Path) -> Any:
 def _modelscope(parts: Path) -> Any:
     from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 
-    unet = UNet3DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet = UNet3DConditionModel(**TINY_UNET)
     return TextToVideoSDPipeline(
         unet=unet, vae=_image_vae(), scheduler=DDIMScheduler(clip_sample=False), **_clip_text(parts)
     )
@@ -161,14 +152,11 @@ def _text_to_video_zero(parts: Path) -> Any:
     from diffusers import DDIMScheduler, TextToVideoZeroPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
+        **TINY_UNET
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
     )
     return TextToVideoZeroPipeline(
         unet=unet,
