@@ -5,7 +5,7 @@
 Photos and captions are drawn with seeds that no corpus of `make demo` has. The motion of a window is the mean absolute
 difference of its consecutive frames; frame 1 is the decoded one, so that no step is that from photo to decoder. A seam
 is the step between two windows over the mean step of its video: much over 1 is a jump, which is no motion. Intervals
-are over clips. With `--bar 0.5` the exit code is 1 if the motion of a window is less than half of the first one's.
+are over clips. With `--least 0.5` the exit code is 1 if a window moves less than half as much as the first one.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def main(given: argparse.Namespace) -> int:
     for row in rows:
         ratios = [f"{number(ratio, '.2f')} |" for ratio in row.ratios[1:]]
         print(f"| {row.mode} | {row.first:.4f} |", *ratios, f"{row.seam:.2f} | {row.seconds:.1f} |")
-    weak = [(row.mode, n) for row in rows for n, ratio in enumerate(row.ratios, 1) if ratio.value < given.bar]
+    weak = [(row.mode, n) for row in rows for n, ratio in enumerate(row.ratios, 1) if ratio.value < given.least]
     for mode, n in weak:
-        print(f"{mode}: the motion of window {n} is less than {given.bar:g} of the first one's")
+        print(f"{mode}: the motion of window {n} is less than {given.least:g} of the first one's")
     return int(bool(weak))
 
 
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--steps", type=int, help="by default the model's own number")
-    parser.add_argument("--bar", type=float, default=0.5)
+    parser.add_argument("--least", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--examples", type=Path, help="folder for a GIF of each way")
     sys.exit(main(parser.parse_args()))

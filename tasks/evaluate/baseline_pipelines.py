@@ -258,7 +258,7 @@ def _load(spec: BaselineSpec, adapter: Adapter, folder: Path, dtype: str) -> Any
     text = getattr(pipeline, "text_encoder", None)
     if adapter.pipeline == "I2VGenXLPipeline" and not hasattr(text, "text_model"):
         # It asks for the last norm at `text_model`; transformers 5 has it in the encoder itself. As a plain attribute:
-        # a module that is its own child is walked for ever.
+        # a module that is its own child is visited without end.
         object.__setattr__(text, "text_model", text)
     pipeline.set_progress_bar_config(disable=True)
     if spec.offload:

@@ -34,6 +34,7 @@ from flows.source import DEFAULT
 from infra import storage
 from infra.supervisor import SERVICE_VARIABLE, STACK_VARIABLE
 from tasks.ingest.demo import write_demo_corpus
+from tasks.records import UserError
 from tasks.train.checkpoints import COMPLETE
 from tasks.train.spec import TrainSpec, finished_report
 from tests.conftest import free_port, make_tiny_base
@@ -117,7 +118,7 @@ class Bench:
         run = layout.resolve("tiny", self.table, root, self.base, DEFAULT, self.values)
         try:
             return run.train(run.prepared())
-        except Exception:  # not prepared yet, or the store does not answer now
+        except (UserError, OSError, storage.StorageError):  # not prepared yet, or the store does not answer now
             return None
 
     def processes(self, service: str = "", run: str = "") -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""A process goes on after the end of whoever read its output, and loses no line of it before."""
+"""A process continues after the reader of its output has ended, and no line that was printed before is lost."""
 
 from __future__ import annotations
 

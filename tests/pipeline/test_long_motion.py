@@ -37,11 +37,11 @@ def test_a_video_that_stops_and_one_that_jumps_are_seen():
 
 
 def test_both_ways_are_measured_on_a_model(tiny_model: Path, tmp_path: Path, capsys):
-    given = argparse.Namespace(model=tiny_model, clips=2, frames=24, steps=1, bar=0.0, threads=1, examples=tmp_path)
+    given = argparse.Namespace(model=tiny_model, clips=2, frames=24, steps=1, least=0.0, threads=1, examples=tmp_path)
     assert main(given) == 0
     table = capsys.readouterr().out
     assert all(f"| {mode} | " in table for mode in MODES) and "window 2 / 1" in table and "window 3" not in table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long_chunks.gif", "long_joint.gif"]
-    given.bar = 1000.0
+    given.least = 1000.0
     assert main(given) == 1
     assert "joint: the motion of window 2 is less than 1000 of the first one's" in capsys.readouterr().out
