@@ -2,11 +2,11 @@
 
     python -m tests.chaos.stack_faults [--only raylets,disk] [--flow reproduce] [--workers 1]
 
-One stack of `flows up`, with PostgreSQL where it is installed; data, checkpoints and MLflow's artifacts are on an S3
-server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an operator calls
-`flows up`, and starts the same run again until it completes. Compared with the undisturbed run: the hash of the data
-set, the hash of the model, and the curve of the loss in MLflow, which must have every step with the same value, once.
-Processes of a run that are alive a minute after it are orphans. Prints a table in Markdown.
+One stack of `flows up` with a second raylet, and with PostgreSQL where it is installed; data, checkpoints and MLflow's
+artifacts are on an S3 server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an
+operator calls `flows up`, and starts the same run again until it completes. Compared with the undisturbed run: the hash
+of the data set, the hash of the model, and the curve of the loss in MLflow, which must have every step with the same
+value, once. Processes of a run that are alive a minute after it are orphans. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tasks.records import UserError
 from tasks.train.checkpoints import COMPLETE
 from tasks.train.spec import TrainSpec, finished_report
 from tests.conftest import free_port, make_tiny_base
-from tests.support.stacks import ENDED, REPOSITORY, Stack, until
+from tests.support.stacks import ENDED, RAYLET, REPOSITORY, Stack, until
 from tests.support.tiny_cli import tiny
 
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
@@ -72,6 +72,7 @@ class Bench:
     def __init__(self, folder: Path, flow: str, steps: int, workers: int) -> None:
         self.folder, self.flow = folder, flow
         self.values = [f"train.steps={steps}", "train.checkpoint_every=10", f"train.workers={workers}"]
+        self.values += ["prepare.workers=2"]
         self.fault = folder / "s3-is-down"
         port = free_port()
         self._s3 = subprocess.Popen(
@@ -96,8 +97,15 @@ class Bench:
 
         until(lambda: _answers(self.endpoint), 60, "the start of the S3 server")
         s3fs.S3FileSystem().mkdir("trip")
-        self.stack.run("up", "--s3", self.endpoint)
+        self.stack.run("up", "--s3", self.endpoint, "--cpus", "1")
+        self.second = self.stack.add_raylet()
         self.deployment = self.stack.use_tiny_flow("reproduce", self.flow)
+
+    def up_again(self) -> None:
+        """What an operator does after a fault: `up`, and the second machine's raylet."""
+        self.stack.run("up")
+        if self.second.poll() is not None:
+            self.second = self.stack.add_raylet()
 
     def down(self) -> None:
         if (self.stack.folder / "stack.json").exists():
@@ -137,11 +145,19 @@ class Bench:
     def named(self, part: str) -> list[psutil.Process]:
         """Ray's processes by a part of their name or command."""
         found = []
-        for process in self.processes("ray"):
+        for process in (*self.processes("ray"), *self.processes(RAYLET)):
             with contextlib.suppress(psutil.Error):
                 if part in process.name() or part in " ".join(process.cmdline()[:1]):
                     found.append(process)
         return found
+
+    def kill_raylet_of(self, part: str) -> None:
+        """SIGKILL to the raylet under which one of Ray's processes runs."""
+        for process in self.named(part):
+            for parent in process.parents():
+                if parent.name() == "raylet":
+                    return _kill(parent)
+        raise AssertionError(f"no raylet with {part}")
 
     def kill_service(self, name: str) -> None:
         """SIGKILL to a service's process only."""
@@ -209,7 +225,7 @@ class Bench:
     def again(self, root: str, run: str) -> str:
         """Waits for the end of a run, and starts it again as an operator does."""
         self.ends.append(self.until_over(run, 400))
-        self.stack.run("up")
+        self.up_again()
         return self.start(root)
 
     def run(self, name: str, root: str, disturb: Disturb | None) -> Result:
@@ -296,7 +312,16 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
         kill("RayTrainWorker")
         return run
 
-    def raylets(root: str, run: str) -> str:
+    def second_raylet(root: str, run: str) -> str:
+        bench.in_prepare(root, run)
+        os.killpg(bench.second.pid, signal.SIGKILL)
+        time.sleep(20)
+        bench.up_again()
+        bench.in_training(root, run)
+        bench.kill_raylet_of("RayTrainWorker")
+        return run
+
+    def all_raylets(root: str, run: str) -> str:
         bench.in_prepare(root, run)
         kill("raylet")
         run = bench.again(root, run)
@@ -309,7 +334,7 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
         for name, away in (("worker", 5), ("prefect", 20), ("postgres", 10)):
             bench.kill_service(name)
             time.sleep(away)
-            bench.stack.run("up")
+            bench.up_again()
         return run
 
     def without_mlflow(root: str, run: str) -> str:
@@ -320,7 +345,7 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
         bench.kill_flow(run)
         run = bench.start(root)  # by the operator, before MLflow is back
         time.sleep(max(0.0, LONG_OUTAGE_SECONDS - (time.monotonic() - began)))
-        bench.stack.run("up")
+        bench.up_again()
         return run
 
     def without_s3(root: str, run: str) -> str:
@@ -355,7 +380,8 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
     store = "s3://trip"
     return {
         "ray-workers": (store, ray_workers),
-        "raylets": (store, raylets),
+        "second-raylet": (store, second_raylet),
+        "all-raylets": (store, all_raylets),
         "services": (store, services),
         "mlflow": (store, without_mlflow),
         "s3": (store, without_s3),

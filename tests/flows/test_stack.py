@@ -172,16 +172,18 @@ def stack() -> Iterator[Stack]:
 @pytest.mark.slow
 def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_base: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    stack.run("up", "--s3", "moto")
+    stack.run("up", "--s3", "moto", "--cpus", "1")
     assert time.monotonic() - began < 180 or os.getloadavg()[0] > 4, "up took more than three minutes"
     assert oct(stack.folder.stat().st_mode & 0o777) in ("0o700", "0o711")
 
+    stack.add_raylet()
     deployment = stack.use_tiny_flow("reproduce", "reproduce")
     parameters = {
         "recipe": "tiny",
         "source": write_demo_corpus(tmp_path / "corpus", 12, 32),
         "root": "s3://trip/night",
         "base": str(tiny_base),
+        "values": ["prepare.workers=2", "train.workers=2"],  # one on each raylet
     }
     stack.api("PATCH", f"/deployments/{deployment}", {"parameters": parameters})
 
@@ -203,13 +205,18 @@ def test_a_scheduled_run_goes_from_a_table_to_a_served_model(stack: Stack, tiny_
     now = {path.parent.name: path.read_text() for path in stack.folder.glob("*/process.json")}
     assert {name for name in now if now[name] != pids.get(name)} == {"model"}
 
-    # A night whose model is planted worse: steps a thousand times too large. With four clips the gate already refuses
-    # the model by itself; tests/evaluate and tests/flows/test_nightly.py have the comparison with a champion.
+    # A night with five more rows, and a model that is planted worse: steps a thousand times too large. With four clips
+    # the gate already refuses the model by itself; tests/evaluate and tests/flows/test_nightly.py compare champions.
     nightly = stack.use_tiny_flow("nightly", "nightly")
-    worse = [f"train.learning_rate_{part}=3" for part in ("unet", "fusion")]
+    worse = [*parameters["values"], *(f"train.learning_rate_{part}=3" for part in ("unet", "fusion"))]
+    shards = stack.shards(parameters["root"])
+    assert shards
+    write_demo_corpus(tmp_path / "corpus", 17, 32)
     night = stack.start(nightly, parameters | {"values": worse})
     until(lambda: stack.state(night)[0] in ENDED, 400, "the end of the night")
     assert stack.state(night)[0] == "COMPLETED", stack.state(night)
+    after = stack.shards(parameters["root"])
+    assert shards.items() <= after.items() and len(after) <= len(shards) + 2, (shards, after)
     second = stack.mlflow("model-versions/get?name=trip&version=2")["model_version"]
     refused = {tag["key"]: tag["value"] for tag in second["tags"]}["trip.promotion_refused"]
     assert "is not promoted: the gate of its report did not pass" in refused, refused

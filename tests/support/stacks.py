@@ -13,14 +13,18 @@ from typing import Any
 
 import httpx
 
+from infra.supervisor import SERVICE_VARIABLE, STACK_VARIABLE
+from tests.conftest import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLOWS = [sys.executable, "-m", "flows"]
+RAYLET = "raylet"  # the service of a node that `add_raylet` starts
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def members(folder: Path) -> list[int]:
     """The processes that belong to a stack."""
-    mark = f"TRIP_STACK={folder}".encode()
+    mark = f"{STACK_VARIABLE}={folder}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -66,6 +70,50 @@ class Stack:
     def client(self) -> dict[str, str]:
         lines = (self.folder / "client.env").read_text().splitlines()
         return {name: value.strip("'") for name, _, value in (x.removeprefix("export ").partition("=") for x in lines)}
+
+    def add_raylet(self, number: int = 2) -> subprocess.Popen[bytes]:
+        """Starts one more Ray node with one processor, at an address of its own; `down` ends it.
+
+        On a busy machine Ray's own limit of 30 s may end its start, which is then repeated.
+        """
+        environment = self.environment | self.client() | {STACK_VARIABLE: str(self.folder), SERVICE_VARIABLE: RAYLET}
+        environment |= {"PYTHONPATH": str(REPOSITORY)}
+        flags = {
+            "address": environment["RAY_ADDRESS"],
+            "node-ip-address": f"127.0.0.{number}",
+            "num-cpus": 1,
+            "object-store-memory": 200 * 1024 * 1024,
+            "dashboard-agent-listen-port": free_port(),
+            "dashboard-agent-grpc-port": free_port(),
+        }
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        log = self.folder / f"raylet-{number}.log"
+        before = self.living_nodes()
+        for _ in range(3):
+            with log.open("wb") as file:
+                node = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+            until(lambda node=node: node.poll() is not None or self.living_nodes() > before, 120, "the second raylet")
+            if node.poll() is None:
+                return node
+        raise AssertionError(f"Ray did not start: {log.read_text()[-3000:]}")
+
+    def living_nodes(self) -> int:
+        """The nodes of the Ray cluster that are alive."""
+        count = "import ray; ray.init(log_to_driver=False); print(sum(node['Alive'] for node in ray.nodes()))"
+        environment = self.environment | self.client()
+        done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, env=environment)
+        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+    def shards(self, root: str) -> dict[str, str]:
+        """The shards below a root of the stack's object store, each with its hash."""
+        import s3fs
+
+        client = self.client()
+        access = {"key": client["AWS_ACCESS_KEY_ID"], "secret": client["AWS_SECRET_ACCESS_KEY"]}
+        files = s3fs.S3FileSystem(**access, endpoint_url=client["AWS_ENDPOINT_URL"], skip_instance_cache=True)
+        found = files.find(root, detail=True)
+        return {name: facts["ETag"] for name, facts in found.items() if name.endswith(".tar")}
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         client = self.client()
