@@ -10,7 +10,8 @@ short trainings under a seed that no arm has, on clips that no table contains; t
 every base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of
 `--out`: the same command continues with those that are missing, and one process for each base can run beside the other.
 `--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue
-elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file.
+elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file. `--summary` prints the tables
+of docs/decisions/ablation.md instead.
 """
 
 from __future__ import annotations
@@ -332,6 +333,79 @@ def tables(arrays: dict[str, Values]) -> Iterator[str]:
             yield from _table([column(name, "all"), *parts])
 
 
+# The columns of the summary: name of the array, title, format of a value, and the index of its axes before the clips.
+SUMMARY = (
+    ("noise_error", "noise error", ".4f", (-1,)),
+    ("z0_error", "z_0 error", ".3f", (-1,)),
+    ("energy", "energy score", ".4f", ()),
+    ("still_psnr", "still part, dB to the photo", ".1f", ()),
+    ("motion", "motion ratio", ".2f", ()),
+)
+
+
+def summary(arrays: dict[str, Values]) -> Iterator[str]:
+    """The tables of docs/decisions/ablation.md: means with the difference to TRIP, curves, strata, and TRIP^-."""
+    bases = sorted({key.split("_")[0] for key in arrays} - {"choice"})
+    clips = [str(seed) for seed in HELD_OUT]
+    rows = (*ARMS, VAE, STILL)
+
+    def by_seed(base: str, row: str, name: str, at: tuple[int, ...] = ()) -> dict[int, Values]:
+        """Values [N] by seed; the axes before the clips are indexed by `at`, the rest of them averaged."""
+        return {s: v[at].reshape(-1, len(clips)).mean(0) for s, v in _runs(arrays, base, row, name).items()}
+
+    def mean(values: dict[int, Values], form: str) -> str:
+        return format(float(np.mean(list(values.values()))), form) if values else ""
+
+    def minus(values: dict[int, Values], other: dict[int, Values], form: str) -> tuple[str, str]:
+        """The mean of the difference, paired by clip and seed, and its interval."""
+        shared = sorted(values.keys() & other.keys())
+        own = two_way_mean(np.stack([values[s] - other[s] for s in shared]), clips)
+        return format(own.value, "+" + form), f"{own.ci_low:+{form}} to {own.ci_high:+{form}}"
+
+    for base in bases:
+        yield from (f"Base `{base}`:", "")
+        yield "| arm | seeds | " + " | ".join(title for _, title, _, _ in SUMMARY) + " |"
+        yield "|---|---|" + "---|" * len(SUMMARY)
+        for row in rows:
+            cells = []
+            for name, _, form, at in SUMMARY:
+                values = by_seed(base, row, name, at)
+                cell = mean(values, form)
+                if values and row in ARMS and row != REFERENCE:
+                    cell += " ({}: {})".format(*minus(values, by_seed(base, REFERENCE, name, at), form))
+                cells.append(cell)
+            seeds = len(_runs(arrays, base, row, "energy"))
+            if seeds:
+                yield f"| {row} | {seeds} | " + " | ".join(cells) + " |"
+        yield ""
+    yield "| base | arm | " + " | ".join(f"{budget} steps" for budget in BUDGETS) + " |"
+    yield "|---|---|" + "---|" * len(BUDGETS)
+    for base, row in itertools.product(bases, ARMS):
+        cells = [mean(by_seed(base, row, "noise_error", (i,)), ".4f") for i in range(len(BUDGETS))]
+        if all(cells):
+            yield f"| {base} | {row} | " + " | ".join(cells) + " |"
+    yield ""
+    strata = np.arange(len(clips)) % len(STRATA)
+    yield "| base | arm | " + " | ".join(STRATA) + " |"
+    yield "|---|---|" + "---|" * len(STRATA)
+    for base, row in itertools.product(bases, rows):
+        values = by_seed(base, row, "still_psnr")
+        if values:
+            parts = [mean({s: v[strata == i] for s, v in values.items()}, ".1f") for i in range(len(STRATA))]
+            yield f"| {base} | {row} | " + " | ".join(parts) + " |"
+    yield ""
+    compared = [column for column in SUMMARY if column[0] != "motion"]
+    yield "| minus TRIP^- | base | " + " | ".join(title for _, title, _, _ in compared) + " |"
+    yield "|---|---|" + "---|" * len(compared)
+    for row, base in itertools.product(list(ARMS)[1:], bases):
+        if _runs(arrays, base, row, "energy"):
+            pairs = [
+                minus(by_seed(base, row, name, at), by_seed(base, "TRIP^-", name, at), form)
+                for name, _, form, at in compared
+            ]
+            yield f"| {row} | `{base}` | " + " | ".join(f"{value} ({interval})" for value, interval in pairs) + " |"
+
+
 def _settings(arrays: dict[str, Values], base: str) -> str:
     chosen = []
     for arm in ARMS:
@@ -386,7 +460,7 @@ def main(arguments: argparse.Namespace) -> None:
     arrays = study.read() if arguments.read is None else dict(np.load(arguments.read))
     if arguments.pack is not None:
         np.savez_compressed(arguments.pack, **arrays)  # pyright: ignore[reportArgumentType]
-    for line in tables(arrays):
+    for line in summary(arrays) if arguments.summary else tables(arrays):
         print(line)
 
 
@@ -396,6 +470,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--summary", action="store_true", help="print the tables of docs/decisions/ablation.md")
     parser.add_argument("--read", type=Path, help="print the tables of this packed file")
     parser.add_argument("--unpack", type=Path, help="first write the files of this packed file into --out")
     parser.add_argument("--pack", type=Path, help="train nothing; write all arrays into this file")
