@@ -10,8 +10,8 @@ short trainings under a seed that no arm has, on clips that no table contains; t
 every base. Learning rates are constant, so one training gives all budgets of its curve. Each training is a file of
 `--out`: the same command continues with those that are missing, and one process for each base can run beside the other.
 `--pack FILE` joins the files, with one value for each clip, and `--unpack FILE` writes them again, to continue
-elsewhere; `--report` prints the tables of `--out`, and `--read FILE` those of a packed file. `--summary` prints the tables
-of docs/decisions/ablation.md instead.
+elsewhere; `--report` prints the tables of `--out`, `--read FILE` those of a packed file, and `--summary` with either of
+them the tables of docs/decisions/ablation.md.
 """
 
 from __future__ import annotations

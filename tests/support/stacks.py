@@ -110,10 +110,13 @@ class Stack:
         import s3fs
 
         client = self.client()
-        access = {"key": client["AWS_ACCESS_KEY_ID"], "secret": client["AWS_SECRET_ACCESS_KEY"]}
-        files = s3fs.S3FileSystem(**access, endpoint_url=client["AWS_ENDPOINT_URL"], skip_instance_cache=True)
-        found = files.find(root, detail=True)
-        return {name: facts["ETag"] for name, facts in found.items() if name.endswith(".tar")}
+        files = s3fs.S3FileSystem(
+            key=client["AWS_ACCESS_KEY_ID"],
+            secret=client["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=client["AWS_ENDPOINT_URL"],
+            skip_instance_cache=True,
+        )
+        return {name: files.info(name)["ETag"] for name in files.find(root) if str(name).endswith(".tar")}
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         client = self.client()
