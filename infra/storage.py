@@ -33,6 +33,10 @@ BUSY_SECONDS = 120.0  # how long an object store may answer that it is busy or d
 _patient = ContextVar("patient", default=True)
 _LONGEST_PAUSE_SECONDS = 10.0
 
+# Some S3 servers (rclone's) answer a read of a part with the checksum of the whole object, and botocore then takes the
+# part for damaged. What is read here has hashes of our own.
+os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+
 _log = logging.getLogger(__name__)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
 import subprocess
 import sys
 import threading
 import uuid
+import zlib
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -150,6 +153,37 @@ def test_a_store_without_a_library_is_one_sentence(address: str) -> None:
         storage.read_bytes(address)
     assert "hunter2" not in str(raised.value)
     assert user_error(RuntimeError("of a framework")) is None and user_error(raised.value) is raised.value
+
+
+class _WholeChecksum(BaseHTTPRequestHandler):
+    """Answers any read of a part with bytes 3 to 5 of `0123456789`, and with the checksum of all ten."""
+
+    def do_GET(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Length", "3")
+        self.send_header("Content-Range", "bytes 3-5/10")
+        self.send_header("x-amz-checksum-crc32", base64.b64encode(zlib.crc32(b"0123456789").to_bytes(4)).decode())
+        self.end_headers()
+        self.wfile.write(b"345")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_part_is_read_from_a_store_that_sends_the_checksum_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _WholeChecksum)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        assert storage.read_range("s3://bucket/ten", 3, 6) == b"345"
+    finally:
+        server.shutdown()
+        server.server_close()
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_call_waits_for_a_store_that_is_down_for_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
