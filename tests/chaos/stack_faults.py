@@ -5,7 +5,7 @@
 One stack of `flows up` with a second raylet, and with PostgreSQL where it is installed; data, checkpoints and MLflow's
 artifacts are on an S3 server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an
 operator calls `flows up`, and starts the same run again until it completes. Compared with the undisturbed run: the hash
-of the data set, the hash of the model, and the curve of the loss in MLflow, which must have every step with the same
+of the data set, the hash of the weights, and the curve of the loss in MLflow, which must have every step with the same
 value, once. Processes of a run that are alive a minute after it are orphans. Prints a table in Markdown.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ from tests.support.tiny_cli import tiny
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 GRACE_SECONDS = 60.0
 MOST_RERUNS = 5
+MOMENTS, MOST_SECONDS = 5, 70.0  # of a case with random moments: how many, and the longest time between two
 # Gets the root and the id of a flow run, and returns the id of the run that goes on.
 Disturb = Callable[[str, str], str]
 OUTAGE_SECONDS, LONG_OUTAGE_SECONDS = 60.0, 120.0
@@ -59,6 +61,7 @@ class Result:
     name: str
     ends: list[str] = field(default_factory=list)  # of each flow run, the last one completed
     seconds: float = 0.0
+    moments: int = 0  # random ones at which it was disturbed
     data: str = ""
     model: str = ""
     loss: list[tuple[int, float]] = field(default_factory=list)
@@ -89,6 +92,7 @@ class Bench:
         self.table = write_demo_corpus(folder / "corpus", 24, 32)
         self.deployment = ""
         self.ends: list[str] = []  # of the runs of this case
+        self.moments = 0  # at which this case disturbed a run
         self.started: list[str] = []
         recipes.RECIPES["tiny"] = lambda: tiny(self.base)
 
@@ -222,16 +226,19 @@ class Bench:
             time.sleep(1)
         return left()
 
-    def again(self, root: str, run: str) -> str:
-        """Waits for the end of a run, and starts it again as an operator does."""
-        self.ends.append(self.until_over(run, 400))
+    def is_over(self, run: str) -> bool:
+        return self.stack.state(run)[0] in ENDED
+
+    def again(self, root: str, run: str, patient: bool = True) -> str:
+        """Starts a run again as an operator does, when it has ended; an impatient one does not wait for that."""
+        self.ends.append(self.until_over(run, 400) if patient else self.stack.state(run)[0] or "killed")
         self.up_again()
         return self.start(root)
 
     def run(self, name: str, root: str, disturb: Disturb | None) -> Result:
         """One case: a run with its disturbances, repeated until it completes."""
         began, result = time.monotonic(), Result(name)
-        self.ends, self.started = result.ends, []
+        self.ends, self.started, self.moments = result.ends, [], 0
         run = self.start(root)
         if disturb is not None:
             run = disturb(root, run)
@@ -243,11 +250,11 @@ class Bench:
             if end.startswith("COMPLETED"):
                 result.ends.append(end)
                 break
-        result.seconds = round(time.monotonic() - began, 1)
+        result.seconds, result.moments = round(time.monotonic() - began, 1), self.moments
         spec = self.training(root)
         report = finished_report(spec) if spec is not None else None
         if spec is not None and report is not None:
-            result.data, result.model = spec.dataset_sha256 or "", report.model_digest
+            result.data, result.model = spec.dataset_sha256 or "", weights_hash(report.model)
         result.loss, result.running_in_mlflow = self.take_curve()
         result.orphans = self.orphans(self.started)
         return result
@@ -296,6 +303,15 @@ def storage_names(root: str, part: str) -> list[str]:
     files = s3fs.S3FileSystem()
     files.invalidate_cache()
     return [name for name in files.find(root) if part in name.rsplit("/", 1)[-1]]
+
+
+def weights_hash(model: str) -> str:
+    """The hash of a model's weights; its record also has the address of the data, which differs between the cases."""
+    digest = hashlib.sha256()
+    for name in sorted(storage_names(model, ".safetensors")):
+        uri = name if Path(name).is_absolute() else f"s3://{name}"
+        digest.update(Path(name).parent.name.encode() + storage.read_bytes(uri))
+    return digest.hexdigest()
 
 
 def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
@@ -368,14 +384,31 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
             run = bench.start(root)
         return run
 
-    def any_moments(root: str, run: str) -> str:
-        rng = np.random.default_rng(seed)
-        for _ in range(3):
-            until(lambda run=run: bench.processes(run=run), 120, "the start of the flow")
-            time.sleep(float(rng.random()) * 100)
-            bench.kill_flow(run)
-            run = bench.again(root, run)
-        return run
+    def moments(number: int) -> Disturb:
+        def any_moments(root: str, run: str) -> str:
+            rng = np.random.default_rng([seed, number])
+            victims = [
+                lambda: bench.kill_flow(run),
+                lambda: [kill(part) for part in ("EncodeWorker", "RayTrainWorker")],
+                lambda: os.killpg(bench.second.pid, signal.SIGKILL),
+            ]
+            for _ in range(MOMENTS):
+                until(lambda run=run: bench.processes(run=run) or bench.is_over(run), 120, "the start of the flow")
+                end = time.monotonic() + float(rng.random()) * MOST_SECONDS
+                while time.monotonic() < end and not bench.is_over(run):
+                    time.sleep(0.5)
+                if bench.stack.state(run)[0] == "COMPLETED":
+                    return run
+                if not bench.is_over(run):
+                    victims[int(rng.integers(len(victims)))]()
+                    bench.moments += 1
+                if bench.second.poll() is not None:
+                    bench.second = bench.stack.add_raylet()
+                if not bench.processes(run=run):  # killed, or ended by its failure
+                    run = bench.again(root, run, patient=False)
+            return run
+
+        return any_moments
 
     store = "s3://trip"
     return {
@@ -386,8 +419,7 @@ def cases(bench: Bench, seed: int) -> dict[str, tuple[str, Disturb]]:
         "mlflow": (store, without_mlflow),
         "s3": (store, without_s3),
         "disk": (str(bench.folder / "disk"), full_disk),
-        "flow": (store, any_moments),
-    }
+    } | {f"moments-{number}": (store, moments(number)) for number in range(4)}
 
 
 @contextlib.contextmanager
@@ -411,8 +443,9 @@ def verdict(result: Result, calm: Result) -> dict[str, Any]:
         "runs": len(result.ends),
         "ends": ", ".join(end.split(" ")[0].rstrip(":") for end in result.ends),
         "seconds": result.seconds,
+        "random moments": result.moments,
         "same data": result.data == calm.data != "",
-        "same model": result.model == calm.model != "",
+        "same weights": result.model == calm.model != "",
         "steps missing": len(expected.keys() - set(steps)),
         "steps twice": len(steps) - len(set(steps)),
         "same loss": all(expected.get(step) == value for step, value in result.loss),
