@@ -1,16 +1,17 @@
 """Measures a train step of the 3D-UNet, ours against diffusers' eager class at equal numerics.
 
     python -m benchmarks.train_step [--head-width 8] [--layers 1] [--repeats 7]  a mid-size network, on the CPU
-    python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8      the demo's own network
+    python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8 --compile     the demo's network
     python -m benchmarks.train_step --device cuda --full-size --batch 8          text-to-video-ms-1.7b's size, bfloat16
 
 Forward and backward, same weights, same input, dropout off in both; the two take turns, and each reports its median.
-Prints one JSON.
+With `--compile` a third one takes turns: ours, each level compiled by itself. Prints one JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +40,10 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     for unet in unets.values():
         unet.to(device).train()
     ours.recompute_activations = arguments.recompute
+    if arguments.compile:
+        unets["compiled"] = compiled = copy.deepcopy(ours)
+        for level in (*compiled.down_blocks, compiled.mid_block, *compiled.up_blocks):
+            level.compile(dynamic=False)
 
     x = torch.randn(arguments.batch, 4, 17, arguments.side, arguments.side, device=device)
     t = torch.randint(1000, (arguments.batch,), device=device)
@@ -50,11 +55,12 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         start = _now(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = unet(x, t, text)
-        output = output if name == "ours" else output.sample
+        output = output.sample if name == "diffusers" else output
         output.float().square().mean().backward()
         return _now(device) - start, output.detach().float()
 
-    outputs = {name: step(name)[1] for name in unets}  # also the warm-up
+    first = {name: step(name) for name in unets}  # also the warm-up
+    outputs = {name: output for name, (_, output) in first.items()}
     gradients = zip(ours.parameters(), theirs.parameters(), strict=True)
     apart = max(_apart(a.grad, b.grad) for a, b in gradients if a.grad is not None and b.grad is not None)
     seconds: dict[str, list[float]] = {name: [] for name in unets}
@@ -82,6 +88,13 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: [round(s, 4) for s in values] for name, values in seconds.items()},
         "median_seconds": {name: round(value, 4) for name, value in median.items()},
         "speedup": round(median["diffusers"] / median["ours"], 3),
+        "compiled": {
+            "speedup": round(median["ours"] / median["compiled"], 3),
+            "first_step_seconds": round(first["compiled"][0], 1),
+            "output_apart": _apart(outputs["compiled"], outputs["ours"]),
+        }
+        if arguments.compile
+        else None,
         "samples_per_second": round(arguments.batch / median["ours"], 3),
         "tflop_a_step": round(flops / 1e12, 4),
         "matmul_peak_tflop_s": round(peak / 1e12, 3),
@@ -124,6 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=32, help="height and width of the latents")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compare with ours compiled, too")
     parser.add_argument("--recompute", action="store_true", help="ours recomputes its activations")
     add_json(parser)
     chosen = parser.parse_args()
