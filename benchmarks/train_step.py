@@ -1,7 +1,7 @@
 """Measures a train step of the 3D-UNet, ours against diffusers' eager class at equal numerics.
 
     python -m benchmarks.train_step [--head-width 8] [--layers 1] [--repeats 7]  a mid-size network, on the CPU
-    python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8 --compile     the demo's network
+    python -m benchmarks.train_step --base examples/demo_base/weights --side 8 --batch 8 --compile    the demo's network
     python -m benchmarks.train_step --device cuda --full-size --batch 8          text-to-video-ms-1.7b's size, bfloat16
 
 Forward and backward, same weights, same input, dropout off in both; the two take turns, and each reports its median.
