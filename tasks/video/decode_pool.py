@@ -8,6 +8,7 @@ malformed reply, but no code.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ Span = tuple[float, float | None]
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
+_PIPE_BYTES = 1 << 20  # most that Linux allows by default; a reply has megabytes, its default pipe 64 KiB
 _START_SECONDS = 120.0  # limit of a child's imports, for a machine under heavy load
 
 
@@ -193,6 +195,8 @@ class _Child:
                 self._process = process
         assert process is not None and process.stdin is not None and process.stdout is not None
         if is_new:
+            with contextlib.suppress(OSError):  # the pipes of one user are limited together
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             slow = threading.Timer(_START_SECONDS, process.kill)
             slow.start()
             started = process.stdout.read(1)
