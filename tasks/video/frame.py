@@ -9,7 +9,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-from tasks.video.colour import Colour, colour_of, has_full_range, to_bt709
+from tasks.video.colour import Colour, colour_of, to_bt709
 from trip_model.config import Fit
 from trip_model.images import square_box
 
@@ -39,8 +39,8 @@ def to_square(
     Raises:
         UnsupportedColourError: as `colour_of`.
     """
-    full, gray = has_full_range(frame), frame.format.name.startswith("gray")
     colour = colour_of(frame)
+    full, gray = colour.range == "full", frame.format.name.startswith("gray")
     opaque = _on_white(frame, colour) if any(part.is_alpha for part in frame.format.components) else frame
     width, height, left, top = frame_box(frame, size, aspect, fit)
     scaled: Any = reformatter.reformat(
