@@ -225,16 +225,21 @@ def _receive(pipe: IO[bytes], max_bytes: int) -> list[Clip]:
         if min(frames, height, width) < 1 or remaining_bytes < 0:
             raise ValueError(f"frames of shape {shape}")
         times = np.frombuffer(_exactly(pipe, 4 * frames), np.float32)
-        pixels = np.frombuffer(_exactly(pipe, size - 4 * frames), np.uint8).reshape(frames, height, width, 3)
+        pixels = np.empty((frames, height, width, 3), np.uint8)
+        _fill(pixels.data, pipe)
         clips.append(Clip(pixels, times, dict(info)))
     return clips
 
 
 def _exactly(pipe: IO[bytes], size: int) -> bytearray:
     data = bytearray(size)
-    if pipe.readinto(data) != size:  # type: ignore[attr-defined]
-        raise EOFError
+    _fill(memoryview(data), pipe)
     return data
+
+
+def _fill(buffer: memoryview, pipe: IO[bytes]) -> None:
+    if pipe.readinto(buffer) != buffer.nbytes:  # type: ignore[attr-defined]
+        raise EOFError
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
