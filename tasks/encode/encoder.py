@@ -235,7 +235,8 @@ class ClipEncoder:
         its last bits, and a clip must not depend on others. Calls begin at every `frames_per_batch`-th frame; if that
         divides `num_frames`, a window has the same bits as those frames of its track.
         """
-        frames = np.concatenate([window.clip.pixels for window in row.windows])
+        windows = [window.clip.pixels for window in row.windows]
+        frames = windows[0] if len(windows) == 1 else np.concatenate(windows)  # which copies also a single one
         from trip_model.encoders import encode_posterior
 
         posterior = encode_posterior(self._vae, frames, self.spec.frames_per_batch)

@@ -8,6 +8,7 @@ malformed reply, but no code.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ Span = tuple[float, float | None]
 _READY = b"!"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEAD_BYTES = 1 << 20
+_PIPE_BYTES = 1 << 20  # most that Linux allows by default; a reply has megabytes, its default pipe 64 KiB
 _START_SECONDS = 120.0  # limit of a child's imports, for a machine under heavy load
 
 
@@ -193,6 +195,8 @@ class _Child:
                 self._process = process
         assert process is not None and process.stdin is not None and process.stdout is not None
         if is_new:
+            with contextlib.suppress(OSError):  # the pipes of one user are limited together
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             slow = threading.Timer(_START_SECONDS, process.kill)
             slow.start()
             started = process.stdout.read(1)
@@ -221,16 +225,21 @@ def _receive(pipe: IO[bytes], max_bytes: int) -> list[Clip]:
         if min(frames, height, width) < 1 or remaining_bytes < 0:
             raise ValueError(f"frames of shape {shape}")
         times = np.frombuffer(_exactly(pipe, 4 * frames), np.float32)
-        pixels = np.frombuffer(_exactly(pipe, size - 4 * frames), np.uint8).reshape(frames, height, width, 3)
+        pixels = np.empty((frames, height, width, 3), np.uint8)
+        _fill(pixels.data, pipe)
         clips.append(Clip(pixels, times, dict(info)))
     return clips
 
 
 def _exactly(pipe: IO[bytes], size: int) -> bytearray:
     data = bytearray(size)
-    if pipe.readinto(data) != size:  # type: ignore[attr-defined]
-        raise EOFError
+    _fill(memoryview(data), pipe)
     return data
+
+
+def _fill(buffer: memoryview, pipe: IO[bytes]) -> None:
+    if pipe.readinto(buffer) != buffer.nbytes:  # type: ignore[attr-defined]
+        raise EOFError
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-from tasks.video.colour import Colour, colour_of, has_full_range, to_bt709
+from tasks.video.colour import Colour, colour_of, to_bt709
 from trip_model.config import Fit
 from trip_model.images import square_box
 
@@ -39,11 +39,11 @@ def to_square(
     Raises:
         UnsupportedColourError: as `colour_of`.
     """
-    full, gray = has_full_range(frame), frame.format.name.startswith("gray")
     colour = colour_of(frame)
+    full, gray = colour.range == "full", frame.format.name.startswith("gray")
     opaque = _on_white(frame, colour) if any(part.is_alpha for part in frame.format.components) else frame
     width, height, left, top = frame_box(frame, size, aspect, fit)
-    rgb: Any = reformatter.reformat(
+    scaled: Any = reformatter.reformat(
         opaque,
         width=width,
         height=height,
@@ -53,14 +53,23 @@ def to_square(
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         threads=1,
-    ).to_ndarray()
-    square = rgb[top : top + size, left : left + size]
+    )
+    part = slice(top, top + size), slice(left, left + size)
     if colour.conversion:
-        square = to_bt709(square / 65535, colour)
-    elif gray and not full:
-        square = _SPREAD[square]
+        square = to_bt709(scaled.to_ndarray()[part] / 65535, colour)
+    else:
+        square = _interleaved(scaled, part)
+        if gray and not full:
+            square = _SPREAD[square]
     # The crop is centred or the entire frame, so rotation and crop commute.
     return np.ascontiguousarray(_upright(square, frame))
+
+
+def _interleaved(frame: av.VideoFrame, part: tuple[slice, slice]) -> np.ndarray:
+    """Returns a part of a `gbrp` frame as RGB [H, W, 3]; `to_ndarray` would also interleave what is cut off."""
+    planes: Any = frame.planes  # buffers, which their type does not say
+    green, blue, red = (np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[part] for p in planes)
+    return np.stack([red, green, blue], axis=-1)
 
 
 def _on_white(frame: av.VideoFrame, colour: Colour) -> av.VideoFrame:

@@ -188,13 +188,13 @@ def test_planes_and_packed_pixels_are_the_same_squares(pixel_format: str, aspect
 
 
 class Packed:
-    """A reformatter that returns only packed pixels."""
+    """A reformatter that scales to packed pixels only, and then writes them as planes."""
 
     def __init__(self) -> None:
         self._scaler = VideoReformatter()
 
     def reformat(self, *args: Any, **options: Any) -> Any:
-        return self._scaler.reformat(*args, **options | {"format": "rgb24"})
+        return self._scaler.reformat(*args, **options | {"format": "rgb24"}).reformat(format=options["format"])
 
 
 @pytest.mark.parametrize("size", [(65, 63), (33, 97), (1, 1), (2, 64)])
