@@ -25,6 +25,8 @@ from tasks.records import to_json
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report, spool_file
 from tasks.train.spool import Spool
 
+OUTAGE_SECONDS = 180.0  # the end of a training waits this long for an MLflow that does not respond
+
 
 @task(name="train", **STAGE_POLICY)
 def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainReport:
@@ -49,13 +51,17 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
 
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
-    from infra.tracking import page_of
+    from infra.tracking import answers_within, page_of
     from tasks.train.job import train
 
     check_gpu_at_hand(spec)
     log(f"train       {spec.steps} steps of {spec.global_batch} clips on {spec.workers} worker(s)")
     with ray_session(None, spec.workers * spec.cpus_per_worker):
         report = train(spec, tick, tracking)
+    if Spool(spec).exists():
+        log(f"train       MLflow has not accepted all metrics; waiting for it at most {OUTAGE_SECONDS:.0f} s")
+        if answers_within(tracking_uri, OUTAGE_SECONDS):
+            train(spec, None, tracking)
     losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
     log(f"model       {report.model}")

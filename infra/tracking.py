@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MODEL_HASH = (
 # Other tags of a version: the hash of the model that was evaluated, the digest of the report, and where it comes from.
 EVALUATED_MODEL, REPORT_DIGEST, LINEAGE = "trip.judged_model", "trip.report", "lineage."
 
+_PAUSE_SECONDS = 2.0  # between two questions to a store that does not respond
 # Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
 TROUBLE = (MlflowException, SQLAlchemyError, CommandError, OSError)
 
@@ -49,6 +51,25 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     full = client_address(uri)
     return MlflowClient(tracking_uri=full, registry_uri=full)
+
+
+def answers(uri: str) -> bool:
+    """Whether the tracking store responds; a server that rejects the request does."""
+    try:
+        connect(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        return 400 <= error.get_http_status_code() < 500
+    except TROUBLE:
+        return False
+    return True
+
+
+def answers_within(uri: str, seconds: float) -> bool:
+    """Waits until the tracking store responds, at most `seconds`; whether it does."""
+    deadline = time.monotonic() + seconds
+    while not (responding := answers(uri)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
+    return responding
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_location: str | None) -> str:

@@ -195,7 +195,7 @@ class _Child:
                 self._process = process
         assert process is not None and process.stdin is not None and process.stdout is not None
         if is_new:
-            with contextlib.suppress(OSError):  # the pipes of one user are limited together
+            with contextlib.suppress(OSError, AttributeError):  # of one user all pipes are limited; only Linux has it
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             slow = threading.Timer(_START_SECONDS, process.kill)
             slow.start()

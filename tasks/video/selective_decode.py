@@ -148,6 +148,7 @@ def frames_of_spans(
                     if not due or frame.pts != due[0] or frame.is_corrupt or frame.interlaced_frame:
                         raise SelectiveDecodeError(f"the decoder returned the frame stamped {frame.pts}")
                     due.pop(0)
+                    frame.time_base = base  # PyAV gives none to the frames of a flush, and they would have no time
                     yield frame
             if due:
                 raise SelectiveDecodeError(f"the decoder returned {len(due)} fewer frames than expected")

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from infra import telemetry
 from infra.telemetry import Tracking
-from infra.tracking import connect, experiment_id
+from infra.tracking import answers, answers_within, connect, experiment_id
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,40 @@ def store(tmp_path_factory):
     uri = f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
     experiment_id(connect(uri), "warm", None)
     return uri
+
+
+class _Store(http.server.BaseHTTPRequestHandler):
+    """Answers the search of experiments with the status that its server has."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"{}" if self.server.status == 200 else b"no")  # type: ignore[attr-defined]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_store_that_comes_back_is_waited_for_and_one_that_rejects_is_not(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("infra.tracking._PAUSE_SECONDS", 0.1)
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Store, bind_and_activate=False)
+    server.status = 200  # type: ignore[attr-defined]
+    server.server_bind()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    assert not answers_within(uri, 0.3)
+    timer = threading.Timer(1.0, server.server_activate)
+    timer.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    assert answers_within(uri, 60) and time.monotonic() - began > 0.9
+    for status, expected in ((401, True), (503, False)):
+        server.status = status  # type: ignore[attr-defined]
+        assert answers(uri) is expected
+    server.shutdown()
+    server.server_close()
 
 
 def points(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:

@@ -140,6 +140,17 @@ def test_what_lies_between_the_spans_is_not_decoded(videos: dict[str, bytes], mo
         np.testing.assert_array_equal(one[0].pixels, other[0].pixels)
 
 
+def test_a_span_that_ends_with_the_video_has_its_last_frames(videos: dict[str, bytes]) -> None:
+    """The decoder holds the last frames until it is flushed; those need their time too."""
+    data = videos["h264 mp4"]
+    whole = [frame.time for frame in frames_of(data) if frame.time is not None]
+    with av.open(io.BytesIO(data)) as file:
+        frames, first, _ = decode.frames_of_spans(file, file.streams.video[0], [10.0], [99.0])
+        times = [frame.time for frame in frames]
+    kept = [time for time in whole if time - first >= times[0] - first]
+    assert times == kept and len(kept) >= RATE * (SECONDS - 10)
+
+
 @pytest.mark.parametrize("name", ["h264 mp4", "mpeg4 avi"])
 def test_a_span_outside_of_the_video_has_its_reason(videos: dict[str, bytes], name: str) -> None:
     spans = [(13.0, 14.9), (20.0, 22.0), (14.0, None), (10.0, 15.5), (5.0, 5.5), (2.0, 4.0)]
