@@ -28,9 +28,9 @@ from tasks.video.spec import ShotSpec
 from tasks.video.streams import alpha_decoder, decoded_frames, deinterlaced, has_display_stamps, main_stream
 from trip_model.config import Fit
 
-# Of the pixels and times that a file gives; in the fingerprint of a data set and in the meta of its samples. 2: colour,
-# fields, alpha, streams and stamps. 3: exact conversion to RGB at even widths. 4: the last frames of a span at the end of
-# a video.
+# Of the pixels and times that a file gives; in the fingerprint of a data set and in the meta of its samples.
+# 2: colour, fields, alpha, streams and stamps. 3: exact conversion to RGB at even widths.
+# 4: the last frames of a span at the end of a video.
 DECODE_VERSION = 4
 # Containers that hold their own frames. A playlist would make the decoder open the addresses it lists.
 CONTAINERS = "mov,matroska,avi,ogg,flv,mpeg,mpegvideo,mpegts,asf,gif,mxf"
