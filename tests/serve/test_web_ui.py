@@ -187,6 +187,27 @@ def test_a_photo_becomes_a_clip_with_progress_and_its_seed_gives_it_again(visit,
     accessible(page)
 
 
+def test_the_photo_is_shown_next_to_the_clip(visit, photo):
+    page = visit("phone")
+    fill(page, photo, steps=2, num_frames=4, seed=3)
+    page.locator("#animate").click()
+    shown_clip(page, 1)
+    page.locator("#compare").click()
+    until(page, "document.querySelector('#stage .before').readyState >= 2")
+    assert page.locator("#stage video").count() == 2 and page.evaluate("document.querySelector('.before').paused")
+    boxes = [box for box in (page.locator("#stage video").nth(i).bounding_box() for i in range(2)) if box]
+    assert boxes[0]["width"] == boxes[1]["width"] and boxes[0]["x"] < boxes[1]["x"] and fits(page)
+    picture(page, "phone-compared")
+    accessible(page)
+    page.locator("#compare").click()
+    assert page.locator("#stage video").count() == 1
+    page.locator("#compare").click()
+    page.locator("#animate").click()
+    shown_clip(page, 2)
+    assert page.locator("#stage video").count() == 1
+    assert page.locator("#compare").get_attribute("aria-pressed") == "false"
+
+
 def test_the_part_of_the_photo_that_is_animated_is_shown_and_moved(visit, photo):
     page = visit()
     fill(page, photo, steps=2, seed=1, num_frames=2)

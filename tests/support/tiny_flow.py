@@ -14,12 +14,13 @@ from flows.reproduce import reproduce as reproduce
 from flows.source import DEFAULT
 from flows.train_trip import train_stage
 from infra.cluster import kept_ray_session
+from infra.output import outlive_reader
 from tests.support.tiny_cli import tiny
 
 recipes.RECIPES["tiny"] = lambda: tiny(recipes.DEMO_BASE)
 
 
-@flow(name="prepare-and-train")
+@flow(name="prepare-and-train", on_running=[outlive_reader])
 def prepare_and_train(recipe: str, source: str, root: str, base: str, values: list[str]) -> dict[str, Any]:
     """The first two stages of `reproduce`, in one session of Ray."""
     run = layout.resolve(recipe, source, root, base, DEFAULT, values)

@@ -263,15 +263,29 @@ async function player(video) {
   return element;
 }
 
+// Before and after: the first frame, which is the photo, next to the moving clip.
+function compare(on) {
+  $("compare").setAttribute("aria-pressed", on);
+  $("stage").classList.toggle("compared", on);
+  $("stage").querySelector(".before")?.remove();
+  if (!on) return;
+  const before = document.createElement("video");
+  Object.assign(before, { className: "before", muted: true, playsInline: true });
+  before.src = $("stage").querySelector("video").src + "#t=0.01";
+  before.setAttribute("aria-label", "The photo");
+  $("stage").prepend(before);
+}
+
 async function showClip(video) {
   $("stage").replaceChildren(await player(video));
+  compare(false);
   const size = `${video.width} × ${video.height} pixels`;
   $("facts").textContent = `Seed ${video.seed} · ${video.num_frames} frames of ${size} · ${video.steps} steps · `
     + `guidance ${video.guidance} · ${video.model} version ${video.version} · ${video.seconds.toFixed(1)} s`
     + (video.prompt_truncated ? " · The prompt is longer than the model reads; its end was ignored." : "");
   $("download").href = urls[video.id];
   $("download").download = `trip-${video.seed}.${video.format}`;
-  $("last").hidden = video.format === "gif";
+  $("last").hidden = $("compare").hidden = video.format === "gif";
   $("actions").hidden = false;
   $("copied").textContent = "";
 }
@@ -279,6 +293,7 @@ async function showClip(video) {
 $("cancel").addEventListener("click", async () => {
   if (current?.id) await api("POST", `v1/videos/${current.id}/cancel`).catch(() => {});
 });
+$("compare").addEventListener("click", () => compare($("compare").getAttribute("aria-pressed") === "false"));
 $("keep").addEventListener("click", () => {
   $("seed").value = current.seed;
   $("settings").open = true;
@@ -288,7 +303,7 @@ $("again").addEventListener("click", () => {
   $("form").requestSubmit();
 });
 $("last").addEventListener("click", async () => {
-  const video = $("stage").querySelector("video"), canvas = document.createElement("canvas");
+  const video = $("stage").querySelector("video:not(.before)"), canvas = document.createElement("canvas");
   video.pause();
   await new Promise((resolve) => {
     video.addEventListener("seeked", resolve, { once: true });
