@@ -101,7 +101,6 @@ def exists(uri: str) -> bool:
         return path.exists()
     with boundary(uri):
         filesystem, name = _remote(uri)
-        filesystem.invalidate_cache()  # another process may have written since this one listed the folder
         return bool(filesystem.exists(name))
 
 
@@ -308,7 +307,6 @@ def list_dir(uri: str) -> list[str]:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     else:
         filesystem, folder = _remote(uri)
-        filesystem.invalidate_cache()
         try:
             with boundary(uri):
                 entries = filesystem.ls(folder, detail=False)
@@ -325,7 +323,6 @@ def modified(uri: str) -> float | None:
         return path.stat().st_mtime if path.exists() else None
     with boundary(uri):
         filesystem, name = _remote(uri)
-        filesystem.invalidate_cache()
         try:
             return filesystem.modified(name).timestamp()
         except (FileNotFoundError, IsADirectoryError, NotImplementedError):
@@ -351,7 +348,6 @@ def delete(uri: str) -> None:
         return
     with boundary(uri):
         filesystem, name = _remote(uri)
-        filesystem.invalidate_cache()
         if filesystem.exists(name):
             filesystem.rm(name, recursive=True)
 
@@ -368,7 +364,6 @@ def local_folder(uri: str, cache_dir: str | Path | None = None) -> Path:
             raise FileNotFoundError(f"no folder at {redact(uri)}")
         return path
     filesystem, folder = _remote(uri)
-    filesystem.invalidate_cache()
     with boundary(uri):
         files = cast(dict[str, dict[str, Any]], filesystem.find(folder, detail=True))
     if not files:
@@ -444,6 +439,8 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
 def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
     try:
         filesystem, name = fsspec.core.url_to_fs(uri)
+        # A kept listing hides what another process writes later, also from `cat_file`, which asks it for the size.
+        filesystem.dircache.use_listings_cache = False
         return cast(AbstractFileSystem, _Patient(filesystem)), name
     except (ImportError, ValueError) as error:  # a library that is not installed, or an unknown scheme
         raise StorageError(f"{redact(uri)} cannot be used ({redact(str(error))}); install it, or correct it") from error
