@@ -61,7 +61,9 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     if Spool(spec).exists():
         log(f"train       MLflow has not accepted all metrics; waiting for it at most {OUTAGE_SECONDS:.0f} s")
         if answers_within(tracking_uri, OUTAGE_SECONDS):
-            train(spec, None, tracking)
+            train(spec, None, tracking)  # delivers metrics that were spooled
+        else:
+            log("train       MLflow does not respond; the same command delivers the metrics later")
     losses = f"loss: first step {report.loss_first:.4f}, smoothed {report.loss_last:.4f}"
     log(f"train       {report.step} steps in {report.seconds:.0f} s, {losses}")
     log(f"model       {report.model}")

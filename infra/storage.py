@@ -441,6 +441,7 @@ def _remote(uri: str) -> tuple[AbstractFileSystem, str]:
         filesystem, name = fsspec.core.url_to_fs(uri)
         # A kept listing hides what another process writes later, also from `cat_file`, which asks it for the size.
         filesystem.dircache.use_listings_cache = False
+        filesystem.invalidate_cache()  # of another user of the same instance
         return cast(AbstractFileSystem, _Patient(filesystem)), name
     except (ImportError, ValueError) as error:  # a library that is not installed, or an unknown scheme
         raise StorageError(f"{redact(uri)} cannot be used ({redact(str(error))}); install it, or correct it") from error

@@ -1,6 +1,6 @@
 """Disturbs a complete stack while a run prepares a table and trains a model, and compares the results.
 
-    python -m tests.chaos.stack_faults [--only raylets,disk] [--flow reproduce] [--workers 1]
+    python -m tests.chaos.stack_faults [--only second-raylet,disk] [--flow reproduce] [--workers 1]
 
 One stack of `flows up` with a second raylet, and with PostgreSQL where it is installed; data, checkpoints and MLflow's
 artifacts are on an S3 server (moto). An undisturbed run comes first. Each case has a root of its own. After a fault an

@@ -30,14 +30,16 @@ def store(tmp_path_factory):
 
 
 class _Store(http.server.BaseHTTPRequestHandler):
-    """Answers the search of experiments with the status that its server has."""
+    """Answers the search of experiments with `status`."""
+
+    status = 200
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_response(self.status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(b"{}" if self.server.status == 200 else b"no")  # type: ignore[attr-defined]
+        self.wfile.write(b"{}" if self.status == 200 else b"no")
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -47,7 +49,6 @@ def test_a_store_that_comes_back_is_waited_for_and_one_that_rejects_is_not(monke
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("infra.tracking._PAUSE_SECONDS", 0.1)
     server = http.server.HTTPServer(("127.0.0.1", 0), _Store, bind_and_activate=False)
-    server.status = 200  # type: ignore[attr-defined]
     server.server_bind()
     uri = f"http://127.0.0.1:{server.server_port}"
     assert not answers_within(uri, 0.3)
@@ -57,7 +58,7 @@ def test_a_store_that_comes_back_is_waited_for_and_one_that_rejects_is_not(monke
     began = time.monotonic()
     assert answers_within(uri, 60) and time.monotonic() - began > 0.9
     for status, expected in ((401, True), (503, False)):
-        server.status = status  # type: ignore[attr-defined]
+        monkeypatch.setattr(_Store, "status", status)
         assert answers(uri) is expected
     server.shutdown()
     server.server_close()
