@@ -27,14 +27,15 @@ from trip_model.unet import UNetConfig
 
 
 class Eager(nn.Module):
-    """diffusers' class behind the signature of ours."""
+    """diffusers' class behind the signature of ours: each text of a sample is a sample of its own."""
 
     def __init__(self, unet: UNet3DConditionModel, config: UNetConfig) -> None:
         super().__init__()
         self.unet, self.config = unet, config
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return self.unet(x, t, text.expand(len(x), -1, -1), return_dict=False)[0]
+        texts = len(text) // len(x)
+        return self.unet(torch.cat([x] * texts), t.repeat(texts), text, return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from trip_model.fusion import Shrinkage, TemporalNoiseFusion, closed_form_fusion
 from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage, unknown_share
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import DeepFeatures, UNet3D, load_unet, set_dropout, widen_input
+from trip_model.unet_blocks import repeat_texts
 
 MIN_RESIDUAL_STD = 0.02  # lower bound, so that a data set of still clips cannot make lambda* 1 at every time step
 
@@ -79,7 +80,7 @@ class Trip(nn.Module):
             z_t_BCFHW: noised final latents, float32.
             z_first_BC1HW: clean final latent of the first frame.
             t_B: time steps, int64, 0-based.
-            text_BLD: text features c.
+            text_BLD: text features c, one for each sample, or several, text by text; the result has one for each.
             offset: 0-based index of the first of these frames in its video, for a window of a longer one.
             deep: features of the 3D-UNet to reuse from an earlier step, or an empty object that keeps them.
         """
@@ -92,6 +93,8 @@ class Trip(nn.Module):
             t = torch.cat([clean_B1, t_BF] if self.config.condition == "head" else [t_BF, clean_B1], dim=1)
         reuse = {} if deep is None else {"deep": deep}
         output = drop_condition_slot(self.unet(joined, t, text_BLD, **reuse), self.config.condition)
+        texts = len(output) // len(t_B)
+        z_t_BCFHW, z_first_BC1HW, t_B = (repeat_texts(x, texts) for x in (z_t_BCFHW, z_first_BC1HW, t_B))
 
         fusion = self.config.fusion
         with torch.autocast(z_t_BCFHW.device.type, enabled=False):

@@ -210,23 +210,17 @@ class _Predictor:
     ) -> torch.Tensor:
         by_text, by_image = self._guidance != 1.0, self._options.image_guidance != 1.0
         none = empty.expand_as(text)
-        branches = [(z_first, text)]
-        if by_text:
-            branches.insert(0, (z_first, none))
-        if by_image:
-            branches.insert(0, (torch.zeros_like(z_first), none))
-        count = len(branches)
-        t_B = torch.full((count * len(z),), t, dtype=torch.int64, device=z.device)
+        texts = [none, text] if by_text else [text]  # of the branches with the image, which share a pass
+        z_t, image = z, z_first
+        if by_image:  # another image in each branch: every branch is a sample of its own
+            count = 1 + len(texts)
+            z_t, image = torch.cat([z] * count), torch.cat([torch.zeros_like(z_first), *[z_first] * len(texts)])
+            texts.insert(0, none)
+        t_B = torch.full((len(z_t),), t, dtype=torch.int64, device=z.device)
         more: dict[str, Any] = {"offset": offset} if offset else {}
         if self._options.reuse > 1:
             more["deep"] = self._deep.setdefault(offset, DeepFeatures())
-        noise = self._model(
-            torch.cat([z] * count) if count > 1 else z,
-            torch.cat([image for image, _ in branches]),
-            t_B,
-            torch.cat([words for _, words in branches]),
-            **more,
-        ).chunk(count)
+        noise = self._model(z_t, image, t_B, torch.cat(texts), **more).chunk(len(texts))
         fused = noise[-1]
         if by_text:
             fused = noise[-2] + self._guidance * (noise[-1] - noise[-2])

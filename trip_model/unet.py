@@ -32,6 +32,7 @@ from trip_model.unet_blocks import (
     TemporalConvLayer,
     TemporalTransformer,
     Upsample,
+    repeat_texts,
 )
 
 CLASS_NAME = "UNet3DConditionModel"
@@ -111,14 +112,20 @@ class Level(nn.Module):
         x_NCHW: torch.Tensor,
         time_NT: torch.Tensor,
         text_BLD: torch.Tensor,
+        frames: int,
         skip_NCHW: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs one layer of the level; on the way up its input is concatenated with the skip from the way down."""
-        frames = len(x_NCHW) // len(text_BLD)
-        x = x_NCHW if skip_NCHW is None else torch.cat([x_NCHW, skip_NCHW], dim=1)
-        x = self.temp_convs[layer](self.resnets[layer](x, time_NT), frames)
+        """Runs one layer of the level; on the way up its input is concatenated with the skip from the way down.
+
+        Where the text has several times the samples of the input, so has the result of the first transformer.
+        """
+        x = x_NCHW
+        if skip_NCHW is not None:
+            x = torch.cat([x, repeat_texts(skip_NCHW, len(x) // len(skip_NCHW))], dim=1)
+        x = self.temp_convs[layer](self.resnets[layer](x, time_NT[: len(x)]), frames)
         if layer < len(self.attentions):
-            x = self.temp_attentions[layer](self.attentions[layer](x, text_BLD), frames)
+            x = self.attentions[layer](x, text_BLD, frames * len(text_BLD) // len(x))
+            x = self.temp_attentions[layer](x, frames)
         return x
 
 
@@ -205,15 +212,20 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             x_BCFHW: noised latents with the condition.
             t: time steps, 0-based, one for each sample (B,) or for each of its frames (B, F), or one for all ().
-            text_BLD: text features c, one for each sample.
+            text_BLD: text features c, one for each sample, or several, text by text: the first of every sample, then the
+                second of every sample. The result has the batch of the texts; what precedes the first cross-attention
+                is computed once for all texts.
             deep: the features of an earlier pass to reuse, or an empty object that keeps those of this pass.
         """
         batch, _, frames = x_BCFHW.shape[:3]
+        if len(text_BLD) % batch:
+            raise ValueError(f"{len(text_BLD)} texts for {batch} samples, expected the same number for each sample")
         dtype = self.conv_in.weight.dtype
         text_BLD = text_BLD.to(dtype)
         t = t if t.ndim == 2 else t.expand(batch)
         time = F.silu(self.time_embedding(self.time_proj(t.flatten()).to(dtype)))
         time_NT = time.unflatten(0, (batch, -1)).expand(-1, frames, -1).flatten(0, 1)
+        time_NT = repeat_texts(time_NT, len(text_BLD) // batch)
 
         x = x_BCFHW.to(dtype).transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self._run(self.transformer_in, self.conv_in(x), frames)
@@ -222,7 +234,7 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         *way_up, last = _levels(self.up_blocks)
         for level in _levels(self.down_blocks):
             for layer in range(len(level.resnets)):
-                x = self._run(level, layer, x, time_NT, text_BLD)
+                x = self._run(level, layer, x, time_NT, text_BLD, frames)
                 skips.append(x)
             if kept is not None:
                 break
@@ -231,10 +243,10 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 skips.append(x)
         if kept is None:
             for layer in range(len(self.mid_block.resnets)):
-                x = self._run(self.mid_block, layer, x, time_NT, text_BLD)
+                x = self._run(self.mid_block, layer, x, time_NT, text_BLD, frames)
             for level in way_up:
                 for layer in range(len(level.resnets)):
-                    x = self._run(level, layer, x, time_NT, text_BLD, skips.pop())
+                    x = self._run(level, layer, x, time_NT, text_BLD, frames, skips.pop())
                 for upsample in level.upsamplers:
                     x = upsample(x, skips[-1].shape[2:])
             if deep is not None:
@@ -242,9 +254,9 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             x = kept
         for layer in range(len(last.resnets)):
-            x = self._run(last, layer, x, time_NT, text_BLD, skips.pop())
+            x = self._run(last, layer, x, time_NT, text_BLD, frames, skips.pop())
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+        return x.unflatten(0, (-1, frames)).transpose(1, 2)
 
     def layers(self) -> Iterator[nn.Module]:
         """Yields the layers that hold nearly all weights; a forward pass calls each once."""

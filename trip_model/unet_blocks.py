@@ -41,6 +41,11 @@ def to_images(tokens: torch.Tensor, like_NCHW: torch.Tensor) -> torch.Tensor:
     return tokens.reshape(count, height, width, -1).permute(0, 3, 1, 2)
 
 
+def repeat_texts(x: torch.Tensor, texts: int) -> torch.Tensor:
+    """Repeats a batch for several texts of each sample, text by text; with one text it is the same tensor."""
+    return x if texts == 1 else torch.cat([x] * texts)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions per frame with the time embedding added between them, and a skip around both."""
 
@@ -183,8 +188,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: torch.Tensor, text_BLD: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, text_BLD: torch.Tensor | None = None, texts: int = 1) -> torch.Tensor:
         x = x + self.attn1(self.norm1(x))
+        x = repeat_texts(x, texts)
         x = x + self.attn2(self.norm2(x), text_BLD)
         return x + self.ff(self.norm3(x))
 
@@ -200,9 +206,12 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, head_width, text_width)])
         self.proj_out = nn.Linear(width, channels)
 
-    def forward(self, x_NCHW: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NCHW: torch.Tensor, text_BLD: torch.Tensor, texts: int = 1) -> torch.Tensor:
+        """With `texts` above 1 the text has as many times the samples of the images, and so has the result."""
         h_NSC = self.proj_in(to_tokens(self.norm(x_NCHW)))
-        return x_NCHW + to_images(self.proj_out(self.transformer_blocks[0](h_NSC, text_BLD)), x_NCHW)
+        h_NSC = self.proj_out(self.transformer_blocks[0](h_NSC, text_BLD, texts))
+        x_NCHW = repeat_texts(x_NCHW, texts)
+        return x_NCHW + to_images(h_NSC, x_NCHW)
 
 
 class TemporalTransformer(nn.Module):

@@ -73,8 +73,8 @@ def ratio_of_sums(
     """sum(numerators)/sum(denominators) with a BCa bootstrap interval (95 %) that resamples whole clusters.
 
     Windows of one source clip are near-duplicates, so the clip, not the window, is what is drawn again. The quantiles
-    are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015): percentile intervals of
-    20 to 40 clips are too short (docs/decisions/metrics.md).
+    are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015) and by HC3: percentile
+    intervals of 20 to 40 clips are too short (docs/decisions/metrics.md).
     """
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if not len(top) == len(bottom) == len(clusters) or len(top) == 0:
@@ -91,7 +91,7 @@ def ratio_of_sums(
     draws = _draws(len(names), resamples, seed)
     sums = draws @ bottoms
     ratios = (draws @ tops)[sums != 0] / sums[sums != 0]
-    low, high = np.quantile(ratios, _bca_levels(ratios, value, tops - value * bottoms, level))
+    low, high = np.quantile(ratios, _bca_levels(ratios, value, tops - value * bottoms, bottoms / bottoms.sum(), level))
     return Estimate(value, float(low), float(high))
 
 
@@ -173,9 +173,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _bca_levels(
-    resampled: NDArray[np.float64], value: float, influence: NDArray[np.float64], level: float = LEVEL
+    resampled: NDArray[np.float64],
+    value: float,
+    influence: NDArray[np.float64],
+    leverage: NDArray[np.float64],
+    level: float = LEVEL,
 ) -> tuple[float, float]:
-    """Which quantiles of the resampled values are the ends of an interval; influence [clusters], mean 0."""
+    """Which quantiles of the resampled values are the ends of an interval; influence [clusters], mean 0.
+
+    The resampled values vary less than the estimate, since each cluster pulls the estimate toward itself by its leverage
+    (its share of the denominators). The standard error HC3 (MacKinnon and White, 1985) corrects that; the ends are
+    farther out by its ratio to the uncorrected one.
+    """
     normal, clusters = NormalDist(), len(influence)
     rounding = 1e-9 * np.ptp(resampled)  # a draw of every cluster once is a tie, whatever its last bit
     below = float((resampled < value - rounding).mean() + (resampled <= value + rounding).mean()) / 2
@@ -183,7 +192,8 @@ def _bca_levels(
     bias = normal.inv_cdf(min(max(below, edge), 1 - edge))
     spread = float((influence**2).sum())
     skew = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
-    reach = sqrt(clusters / (clusters - 1)) * student_quantile(clusters - 1, level)
+    corrected = float(((influence / np.maximum(1 - leverage, 1e-6)) ** 2).sum())
+    reach = student_quantile(clusters - 1, level) * (sqrt(corrected / spread) if spread > 0 else 1.0)
     ends = (bias - reach, bias + reach)
     low, high = (normal.cdf(bias + end / max(1 - skew * end, 1e-6)) for end in ends)
     return low, high

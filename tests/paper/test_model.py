@@ -170,6 +170,16 @@ def test_each_variant_differs_from_trip_in_exactly_one_value(name: str, tiny_bas
     assert predicted.shape == z_t.shape and predicted.isfinite().all()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_several_texts_of_a_sample_give_the_noise_of_each(name: str, tiny_base: Path) -> None:
+    trip = Trip.from_base(tiny_base, VARIANTS[name]).eval()
+    z_t, z_first, t, text = batch()
+    with torch.no_grad():
+        apart = torch.cat([trip(z_t, z_first, t, words) for words in (text, text.flip(0))])
+        together = trip(z_t, z_first, t, torch.cat([text, text.flip(0)]))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
 class PriorOnly(Trip):
     """A TRIP that predicts the prior (lambda = 1)."""
 

@@ -112,6 +112,39 @@ def test_deep_features_are_reused_and_only_two_levels_run_again() -> None:
     assert not torch.equal(other, plain)
 
 
+@pytest.mark.parametrize("first_level", ["DownBlock3D", "CrossAttnDownBlock3D"])
+def test_several_texts_of_a_sample_equal_samples_with_one_text_each(first_level: str) -> None:
+    last_level = first_level.replace("Down", "Up")
+    config = replace(
+        SMALL,
+        down_block_types=(first_level, *SMALL.down_block_types[1:]),
+        up_block_types=("CrossAttnUpBlock3D", last_level),
+    )
+    theirs = diffusers_unet(config).double().eval()
+    ours = ours_with(theirs, config).double().eval()
+    x, t, text = (value.double() if value.is_floating_point() else value for value in batch())
+    texts = torch.cat([text, text.flip(0), torch.zeros_like(text)])
+    repeated = theirs(x.repeat(3, 1, 1, 1, 1), t.repeat(3), texts, return_dict=False)[0]
+    with FlopCounterMode(display=False) as shared_flops:
+        shared = ours(x, t, texts)
+    assert relative_error(shared, repeated) < 1e-12
+    for one, other in zip(gradients(ours, shared), gradients(theirs, repeated), strict=True):
+        assert relative_error(one, other) < 1e-12
+    with FlopCounterMode(display=False) as flops:
+        ours(x.repeat(3, 1, 1, 1, 1), t.repeat(3), texts)
+    assert shared_flops.get_total_flops() < 0.9 * flops.get_total_flops()
+
+    deep = DeepFeatures()
+    ours(x, t, texts, deep)
+    assert relative_error(ours(x, t, texts, deep), repeated) < 1e-12
+
+
+def test_an_unequal_number_of_texts_is_rejected() -> None:
+    x, t, text = batch()
+    with pytest.raises(ValueError, match="3 texts for 2 samples"):
+        UNet3D(SMALL)(x, t, torch.cat([text, text[:1]]))
+
+
 def test_recomputation_draws_the_same_dropout_and_stores_less() -> None:
     unet = ours_with(diffusers_unet(SMALL), SMALL).train()
     x, t, text = batch()
