@@ -212,9 +212,9 @@ class UNet3D(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             x_BCFHW: noised latents with the condition.
             t: time steps, 0-based, one for each sample (B,) or for each of its frames (B, F), or one for all ().
-            text_BLD: text features c, one for each sample, or several, text by text: the first of every sample, then the
-                second of every sample. The result has the batch of the texts; what precedes the first cross-attention
-                is computed once for all texts.
+            text_BLD: text features c, one for each sample, or several, text by text: the first of every sample, then
+                the second of every sample. The result has the batch of the texts; what precedes the first
+                cross-attention is computed once for all texts.
             deep: the features of an earlier pass to reuse, or an empty object that keeps those of this pass.
         """
         batch, _, frames = x_BCFHW.shape[:3]

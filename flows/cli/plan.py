@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import cyclopts
 from rich.console import Console
 from rich.table import Table
 
+from flows.planning.options import Option
 from flows.planning.plan import Plan, Row, make_plan
 from flows.planning.question import Question
 from flows.planning.units import duration, size, work
@@ -36,6 +38,7 @@ def plan(
     base: str | None = None,
     data: str | None = None,
     values: Values = None,
+    options: Annotated[bool, cyclopts.Parameter(negative="")] = False,
     json: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Print memory, batch, time, storage and cost of a recipe, each with its arithmetic; exit code 1 if it cannot fit.
@@ -43,7 +46,8 @@ def plan(
     Args:
         recipe: the configuration of the run, a name or a file .toml; see the command `recipes`.
         gpus: how many GPUs (of a CPU recipe: workers), instead of the recipe's.
-        gpu: h200, h100, a100-80, a100-40, l40s, 4090 or cpu; h100 where the recipe asks for GPUs.
+        gpu: h200, h100, a100-80, a100-40, l40s, 4090 or cpu; here measures this machine; h100 where the recipe asks for
+            GPUs.
         clips: how many clips the table has, as 10.7M or 2k.
         price: USD for an hour of one GPU.
         mfu: the share of the data sheet's peak that training reaches, instead of the table's.
@@ -51,6 +55,7 @@ def plan(
         base: folder (or hub name) of the text-to-video model to start from, instead of the recipe's.
         data: address of a prepared data set; checks what would fail at step 1, and counts its clips.
         values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
+        options: also compare micro-batches, recomputed activations and shards: which fit, which is the fastest.
         json: print one JSON instead.
     """
     numbers = find_recipe(recipe, base, values)
@@ -58,7 +63,7 @@ def plan(
     if gpus is not None:
         train = replace(train, workers=gpus)
     device = gpu or ("h100" if train.gpus_per_worker else "cpu")
-    question = Question(device, price=price, mfu=mfu, gbit=gbit)
+    question = Question(device, price=price, mfu=mfu, gbit=gbit, options=options)
     if clips is not None:
         question = replace(question, clips=parse_count(clips))
     elif numbers.demo_clips is not None:
@@ -72,6 +77,7 @@ def plan(
     if json:
         spec = {"question": question, "train": train, "prepare": prepare}
         content = {"spec": {name: asdict(part) for name, part in spec.items()}, "warnings": warnings} | asdict(result)
+        content["options"] = [asdict(option) | {"seconds": option.seconds} for option in result.options]
         print(redact(json_format.dumps(content, indent=2)))
     else:
         _print_plan(result, warnings, question.clips is None)
@@ -127,3 +133,33 @@ def _print_plan(plan: Plan, warnings: list[str], without_data: bool) -> None:
         part = row.part
     console.print()
     console.print(table)
+    if plan.options:
+        console.print()
+        console.print(_options_table(plan.options))
+
+
+def _options_table(options: Sequence[Option]) -> Table:
+    """The ways to run a step: those that fit first, the fastest of them first."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in (
+        "a step, predicted",
+        "micro_batch",
+        "recompute_activations",
+        "sharding",
+        "memory",
+        "between devices",
+        "",
+    ):
+        table.add_column(name, justify="right" if name in ("a step, predicted", "memory") else "left", no_wrap=True)
+    for option in options:
+        notes = [*(["the recipe's"] if option.chosen else []), *([] if option.fits else ["does not fit"])]
+        table.add_row(
+            duration(option.seconds),
+            str(option.micro_batch),
+            "yes" if option.recompute else "no",
+            option.sharding,
+            size(option.size_bytes),
+            duration(option.link_seconds) if option.link_seconds else "-",
+            ", ".join(notes),
+        )
+    return table

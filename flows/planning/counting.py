@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,15 @@ from trip_model.unet import UNet3D, UNetConfig
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Kernels of the same cost: floating-point operations and bytes read and written of one, and how many there are."""
+
+    flops: int
+    bytes_moved: int
+    calls: int
+
+
+@dataclass(frozen=True)
 class PassCounts:
     """One forward and backward pass of a batch; one multiplication with its addition is 2 FLOPs."""
 
@@ -39,6 +49,7 @@ class PassCounts:
     flops: int  # forward and backward, recomputed activations included
     saved_bytes: int  # kept from forward for backward, without parameters
     peak_bytes: int  # the peak, without parameters, their gradients and the inputs
+    kernels: tuple[Kernels, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class StepCounts:
     flops: int  # of one clip, forward and backward
     activation_bytes: int  # added to the peak by each further clip
     fixed_bytes: int  # the rest of the peak, whatever the batch: autocast's copies of the weights
+    kernels: tuple[tuple[Kernels, ...], tuple[Kernels, ...]] = ((), ())  # of a pass of one clip and of two
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
             trip.unet.recompute_activations = recompute
             one, two = (count_pass(trip, new_inputs(base, config, batch), gpu, bfloat16) for batch in (1, 2))
             per_clip = two.peak_bytes - one.peak_bytes
-            return one.forward_flops, StepCounts(one.flops, per_clip, one.peak_bytes - per_clip)
+            fixed = one.peak_bytes - per_clip
+            return one.forward_flops, StepCounts(one.flops, per_clip, fixed, (one.kernels, two.kernels))
 
         forward_flops, kept = step(recompute=False)
         _, recomputed = step(recompute=True)
@@ -148,23 +161,29 @@ def count_pass(trip: Trip, inputs: tuple[torch.Tensor, ...], gpu: bool = False, 
     for hook in hooks:
         hook.remove()
     trip.zero_grad(set_to_none=True)
-    return PassCounts(forward_flops, counter.flops, sum(saved.values()), counter.peak)
+    kernels = tuple(Kernels(*cost, calls) for cost, calls in sorted(counter.costs.items()))
+    return PassCounts(forward_flops, counter.flops, sum(saved.values()), counter.peak, kernels)
 
 
 class StepCounter(Operations):
-    """Counts the FLOPs of all operations, and the peak of their bytes."""
+    """Counts the FLOPs of all operations, the bytes that each moves, and the peak of the bytes that are live."""
 
     def __init__(self, ignored: set[int]) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.costs: Counter[tuple[int, int]] = Counter()  # calls by FLOPs and bytes moved
         self._ignored = ignored
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.flops
         out = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.costs[self.flops - before, sum(x.nbytes for x in tensors)] += 1
         return out
 
     def forget(self, tensor: Any) -> None:

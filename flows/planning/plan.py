@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from flows.planning.base import BaseConfig, read_base
 from flows.planning.counting import ModelCounts, count_model, count_text, count_vae
-from flows.planning.hardware import Device, find_device
+from flows.planning.hardware import HERE, Device, find_device
+from flows.planning.measuring import measured_device
 from flows.planning.memory import MemoryPlan, plan_memory, shortfall
+from flows.planning.options import Option, find_options
 from flows.planning.question import Question, check_question, sample_frames
 from flows.planning.units import duration, size, work
 from tasks.encode.spec import PrepareSpec
@@ -39,11 +41,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan: the verdict, then every number."""
+    """A plan: the verdict, then every number, and with `Question.options` the ways to run a step."""
 
     fits: bool
     verdict: tuple[str, ...]
     rows: tuple[Row, ...]
+    options: tuple[Option, ...] = ()
 
 
 def make_plan(train: TrainSpec, prepare: PrepareSpec, question: Question) -> Plan:
@@ -54,7 +57,10 @@ def make_plan(train: TrainSpec, prepare: PrepareSpec, question: Question) -> Pla
     """
     check_spec(train)
     check_question(question)
-    device = find_device(question.device, train.workers, train.cpus_per_worker)
+    if question.device == HERE:
+        device = measured_device(train.workers, train.cpus_per_worker)
+    else:
+        device = find_device(question.device, train.workers, train.cpus_per_worker)
     base = read_base(train.base)
     counts, memory = plan_step(train, device)
     text_parameters, text_flops = count_text(base)
@@ -67,7 +73,9 @@ def make_plan(train: TrainSpec, prepare: PrepareSpec, question: Question) -> Pla
     prepare_rows, prepare_seconds = _preparing(train, prepare, question, device, vae_flops)
     rows += prepare_rows + _storage(train, prepare, question, base, counts, text_parameters + vae_parameters)
     rows += _cost(train.workers, question.price, train_seconds, prepare_seconds)
-    return Plan(memory.fits, _verdict(train, question, device, memory, train_seconds, least_seconds), tuple(rows))
+    verdict = _verdict(train, question, device, memory, train_seconds, least_seconds)
+    options = find_options(train, base, counts, text_parameters, device) if question.options else ()
+    return Plan(memory.fits, verdict, tuple(rows), options)
 
 
 def plan_step(train: TrainSpec, device: Device) -> tuple[ModelCounts, MemoryPlan]:

@@ -21,6 +21,7 @@ class Question:
     price: float | None = None  # USD for an hour of one GPU
     mfu: float | None = None  # share of the device's peak, instead of the table's
     gbit: float = 1.0  # download, Gbit/s
+    options: bool = False  # compare micro-batches, recomputed activations and shards
 
     def samples(self, prepare: PrepareSpec) -> int:
         """Samples of the data set: windows, or one track per clip. Drawn clips are as short as one window."""

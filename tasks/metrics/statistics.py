@@ -181,9 +181,9 @@ def _bca_levels(
 ) -> tuple[float, float]:
     """Which quantiles of the resampled values are the ends of an interval; influence [clusters], mean 0.
 
-    The resampled values vary less than the estimate, since each cluster pulls the estimate toward itself by its leverage
-    (its share of the denominators). The standard error HC3 (MacKinnon and White, 1985) corrects that; the ends are
-    farther out by its ratio to the uncorrected one.
+    The resampled values vary less than the estimate, since each cluster pulls the estimate toward itself by its
+    leverage (its share of the denominators). The standard error HC3 (MacKinnon and White, 1985) corrects that; the ends
+    are farther out by its ratio to the uncorrected one.
     """
     normal, clusters = NormalDist(), len(influence)
     rounding = 1e-9 * np.ptp(resampled)  # a draw of every cluster once is a tie, whatever its last bit

@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from flows.cli.app import main
 from flows.cli.plan import parse_count
 from flows.planning.base import PUBLISHED, read_base
-from flows.planning.counting import ModelCounts, StepCounts, count_model, count_pass, new_inputs, new_trip
+from flows.planning.counting import Kernels, ModelCounts, StepCounts, count_model, count_pass, new_inputs, new_trip
 from flows.planning.hardware import GPUS, Device
+from flows.planning.measuring import measured_device
 from flows.planning.memory import MemoryPlan, plan_memory, shortfall
+from flows.planning.options import REACHED, compute_seconds, find_options, link_seconds
 from flows.planning.preflight import check_gpu_memory
 from tasks.records import UserError
 from tasks.shards import Sample, open_dataset, publish_dataset, write_shard
@@ -133,6 +135,58 @@ def test_shards_divide_the_state_and_adapters_have_little() -> None:
         assert shards[what] == copies[what] / 8
     assert "gathered layers" not in copies and shards["gathered layers"] < 1e9
     assert adapters["weights"] == copies["weights"] and adapters["gradients"] == copies["gradients"] / 100
+
+
+def test_options_are_ranked_by_what_a_step_computes_moves_and_sends() -> None:
+    def kernels(clips: int, more: float = 1.0) -> tuple[Kernels, ...]:
+        """Half of the time is bounded by operations, half by bytes, and some bytes are moved whatever the batch."""
+        flops, moved = int(more * clips * 4e12), int(more * clips * 1.34e10)
+        return (Kernels(flops, 0, 3), Kernels(0, moved, 3), Kernels(0, 10**10, 1))
+
+    steps = [
+        replace(step, kernels=(kernels(1, m), kernels(2, m)))
+        for step, m in ((COUNTS.kept, 1.0), (COUNTS.recomputed, 1.3))
+    ]
+    counts, device = replace(COUNTS, kept=steps[0], recomputed=steps[1]), GPUS["h100"]
+    alone = replace(PAPER, workers=1, global_batch=12)
+    options = find_options(alone, PUBLISHED, counts, 340_000_000, device)
+    assert {option.micro_batch for option in options} == {1, 2, 4, 8, 12} and len(options) == 10
+    fitting = [option for option in options if option.fits]
+    assert fitting == list(options[: len(fitting)]) and 0 < len(fitting) < len(options)
+    assert fitting[0].micro_batch == max(option.micro_batch for option in fitting if not option.recompute)
+    assert not fitting[0].recompute and not any(option.link_seconds for option in options)
+    for option in options:
+        step = replace(alone, recompute_activations=option.recompute, micro_batch=option.micro_batch)
+        assert option.fits == plan_memory(step, counts, 340_000_000, device).fits
+
+    # Twice as many passes of half the clips: the bytes that do not depend on the batch move twice, and gradients add up.
+    four, eight = (compute_seconds(replace(alone, global_batch=8, micro_batch=m), counts, device) for m in (4, 8))
+    extra = 1e10 / device.bytes_per_second / REACHED + 12 * counts.trained / device.bytes_per_second
+    assert four - eight == pytest.approx(extra, rel=1e-6)
+    # Copies send the gradients once; shards also the weights, twice for each pass.
+    copies = link_seconds(PAPER, counts, device)
+    shards = link_seconds(replace(PAPER, sharding="fsdp2", micro_batch=4), counts, device)
+    assert copies == pytest.approx(2 * 7 / 8 * 4 * 1.4e9 / 450e9)
+    assert shards == pytest.approx(3 * 7 / 8 * (2 * 2 + 4) * 1.4e9 / 450e9)
+
+
+def test_the_options_of_this_machine_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    values = ["--set", "train.global_batch=4", "--set", "train.workers=1"]
+    assert main(["plan", "--gpu", "here", "--options", "--json", *values]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    rows = {(row["part"], row["quantity"]): row for row in plan["rows"]}
+    assert rows["time", "peak of one device"]["how"] == "float32; measured: matrix product on this machine"
+    found = plan["options"]
+    assert [sum(option["chosen"] for option in found), len(found)] == [1, 6]
+    kept, recomputed = ([o for o in found if o["recompute"] == how] for how in (False, True))
+    assert min(o["seconds"] for o in recomputed) > min(o["seconds"] for o in kept) > 0
+    assert max(o["size_bytes"] for o in recomputed) < max(o["size_bytes"] for o in kept)
+
+
+@pytest.mark.slow
+def test_the_exchange_between_workers_is_measured() -> None:
+    device = measured_device(2, 1)
+    assert 1e7 < device.link_bytes_per_second < 1e11 and device.link_bytes_per_second != 1e9
 
 
 def test_a_gpu_too_small_for_the_step_is_reported_before(tiny_base: Path) -> None:
