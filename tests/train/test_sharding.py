@@ -14,10 +14,14 @@ import torch
 
 from infra import storage
 from tasks.records import to_json
+from tasks.shards import ShardDataset
 from tasks.train.checkpoints import CheckpointStore
+from tasks.train.loop import run_training
 from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
+from tasks.train.start import parent_at, start_from
 from tests.train.test_train import dataset, spec, train_until  # noqa: F401 - fixtures
 from trip_model.checkpoint import load_model
+from trip_model.folders import folder_hash
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "shard_worker.py"
@@ -91,3 +95,28 @@ def test_sharding_goes_with_other_recipes(spec: TrainSpec, tmp_path: Path, chang
     assert max(tick["frame_1"] for tick in ticks[1]) < 1e-8
     assert {tensor.dtype for tensor in state(sharded).values()} == {torch.float32}
     assert state(sharded).keys() == state(whole).keys()
+
+
+def test_a_sharded_training_continues_a_finished_one_and_is_continued(
+    spec: TrainSpec,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    whole = replace(spec, global_batch=4, workers=2, steps=6, output=str(tmp_path / "whole"))
+    whole = replace(whole, model=replace(spec.model, unet_dropout=0.0))
+    short = replace(whole, steps=2, workers=1, output=str(tmp_path / "short"))
+    run_training(short)
+
+    def more_of(parent: TrainSpec, steps: int, name: str, **changes: Any) -> TrainSpec:
+        own = replace(whole, steps=steps, output=str(tmp_path / name), **changes)
+        hashes = ShardDataset(own.dataset).manifest_sha256, folder_hash(own.base)
+        start, sentence = start_from(parent_at(parent.output, str(tmp_path)), own, *hashes)
+        assert sentence.startswith(f"goes on with all of {parent.output} after step {parent.steps}")
+        return replace(own, start=start, steps=steps + start.step)
+
+    sharded = more_of(short, 2, "sharded", sharding="fsdp2")
+    ticks = run_all(tmp_path, [(whole, None), (sharded, 1), (sharded, None)])
+    curve = losses(ticks[0])
+    assert losses(ticks[1] + ticks[2]) == pytest.approx(curve[2:4], rel=1e-5)
+    last = more_of(sharded, 2, "last", workers=1)
+    assert train_until(last, 6) == pytest.approx(curve[4:], rel=1e-5)
+    assert_close(whole, last)
