@@ -67,11 +67,8 @@ class FusionConfig:
     residual_error: float = _added(RESIDUAL_ERROR, before=RESIDUAL_ERROR)
 
     def __post_init__(self) -> None:
-        if self.local_shrinkage and (self.prediction, self.residual) != ("shrinkage", "unit"):
-            raise ValueError(
-                f"local_shrinkage with prediction {self.prediction!r} and residual {self.residual!r}, expected"
-                " prediction 'shrinkage' and residual 'unit'"
-            )
+        if self.local_shrinkage and self.prediction != "shrinkage":
+            raise ValueError(f"local_shrinkage with prediction {self.prediction!r}, expected prediction 'shrinkage'")
         if self.kind == "closed" and (self.prediction, self.local_shrinkage) != ("shrinkage", False):
             raise ValueError(
                 f"kind 'closed' with prediction {self.prediction!r} and local_shrinkage {self.local_shrinkage},"

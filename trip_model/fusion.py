@@ -71,6 +71,7 @@ class Shrinkage(NamedTuple):
     known: torch.Tensor  # sqrt(lambda)
     unknown: torch.Tensor  # sqrt(1 - lambda)
     prior: torch.Tensor  # sqrt(lambda) prior, [B, C, F, H, W]
+    error: float | torch.Tensor = 1.0  # mean square error of the other estimate of the noise, which lambda is for
 
 
 class TemporalNoiseFusion(ModelMixin, ConfigMixin):
@@ -184,15 +185,15 @@ class TemporalNoiseFusion(ModelMixin, ConfigMixin):
         if self.config.prediction == "direct":
             return output if skipped is None else skipped + output
         assert shrinkage is not None
-        known, unknown, prior = shrinkage
+        known, unknown, prior, error = shrinkage
         if skipped is not None:
             output = _unit(skipped, shrinkage, self.config) + output
         noise = known * prior + unknown * output
         if not self.config.local_shrinkage:
             return noise
-        # The residual item that this noise implies (Equation 6), divided by s_i.
+        # The residual item that this noise implies (Equation 6) is `motion` s_i / sqrt(error).
         motion = unknown * prior - known * output
-        return noise + unknown / known * (1 - self.kept_motion(motion)) * motion
+        return noise + unknown / known * (1 - self.kept_motion(motion / error**0.5)) * motion
 
     def kept_motion(self, motion_BCFHW: torch.Tensor) -> torch.Tensor:
         """Returns the share of the implied motion to keep, m / (m + threshold), [B, 1, F, H, W].

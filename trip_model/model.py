@@ -147,7 +147,7 @@ class Trip(nn.Module):
         known = optimal_shrinkage(signal, sigma, std, error).sqrt()
         unknown = unknown_share(signal, sigma, std, error).sqrt()
         prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
-        return residual, normalised, Shrinkage(known, unknown, known * prior)
+        return residual, normalised, Shrinkage(known, unknown, known * prior, error)
 
 
 def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:

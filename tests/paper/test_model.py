@@ -13,7 +13,7 @@ from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.fusion import AdaptiveLayerNorm, Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
 from trip_model.model import Trip, base_unet_output, measure_residual_std
-from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage
+from trip_model.noise_prior import image_noise_prior, normalised_prior, optimal_shrinkage, unknown_share
 from trip_model.pipeline import sample_latents
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import load_unet, widen_input
@@ -99,7 +99,8 @@ def test_tnf_reads_prior_residual_and_time(key_value: Any) -> None:
 
 
 @pytest.mark.parametrize("t", [3, 400, 999])
-def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
+@pytest.mark.parametrize("kind", ["noise", "unit"])
+def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(kind: Any, t: int) -> None:
     generator = torch.Generator().manual_seed(t)
     z_0 = torch.randn(2, 4, 3, 4, 4, generator=generator)
     noise, residual = (torch.randn(z_0.shape, generator=generator) for _ in range(2))
@@ -109,23 +110,28 @@ def test_local_shrinkage_runs_from_the_closed_form_to_the_prior(t: int) -> None:
     z_t = schedule.add_noise(z_0, noise, t_B)
     prior = image_noise_prior(z_t, z_0[:, :, :1], signal, sigma)
     unit_prior = normalised_prior(z_t, z_0[:, :, :1], signal, sigma, std)
-    shrink = optimal_shrinkage(signal, sigma, std)
+    error = 1.0 if kind == "unit" else 0.3 * signal.square()
+    known = optimal_shrinkage(signal, sigma, std, error).sqrt()
+    weights = Shrinkage(known, unknown_share(signal, sigma, std, error).sqrt(), known * prior, error)
+    config = replace(UNITS, residual=kind)
 
-    weights = Shrinkage(shrink.sqrt(), (1 - shrink).sqrt(), unit_prior)
+    def tnf(log_threshold: float) -> TemporalNoiseFusion:
+        module = TemporalNoiseFusion(replace(config, local_shrinkage=True), 4)
+        torch.nn.init.constant_(module.log_threshold, log_threshold)
+        return module
 
-    def fused(log_threshold: float) -> torch.Tensor:
-        tnf = TemporalNoiseFusion(replace(UNITS, local_shrinkage=True), 4)
-        torch.nn.init.constant_(tnf.log_threshold, log_threshold)
-        return tnf(residual, unit_prior, t_B, weights)
-
-    closed_form = TemporalNoiseFusion(UNITS, 4)(residual, unit_prior, t_B, weights)
-    torch.testing.assert_close(fused(-40.0), closed_form)
-    torch.testing.assert_close(fused(40.0), prior, rtol=1e-4, atol=1e-4)
-    # In between it is Equation 9 with a separate weight at every place.
-    between = fused(0.0)
-    kept = (between - prior)[:, :, 1:] / (closed_form - prior)[:, :, 1:]
+    closed_form = TemporalNoiseFusion(config, 4)(residual, unit_prior, t_B, weights)
+    torch.testing.assert_close(tnf(-40.0)(residual, unit_prior, t_B, weights), closed_form)
+    still = tnf(40.0)(residual, unit_prior, t_B, weights)
+    torch.testing.assert_close(still, prior, rtol=1e-4, atol=1e-4)
+    # In between the difference to the prior keeps the share of the motion that it implies (Equation 6), over s_i.
+    between = tnf(0.0)(residual, unit_prior, t_B, weights)
+    motion = (prior - closed_form)[:, :, 1:] * sigma / (signal * std[:, :, 1:])
+    kept = tnf(0.0).kept_motion(motion)
     assert kept.min() > 0 and kept.max() < 1
-    torch.testing.assert_close(kept, kept[:, :1].expand_as(kept), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        (prior - between)[:, :, 1:], kept * (prior - closed_form)[:, :, 1:], rtol=2e-2, atol=1e-5
+    )
 
 
 def test_local_shrinkage_keeps_strong_motion_and_stills_faint_motion() -> None:
