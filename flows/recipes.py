@@ -118,7 +118,14 @@ def demo() -> Recipe:
             base=DEMO_BASE,
             model=TripConfig(
                 size=64,
-                fusion=FusionConfig(width=64, heads=4, local_shrinkage=True, prediction="shrinkage", residual="unit"),
+                fusion=FusionConfig(
+                    width=64,
+                    heads=4,
+                    local_shrinkage=True,
+                    prediction="shrinkage",
+                    residual="noise",  # training starts at the base's own prediction
+                    residual_error=0.025,  # of the base's velocity with the first frame at the head
+                ),
                 schedule=ScheduleConfig(sampling_steps=20),
             ),
             objective=ObjectiveConfig(weighting="unit", text_dropout=0.0),
