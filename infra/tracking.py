@@ -25,6 +25,7 @@ MODEL_HASH = (
 )
 # Other tags of a version: the hash of the model that was evaluated, the digest of the report, and where it comes from.
 EVALUATED_MODEL, REPORT_DIGEST, LINEAGE = "trip.judged_model", "trip.report", "lineage."
+PACKAGE = "trip.package"  # tag of a version and of its logged model: the digest of weights and code
 
 _PAUSE_SECONDS = 2.0  # between two questions to a store that does not respond
 # Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
