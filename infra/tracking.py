@@ -136,7 +136,8 @@ def log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, sourc
 
 def run_page(uri: str, experiment: str, run_id: str) -> str:
     """The web address of a run; for a SQLite file also the command that serves it."""
-    path = f"/#/experiments/{experiment}/runs/{run_id}"
+    # MLflow's pages show prompts and traces, and no curves, until another mode is chosen.
+    path = f"/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         return without_userinfo(uri).rstrip("/") + path
     return f"http://127.0.0.1:5000{path} (after: mlflow server --port 5000 --backend-store-uri {redact(uri)})"
