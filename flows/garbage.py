@@ -1,10 +1,11 @@
-"""What below a root may be removed: data sets, trainings and evaluations that nothing in use refers to; no framework.
+"""What may be removed: results below a root and versions of models that nothing in use refers to, ended Ray sessions.
 
 In use is what an alias of the registry, one of the last nights or a running stage refers to, and what is young.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 
 from flows.console import log
 from flows.nights import read_nights
-from infra import leases, storage
+from flows.parameters import VERSIONS
+from infra import leases, ray_sessions, storage
+from infra.redaction import redact
 from infra.tracking import EVALUATED_MODEL, LINEAGE, REPORT_DIGEST, TROUBLE, connect, sqlite_file
 from tasks.evaluation_record import REPORT_FILE, EvaluationRecord, read_evaluation
 from tasks.records import UserError
@@ -153,11 +156,20 @@ def _folders(root: str, stage: str) -> Iterator[str]:
             yield storage.join(folder, name)
 
 
+@contextlib.contextmanager
+def _answering(tracking_uri: str, remedy: str = "run the same command again") -> Iterator[None]:
+    """Converts the errors of a registry in the block into a `UserError`."""
+    try:
+        yield
+    except TROUBLE as error:
+        raise UserError(f"the registry at {tracking_uri} does not answer ({redact(str(error))}); {remedy}") from error
+
+
 def _use_aliases(used: _InUse, tracking_uri: str) -> None:
     file = sqlite_file(tracking_uri)
     if file is not None and not file.is_file():
         return
-    try:
+    with _answering(tracking_uri, "nothing was removed"):
         client = connect(tracking_uri)
         for model in client.search_registered_models():
             for alias, number in model.aliases.items():
@@ -167,8 +179,6 @@ def _use_aliases(used: _InUse, tracking_uri: str) -> None:
                 used.manifests.setdefault(tags.get(f"{LINEAGE}data_digest", ""), reason)
                 used.models.setdefault(tags.get(EVALUATED_MODEL, ""), reason)
                 used.reports.setdefault(tags.get(REPORT_DIGEST, ""), reason)
-    except TROUBLE as error:
-        raise UserError(f"the registry at {tracking_uri} does not answer ({error}); nothing was removed") from error
 
 
 def _evaluation(address: str) -> EvaluationRecord | None:
@@ -198,14 +208,46 @@ def _age_hours(address: str, mark: str) -> float:
     return (time.time() - max(written, current.renewed if current is not None else 0.0)) / 3600
 
 
-def collect(root: str, tracking_uri: str, nights: int, hours: float, dry_run: bool) -> dict[str, int]:
-    """Logs every result with what keeps it, and removes the others unless `dry_run`; returns counts.
+def collect(
+    root: str, tracking_uri: str, nights: int, hours: float, dry_run: bool, versions: int = VERSIONS
+) -> dict[str, int]:
+    """Logs everything with what keeps it, and removes the rest unless `dry_run`; returns counts.
 
+    Args:
+        root: folder or address.
+        tracking_uri: address of the registry.
+        nights: how many of the last nights count.
+        hours: what was written later than this before now is kept.
+        dry_run: only log.
+        versions: how many of a model's last versions and of its last champions are kept.
     Raises:
         UserError: the registry does not answer.
     """
     root = storage.absolute(root)
     counts = {"kept": 0, "removed": 0}
+    _collect_results(root, tracking_uri, nights, hours, dry_run, counts)
+    if not dry_run:
+        remove_unfinished(root)
+    shards = old_shards(root, hours)
+    if shards:
+        log(f"gc          remove  {len(shards)} shards of {storage.join(root, POOLS)} that no data set names")
+    for tar in [] if dry_run else shards:
+        remove_shard(tar)
+    with _answering(tracking_uri):
+        _collect_versions(root, tracking_uri, nights, hours, dry_run, versions, counts)
+    sessions = ray_sessions.ended_folders(hours)
+    for session in sessions:
+        log(f"gc          remove  session   {session}: it has ended")
+        if not dry_run:
+            ray_sessions.remove_folder(session)
+    counts["removed"] += len(sessions)
+    log(f"gc          {counts['kept']} kept, {counts['removed']} {'would be ' if dry_run else ''}removed")
+    return counts
+
+
+def _collect_results(
+    root: str, tracking_uri: str, nights: int, hours: float, dry_run: bool, counts: dict[str, int]
+) -> None:
     every = results(root, tracking_uri, nights, hours)
     for result in every:
         place = f"{result.stage:<9} {result.address}"
@@ -221,12 +263,28 @@ def collect(root: str, tracking_uri: str, nights: int, hours: float, dry_run: bo
                 log(f"gc          keep    {place}: {error}")
                 continue
         counts["removed"] += 1
+
+
+def _collect_versions(
+    root: str, tracking_uri: str, nights: int, hours: float, dry_run: bool, last: int, counts: dict[str, int]
+) -> None:
+    file = sqlite_file(tracking_uri)
+    if file is not None and not file.is_file():
+        return
+    from tasks.register import retention  # imports mlflow's models
+
+    client = connect(tracking_uri)
+    named = {night.version for night in read_nights(root)[-nights:]} if nights > 0 else set()
+    for version in retention.registered_versions(client, redact(root), last, hours, named):
+        place = f"{'version':<9} {version.address}"
+        if version.kept_by:
+            log(f"gc          keep    {place}: {version.kept_by}")
+            counts["kept"] += 1
+            continue
+        log(f"gc          remove  {place}: {version.age_hours:.0f} hours old, nothing in use refers to it")
+        if not dry_run and not retention.remove_version(client, tracking_uri, version):
+            log(f"gc          keep    {place}: an alias names it now")
+            continue
+        counts["removed"] += 1
     if not dry_run:
-        remove_unfinished(root)
-    shards = old_shards(root, hours)
-    if shards:
-        log(f"gc          remove  {len(shards)} shards of {storage.join(root, POOLS)} that no data set names")
-    for tar in [] if dry_run else shards:
-        remove_shard(tar)
-    log(f"gc          {counts['kept']} kept, {counts['removed']} {'would be ' if dry_run else ''}removed")
-    return counts
+        retention.remove_unfinished(client, tracking_uri)

@@ -55,8 +55,8 @@ def _retry_classes() -> dict[str, Any]:
 # What a training starts from.
 From = Annotated[str, Parameter(name="--from")]
 BASE, LAST, CHAMPION = "base", "last", "champion"
-# What `gc` keeps by default: results of the last nights, and of the last hours.
-NIGHTS, HOURS = 7, 24.0
+# What `gc` keeps by default: results of the last nights and hours, and the last versions and champions of a model.
+NIGHTS, HOURS, VERSIONS = 7, 24.0, 10
 
 RECIPE = Schema(_recipes)
 PROTOCOL = Schema(_protocols)

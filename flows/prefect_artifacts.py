@@ -52,7 +52,7 @@ class PrepareArtifacts:
         """Creates the artifact of the final counts, the speed, and the addresses of the data set and its report."""
         about, text = f"Outcomes of {report.rows} rows", accounting(report, self._clips_per_second)
         with contextlib.suppress(*UNREACHABLE), _client() as client:
-            client.create_artifact(_artifact("markdown", "prepare-books", about, text))
+            client.create_artifact(_artifact("markdown", "prepare-result", about, text))
 
 
 def stage_artifact(key: str, about: str, numbers: Mapping[str, object], addresses: Mapping[str, str]) -> None:

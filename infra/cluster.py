@@ -11,11 +11,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import ray
 import ray.exceptions
 
+from infra.ray_sessions import mark_session
 from infra.settings import CHECKOUT, apply_environment_defaults
 
 # Stages pass addresses through Ray, never tensors, so the object store only carries specs and reports.
@@ -27,6 +28,7 @@ NOT_UPLOADED = [".git", ".venv*", "runs", "tests", "docs", "site", "htmlcov", "b
 # Parts of Ray's messages when a busy machine starts too slowly for its limits, which cannot be set.
 _SLOW_START = ("timed out", "failed to start gcs", "no node info found", "started successfully", "start successfully")
 _started_here = False  # the open session is a local one of this process, to which no machine can be added
+_mark: IO[str] | None = None  # open while a local session of this process is
 
 
 class SessionNotStarted(ray.exceptions.RayError):
@@ -45,7 +47,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         ConnectionError: no response from the address. SessionNotStarted: Ray's start timed out, twice. OSError
         ENAMETOOLONG: the path of the temporary folder is too long.
     """
-    global _started_here
+    global _started_here, _mark
     if ray.is_initialized():
         if machines_left():
             yield
@@ -68,6 +70,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,  # stages report their own progress; the rest is in Ray's session folder
             )
+        _mark = mark_session(ray.get_runtime_context().get_session_name())
     _started_here = not joins
     try:
         yield
@@ -114,9 +117,12 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _end() -> None:
-    global _started_here
+    global _started_here, _mark
     ray.shutdown()
     _started_here = False
+    if _mark is not None:
+        _mark.close()
+        _mark = None
 
 
 # Open `kept_ray_session` blocks of this process.

@@ -25,6 +25,7 @@ MODEL_HASH = (
 )
 # Other tags of a version: the hash of the model that was evaluated, the digest of the report, and where it comes from.
 EVALUATED_MODEL, REPORT_DIGEST, LINEAGE = "trip.judged_model", "trip.report", "lineage."
+PACKAGE = "trip.package"  # tag of a version and of its logged model: the digest of weights and code
 
 _PAUSE_SECONDS = 2.0  # between two questions to a store that does not respond
 # Errors of a tracking store that is down, slow, locked, full or just being created; requests' errors are OSErrors.
@@ -135,7 +136,8 @@ def log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, sourc
 
 def run_page(uri: str, experiment: str, run_id: str) -> str:
     """The web address of a run; for a SQLite file also the command that serves it."""
-    path = f"/#/experiments/{experiment}/runs/{run_id}"
+    # MLflow's pages show prompts and traces, and no curves, until another mode is chosen.
+    path = f"/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         return without_userinfo(uri).rstrip("/") + path
     return f"http://127.0.0.1:5000{path} (after: mlflow server --port 5000 --backend-store-uri {redact(uri)})"

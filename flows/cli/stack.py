@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from infra.metrics import FOLDER_VARIABLE
+from infra.ray_sessions import STACK_FOLDERS, mark_stack, temporary_folder
 from infra.settings import CHECKOUT, MODEL_NAME, QUIET, SERVICE_ADDRESS, SERVICE_KEY, TELEMETRY_OFF, code_version
 from infra.supervisor import Service, responds
 from tasks.records import UserError
@@ -278,10 +278,15 @@ class Stack:
                 responds(f"{self.url('ray-dashboard')}/api/gcs_healthz")
                 and responds(f"{self.url('ray-agent')}/api/local_raylet_healthz")
             ),
-            prepare=lambda: remove_old_sessions(Path(ray_folder(self.folder))),
+            prepare=self._prepare_ray,
             address=self.url("ray-dashboard"),
             tries=2,
         )
+
+    def _prepare_ray(self) -> None:
+        folder = Path(ray_folder(self.folder))
+        remove_old_sessions(folder)
+        mark_stack(folder, self.folder)
 
     def _prefect(self) -> Service:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK]
@@ -507,7 +512,7 @@ def ray_folder(folder: Path) -> str:
     inside = str(folder / "ray-session")
     if len(inside) <= 40:  # sockets add 66 characters, and their path has at most 107
         return inside
-    return os.path.join(tempfile.gettempdir(), f"trip-ray-{hash_of(str(folder).encode())[:12]}")
+    return str(temporary_folder() / f"{STACK_FOLDERS}{hash_of(str(folder).encode())[:12]}")
 
 
 def remove_old_sessions(folder: Path) -> None:

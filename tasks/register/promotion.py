@@ -205,7 +205,7 @@ def sync_aliases(client: MlflowClient, name: str) -> PromotionState:
     """
     failures = 0
     while True:
-        state = _read(client, name)
+        state = read_state(client, name)
         if not state.entries:
             return state
         last, earlier = state.entries[-1], state.earlier
@@ -229,8 +229,8 @@ def sync_aliases(client: MlflowClient, name: str) -> PromotionState:
                 raise
 
 
-def _read(client: MlflowClient, name: str) -> PromotionState:
-    """Reads the registry, the log last, so that decisions use its newest state."""
+def read_state(client: MlflowClient, name: str) -> PromotionState:
+    """The state of a registered model; reads the log last, so that decisions use its newest entry. Raises UserError."""
     try:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
@@ -298,7 +298,7 @@ def _append(
         except MlflowException as error:
             if "Giving up after" not in str(error):  # the store tries three numbers; all were taken meanwhile
                 raise
-        after = [entry for entry in _read(client, name).entries if entry.number > seen]
+        after = [entry for entry in read_state(client, name).entries if entry.number > seen]
         if after:
             break
     return after[0], sync_aliases(client, name)

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from infra import storage, tracking
 from infra.settings import MODEL_NAME
-from infra.tracking import EVALUATED_MODEL, LINEAGE, REPORT_DIGEST
+from infra.tracking import EVALUATED_MODEL, LINEAGE, PACKAGE, REPORT_DIGEST
 from tasks.model_folder import local_model
 from tasks.records import UserError, digest
 from tasks.register import packaging
@@ -193,7 +193,7 @@ def _size_mb(folder: Path) -> float:
 def _find_version(client: MlflowClient, name: str, package_digest: str, report_digest: str) -> ModelVersion | None:
     for version in client.search_model_versions(f"name = '{name}'"):
         tags = version.tags
-        if (tags.get("trip.package"), tags.get(REPORT_DIGEST)) == (package_digest, report_digest):
+        if (tags.get(PACKAGE), tags.get(REPORT_DIGEST)) == (package_digest, report_digest):
             return version
     return None
 
@@ -252,10 +252,10 @@ def _log_model(
     package_digest: str,
 ) -> str:
     """Logs the package, unless an interrupted registration has logged it; returns the id of the logged model."""
-    for existing in client.search_logged_models([experiment], f"tags.`trip.package` = '{package_digest}'"):
+    for existing in client.search_logged_models([experiment], f"tags.`{PACKAGE}` = '{package_digest}'"):
         if existing.status == "READY":
             return existing.model_id
-    tags = {"trip.package": package_digest}
+    tags = {PACKAGE: package_digest}
     logged = client.create_logged_model(experiment, spec.name, run_id, tags, model_type="image-to-video")
     record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
     with tempfile.TemporaryDirectory() as scratch:
@@ -293,7 +293,7 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = {
-        "trip.package": package_digest,
+        PACKAGE: package_digest,
         tracking.MODEL_HASH: client.get_logged_model(model_id).tags[tracking.MODEL_HASH],
         REPORT_DIGEST: report.record.digest,
         "trip.gate": "passed" if report.record.gate.passed else "not passed",

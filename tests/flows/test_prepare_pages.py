@@ -61,7 +61,7 @@ def test_the_pages_of_a_run_say_what_became_of_the_rows(
     [progress] = artifacts("prepare-progress")
     assert progress.type == "progress" and progress.data == 100.0 and progress.description is not None
     assert progress.description.startswith("prepare     4/4  encoded 3  failed 1")
-    [books] = artifacts("prepare-books")
+    [books] = artifacts("prepare-result")
     assert books.task_run_id is not None and books.description == "Outcomes of 4 rows"
     assert isinstance(books.data, str)
     for line in ("| **encoded** | 3 | 75.00% |", "| missing_file | 1 | 25.00% |", "| all | 4 | |"):

@@ -118,7 +118,7 @@ def test_the_runs_of_mlflow_and_prefect_name_each_other(done: tuple[Path, str]) 
         assert run.data.tags["trip.code_version"] == code_version()
     (version,) = client.search_model_versions("name = 'trip'")
     assert version.tags["prefect.flow_run_id"] in flow_runs
-    assert artifacts.keys() >= {"prepare-books", "train-result", "evaluate-result", "register-result"}
+    assert artifacts.keys() >= {"prepare-result", "train-result", "evaluate-result", "register-result"}
     assert next(r.info.run_id for r in runs if r.data.tags["trip.stage"] == "train") in artifacts["train-result"]
 
 
