@@ -64,4 +64,4 @@ def test_the_order_depends_on_neither_the_start_nor_the_number_of_workers(world:
     resumed = SampleOrder(streams_of(7, 11), 1)
     for step in (*range(7, 12), 2):
         shares = [range(rank * 6 // world, (rank + 1) * 6 // world) for rank in range(world)]
-        assert sum((resumed.batch(step, 6, positions) for positions in shares), []) == expected[step]
+        assert [sample for part in shares for sample in resumed.batch(step, 6, part)] == expected[step]
