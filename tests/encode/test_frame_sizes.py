@@ -232,7 +232,7 @@ def test_frame_sizes_have_about_the_area_of_the_square() -> None:
 
 
 @pytest.mark.slow
-def test_real_clips_take_three_frame_sizes(real_clips: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_real_clips_take_their_frame_sizes(real_clips: Path, tiny_base: Path, tmp_path: Path) -> None:
     spec = spec_for(str(real_clips), tiny_base, tmp_path / "set", clips_per_shard=8, keep_pixels=False)
     report = prepare(spec)
     assert sum(report.frame_sizes.values()) == report.samples and set(report.frame_sizes) <= set(SIZES)
