@@ -188,7 +188,11 @@ def model_folder(uri: str) -> Artifact:
 
 
 def prepared_for(spec: PrepareSpec, protocol: str | None) -> PrepareSpec:
-    """The spec with the frames that a protocol asks for, stored as well; what it leaves open stays the recipe's."""
+    """The spec with the frames that a protocol asks for, stored as well; what it leaves open stays the recipe's.
+
+    Frames are squares: an evaluation compares squares, whatever the training has.
+    """
+    spec = replace(spec, frame_sizes=())
     if protocol is None:
         return replace(spec, keep_pixels=True)
     preset = load_preset(protocol)

@@ -79,6 +79,7 @@ def accounting(report: PrepareReport, clips_per_second: float) -> str:
     """The final counts of a prepare run in markdown."""
     counts = {"**encoded**": report.encoded} | dict(sorted(report.failed.items(), key=lambda item: -item[1]))
     rows = "\n".join(f"| {name} | {count:,} | {count / report.rows:.2%} |" for name, count in counts.items())
+    sizes = "".join(f"- frame size {size}: {count:,} samples\n" for size, count in report.frame_sizes.items())
     return f"""\
 | outcome | rows | share |
 |---|--:|--:|
@@ -89,7 +90,7 @@ def accounting(report: PrepareReport, clips_per_second: float) -> str:
 {report.rows_retried:,} rows were retried. \
 This run took {report.seconds:,.0f} s, {clips_per_second:g} clips a second.
 
-- data set: `{report.dataset}`
+{sizes}- data set: `{report.dataset}`
 - report, with a chart of these counts and a contact sheet of stored latents decoded back: `{report.page}`
 """
 

@@ -75,6 +75,8 @@ def prepare_stage(run: Run) -> PrepareReport:
     reasons = ", ".join(f"{reason} {count}" for reason, count in report.failed.items()) or "none failed"
     reused = f", {report.shards_reused} of {report.shards} shards reused" if report.shards_reused else ""
     log(f"prepare     {report.encoded} of {report.rows} clips encoded ({reasons}) in {report.seconds:.0f} s{reused}")
+    if report.frame_sizes:
+        log(f"frame sizes {', '.join(f'{size} {count}' for size, count in report.frame_sizes.items())} samples")
     log(f"report      {report.page}")
     artifacts.close(report)
     return report

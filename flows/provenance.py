@@ -44,6 +44,7 @@ ROWS: dict[str, Paper | Silent | Ours] = {
     "prepare.num_frames": Paper(16, "4.1"),
     "prepare.fps": Paper(4.0, "4.1"),
     "prepare.size": Paper(256, "4.1"),
+    "prepare.frame_sizes": Ours("none: every frame is the square; `-frame-sizes` keeps the aspect ratio of a video"),
     "prepare.fit": Paper("crop", "4.1", "centre crop of the resized video"),
     "prepare.clip": Silent("fixed windows; `track` (recipes -tracks) stores all frames and draws windows in training"),
     "prepare.shots": Ours("cuts and lengths under clip `shots` (recipes -shots)"),
@@ -205,7 +206,7 @@ def owner_of(row: Paper | Silent | Ours) -> tuple[str, str]:
 
 def format_value(value: Any) -> str:
     """A value in a cell of the table; an address by its last folder."""
-    if value is None or value == {}:
+    if value is None or value in ({}, ()):
         return "-"
     if is_dataclass(value):
         chosen = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) not in (None, False)}
@@ -214,7 +215,7 @@ def format_value(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return f"{format_value(value[0])}, {format_value(value[1])} .. {format_value(value[-1])}"
     if isinstance(value, str) and value.startswith("/"):
         return Path(value).parent.name

@@ -18,6 +18,7 @@ from tasks.ingest.spec import SourceSpec
 from tasks.records import UserError
 from tasks.train.spec import TrainSpec, ValidationSpec, identity
 from tasks.train.spec import check_spec as check_train
+from tasks.video.frame_sizes import common_frame_sizes, parse_frame_sizes
 from trip_model.config import FusionConfig, ObjectiveConfig, ScheduleConfig, TripConfig
 
 PAPER_BASE = "damo-vilab/text-to-video-ms-1.7b"  # a hub name; or a local folder of the same layout
@@ -254,6 +255,16 @@ def shots(base: Recipe) -> Recipe:
     return replace(base, name=f"{base.name}-shots", about=about, prepare=replace(base.prepare, clip="shots"))
 
 
+def frame_sizes(base: Recipe) -> Recipe:
+    """The same with the aspect ratio of each video kept: frames of five sizes of about the square's area.
+
+    A step trains on clips of one frame size; an evaluation compares central squares (docs/decisions/frame-sizes.md).
+    """
+    sizes = common_frame_sizes(base.prepare.size)
+    about = f"{base.name}, with frames of five sizes from 16:9 to 9:16, each video in the nearest"
+    return replace(base, name=f"{base.name}-frame-sizes", about=about, prepare=replace(base.prepare, frame_sizes=sizes))
+
+
 def posterior(base: Recipe) -> Recipe:
     """The same with latents drawn from the VAE's posterior, where the others train on its mean."""
     return replace(
@@ -291,7 +302,8 @@ def _all() -> dict[str, Callable[[], Recipe]]:
     # `paper-x` derives from `paper`, `paper-shrinkage-x` from `paper-shrinkage`, `demo-x` from `demo`.
     for base in (paper, paper_shrinkage, demo):
         recipes[base().name] = base
-        schedules, stored = (checkpoint_schedule, matched_schedule), (filtered, tracks, shots, posterior, stored_text)
+        schedules = (checkpoint_schedule, matched_schedule)
+        stored = (filtered, tracks, shots, frame_sizes, posterior, stored_text)
         for variant in (trip_c, trip_te, trip_minus, trip_w, no_skip, temporal, lora, sharded, *schedules, *stored):
             recipes[variant(base()).name] = lambda variant=variant, base=base: variant(base())
     return recipes
@@ -376,6 +388,10 @@ SHARED = {
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises UserError for values out of bounds, and for stages that do not agree."""
+    try:
+        parse_frame_sizes(recipe.prepare.frame_sizes)
+    except UserError as error:
+        raise UserError(f"values of prepare: {error}") from None
     for group, check in (("train", check_train), ("evaluate", check_evaluate)):
         try:
             check(getattr(recipe, group))

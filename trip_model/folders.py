@@ -7,6 +7,7 @@ imports neither torch nor diffusers, so that an address can be resolved in milli
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 RECORD = "trip.json"  # of a model folder: its configuration and provenance, written last
@@ -48,6 +49,19 @@ def is_hub_name(name: str | Path) -> bool:
     path = Path(name)
     is_path = path.is_absolute() or str(name)[:1] in (".", "~") or path.parent.is_dir() or "\\" in str(name)
     return not is_path and str(name).count("/") == 1
+
+
+def stored_vae_factor(base: Path) -> int:
+    """Returns the pixels per latent cell along one side, from the VAE's configuration in a base folder.
+
+    Raises:
+        BaseFolderError: the configuration cannot be read.
+    """
+    try:
+        levels = len(json.loads((base / "vae" / "config.json").read_text())["block_out_channels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseFolderError(f"base {base}: vae/config.json cannot be read ({error}); fetch the base again") from error
+    return 2 ** (levels - 1)
 
 
 def folder_hash(folder: str | Path, part: str = "") -> str:

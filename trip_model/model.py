@@ -165,8 +165,12 @@ def base_unet_output(base: str | Path) -> Literal["noise", "velocity"]:
     raise ValueError(f"{file}: prediction_type {kind!r}, expected 'epsilon' or 'v_prediction'")
 
 
-def measure_residual_std(z_0_BCFHW: torch.Tensor) -> tuple[float, ...]:
-    """Returns s_i by frame: the root mean square of z_0^i - z_0^1 over clips [B, C, F, H, W]; 0 for frame 1."""
-    delta = (z_0_BCFHW - z_0_BCFHW[:, :, :1]).float()
-    values: list[float] = delta.square().mean(dim=(0, 1, 3, 4)).sqrt().tolist()
+def measure_residual_std(*z_0_BCFHW: torch.Tensor) -> tuple[float, ...]:
+    """Returns s_i by frame: the root mean square of z_0^i - z_0^1 over clips [B, C, F, H, W]; 0 for frame 1.
+
+    Clips of several frame sizes are several tensors; every clip has the same weight, whatever its frame size.
+    """
+    clips = sum(map(len, z_0_BCFHW))
+    squares = [(z - z[:, :, :1]).float().square().mean(dim=(0, 1, 3, 4)) * (len(z) / clips) for z in z_0_BCFHW]
+    values: list[float] = torch.stack(squares).sum(dim=0).sqrt().tolist()
     return (0.0, *(round(max(v, MIN_RESIDUAL_STD), 5) for v in values[1:]))

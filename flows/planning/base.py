@@ -22,10 +22,11 @@ class BaseConfig:
     text: dict[str, Any]
     source: str
 
-    def latent_shape(self, config: TripConfig) -> tuple[int, int, int, int]:
-        """(C, F, h, w) of one clip's latents."""
-        side = config.size // 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return self.vae["latent_channels"], config.num_frames, side, side
+    def latent_shape(self, config: TripConfig, frame_size: tuple[int, int] | None = None) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of one clip's latents, of frames of (width, height) or else of the configuration's square."""
+        width, height = frame_size or (config.size, config.size)
+        factor = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return self.vae["latent_channels"], config.num_frames, height // factor, width // factor
 
     def text_shape(self) -> tuple[int, int]:
         """(L, D) of one caption's features."""

@@ -74,7 +74,9 @@ class ModelCounts:
     recomputed: StepCounts
 
 
-def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
+def count_model(
+    base: BaseConfig, train: TrainSpec, gpu: bool, frame_size: tuple[int, int] | None = None
+) -> ModelCounts:
     """Counts one training step of TRIP on this base. Memory is linear in the batch: two batches give both terms.
 
     Sharded layers have the precision of the arithmetic, in which FSDP2 gathers them.
@@ -83,6 +85,7 @@ def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
         base: the sizes of the base's networks.
         train: the training, whose batch and precision count.
         gpu: count by a GPU's rules; else by a CPU's.
+        frame_size: (width, height) of the frames; None is the model's square.
     """
     config, bfloat16 = train.model, train.precision == "bfloat16"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -99,7 +102,9 @@ def count_model(base: BaseConfig, train: TrainSpec, gpu: bool) -> ModelCounts:
 
         def step(recompute: bool) -> tuple[int, StepCounts]:
             trip.unet.recompute_activations = recompute
-            one, two = (count_pass(trip, new_inputs(base, config, batch), gpu, bfloat16) for batch in (1, 2))
+            one, two = (
+                count_pass(trip, new_inputs(base, config, batch, frame_size), gpu, bfloat16) for batch in (1, 2)
+            )
             per_clip = two.peak_bytes - one.peak_bytes
             fixed = one.peak_bytes - per_clip
             return one.forward_flops, StepCounts(one.flops, per_clip, fixed, (one.kernels, two.kernels))
@@ -128,9 +133,11 @@ def new_trip(base: BaseConfig, config: TripConfig) -> Trip:
     return Trip(UNet3D(UNetConfig.from_json(base.unet)), config).train()
 
 
-def new_inputs(base: BaseConfig, config: TripConfig, batch: int) -> tuple[torch.Tensor, ...]:
+def new_inputs(
+    base: BaseConfig, config: TripConfig, batch: int, frame_size: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, ...]:
     """Arguments of `Trip.forward` for a batch, shaped as training's."""
-    channels, frames, height, width = base.latent_shape(config)
+    channels, frames, height, width = base.latent_shape(config, frame_size)
     return (
         torch.empty(batch, channels, frames, height, width),
         torch.empty(batch, channels, 1, height, width),
@@ -241,11 +248,11 @@ def count_text(base: BaseConfig) -> tuple[int, int]:
         return _forward(model, lambda: model(torch.zeros(1, base.text["max_position_embeddings"], dtype=torch.int64)))
 
 
-def count_vae(base: BaseConfig, size: int) -> tuple[int, int]:
-    """(parameters, FLOPs of encoding one frame of `size` pixels) of the VAE."""
+def count_vae(base: BaseConfig, frame_size: tuple[int, int]) -> tuple[int, int]:
+    """(parameters, FLOPs of encoding one frame of (width, height) pixels) of the VAE."""
     with FakeTensorMode():
         vae: Any = AutoencoderKL.from_config(base.vae)
-        return _forward(vae, lambda: vae.eval().encode(torch.empty(1, 3, size, size)))
+        return _forward(vae, lambda: vae.eval().encode(torch.empty(1, 3, *frame_size[::-1])))
 
 
 def _forward(model: nn.Module, run: Any) -> tuple[int, int]:

@@ -54,7 +54,12 @@ class Option:
 
 
 def find_options(
-    train: TrainSpec, base: BaseConfig, counts: ModelCounts, text_parameters: int, device: Device
+    train: TrainSpec,
+    base: BaseConfig,
+    counts: ModelCounts,
+    text_parameters: int,
+    device: Device,
+    frame_size: tuple[int, int] | None = None,
 ) -> tuple[Option, ...]:
     """All options of a recipe's step on a device: those that fit first, the fastest of them first.
 
@@ -68,12 +73,13 @@ def find_options(
         counts: the step of `train`, as it is configured.
         text_parameters: of the text encoder.
         device: one of the devices.
+        frame_size: as of `count_model`.
     """
     found = []
     for sharding in _shardings(train):
         variant = replace(train, sharding=sharding)
         same = variant.sharded == train.sharded
-        counted = counts if same else count_model(base, variant, gpu=device.name != "cpu")
+        counted = counts if same else count_model(base, variant, device.name != "cpu", frame_size)
         for recompute in (False, True):
             for micro_batch in micro_batches(train.largest_share):
                 one = replace(variant, recompute_activations=recompute, micro_batch=micro_batch)

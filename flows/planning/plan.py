@@ -19,6 +19,7 @@ from flows.planning.units import duration, size, work
 from tasks.encode.spec import PrepareSpec
 from tasks.train.checkpoints import KEPT
 from tasks.train.spec import TrainSpec, check_spec
+from tasks.video.frame_sizes import FrameSize, parse_frame_sizes
 
 CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2dataset#336)
 # To 256 pixels from a 596 x 336 H.264 clip of 15 s, PyAV, one core: best, worst.
@@ -62,11 +63,13 @@ def make_plan(train: TrainSpec, prepare: PrepareSpec, question: Question) -> Pla
     else:
         device = find_device(question.device, train.workers, train.cpus_per_worker)
     base = read_base(train.base)
-    counts, memory = plan_step(train, device)
+    frame_size = largest_frame_size(prepare)
+    counts, memory = plan_step(train, device, frame_size)
     text_parameters, text_flops = count_text(base)
-    vae_parameters, vae_flops = count_vae(base, prepare.size)
+    vae_parameters, vae_flops = count_vae(base, frame_size)
 
-    rows = _model_rows(train, counts, text_flops, base.source) + _memory_rows(train, device, counts, memory)
+    rows = _frame_size_rows(prepare, frame_size)
+    rows += _model_rows(train, counts, text_flops, base.source) + _memory_rows(train, device, counts, memory)
     flops = (counts.recomputed if train.recompute_activations else counts.kept).flops + text_flops
     train_rows, train_seconds, least_seconds = _training(train, prepare, question, device, flops, counts.trained)
     rows += train_rows
@@ -74,15 +77,31 @@ def make_plan(train: TrainSpec, prepare: PrepareSpec, question: Question) -> Pla
     rows += prepare_rows + _storage(train, prepare, question, base, counts, text_parameters + vae_parameters)
     rows += _cost(train.workers, question.price, train_seconds, prepare_seconds)
     verdict = _verdict(train, question, device, memory, train_seconds, least_seconds)
-    options = find_options(train, base, counts, text_parameters, device) if question.options else ()
+    options = find_options(train, base, counts, text_parameters, device, frame_size) if question.options else ()
     return Plan(memory.fits, verdict, tuple(rows), options)
 
 
-def plan_step(train: TrainSpec, device: Device) -> tuple[ModelCounts, MemoryPlan]:
-    """Counts the training step, and computes its memory on a device."""
+def largest_frame_size(prepare: PrepareSpec) -> FrameSize:
+    """The frame size of the most pixels, by which everything is planned: clips of all frame sizes must fit."""
+    square = FrameSize(prepare.size, prepare.size)
+    return max(parse_frame_sizes(prepare.frame_sizes), key=lambda size: size.width * size.height, default=square)
+
+
+def plan_step(
+    train: TrainSpec, device: Device, frame_size: tuple[int, int] | None = None
+) -> tuple[ModelCounts, MemoryPlan]:
+    """Counts the training step, and computes its memory on a device; `frame_size` as of `count_model`."""
     base = read_base(train.base)
-    counts = count_model(base, train, gpu=device.name != "cpu")
+    counts = count_model(base, train, device.name != "cpu", frame_size)
     return counts, plan_memory(train, counts, count_text(base)[0], device)
+
+
+def _frame_size_rows(prepare: PrepareSpec, largest: FrameSize) -> list[Row]:
+    if not prepare.frame_sizes:
+        return []
+    pixels = math.prod(largest)
+    how = f"{largest}, the largest of {', '.join(prepare.frame_sizes)}; everything below is for it"
+    return [Row("model", "pixels of a frame", pixels, "pixels", how)]
 
 
 def _model_rows(train: TrainSpec, counts: ModelCounts, text_flops: int, source: str) -> list[Row]:
@@ -179,9 +198,10 @@ def _storage(
 ) -> list[Row]:
     rows = []
     if question.clips:
-        frame, frames, samples = 3 * prepare.size**2, sample_frames(prepare), question.samples(prepare)
-        channels, _, height, side = base.latent_shape(train.model)
-        latents, text = 2 * channels * height * side * frames, 2 * math.prod(base.text_shape())  # float16
+        frame_size = largest_frame_size(prepare)
+        frame, frames, samples = 3 * math.prod(frame_size), sample_frames(prepare), question.samples(prepare)
+        channels, _, height, width = base.latent_shape(train.model, frame_size)
+        latents, text = 2 * channels * height * width * frames, 2 * math.prod(base.text_shape())  # float16
         parts = {
             "latents": latents,
             "log variance": latents * prepare.keep_logvar,

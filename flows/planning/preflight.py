@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from flows.planning.hardware import GPUS
 from flows.planning.memory import shortfall
 from flows.planning.plan import plan_step
 from tasks.records import UserError
+from tasks.shards import ShardDataset
 from tasks.train.spec import TrainSpec
 
 
@@ -22,13 +24,14 @@ def check_gpu_at_hand(train: TrainSpec) -> None:
         UserError: the step does not fit.
     """
     if train.gpus_per_worker and torch.cuda.is_available():
-        check_gpu_memory(train, _free_gpu_bytes())
+        sizes = [size for size in ShardDataset(train.dataset).frame_sizes if size is not None]
+        check_gpu_memory(train, _free_gpu_bytes(), max(sizes, key=math.prod, default=None))
 
 
-def check_gpu_memory(train: TrainSpec, free_bytes: float) -> None:
+def check_gpu_memory(train: TrainSpec, free_bytes: float, frame_size: tuple[int, int] | None = None) -> None:
     """Checks the training step against a GPU with `free_bytes` of free memory. Raises UserError if it does not fit."""
     device = replace(GPUS["h100"], name="GPU of this machine", memory_bytes=free_bytes)
-    _, memory = plan_step(train, device)
+    _, memory = plan_step(train, device, frame_size)
     problem = shortfall(memory, device)
     if problem is not None:
         raise UserError(f"the training does not fit: {problem}")

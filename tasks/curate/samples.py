@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tasks.shards import OPTIONAL, SUFFIXES, PackedSample, clip_key_of, decode_field
+from tasks.video.frame_sizes import FrameSize
 
 _REQUIRED = sorted(set(SUFFIXES) - {*OPTIONAL})
 _ARRAYS = {
@@ -21,11 +22,12 @@ _ARRAYS = {
 }
 
 
-Shapes = dict[str, tuple[int, ...]]  # the part of a field's shape that all samples share, by field
+# The part of a field's shape that all samples of a frame size share, by field and frame size.
+Shapes = dict[tuple[str, FrameSize | None], tuple[int, ...]]
 
 
 class SampleChecker:
-    """Checks samples one by one; keeps the shapes of the first, which all samples of a data set share."""
+    """Checks samples one by one; keeps the shapes of the first of each frame size, which all others of it share."""
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = dict(shapes)
@@ -44,20 +46,24 @@ class SampleChecker:
                 yield f"{packed.key}.{SUFFIXES[name]}: {error}"
         arrays = {name: value for name, value in fields.items() if name in _ARRAYS}
         for name, array in arrays.items():
-            yield from (f"{packed.key}.{SUFFIXES[name]}: {problem}" for problem in self._array_problems(name, array))
+            found = self._array_problems(name, array, packed.frame_size)
+            yield from (f"{packed.key}.{SUFFIXES[name]}: {problem}" for problem in found)
+        first = fields.get("first")
+        if packed.frame_size is not None and first is not None and first.shape[1::-1] != packed.frame_size:
+            yield f"{packed.key}: frames of {FrameSize(*first.shape[1::-1])}, its index says {packed.frame_size}"
         yield from (f"{packed.key}: {problem}" for problem in _disagreements(packed.key, fields))
 
-    def _array_problems(self, name: str, array: np.ndarray) -> Iterator[str]:
+    def _array_problems(self, name: str, array: np.ndarray, size: FrameSize | None) -> Iterator[str]:
         dtype, dimensions = _ARRAYS[name]
         if array.dtype != dtype or array.ndim != dimensions:
             yield f"{array.dtype} of {array.ndim} dimensions, expected {dtype} of {dimensions}"
             return
         if not np.isfinite(array).all():
             yield "contains values that are not finite"
-        # The number of frames may differ from clip to clip; height, width and channels do not.
+        # The number of frames may differ from clip to clip; height, width and channels of a frame size do not.
         shape = array.shape[1:] if dimensions == 4 else array.shape
-        if shape != self.shapes.setdefault(name, shape):
-            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, self.shapes[name]))})"
+        if shape != (other := self.shapes.setdefault((name, size), shape)):
+            yield f"shape {array.shape}, other samples have (..., {', '.join(map(str, other))})"
 
 
 def _disagreements(key: str, fields: dict[str, Any]) -> Iterator[str]:

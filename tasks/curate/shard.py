@@ -39,8 +39,8 @@ class CheckedShard:
 def check_shards(pool: str, shards: list[str], workers: int) -> Iterator[CheckedShard]:
     """Yields the checked shards in order; `workers` threads read at most twice their number of shards ahead.
 
-    All samples must have the shapes of the data set's first sample. A shard whose first sample differs is checked again
-    against those shapes, so that the problems do not depend on the timing of the threads.
+    All samples of a frame size must have the shapes of the first of them. A shard whose first sample differs is checked
+    again against those shapes, so that the problems do not depend on the timing of the threads.
     """
     names = iter(shards)
     shapes: Shapes = {}
@@ -107,6 +107,7 @@ def _tar_problems(pool: str, index: ShardManifest, samples: SampleChecker) -> It
 def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: SampleChecker) -> Iterator[str]:
     """Checks the members in the order of the index; stops at the first misplaced one, as all later ones would be."""
     end = 0
+    sizes = index.size_of_samples() if len(index.frame_sizes) == len(index.samples) else {}
     for entry in index.samples:
         members = {}
         for name, (offset, size) in sorted(entry.members.items(), key=lambda item: item[1]):
@@ -125,7 +126,7 @@ def _member_problems(tar: tarfile.TarFile, index: ShardManifest, samples: Sample
             assert file is not None
             members[name] = file.read()
             end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        sample_problems = samples.problems(PackedSample(entry.key, members))
+        sample_problems = samples.problems(PackedSample(entry.key, members, sizes.get(entry.key)))
         yield from (f"{index.shard}: {problem}" for problem in sample_problems)
     if (member := tar.next()) is not None:
         yield f"{index.shard}: contains {member.name}, which its index does not list"

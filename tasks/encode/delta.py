@@ -70,6 +70,7 @@ class KnownShard:
             failed=failed,
             size_bytes=self.published.size_bytes,
             sha256=self.published.sha256,
+            frame_sizes=self.part.count_frame_sizes(),
         )
 
 

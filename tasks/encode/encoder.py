@@ -28,6 +28,7 @@ from tasks.shards import PackedSample, Sample, encode_field, sample_key
 from tasks.shards.split import MAX_SHOTS, shot_key
 from tasks.video.decode import Clip, ClipError, read_shots, read_spans, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
+from tasks.video.frame_sizes import FrameSize, parse_frame_sizes
 from tasks.video.spec import DecodeSpec
 
 _TRANSNET_SLOWNESS = 20  # TransNetV2 on one core takes this many times as long as decoding
@@ -50,6 +51,7 @@ def open_decoders(spec: PrepareSpec, decode: DecodeSpec, cpus: int) -> DecoderPo
     names = ("num_frames", "fps", "size", "fit", "stride")
     grid: dict[str, Any] = {name: getattr(spec, name) for name in names}
     grid |= {"longest": spec.longest_track} if spec.clip == "track" else {"windows": spec.windows_per_clip}
+    grid |= {"frame_sizes": sizes} if (sizes := parse_frame_sizes(spec.frame_sizes)) else {}
     if spec.clip == "shots":
         grid["shots"] = asdict(spec.shots)
         if spec.shots.rule == "transnetv2":
@@ -218,7 +220,7 @@ class ClipEncoder:
         if "text" in values and not np.isfinite(values["text"]).all():
             return Failure(ref.key, ref.row, "non_finite_text", "the caption's features do not fit float16")
         members = {name: encode_field(name, value) for name, value in values.items()}
-        return [PackedSample(packed.key, packed.members | members) for packed in samples]
+        return [replace(packed, members=packed.members | members) for packed in samples]
 
     def _caption_fields(self, caption: str) -> dict[str, np.ndarray]:
         """Returns the tokens int32 [L] of a caption and, if they are kept, its text features float16 [L, D]."""
@@ -267,6 +269,7 @@ class ClipEncoder:
                 return Failure(ref.key, ref.row, "non_finite_latents", f"window {window.position} does not fit float16")
             key = ref.key if number is None else shot_key(ref.key, number)
             span = ref.span if number is None else _span_of(clip)
+            height, width = clip.pixels.shape[1:3]
             samples.append(
                 Sample(
                     key=sample_key(key, window.position),
@@ -292,6 +295,7 @@ class ClipEncoder:
                     pixels=clip.pixels if spec.keep_pixels else None,
                     logvar=part[1].astype(np.float16) if spec.keep_logvar else None,
                     text=fields_of[caption].get("text"),
+                    frame_size=FrameSize(width, height) if spec.frame_sizes else None,
                 )
             )
         return samples

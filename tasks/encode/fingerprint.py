@@ -14,9 +14,10 @@ from tasks.shards.layout import SAMPLE_VERSION
 from tasks.shards.split import MAX_SHOTS
 from tasks.video.decode import DECODE_VERSION
 from tasks.video.decode_pool import check_decoding
+from tasks.video.frame_sizes import check_multiples, parse_frame_sizes
 from tasks.video.shots import RULES, TRANSNET_SHA256, MissingPackageError, transnet_weights
 from tasks.video.shots import VERSION as SHOTS_VERSION
-from trip_model.folders import BaseFolderError, folder_hash, resolve_base
+from trip_model.folders import BaseFolderError, folder_hash, resolve_base, stored_vae_factor
 
 
 def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
@@ -29,8 +30,11 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         UserError: the base cannot be read, or a value is invalid.
     """
     check_spec(spec)
+    frame_sizes = parse_frame_sizes(spec.frame_sizes)
     try:
         base = resolve_base(spec.base)
+        if frame_sizes:
+            check_multiples(frame_sizes, stored_vae_factor(base), base)
     except BaseFolderError as error:
         raise UserError(str(error)) from error
     return {
@@ -40,6 +44,7 @@ def fingerprint_of(spec: PrepareSpec) -> dict[str, Any]:
         "fps": spec.fps,
         "size": spec.size,
         # Options that are off are omitted, so that older data sets keep their fingerprint.
+        **({"frame_sizes": [str(size) for size in frame_sizes]} if frame_sizes else {}),
         **({"fit": spec.fit} if spec.fit != "crop" else {}),
         **({"stride": spec.stride} if spec.stride is not None else {}),
         **_stored_part(spec),
@@ -71,6 +76,7 @@ def check_spec(spec: PrepareSpec) -> None:
             raise UserError(f"{name} {getattr(spec, name)}, expected a number above 0")
     if spec.num_frames < 2:
         raise UserError(f"num_frames {spec.num_frames}; a clip needs at least 2 frames to move")
+    parse_frame_sizes(spec.frame_sizes)
     if spec.fit not in ("crop", "squash"):
         raise UserError(f"fit {spec.fit!r}, expected 'crop' or 'squash'")
     if spec.stride is not None and spec.stride < 1:

@@ -165,6 +165,7 @@ def _prepare(
             page=shards.report_addresses(output)["html"],
             source=PurePosixPath(redact(spec.source.table)).name,
             allowed=tuple(redact(name) for name in (*spec.source.allow, spec.source.proxy) if name is not None),
+            frame_sizes=add_counts(part.frame_sizes for part in parts),
         )
         with _write_errors(f"report {report.page}"):
             workers.write_report(to_json(report), sum(part.size_bytes for part in parts), accounting.rows_made)

@@ -116,6 +116,7 @@ def _page(
     failures: dict[str, list[Failure]],
 ) -> str:
     """Returns a self-contained page: it embeds its figures and loads nothing."""
+    frame_sizes = Counter(numbers.get("frame_sizes", {}))
     return render(
         "data_set.html",
         source=str(numbers.get("source", "")) or "a source",
@@ -124,12 +125,15 @@ def _page(
         outcomes=_outcomes(numbers, failures),
         census=census,
         histograms=[_histogram(title, values) for title, values in census.values.items()],
-        videos=[(title, _shares(counts, census.samples)) for title, counts in census.videos.items()],
+        videos=[
+            *([("frame size of the samples", _shares(frame_sizes, numbers["samples"]))] if frame_sizes else []),
+            *((title, _shares(counts, census.samples)) for title, counts in census.videos.items()),
+        ],
         sheet=data_url(sheet, "image/png"),
         facts=[
             (name, ", ".join(value) if isinstance(value, list | tuple) else value)
             for name, value in (numbers | rates).items()
-            if name not in ("failed", "page", "source")
+            if name not in ("failed", "page", "source", "frame_sizes")
         ],
     )
 

@@ -17,6 +17,7 @@ from tasks.shards import ShardDataset, clip_key_of
 from tasks.shards.split import row_key
 from tasks.video.decode import ClipError, read_track, read_windows
 from tasks.video.decode_pool import DecoderPool
+from tasks.video.frame_sizes import parse_frame_sizes
 from tasks.video.spec import DecodeSpec
 from trip_model.folders import BaseFolderError, folder_hash, resolve_base
 
@@ -103,6 +104,7 @@ def _source_frames(meta: dict[str, Any], recipe: dict[str, Any], source: SourceS
         raise _Unreachable("the source file has changed since it was encoded")
     grid: dict[str, Any] = {"num_frames": recipe["num_frames"], "fps": recipe["fps"], "size": recipe["size"]}
     grid |= {name: recipe[name] for name in ("fit", "stride") if name in recipe}
+    grid |= {"frame_sizes": parse_frame_sizes(recipe.get("frame_sizes", ()))}
     is_track = recipe.get("clip") == "track"
     if is_track:
         grid["longest"] = recipe["longest_track"]

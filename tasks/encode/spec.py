@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import Artifact
 from tasks.video.spec import DecodeSpec, ShotSpec
-from trip_model.config import Fit, TripConfig
+from trip_model.config import BEFORE, Fit, TripConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class PrepareSpec:
     num_frames: int = TripConfig.num_frames
     fps: float = TripConfig.fps
     size: int = TripConfig.size
-    fit: Fit = "crop"  # of a frame into the square
+    # Width x height of frames, such as "352x192": a video takes the nearest by its aspect ratio. None: the square of
+    # `size`, which they are near in area.
+    frame_sizes: tuple[str, ...] = field(default=(), metadata={BEFORE: ()})
+    fit: Fit = "crop"  # of a frame into the square, or into its frame size
     stride: int | None = None  # takes every n-th native frame and ignores `fps`; None: frames at `fps`
     # What is stored of a clip: windows of num_frames, or all its frames; `shots`: each shot is a clip, as windows.
     clip: Literal["windows", "track", "shots"] = "windows"
@@ -93,6 +96,7 @@ class PrepareReport:
     page: str  # address of the HTML report, next to the data set
     source: str = ""  # name of the table or folder, without its address
     allowed: tuple[str, ...] = ()  # hosts, folders and the proxy that the caller opened to the links of the source
+    frame_sizes: dict[str, int] = field(default_factory=dict)  # samples of each; empty if all are squares of `size`
 
     @property
     def data(self) -> Artifact:

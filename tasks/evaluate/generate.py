@@ -51,8 +51,15 @@ def load_arrays(uri: str) -> dict[str, NDArray[Any]]:
 
 
 def real_pixels(dataset: ShardDataset, item: Item, frames: int) -> NDArray[np.uint8]:
-    """The first true frames of an item, uint8 [frames, H, W, 3]."""
-    return dataset.read(item.index, ("pixels",), (0, frames))["pixels"]
+    """The first true frames of an item, uint8 [frames, H, W, 3].
+
+    Of a data set with frame sizes they are the central squares, at the recipe's `size`: an evaluation compares squares.
+    """
+    pixels = dataset.read(item.index, ("pixels",), (0, frames))["pixels"]
+    if dataset.frame_sizes == (None,):
+        return pixels
+    size = int(dataset.published.recipe["size"])
+    return np.stack([load_image(frame, size) for frame in pixels])
 
 
 def load_generated(folder: str, item: Item) -> NDArray[np.uint8]:

@@ -24,6 +24,8 @@ Fields of a sample: `latents.npy` fp16 [F, 4, h, w] raw latents, `first.png` uin
 `tokens.npy` int32 [L], `meta.json` provenance; on request also `pixels.npy` uint8 [F, H, W, 3], `logvar.npy`
 fp16 like the latents, the log variance of the VAE's posterior, and `text.npy` fp16 [L, D], the caption's text features.
 F is the recipe's `num_frames`; for tracks (`clip` is `track` in the recipe) it varies by sample and is at least that.
+H and W are the recipe's `size`. With `frame_sizes` in the recipe they are one of those, which the index records for
+each sample; the schema of manifest and shards is then 4.
 """
 
 from tasks.shards.dataset import ShardDataset

@@ -19,6 +19,7 @@ from tasks.shards.reading import read_manifest, read_parts, shards_folder
 from tasks.shards.sample_index import SampleIndex, mapped, open_index, written_index
 from tasks.shards.takedowns import read_takedowns, takedowns_sha256
 from tasks.shards.tar_reader import Tars
+from tasks.video.frame_sizes import FrameSize
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ShardDataset:
         self._ends = np.cumsum([shard.samples for shard in self.published.shards], dtype=np.int64)
         pool = shards_folder(self.uri, self.published)
         self._tars = Tars([storage.join(pool, shard.shard) for shard in self.published.shards])
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[tuple[str, FrameSize | None], Layout] = {}
 
     @functools.cached_property
     def index(self) -> SampleIndex:
@@ -102,6 +103,29 @@ class ShardDataset:
         """Returns the hash of each sample's clip for the split, uint64 [N]."""
         return self.index.clip_hashes_N
 
+    @functools.cached_property
+    def frame_sizes(self) -> tuple[FrameSize | None, ...]:
+        """The frame sizes of the samples, sorted; one None if all have the recipe's only size."""
+        sizes_N2 = self.index.frame_sizes_N2
+        if sizes_N2 is None:
+            return (None,)
+        return tuple(FrameSize(*divmod(code, 1 << 16)) for code in np.unique(_codes(sizes_N2)).tolist())
+
+    def frame_size_places(self, samples: np.ndarray) -> np.ndarray:
+        """Returns for each sample, int64 [B], the place of its frame size in `frame_sizes`, int64 [B]."""
+        self._check(samples)
+        sizes_N2 = self.index.frame_sizes_N2
+        if sizes_N2 is None:
+            return np.zeros(len(samples), np.int64)
+        codes_B, places_B = _codes(sizes_N2[samples]), np.zeros(len(samples), np.int64)
+        for place, size in enumerate(self.frame_sizes):
+            places_B[codes_B == _codes(np.array([size]))] = place
+        return places_B
+
+    def frame_size_of(self, i: int) -> FrameSize | None:
+        """Returns the frame size of sample i; None if all samples have the recipe's only size."""
+        return self.frame_sizes[int(self.frame_size_places(np.array([i]))[0])]
+
     def fields(self, i: int) -> tuple[str, ...]:
         """Returns the fields of sample i; all samples have the same. Raises IndexError if there is no sample i."""
         self._check(np.array([i]))
@@ -113,10 +137,13 @@ class ShardDataset:
 
     def frame_counts(self, samples: np.ndarray, field: str = "latents") -> np.ndarray:
         """Returns the number of frames of each sample, int64 [B]. Raises as `read` does."""
-        layout, sizes_B = self._layout(field), self._places(samples, field)[2]
-        counts_B, rest_B = np.divmod(sizes_B - layout.begin, max(layout.row_bytes, 1))
-        if rest_B.any() or not layout.row_bytes:
-            raise UserError(f"{self.uri} has samples whose {field} have another shape; verify the data set")
+        sizes_B, places_B = self._places(samples, field)[2], self.frame_size_places(samples)
+        counts_B = np.zeros_like(sizes_B)
+        for place in np.unique(places_B).tolist():
+            layout, here_B = self._layout(field, self.frame_sizes[place]), places_B == place
+            counts_B[here_B], rest = np.divmod(sizes_B[here_B] - layout.begin, max(layout.row_bytes, 1))
+            if rest.any() or not layout.row_bytes:
+                raise UserError(f"{self.uri} has samples whose {field} have another shape; verify the data set")
         return counts_B
 
     def read(
@@ -151,7 +178,7 @@ class ShardDataset:
         """Returns an array field of several samples as one array, read directly into its memory.
 
         Args:
-            samples: positions of B samples in the data set.
+            samples: positions of B samples in the data set, for a field that has frames of one frame size.
             field: name of the field.
             starts: the first frame of each sample, for a field that has frames; None is frame 0.
             count: number of frames from there on; None is all.
@@ -184,7 +211,9 @@ class ShardDataset:
         return results
 
     def _planned(self, samples: np.ndarray, field: str, starts: Sequence[int] | None, count: int | None) -> _Reads:
-        layout, counts_B = self._layout(field), self.frame_counts(samples, field)
+        size, *others = {self.frame_sizes[place] for place in np.unique(self.frame_size_places(samples)).tolist()}
+        assert not others or field not in BY_FRAME, f"{field} of the frame sizes {size}, {others} in one array"
+        layout, counts_B = self._layout(field, size), self.frame_counts(samples, field)
         count = layout.shape[0] if count is None else count
         starts_B = np.zeros_like(counts_B) if starts is None else np.asarray(starts)
         wrong = np.flatnonzero((starts_B < 0) | (count < 1) | (starts_B + count > counts_B))
@@ -226,18 +255,30 @@ class ShardDataset:
         offsets_B = index.offsets_NF[samples, field].astype(np.int64) * tarfile.BLOCKSIZE
         return shards_B, offsets_B, index.sizes_NF[samples, field].astype(np.int64)
 
-    def _layout(self, name: str) -> Layout:
-        """Returns the layout of a field, from the first sample.
+    def _layout(self, name: str, frame_size: FrameSize | None) -> Layout:
+        """Returns the layout of a field, from the first sample of a frame size.
 
-        Samples differ only in the number of frames, which follows from the size. So a window costs one range read.
+        These samples differ only in the number of frames, which follows from the size. So a window costs one range
+        read.
         """
-        if name not in self._layouts:
-            (shard,), (offset,), (size,) = (values.tolist() for values in self._places(np.array([0]), name))
+        if (name, frame_size) not in self._layouts:
+            first = self._firsts[self.frame_sizes.index(frame_size)]
+            (shard,), (offset,), (size,) = (values.tolist() for values in self._places(np.array([first]), name))
             try:
-                self._layouts[name] = npy_layout(self._bytes(shard, offset, min(size, NPY_HEAD_BYTES)))
+                self._layouts[name, frame_size] = npy_layout(self._bytes(shard, offset, min(size, NPY_HEAD_BYTES)))
             except ValueError as error:
-                raise UserError(f"the first sample of {self.uri} is damaged ({error}); verify the data set") from error
-        return self._layouts[name]
+                key = self.index.keys([first])[0]
+                raise UserError(f"sample {key} of {self.uri} is damaged ({error}); verify the data set") from error
+        return self._layouts[name, frame_size]
+
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        """The first sample of each frame size."""
+        sizes_N2 = self.index.frame_sizes_N2
+        if sizes_N2 is None:
+            return [0]
+        codes_N = _codes(sizes_N2)
+        return [int(np.argmax(codes_N == _codes(np.array([size])))) for size in self.frame_sizes if size]
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         data = bytearray(size)
@@ -256,6 +297,11 @@ class ShardDataset:
 
     def _changed(self, name: str) -> UserError:
         return UserError(f"{name} of {self.uri} was deleted or changed after the data set was opened; open it again")
+
+
+def _codes(sizes_N2: np.ndarray) -> np.ndarray:
+    """Returns width x 65536 + height of each frame size: uint32 [N]."""
+    return (sizes_N2[:, 0].astype(np.uint32) << 16) + sizes_N2[:, 1]
 
 
 _cached_layout = functools.lru_cache(1024)(npy_layout)  # most headers are equal

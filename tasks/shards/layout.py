@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,12 @@ from tasks.records import Failure, count_by_reason, digest
 from tasks.shards.fields import SUFFIXES, encode_field
 from tasks.shards.identity import is_row_id, key_id
 from tasks.shards.split import row_key
+from tasks.video.frame_sizes import FrameSize
 
 SCHEMA_VERSION = 3  # of a manifest and of an index
-READABLE = (2, 3)  # 2: shards next to the manifest, known by ranges of rows; the command upgrade adds the rest
+FRAME_SIZES_VERSION = 4  # of those of a recipe with frame sizes, which versions before would read as squares
+# 2: shards next to the manifest, known by ranges of rows; the command upgrade adds the rest.
+READABLE = (2, SCHEMA_VERSION, FRAME_SIZES_VERSION)
 SAMPLE_VERSION = 2  # of a sample's fields, which are part of a recipe
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
@@ -36,10 +40,12 @@ class Sample:
     pixels: np.ndarray | None = None
     logvar: np.ndarray | None = None
     text: np.ndarray | None = None
+    frame_size: FrameSize | None = None  # of a recipe with frame sizes
 
     def pack(self) -> PackedSample:
         values = {name: getattr(self, name) for name in SUFFIXES}
-        return PackedSample(self.key, {name: encode_field(name, v) for name, v in values.items() if v is not None})
+        members = {name: encode_field(name, value) for name, value in values.items() if value is not None}
+        return PackedSample(self.key, members, self.frame_size)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class PackedSample:
 
     key: str
     members: dict[str, bytes]
+    frame_size: FrameSize | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class ShardManifest:
     schema_version: int = SCHEMA_VERSION
     made_with: dict[str, str] = field(default_factory=dict)  # library versions, for the record
     row_ids: list[str] = field(default_factory=list)  # `tasks.shards.identity`, one per row; empty in schema 2
+    frame_sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height), one per sample, or none
 
     def summary(self) -> ShardSummary:
         return ShardSummary(
@@ -86,14 +94,28 @@ class ShardManifest:
             failed=count_by_reason(self.failures),
             size_bytes=self.size_bytes,
             sha256=self.sha256,
+            frame_sizes=count_frame_sizes(self.frame_sizes),
         )
 
     def named(self, label: int | str) -> ShardManifest:
         """Returns a copy with the name that its label and its content determine."""
-        content = dataclasses.asdict(self) | {"shard": ""}
+        content = self.content() | {"shard": ""}
         if not self.row_ids:
             del content["row_ids"]  # as before they existed
         return dataclasses.replace(self, shard=f"{shard_name(label)}-{digest(content)}.tar")
+
+    def content(self) -> dict[str, Any]:
+        """Returns the record as JSON; without frame sizes it is what it was before they existed."""
+        content = dataclasses.asdict(self)
+        if not self.frame_sizes:
+            del content["frame_sizes"]
+        return content
+
+    def size_of_samples(self) -> dict[str, FrameSize]:
+        """Returns the frame size of each sample by its key; empty if the recipe has none."""
+        if not self.frame_sizes:
+            return {}
+        return {entry.key: FrameSize(*sides) for entry, sides in zip(self.samples, self.frame_sizes, strict=True)}
 
     def identities(self) -> list[str]:
         """Returns the identity of each row in order; of a shard without them what the keys tell."""
@@ -109,6 +131,7 @@ class ShardManifest:
         rows = [row for row in range(self.start, self.stop) if row not in failed]
         groups = [list(group) for _, group in itertools.groupby(self.samples, lambda entry: row_key_of(entry.key))]
         within = all(self.start <= row < self.stop for row in failed)
+        within &= len(self.frame_sizes) in (0, len(self.samples))
         within &= len(self.row_ids) in (0, self.stop - self.start) and all(map(is_row_id, self.row_ids))
         if not (within and len(failed) == len(self.failures) and len(rows) == len(groups) == self.encoded):
             raise ValueError(
@@ -131,6 +154,7 @@ class ShardSummary:
     failed: dict[str, int]
     size_bytes: int
     sha256: str
+    frame_sizes: dict[str, int] = field(default_factory=dict)  # samples of each
 
 
 @dataclass(frozen=True)
@@ -159,6 +183,11 @@ class DatasetManifest:
     schema_version: int = SCHEMA_VERSION
     forgotten_sha256: str | None = None  # of the takedowns that these shards follow
     index_sha256: str | None = None  # of the array file of all samples and rows; None in schema 2
+
+
+def count_frame_sizes(sizes: Iterable[Sequence[int]]) -> dict[str, int]:
+    """Returns the number of samples of each frame size."""
+    return {str(FrameSize(*sides)): count for sides, count in sorted(Counter(map(tuple, sizes)).items())}
 
 
 def shard_name(label: int | str) -> str:

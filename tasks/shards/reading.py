@@ -116,6 +116,7 @@ def stored_outcomes(pool: str, manifest: ShardManifest) -> Iterator[list[PackedS
     """
     failures = {failure.row: failure for failure in manifest.failures}
     clips = manifest.clips()
+    sizes = manifest.size_of_samples()
     with storage.local_copy(storage.join(pool, manifest.shard)) as path:
         # Copied bytes get a new checksum, so this is the last check against the old one.
         if storage.sha256_file(path) != manifest.sha256:
@@ -131,5 +132,5 @@ def stored_outcomes(pool: str, manifest: ShardManifest) -> Iterator[list[PackedS
                     for name, (offset, size) in entry.members.items():
                         file.seek(offset)
                         members[name] = file.read(size)
-                    samples.append(PackedSample(entry.key, members))
+                    samples.append(PackedSample(entry.key, members, sizes.get(entry.key)))
                 yield samples

@@ -13,6 +13,7 @@ N samples of F fields and R rows, in the order of the manifest's shards:
     rows         uint64 [R, 3]  the identity of each row, two words, and the hash of its caption
     outcomes     uint16 [R]     0 for an encoded row, else 1 + the position of its reason in `reasons`
     reasons      text           all reasons of failures, sorted
+    frame_sizes  uint16 [N, 2]  width and height of each sample's frames; only of a recipe with frame sizes
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ import numpy as np
 from infra import storage
 from tasks.records import UserError
 from tasks.shards.identity import as_array
-from tasks.shards.layout import DatasetManifest, PublishedShard, ShardManifest, clip_key_of
+from tasks.shards.layout import DatasetManifest, PublishedShard, ShardManifest, clip_key_of, count_frame_sizes
 from tasks.shards.places import version_of
 from tasks.shards.split import clip_hash
 
 _ALIGNED = 64  # bytes, as `.npy` headers
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 _SHAPES = {"offsets": "F", "sizes": "F", "clip_hashes": "", "key_ends": "", "keys": "", "rows": "3", "outcomes": ""}
-_DTYPES = {"offsets": "<u4", "sizes": "<u4", "keys": "|u1", "outcomes": "<u2"}  # others are <u8
+_SHAPES |= {"frame_sizes": "2"}
+_DTYPES = {"offsets": "<u4", "sizes": "<u4", "keys": "|u1", "outcomes": "<u2", "frame_sizes": "<u2"}  # others are <u8
 
 
 def index_file(index_sha256: str) -> str:
@@ -67,6 +69,11 @@ class SampleIndex:
     rows_R3: np.ndarray
     outcomes_R: np.ndarray
     reasons: tuple[str, ...]
+    frame_sizes_N2: np.ndarray | None = None
+
+    def count_frame_sizes(self) -> dict[str, int]:
+        """Returns the number of samples of each frame size; empty if the recipe has none."""
+        return {} if self.frame_sizes_N2 is None else count_frame_sizes(self.frame_sizes_N2.tolist())
 
     def keys(self, samples: Iterable[int]) -> list[str]:
         """Returns the keys of samples by their positions."""
@@ -87,6 +94,7 @@ class SampleIndex:
             self.rows_R3[rows],
             self.outcomes_R[rows],
             self.reasons,
+            None if self.frame_sizes_N2 is None else self.frame_sizes_N2[samples],
         )
 
 
@@ -115,6 +123,7 @@ def index_of_shard(index: ShardManifest) -> SampleIndex:
         as_array(index.identities()),
         outcomes,
         reasons,
+        np.array(index.frame_sizes, np.uint16) if index.frame_sizes else None,
     )
 
 
@@ -153,10 +162,14 @@ def written_index(parts: Iterable[SampleIndex]) -> Iterator[tuple[Path, str]]:
                 "rows": part.rows_R3,
                 "outcomes": np.array(numbers, np.uint16)[part.outcomes_R],
             }
+            if part.frame_sizes_N2 is not None:
+                values["frame_sizes"] = part.frame_sizes_N2
             keys_end += len(part.keys_K)
             for name, array in values.items():
                 counts[name] += len(array)
                 spools[name].write(np.ascontiguousarray(array, _DTYPES.get(name, "<u8")).data)
+        if counts["frame_sizes"] not in (0, counts["clip_hashes"]):
+            raise UserError("shards with and without frame sizes cannot be one data set; prepare the data again")
         # Reasons in the order of their names, whichever shard has them first.
         ordered = sorted(reasons)
         renumber = np.zeros(len(reasons) + 1, np.uint16)
@@ -170,7 +183,9 @@ def written_index(parts: Iterable[SampleIndex]) -> Iterator[tuple[Path, str]]:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trip-index-"))) / "index.npz"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for name, spool in spools.items():
-                row = {"F": (len(fields),), "3": (3,), "": ()}[_SHAPES[name]]
+                if name == "frame_sizes" and not counts[name]:
+                    continue
+                row = {"F": (len(fields),), "3": (3,), "2": (2,), "": ()}[_SHAPES[name]]
                 head = io.BytesIO()
                 header = {"descr": _DTYPES.get(name, "<u8"), "fortran_order": False, "shape": (counts[name], *row)}
                 np.lib.format.write_array_header_1_0(head, header)
@@ -244,6 +259,7 @@ def mapped(path: Path) -> SampleIndex:
         arrays["rows"],
         arrays["outcomes"],
         texts["reasons"],
+        arrays.get("frame_sizes"),
     )
 
 

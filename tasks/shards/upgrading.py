@@ -51,7 +51,7 @@ def upgrade(dataset: str) -> bool:
     """
     dataset = named(storage.absolute(dataset))
     manifest, _ = read_manifest(dataset)
-    if manifest.schema_version == SCHEMA_VERSION:
+    if manifest.schema_version != 2:
         return _finish(dataset, manifest.recipe)
     recipe = recipe_of_samples(manifest.recipe)
     recipe_hash = digest(recipe)
@@ -74,7 +74,7 @@ def upgrade(dataset: str) -> bool:
             row_ids=row_ids,
         ).named(rows_label(row_ids))
         storage.copy_file(storage.join(dataset, index.shard), storage.join(pool, upgraded.shard))
-        storage.write_json(storage.join(pool, index_name(upgraded.shard)), dataclasses.asdict(upgraded))
+        storage.write_json(storage.join(pool, index_name(upgraded.shard)), upgraded.content())
         parts.append(upgraded.summary())
     publish_dataset(dataset, recipe, recipe_hash, {}, parts)
     _finish(dataset, recipe)

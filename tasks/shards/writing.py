@@ -18,8 +18,10 @@ from infra import storage
 from tasks.records import Failure, UserError, add_counts
 from tasks.shards.fields import SUFFIXES
 from tasks.shards.layout import (
+    FRAME_SIZES_VERSION,
     MANIFEST,
     RECIPE,
+    SCHEMA_VERSION,
     DatasetManifest,
     Entry,
     PackedSample,
@@ -62,6 +64,7 @@ def write_shard(
         OSError: the address cannot be written.
     """
     entries: list[Entry] = []
+    frame_sizes: list[tuple[int, int]] = []
     failures: list[Failure] = []
     encoded = 0
     with tempfile.TemporaryFile() as spool:  # unnamed, so that a killed worker leaves no file
@@ -76,6 +79,9 @@ def write_shard(
                     packed = sample.pack() if isinstance(sample, Sample) else sample
                     with _spool_errors():
                         entries.append(Entry(packed.key, _add_members(tar, packed)))
+                    if packed.frame_size is not None:
+                        frame_sizes.append((packed.frame_size.width, packed.frame_size.height))
+        assert len(frame_sizes) in (0, len(entries)), f"{label}: {len(frame_sizes)} frame sizes of {len(entries)}"
         assert encoded + len(failures) == rows[1] - rows[0], f"{label}: {encoded} + {len(failures)} of rows {rows}"
         with _spool_errors():
             spool.flush()
@@ -92,9 +98,11 @@ def write_shard(
             size_bytes=path.stat().st_size,
             made_with=made_with or {},
             row_ids=list(row_ids),
+            frame_sizes=frame_sizes,
+            schema_version=FRAME_SIZES_VERSION if frame_sizes else SCHEMA_VERSION,
         ).named(label)
         storage.upload_file(path, storage.join(pool, manifest.shard))
-    storage.write_json(storage.join(pool, index_name(manifest.shard)), dataclasses.asdict(manifest))
+    storage.write_json(storage.join(pool, index_name(manifest.shard)), manifest.content())
     return manifest
 
 
@@ -178,6 +186,7 @@ def publish_dataset(
             for shard, rows in zip(shards, itertools.pairwise(ends), strict=True)
         ],
         forgotten_sha256=takedowns_sha256(read_takedowns(dataset)),
+        schema_version=FRAME_SIZES_VERSION if "frame_sizes" in recipe else SCHEMA_VERSION,
     )
     newest = _newest(dataset)
     if newest is not None and dataclasses.replace(newest[0], index_sha256=None) == manifest:

@@ -1,21 +1,22 @@
 """Reads training batches from latent shards in an order that is a pure function of (seed, step).
 
-The stream of samples is one permutation after another, so a step needs no state: a resumed training asks for the next
-step, and any number of workers sees the same global batches. From a track, a sample with more frames than a window,
-each place of the stream draws a new window; only its frames are read. A damaged sample keeps its place, and is marked
-as excluded from the loss.
+A step needs no state (`tasks.train.order`): a resumed training asks for the next step, and any number of workers sees
+the same global batches. All samples of a batch have one frame size. From a track, a sample with more frames than a
+window, each step draws a new window; only its frames are read. A damaged sample keeps its place, and is marked as
+excluded from the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tasks.records import UserError
 from tasks.shards import ShardDataset, held_out_samples
+from tasks.train.order import SampleOrder
 from tasks.train.quarantine import Quarantine
 from trip_model.objective import addressed_generator
 
@@ -76,10 +77,9 @@ class TrainingData:
         first = np.unique(clips_N[held_out_N], return_index=True)[1]
         self.held_out_samples = np.flatnonzero(held_out_N)[np.sort(first)]  # the first one of each clip
         self.seed = seed
+        self._order = SampleOrder([self.samples[part] for part in self._by_frame_size(self.samples)], seed)
         self._vocab_size = vocab_size
         self.quarantine = Quarantine(quarantine, len(self.samples)) if quarantine is not None else None
-        self._epoch = -1
-        self._order = self.samples
 
     @property
     def damaged(self) -> int:
@@ -91,45 +91,66 @@ class TrainingData:
         if self.quarantine is not None:
             self.quarantine.refresh()
 
-    def sample_at(self, place: int) -> int:
-        """The data set's index of the sample at a place of the infinite stream."""
-        epoch, offset = divmod(place, len(self.samples))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
-            self._epoch = epoch
-        return int(self._order[offset])
+    def sample_at(self, place: int, stream: int = 0) -> int:
+        """The data set's index of the sample at a place of the infinite stream of a frame size."""
+        return self._order.sample_at(place, stream)
 
     def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
         """Worker `rank`'s share of global batch `step` (counted from 0)."""
         positions = share(global_batch, rank, world)
         places = [step * global_batch + position for position in positions]
-        return self._read([self.sample_at(place) for place in places], places, positions)
+        return self._read(self._order.batch(step, global_batch, positions), places, positions)
 
-    def held_out(self, count: int) -> Batch:
+    def held_out(self, count: int) -> list[Batch]:
         """One window of each of up to `count` held-out clips, always the same ones, in float32, without damaged ones.
 
+        Returns:
+            A batch for each frame size; `positions` are those among all of the clips.
         Raises:
             UserError: all of them are damaged.
         """
-        picks = self.held_out_samples[:count].tolist()
-        read = self._read(picks, range(len(picks)), range(len(picks)))
-        intact = torch.nonzero(read.intact_B)[:, 0]
-        if not len(intact):
+        batches = [
+            Batch(
+                raw_latents_BFCHW=read.raw_latents_BFCHW[intact].float(),
+                tokens_BL=read.tokens_BL[intact],
+                positions=tuple(read.positions[i] for i in intact.tolist()),
+                keys=tuple(read.keys[i] for i in intact.tolist()),
+                text_BLD=read.text_BLD[intact] if read.text_BLD is not None else None,
+                intact_B=read.intact_B[intact],
+            )
+            for read in self._first(self.held_out_samples, count)
+            if len(intact := torch.nonzero(read.intact_B)[:, 0])
+        ]
+        if not batches:
             raise UserError(f"the held-out clips of {self.dataset.uri} are damaged; verify the data set")
-        return Batch(
-            raw_latents_BFCHW=read.raw_latents_BFCHW[intact].float(),
-            tokens_BL=read.tokens_BL[intact],
-            positions=tuple(range(len(intact))),
-            keys=tuple(read.keys[i] for i in intact.tolist()),
-            text_BLD=read.text_BLD[intact] if read.text_BLD is not None else None,
-            intact_B=read.intact_B[intact],
-        )
+        ranks = {place: rank for rank, place in enumerate(sorted(p for batch in batches for p in batch.positions))}
+        return [replace(batch, positions=tuple(ranks[place] for place in batch.positions)) for batch in batches]
 
-    def first_latents(self, count: int) -> torch.Tensor:
-        """Raw latents float32 [B, F, C, H, W] of up to `count` training samples, for measuring the data set."""
-        picks = self.samples[:count].tolist()
-        read = self._read(picks, range(len(picks)), range(len(picks)))
-        return read.raw_latents_BFCHW[read.intact_B].float()
+    def first_latents(self, count: int) -> list[torch.Tensor]:
+        """Raw latents of up to `count` training samples, for measuring the data set.
+
+        Returns:
+            float32 [B, F, C, H, W] for each frame size.
+        Raises:
+            UserError: all of them are damaged.
+        """
+        reads = self._first(self.samples, count)
+        latents = [read.raw_latents_BFCHW[read.intact_B].float() for read in reads if read.intact_B.any()]
+        if not latents:
+            raise UserError(
+                f"the first {count} training samples of {self.dataset.uri} are damaged; verify the data set"
+            )
+        return latents
+
+    def _first(self, samples: np.ndarray, count: int) -> list[Batch]:
+        """Reads the first `count` of some samples, a batch for each frame size; positions are those among them."""
+        picks = samples[:count]
+        return [self._read(picks[part].tolist(), part.tolist(), part.tolist()) for part in self._by_frame_size(picks)]
+
+    def _by_frame_size(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Returns the positions of the samples of each frame size, without frame sizes that none of them has."""
+        places = self.dataset.frame_size_places(samples)
+        return [np.flatnonzero(places == place) for place in np.unique(places)]
 
     def _read(self, samples: list[int], places: Sequence[int], positions: Sequence[int]) -> Batch:
         """Reads samples at places of the stream; every draw is a function of seed and place."""

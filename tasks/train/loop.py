@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -160,7 +161,7 @@ class Training:
         self.losses = _Losses()
         self._grad_norm = torch.tensor(math.nan)
         self._unsettled: list[torch.Tensor] = []
-        self._latent_shape: torch.Size  # of one clip; known at the first step
+        self._latent_shapes: Counter[torch.Size] = Counter()  # of one clip, by steps since the last tick
         self._step = 0
         if state is not None:
             self._restore(state)
@@ -186,8 +187,8 @@ class Training:
         if parent is not None and parent.num_frames == model.num_frames:
             residual_std = parent.residual_std
         else:
-            z_0 = self._data.first_latents(self.spec.measure_clips).permute(0, 2, 1, 3, 4) * self._scaling
-            residual_std = measure_residual_std(z_0)
+            raw = self._data.first_latents(self.spec.measure_clips)
+            residual_std = measure_residual_std(*(z.permute(0, 2, 1, 3, 4) * self._scaling for z in raw))
         return replace(
             model,
             residual_std=residual_std,
@@ -239,7 +240,10 @@ class Training:
         """The numbers of the steps since the last tick."""
         spec, step = self.spec, self._step
         with clock.stopped():
-            flops = clip_flops(self.trip, spec, self._latent_shape, (self._text.length, self._text.width))
+            shapes, text_shape = self._latent_shapes, (self._text.length, self._text.width)
+            flops = sum(clip_flops(self.trip, spec, shape, text_shape) * n for shape, n in shapes.items())
+            flops /= shapes.total()
+            self._latent_shapes = Counter()
             peak = matmul_flops_per_second(self._device, spec.precision)
         steps_per_second = (step - clock.first_step) / clock.seconds()
         damaged = self._data.damaged
@@ -283,7 +287,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self._optimizer.zero_grad(set_to_none=True)
-        self._latent_shape = given.z_0_BCFHW.shape[1:]
+        self._latent_shapes[given.z_0_BCFHW.shape[1:]] += 1
         intact_B, given = given.intact_B, given.to(self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         errors = []

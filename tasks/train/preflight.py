@@ -49,13 +49,18 @@ def _check_sample(spec: TrainSpec, dataset: ShardDataset, vae: dict[str, Any], t
         raise UserError(f"the data set {spec.dataset} contains no sample; see the reasons in its report")
     sample = dataset.read(0, ("latents", "tokens"))
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    side = spec.model.size // factor
-    expected = (spec.model.num_frames, vae.get("latent_channels", 4), side, side)
+    width, height = dataset.frame_size_of(0) or (spec.model.size, spec.model.size)
+    expected = (spec.model.num_frames, vae.get("latent_channels", 4), height // factor, width // factor)
     # A longer sample is a track, and windows are drawn from it.
     if sample["latents"].shape[1:] != expected[1:] or len(sample["latents"]) < spec.model.num_frames:
         raise UserError(
             f"the latents of {spec.dataset} are {sample['latents'].shape} (frames, channels, height, width), the recipe"
             f" expects {expected} or more frames: {spec.model.num_frames} of {spec.model.size} pixels; prepare with it"
+        )
+    nominal = dataset.published.recipe.get("size")
+    if dataset.frame_size_of(0) is not None and nominal != spec.model.size:
+        raise UserError(
+            f"{spec.dataset} was prepared at size {nominal}, the recipe has {spec.model.size}; prepare with the recipe"
         )
     length, most = len(sample["tokens"]), text["max_position_embeddings"]
     if length > most:

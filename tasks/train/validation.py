@@ -40,10 +40,10 @@ class Validation:
     ) -> None:
         self._spec, self._vae, self._text, self._device = spec, vae, text, device
         self._batch = batch
-        held_out: Batch = data.held_out(spec.clips)
-        self._keys = held_out.keys
-        self._tokens = held_out.tokens_BL
-        self._z_0 = held_out.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * float(vae.config.scaling_factor)
+        scaling = float(vae.config.scaling_factor)
+        # A group for each frame size.
+        self._groups = [_HeldOut.of(held_out, scaling) for held_out in data.held_out(spec.clips)]
+        self._count = sum(len(group.keys) for group in self._groups)
 
     @torch.no_grad()
     def validate(self, trip: Trip) -> ValidationResult:
@@ -58,13 +58,18 @@ class Validation:
         The error of z_0 is the error of the noise times (1 - abar) / abar, as the sampler sees it: hundreds of times
         larger at the noisy end. Frame 1 is known from the image, so its error goes to zero.
         """
-        count, bands = len(self._keys), self._spec.bands
+        count, bands = self._count, self._spec.bands
         steps_T = trip.config.schedule.num_train_timesteps
         errors = []
         position_B = (torch.arange(count) + 0.5) / count
         times = [((band + position_B) / bands * steps_T).long() for band in range(bands)]  # spread over each band
         for t_B in times:
-            errors.append(torch.cat([self._errors(trip, part, t_B[part]) for part in self._parts()]))
+            error_BF = torch.empty(count, trip.config.num_frames)
+            for group in self._groups:
+                for part in torch.arange(len(group.keys)).split(self._batch):
+                    clips = group.clips_B[part]
+                    error_BF[clips] = self._errors(trip, group, part, t_B[clips])
+            errors.append(error_BF)
         error_TBF = torch.stack(errors)
         signal, sigma = trip.schedule.signal_and_noise(torch.arange(steps_T), 1)
         gain = (sigma / signal).square()
@@ -79,44 +84,65 @@ class Validation:
             metrics[f"validation_loss/frame_{frame:02d}"] = error
         return metrics
 
-    def _errors(self, trip: Trip, part: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        z_0 = self._z_0[part].to(self._device)
-        noise = self._noise("validation", part, t_B).to(self._device)
+    def _errors(self, trip: Trip, group: _HeldOut, part: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        z_0 = group.z_0_BCFHW[part].to(self._device)
+        noise = group.noise("validation", part, t_B).to(self._device)
         t_B = t_B.to(self._device)
         z_t = trip.schedule.add_noise(z_0, noise, t_B)
-        predicted = trip(z_t, z_0[:, :, :1], t_B, self._text.encode(self._tokens[part]))
+        predicted = trip(z_t, z_0[:, :, :1], t_B, self._text.encode(group.tokens_BL[part]))
         return (predicted - noise).square().mean(dim=(1, 3, 4)).cpu()
 
     def _animate(self, trip: Trip) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        part = torch.arange(min(self._spec.animated, len(self._keys)))
-        real = self._z_0[part].to(self._device)
-        noise = self._noise("validation-clip", part, torch.zeros_like(part)).to(self._device)
-        generated = sample_latents(
-            trip,
-            real[:, :, :1],
-            self._text.encode(self._tokens[part]),
-            self._text.encode(self._text.tokenize([""])),
-            noise,
-            trip.config.schedule.sampling_steps,
-            trip.config.guidance,
-        )
-        motion = [z.diff(dim=2).abs().mean().item() for z in (generated, real)]
-        self._vae.to(self._device)
-        clips = {self._keys[i]: decode_latents(self._vae, z.permute(1, 0, 2, 3)) for i, z in enumerate(generated)}
-        self._vae.to("cpu")
+        animated = min(self._spec.animated, self._count)
+        clips: dict[str, np.ndarray] = {}
+        motion = [0.0, 0.0]  # of the generated clips and of the real ones
+        for group in self._groups:
+            part = torch.nonzero(group.clips_B < animated)[:, 0]
+            if not len(part):
+                continue
+            real = group.z_0_BCFHW[part].to(self._device)
+            noise = group.noise("validation-clip", part, torch.zeros_like(part)).to(self._device)
+            generated = sample_latents(
+                trip,
+                real[:, :, :1],
+                self._text.encode(group.tokens_BL[part]),
+                self._text.encode(self._text.tokenize([""])),
+                noise,
+                trip.config.schedule.sampling_steps,
+                trip.config.guidance,
+            )
+            for place, z in enumerate((generated, real)):
+                motion[place] += z.diff(dim=2).abs().mean().item() * (len(part) / animated)
+            self._vae.to(self._device)
+            for i, z in zip(part.tolist(), generated, strict=True):
+                clips[group.keys[i]] = decode_latents(self._vae, z.permute(1, 0, 2, 3))
+            self._vae.to("cpu")
         return clips, {"validation_motion_ratio": motion[0] / motion[1]} if motion[1] > 0 else {}
 
-    def _noise(self, purpose: str, part: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        shape = self._z_0.shape[1:]
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """The held-out clips of one frame size."""
+
+    keys: tuple[str, ...]
+    clips_B: torch.Tensor  # int64, the number of each among all held-out clips: the address of its noise
+    tokens_BL: torch.Tensor
+    z_0_BCFHW: torch.Tensor  # final latents
+
+    @classmethod
+    def of(cls, batch: Batch, scaling: float) -> _HeldOut:
+        z_0 = batch.raw_latents_BFCHW.permute(0, 2, 1, 3, 4) * scaling
+        return cls(batch.keys, torch.tensor(batch.positions), batch.tokens_BL, z_0)
+
+    def noise(self, purpose: str, part: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """Returns the noise of some of the clips: float32 [B, C, F, H, W]."""
+        shape = self.z_0_BCFHW.shape[1:]
         return torch.stack(
             [
                 torch.randn(shape, generator=addressed_generator(purpose, 0, int(clip), int(t)))
-                for clip, t in zip(part, t_B, strict=True)
+                for clip, t in zip(self.clips_B[part], t_B, strict=True)
             ]
         )
-
-    def _parts(self) -> Iterator[torch.Tensor]:
-        yield from torch.arange(len(self._keys)).split(self._batch)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Video decoding in separate processes: decodes only the needed frames and returns upright RGB squares."""
+"""Video decoding in separate processes: decodes only the needed frames and returns upright RGB pixels."""

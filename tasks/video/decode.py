@@ -1,11 +1,12 @@
 """Decodes videos into clips on a time grid (Section 4.1) or with a stride.
 
-*Pixels* are uint8 [F, H, W, 3] RGB: the shorter side is resized and the centre cropped, or with `fit="squash"` the
-entire frame is resized to the square.
+*Pixels* are uint8 [F, H, W, 3] RGB of a square or of the frame size nearest to the video's aspect ratio: the frame is
+resized to cover it and its centre cropped, or with `fit="squash"` the entire frame is resized to it.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,11 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from tasks.video.colour import UnsupportedColourError, colour_of
-from tasks.video.frame import frame_box, to_square
+from tasks.video.frame import Framing
+from tasks.video.frame_sizes import FrameSize
 from tasks.video.selective_decode import can_skip_frames, frames_of_spans, selected_frames
 from tasks.video.shots import ShotSplitter
 from tasks.video.spec import ShotSpec
@@ -68,6 +69,7 @@ def read_windows(
     start_seconds: float = 0.0,
     fit: Fit = "crop",
     stride: int | None = None,
+    frame_sizes: Sequence[Sequence[int]] = (),
 ) -> list[Clip]:
     """Decodes up to `windows` non-overlapping clips from one video, each of `num_frames` frames on a time grid.
 
@@ -88,13 +90,15 @@ def read_windows(
         windows: maximum number of clips; clip w starts at `start_seconds + w * num_frames / fps`, or with a stride at
             frame `w * num_frames * stride`.
         start_seconds: of the first clip, from the first displayed frame.
-        fit: how a frame fills the square.
+        fit: how a frame fills the square, or its frame size.
         stride: in frames; None uses the grid. Needs `start_seconds` 0.
+        frame_sizes: (width, height) each, of which the first frame decides one; none: the square.
     Raises:
         ClipError: `undecodable`, `no_video_stream`, `no_frames`, `no_timestamps`, `unsupported_colour`, `damaged`
             (broken before the end of the first window) or `too_short`. MemoryError: the frames do not fit.
     """
-    chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, size, start_seconds, fit, stride)
+    sizes = _sizes(size, frame_sizes)
+    chosen, info = _read_grid(source, num_frames, num_frames * windows, fps, sizes, start_seconds, fit, stride)
     return [
         _clip(chosen[window * num_frames : (window + 1) * num_frames], info | {"window": window}, start_seconds)
         for window in range(len(chosen) // num_frames)
@@ -109,6 +113,7 @@ def read_track(
     longest: int,
     fit: Fit = "crop",
     stride: int | None = None,
+    frame_sizes: Sequence[Sequence[int]] = (),
 ) -> list[Clip]:
     """Decodes all frames of a video as `read_windows` does, whose window i is frames i * n to (i + 1) * n here.
 
@@ -120,13 +125,14 @@ def read_track(
         longest: maximum number of frames; `info["cut_off_at"]` records a cut.
         fit: as `read_windows`.
         stride: as `read_windows`.
+        frame_sizes: as `read_windows`.
     Returns:
         A list with the track as its only clip.
     Raises:
         ClipError, MemoryError: as `read_windows`.
     """
     # One more frame shows whether the video continues.
-    chosen, info = _read_grid(source, num_frames, longest + 1, fps, size, 0.0, fit, stride)
+    chosen, info = _read_grid(source, num_frames, longest + 1, fps, _sizes(size, frame_sizes), 0.0, fit, stride)
     return [_clip(chosen[:longest], info | ({"cut_off_at": longest} if len(chosen) > longest else {}))]
 
 
@@ -146,6 +152,7 @@ def read_spans(
     fit: Fit = "crop",
     stride: int | None = None,
     shots: dict[str, Any] | None = None,
+    frame_sizes: Sequence[Sequence[int]] = (),
 ) -> list[list[Clip] | ClipError]:
     """Decodes spans of one video in one pass, each as a file that contains only the frames of the span.
 
@@ -161,9 +168,10 @@ def read_spans(
         size: side of the square, in pixels.
         windows: maximum number of windows of a span.
         longest: maximum number of frames of a track; None for windows.
-        fit: how a frame fills the square.
+        fit: how a frame fills the square, or its frame size.
         stride: in frames; None uses the grid.
         shots: fields of a `ShotSpec`; each span is parted into its shots, as `read_shots` does.
+        frame_sizes: as `read_windows`; the first frame of a span decides that of all its shots.
     Returns:
         For each span what `read_windows`, `read_track` or `read_shots` returns or raises. Further reasons:
         `span_out_of_range`, for a span that begins after the end of the video or ends more than a second after it.
@@ -173,7 +181,8 @@ def read_spans(
     least, wanted = num_frames, num_frames * windows if longest is None else longest + 1
     spec = None if shots is None else ShotSpec(**shots)
     parts = any(span != (0.0, None) for span in spans)  # of the video: only then frames can be skipped
-    results = _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, spec, parts)
+    sizes = _sizes(size, frame_sizes)
+    results = _read_span_grids(source, spans, least, wanted, fps, sizes, fit, stride, spec, parts)
     return [
         grids
         if isinstance(grids, ClipError)
@@ -202,6 +211,10 @@ def read_shots(source: bytes | str | Path, **grid: Any) -> list[Clip]:
     return clips
 
 
+def _sizes(size: int, frame_sizes: Sequence[Sequence[int]]) -> list[FrameSize]:
+    return [FrameSize(*sides) for sides in frame_sizes] or [FrameSize(size, size)]
+
+
 def _clips_of(grid: _Grid, num_frames: int, windows: int, longest: int | None) -> list[Clip]:
     if longest is not None:
         cut = {"cut_off_at": longest} if len(grid.chosen) > longest else {}
@@ -223,12 +236,9 @@ class _Grid:
     Frames stamped before `since`, in seconds from the begin of the grid, are not displayed.
     """
 
-    def __init__(
-        self, wanted: int, fps: float, size: int, fit: Fit, stride: int | None, aspect: float, since: float = 0.0
-    ) -> None:
-        self._wanted, self._fps, self._size, self._stride = wanted, fps, size, stride
-        self._fit: Fit = fit
-        self._aspect, self._since, self._reformatter = aspect, since, VideoReformatter()
+    def __init__(self, wanted: int, fps: float, stride: int | None, framing: Framing, since: float = 0.0) -> None:
+        self._wanted, self._fps, self._stride = wanted, fps, stride
+        self._framing, self._since = framing, since
         self._displayed: tuple[av.VideoFrame, float] | None = None
         self._count = 0
         self.chosen: list[tuple[float, np.ndarray]] = []
@@ -278,15 +288,14 @@ class _Grid:
         if self._stride is None and self.chosen and self.chosen[-1][0] == time:
             self.chosen.append(self.chosen[-1])
         else:
-            pixels = to_square(frame, self._size, self._aspect, self._reformatter, self._fit)
-            self.chosen.append((time, pixels))
+            self.chosen.append((time, self._framing.pixels(frame)))
         if len(self.chosen) == 1:
             self.info.update(
                 pixel_format=frame.format.name,
                 **colour_of(frame).record(),
                 rotation=frame.rotation,
-                pixel_aspect=self._aspect,
-                resize_crop=list(frame_box(frame, self._size, self._aspect, self._fit)),
+                pixel_aspect=self._framing.aspect,
+                resize_crop=list(self._framing.box(frame)),
             )
 
 
@@ -325,7 +334,7 @@ def _read_grid(
     least: int,
     wanted: int,
     fps: float,
-    size: int,
+    sizes: Sequence[FrameSize],
     start_seconds: float = 0.0,
     fit: Fit = "crop",
     stride: int | None = None,
@@ -343,7 +352,7 @@ def _read_grid(
     try:
         with _open(source) as (container, stream, info):
             aspect = float(stream.sample_aspect_ratio or 1)
-            grid = _Grid(wanted, fps, size, fit, stride, aspect, since=-start_seconds)
+            grid = _Grid(wanted, fps, stride, Framing(sizes, aspect, fit), since=-start_seconds)
             grid.info = info
             # A stride counts every frame.
             selective = selective and stride is None and has_display_stamps(container) and can_skip_frames(stream)
@@ -363,7 +372,7 @@ def _read_grid(
         if isinstance(error, ClipError | MemoryError):
             raise
         if selective and grid is not None and not isinstance(error, UnsupportedColourError):
-            return _read_grid(source, least, wanted, fps, size, start_seconds, fit, stride, selective=False)
+            return _read_grid(source, least, wanted, fps, sizes, start_seconds, fit, stride, selective=False)
         broken = _broken(error, grid, stride, first)
         if grid is None or len(grid.chosen) < least:
             raise ClipError("damaged" if grid is not None and grid.chosen else "undecodable", broken) from error
@@ -413,7 +422,7 @@ def _read_span_grids(
     least: int,
     wanted: int,
     fps: float,
-    size: int,
+    sizes: Sequence[FrameSize],
     fit: Fit,
     stride: int | None,
     shots: ShotSpec | None,
@@ -436,12 +445,13 @@ def _read_span_grids(
         with _open(source) as (container, stream, info):
             aspect, rate = float(stream.sample_aspect_ratio or 1), float(stream.average_rate or fps)
 
-            def new_grid() -> _Grid:
-                grid = _Grid(wanted, fps, size, fit, stride, aspect)
+            def new_grid(framing: Framing) -> _Grid:
+                grid = _Grid(wanted, fps, stride, framing)
                 grid.info = dict(info)
                 return grid
 
-            grids = [new_grid() if shots is None else ShotSplitter(shots, new_grid, rate) for _ in spans]
+            factories = [functools.partial(new_grid, Framing(sizes, aspect, fit)) for _ in spans]
+            grids = [new() if shots is None else ShotSplitter(shots, new, rate) for new in factories]
             selective = selective and has_display_stamps(container) and alpha_decoder(stream) is None
             if selective:
                 frames, first, duration = frames_of_spans(container, stream, starts, ends)
@@ -472,7 +482,7 @@ def _read_span_grids(
         if isinstance(raised, ClipError | MemoryError):
             raise
         if selective and not isinstance(raised, UnsupportedColourError):
-            return _read_span_grids(source, spans, least, wanted, fps, size, fit, stride, shots, selective=False)
+            return _read_span_grids(source, spans, least, wanted, fps, sizes, fit, stride, shots, selective=False)
         if not grids:
             raise ClipError("undecodable", _broken(raised, None, stride, first)) from raised
         error = raised

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from infra import storage
 from tasks import shards
 from tasks.records import Failure, UserError
-from tasks.shards import Entry, Sample, ShardDataset, ShardManifest
+from tasks.shards import Entry, Outcome, PackedSample, Sample, ShardDataset, ShardManifest
 from tasks.shards.split import split_position
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -341,3 +341,25 @@ def test_the_fields_of_a_sample_are_one_request_to_an_object_store(monkeypatch: 
     monkeypatch.setattr(storage, "read_range", lambda u, a, b: read_range(u, a, b)[: -1 if b - a >= largest else None])
     again = data.stacks(samples, windows)  # what is cut is read again, field by field
     assert all(np.array_equal(again[name][0], one_by_one[name][0]) and not again[name][1] for name in windows)
+
+
+def test_a_data_set_of_squares_keeps_its_bytes_and_names(tmp_path: Path) -> None:
+    """Digests of the format from before frame sizes: other bytes would prepare every data set again."""
+    uri, recipe = str(tmp_path / "set"), {"size": 32}
+    shards.open_dataset(uri, recipe)
+    outcomes: list[Outcome] = [
+        [PackedSample(f"c{row}_000", {"caption": b"a", "latents": bytes(128 + 64 * row), "tokens": b"t"})]
+        for row in range(3)
+    ]
+    outcomes.insert(1, Failure("f", 1, "too_short", "1 s"))
+    written = shards.write_shard(uri, 0, (0, 4), outcomes, "hash")
+    manifest_sha = shards.publish_dataset(uri, recipe, "hash", {}, [written.summary()])
+    assert manifest_sha == "7df9503293c881622d4cf94c0543f70687d140f90146219d8a0277149fccf56c"
+    digests = {path.name: storage.sha256_file(path)[:16] for path in Path(uri).iterdir()}
+    assert digests == {
+        "index-0bb93ec6f160b63c.npz": "0bb93ec6f160b63c",
+        "manifest.json": "7df9503293c88162",
+        "recipe.json": "f8843995f03c7a6c",
+        "shard-00000-7d7a06f6eaceca53.json": "bdd94ea6b120f75c",
+        "shard-00000-7d7a06f6eaceca53.tar": "4f5c560037487d00",
+    }
