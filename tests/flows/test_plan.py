@@ -159,7 +159,7 @@ def test_options_are_ranked_by_what_a_step_computes_moves_and_sends() -> None:
         step = replace(alone, recompute_activations=option.recompute, micro_batch=option.micro_batch)
         assert option.fits == plan_memory(step, counts, 340_000_000, device).fits
 
-    # Twice as many passes of half the clips: the bytes that do not depend on the batch move twice, and gradients add up.
+    # Twice as many passes of half the clips: bytes that do not depend on the batch move twice, and gradients add up.
     four, eight = (compute_seconds(replace(alone, global_batch=8, micro_batch=m), counts, device) for m in (4, 8))
     extra = 1e10 / device.bytes_per_second / REACHED + 12 * counts.trained / device.bytes_per_second
     assert four - eight == pytest.approx(extra, rel=1e-6)
