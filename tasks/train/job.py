@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 import ray
+import ray.exceptions
 import ray.train
+import ray.train.collective
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -43,7 +45,8 @@ GROW_SECONDS = 600.0
 START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_SECONDS, ELASTIC_START_SECONDS = 300, 30
 FLUSH_SECONDS = 5.0  # a checkpoint waits this long for the delivery of earlier metrics; then they are spooled
-STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow
+STOP_SECONDS = 10.0  # a stopped training waits this long for MLflow, and for its workers to hear of it
+SAVE_SECONDS = 90.0  # and this long for its checkpoint; a preempted machine and Slurm give two minutes
 _logger = logging.getLogger(__name__)
 
 
@@ -62,13 +65,14 @@ def train(
         tracking: where the run is logged.
         in_process: run the loop here, with one worker and without Ray.
 
-    In this process SIGTERM ends the training after the current step, with a checkpoint. Under Ray a preemption notice
-    triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
+    SIGTERM and Ctrl-C end the training after the current step, with a checkpoint; a second signal does not wait for it.
+    Under Ray a preemption notice triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
 
     Raises:
         LeaseHeld: another process writes to the output.
         UserError: an invalid spec. RuntimeError: the workers failed repeatedly without a new checkpoint.
-        RayError: the session's machine is lost. TrainingStopped: SIGTERM came. The same call continues after either.
+        RayError: the session's machine is lost. TrainingStopped: SIGTERM came, in process; under Ray the exception of
+            the signal's handler is raised. The same call continues after any of these.
     """
     done = finished_report(spec)
     if done is not None:
@@ -86,18 +90,20 @@ def train(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay: Any = _Relay.options(num_cpus=0, scheduling_strategy=here).remote()
     errors: list[BaseException] = []
+    ended = threading.Event()  # a signal during Thread.join marks the thread as ended in Python 3.11
 
     def fit() -> None:
         try:
             _fit_while_progressing(spec, {"spec": spec, "tracking": tracking, "relay": relay})
         except Exception as error:  # handed to the caller below
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    with _closed_when_stopped(spec, tracking):
-        while thread.is_alive():
-            thread.join(timeout=1.0)
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    with _closed_when_stopped(spec, tracking), _saved_when_stopped(ended, relay):
+        while not ended.is_set():
+            ended.wait(1.0)
             ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
             for warning in warnings:
                 _logger.warning(warning)
@@ -123,6 +129,20 @@ def _closed_when_stopped(spec: TrainSpec, tracking: TrackingSpec) -> Iterator[No
             run = Tracking(tracking.uri, tracking.experiment, tracking.artifact_location)
             run.start_run(tracking.run_name, None, tracking.key(spec), tags=tracking.tags, wait_seconds=0)
             run.finish("KILLED", STOP_SECONDS)
+        raise
+
+
+@contextlib.contextmanager
+def _saved_when_stopped(ended: threading.Event, relay: Any) -> Iterator[None]:
+    """If a signal ends the block, the workers write a checkpoint and end before the block does."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            with contextlib.suppress(ray.exceptions.RayError):  # the machine is lost, or too busy to answer
+                if ray.get(relay.request_stop.remote(), timeout=STOP_SECONDS):
+                    _logger.warning("the training was stopped; it writes a checkpoint of the current step")
+                    ended.wait(SAVE_SECONDS)
         raise
 
 
@@ -183,13 +203,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, spec.cpus_per_worker))
     device = "cuda" if spec.gpus_per_worker else "cpu"
-    if rank != 0:
-        return asdict(run_training(spec, rank, world, device, control=_preemption()))
     relay = config["relay"]
-    relay.started.remote(world, spec.workers)
-    with _warnings_to(relay), _RunLog(spec, config["tracking"]) as log:
-        tick = _both(log.tick, lambda tick: relay.tick.remote(tick))
-        return asdict(run_training(spec, rank, world, device, tick, log, _preemption()))
+    with contextlib.suppress(TrainingStopped):  # an error would make Ray Train start the workers again
+        if rank != 0:
+            return asdict(run_training(spec, rank, world, device, control=_requests(world, None)))
+        relay.started.remote(world, spec.workers)
+        with _warnings_to(relay), _RunLog(spec, config["tracking"]) as log:
+            tick = _both(log.tick, lambda tick: relay.tick.remote(tick))
+            return asdict(run_training(spec, rank, world, device, tick, log, _requests(world, relay)))
+    return {}
 
 
 def _end_with_the_raylet() -> None:
@@ -208,15 +230,30 @@ def _end_with_the_raylet() -> None:
     threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
 
 
-def _preemption() -> ControlSignal:
-    """Requests one checkpoint for every preemption notice.
+def _requests(world: int, relay: Any) -> ControlSignal:
+    """Requests a stop when the driver does, and one checkpoint for every preemption notice.
 
-    The training continues until the machine is lost: a return would end it, an error would count as a failure.
+    After a notice the training continues until the machine is lost: a return would end it, an error would count as a
+    failure.
+
+    Args:
+        world: number of workers.
+        relay: on rank 0, which asks for all ranks; None on the others.
     """
     known: Any = None
+    pending: Any = relay.is_stopping.remote() if relay is not None else None
+
+    def stop() -> bool:
+        nonlocal pending
+        requested: Any = False
+        if pending is not None and ray.wait([pending], timeout=0)[0]:
+            requested, pending = ray.get(pending), relay.is_stopping.remote()
+        return bool(requested if world == 1 else ray.train.collective.broadcast_from_rank_zero(requested))
 
     def control() -> Literal["", "save", "stop"]:
         nonlocal known
+        if stop():
+            return "stop"
         before, known = known, ray.train.get_preemption_info()  # also a barrier: every rank calls it after every step
         return "save" if known is not None and known != before else ""
 
@@ -303,18 +340,27 @@ class _RunLog:
 
 @ray.remote
 class _Relay:
-    """Carries ticks and warnings from rank 0 to the driver."""
+    """Carries ticks and warnings from rank 0 to the driver, and the request to stop the other way."""
 
     def __init__(self) -> None:
         self._ticks: list[dict[str, Any]] = []
         self._warnings: list[str] = []
         self._starts = 0
+        self._stopping = False
 
     def started(self, world: int, workers: int) -> None:
         self._starts += 1
         if self._starts > 1 or world < workers:
             reason = "the workers were restarted" if self._starts > 1 else "not all workers could be started"
             self._warnings.append(f"{reason}: training on {world} of {workers} from the newest checkpoint")
+
+    def request_stop(self) -> bool:
+        """Whether there are workers that can react."""
+        self._stopping = True
+        return self._starts > 0
+
+    def is_stopping(self) -> bool:
+        return self._stopping
 
     def tick(self, tick: dict[str, Any]) -> None:
         self._ticks.append(tick)

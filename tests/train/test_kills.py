@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -134,3 +135,40 @@ def test_with_a_machine_lost_the_other_goes_on_with_the_same_global_batches(
     steps = [step for step, _ in found]
     assert sorted(set(steps)) == list(range(1, 121))
     assert [loss for _, loss in found] == pytest.approx([expected[step] for step in steps], rel=1e-3)
+
+
+ON_RAY = """
+import signal, sys
+from infra.cluster import ray_session
+from tasks.json_records import parse_record
+from tasks.train import job
+from tasks.train.spec import TrainSpec
+job.SAVE_SECONDS = 600  # on a busy machine
+spec = parse_record(TrainSpec, sys.stdin.read())
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with ray_session(None, spec.workers):
+    job.train(spec, lambda tick: print(tick["step"], flush=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_saves_the_step_under_way_on_ray_too(spec: TrainSpec, tmp_path: Path, workers: int) -> None:  # noqa: F811
+    stopped = replace(spec, steps=100_000, checkpoint_every=100_000, workers=workers, cpus_per_worker=1)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_RAY],
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        json.dump(to_json(stopped), process.stdin)
+        process.stdin.close()
+        seen = int(process.stdout.readline())
+        process.terminate()
+    assert process.returncode == 143
+    (saved,) = CheckpointStore(storage.join(stopped.output, "checkpoints")).steps()
+    assert seen <= saved < 100_000
