@@ -130,7 +130,7 @@ def demo() -> Recipe:
                 schedule=ScheduleConfig(sampling_steps=20),
             ),
             objective=ObjectiveConfig(weighting="unit", text_dropout=0.0),
-            steps=640,
+            steps=420,
             global_batch=8,
             # A small base needs higher learning rates than one of 1.4 B parameters.
             learning_rate_unet=7e-4,
@@ -142,7 +142,7 @@ def demo() -> Recipe:
             tick_every=20,
             precision="float32",
             micro_batch=None,
-            validation=ValidationSpec(every=320, clips=8, animated=1),
+            validation=ValidationSpec(every=210, clips=8, animated=1),
             held_out_fraction=0.1,
             # Two workers of one thread are a third faster on two cores than one worker of two threads.
             workers=2,

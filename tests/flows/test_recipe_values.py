@@ -36,8 +36,8 @@ def test_a_value_is_set_by_its_name_and_read_as_toml() -> None:
 
 
 def test_the_name_says_what_is_different() -> None:
-    assert with_set("train.steps=640", "train.seed=2").name == "demo, train.seed=2"
-    assert with_set("train.steps=640").identity() == find_recipe("demo").identity()
+    assert with_set("train.steps=420", "train.seed=2").name == "demo, train.seed=2"
+    assert with_set("train.steps=420").identity() == find_recipe("demo").identity()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_value_is_part_of_the_addresses_it_changes(tmp_path: Path, tiny_base: 
         return run.prepare.output, run.train(data).output
 
     plain = addresses()
-    assert addresses("train.steps=640", "train.tick_every=5") == plain  # no other value, and a means
+    assert addresses("train.steps=420", "train.tick_every=5") == plain  # no other value, and a means
     longer, wider = addresses("train.steps=641"), addresses("prepare.windows_per_clip=2")
     assert longer[0] == plain[0] and longer[1] != plain[1] and wider[0] != plain[0]
 
