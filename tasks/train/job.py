@@ -241,13 +241,14 @@ def _requests(world: int, relay: Any) -> ControlSignal:
         relay: on rank 0, which asks for all ranks; None on the others.
     """
     known: Any = None
-    pending: Any = relay.is_stopping.remote() if relay is not None else None
+    ask: Any = None if relay is None else relay.is_stopping.remote
+    pending: Any = None if ask is None else ask()
 
     def stop() -> bool:
         nonlocal pending
         requested: Any = False
         if pending is not None and ray.wait([pending], timeout=0)[0]:
-            requested, pending = ray.get(pending), relay.is_stopping.remote()
+            requested, pending = ray.get(pending), ask()
         return bool(requested if world == 1 else ray.train.collective.broadcast_from_rank_zero(requested))
 
     def control() -> Literal["", "save", "stop"]:
