@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal
@@ -241,13 +241,13 @@ def _requests(world: int, relay: Any) -> ControlSignal:
         relay: on rank 0, which asks for all ranks; None on the others.
     """
     known: Any = None
-    ask: Any = None if relay is None else relay.is_stopping.remote
-    pending: Any = None if ask is None else ask()
+    ask: Callable[[], Any] | None = None if relay is None else relay.is_stopping.remote
+    pending: Any = ask() if ask is not None else None
 
     def stop() -> bool:
         nonlocal pending
         requested: Any = False
-        if pending is not None and ray.wait([pending], timeout=0)[0]:
+        if ask is not None and ray.wait([pending], timeout=0)[0]:
             requested, pending = ray.get(pending), ask()
         return bool(requested if world == 1 else ray.train.collective.broadcast_from_rank_zero(requested))
 
