@@ -1,10 +1,12 @@
 """Where training starts on a base that predicts noise: the error of step 0 under each fusion, by fifths of t.
 
     python -m benchmarks.start [--rho 0.95] [--passing]
+    python -m benchmarks.start --base examples/demo_base/weights
 
 No network is trained. The base is the exact noise prediction of a text-to-video model on clips whose law is known: 16
 frames of an AR(1) process of variance one, the first frame not given; with an error of its own on top, white, of mean
 square 0, 0.004 or 0.02. `--passing` trains TNF by itself, with and without skips, to pass on its residual, the noise.
+`--base` measures instead the error of a real base with the first frame at its head, on drawn clips: `residual_error`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from flows.recipes import demo
+from tasks.ingest.drawing import draw_frame, draw_scene
 from trip_model.config import FusionConfig, TripConfig
+from trip_model.encoders import encode_pixels, load_text_encoder, load_vae
 from trip_model.fusion import TemporalNoiseFusion
-from trip_model.model import Trip
+from trip_model.model import Trip, base_unet_output
 from trip_model.schedule import NoiseSchedule
 from trip_model.unet import UNet3D, UNetConfig
 
@@ -34,7 +40,7 @@ SHRINKAGE = FusionConfig(width=16, heads=2, prediction="shrinkage")
 STARTS = {
     "the base (TRIP^-)": FusionConfig(kind="none"),
     "direct, with skips (paper)": FusionConfig(width=16, heads=2),
-    "shrinkage, unit (demo)": replace(SHRINKAGE, residual="unit"),
+    "shrinkage, unit": replace(SHRINKAGE, residual="unit"),
     "shrinkage, noise, 0.0004": replace(SHRINKAGE, residual_error=0.0004),
     "shrinkage, noise, 0.004 (paper-shrinkage)": SHRINKAGE,
     "shrinkage, noise, 0.04": replace(SHRINKAGE, residual_error=0.04),
@@ -104,11 +110,40 @@ def passing_errors(skip: bool, learning_rate: float) -> list[float]:
     return found
 
 
+@torch.no_grad()
+def base_errors(base: str, clips: int = 128) -> dict[int, float]:
+    """Mean square error by time step of a base's prediction, noise or velocity, on drawn clips of its training."""
+    vae, text, model = load_vae(base), load_text_encoder(base), demo().train.model
+    config = replace(model, fusion=FusionConfig(kind="none"), unet_output=base_unet_output(base))
+    trip = Trip.from_base(base, config).eval()
+    times = [frame / model.fps for frame in range(model.num_frames)]
+    scenes = [draw_scene(seed) for seed in range(clips)]
+    pixels = (np.stack([draw_frame(scene, time, model.size) for time in times]) for scene in scenes)
+    z_0 = torch.stack([encode_pixels(vae, clip) for clip in pixels]).transpose(1, 2) * vae.config.scaling_factor
+    words = text.encode(text.tokenize([scene.caption for scene in scenes]))
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for t in range(49, 1000, 100):
+        t_B = torch.full((clips,), t)
+        signal, _ = trip.schedule.signal_and_noise(t_B[:1], 5)
+        difference = trip(trip.schedule.add_noise(z_0, noise, t_B), z_0[:, :, :1], t_B, words) - noise
+        # An error of the velocity is that of the noise over `signal`.
+        scale = signal if config.unet_output == "velocity" else 1
+        errors[t] = (difference / scale).square().mean().item()
+    return errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rho", type=float, default=0.95, help="correlation of neighbouring frames")
+    parser.add_argument("--base", help="measure the error of this base, and nothing else")
     parser.add_argument("--passing", action="store_true", help="also train TNF to pass on its residual")
     given = parser.parse_args()
+    if given.base is not None:
+        print("| t | mean square error of the prediction |\n|---|---|")
+        for t, value in base_errors(given.base).items():
+            print(f"| {t} | {value:.3f} |")
+        return
     print(
         "| error of the base | start | noise, mean square, by fifths of t | x0, root mean square |\n|---|---|---|---|"
     )
