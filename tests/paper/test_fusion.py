@@ -14,7 +14,7 @@ from flows.recipes import find_recipe
 from tasks.records import digest
 from tasks.train.spec import spec_digest
 from trip_model.checkpoint import config_from_json
-from trip_model.config import BEFORE, FusionConfig, TripConfig
+from trip_model.config import BEFORE, FusionConfig, TripConfig, values_before
 from trip_model.fusion import TemporalNoiseFusion
 from trip_model.model import Trip
 from trip_model.noise_prior import unknown_share
@@ -232,6 +232,8 @@ def test_json_without_the_newer_fields_loads_with_their_older_values() -> None:
 
 def test_a_training_without_the_newer_fields_keeps_its_digest() -> None:
     spec = find_recipe("demo").train
+    older = replace(spec.model.fusion, **{name: values_before(FusionConfig)[name] for name in ADDED})
+    spec = replace(spec, model=replace(spec.model, fusion=older))
     before = {f.name: getattr(spec, f.name) for f in fields(spec) if not f.metadata.keys() & {"means", BEFORE}}
     before |= {"model": asdict(spec.model), "objective": asdict(spec.objective)}
     for name in ADDED:

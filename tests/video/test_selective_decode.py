@@ -14,6 +14,7 @@ import pytest
 
 from tasks.video import decode as video
 from tasks.video.decode import ClipError
+from tasks.video.frame_sizes import FrameSize
 from tasks.video.selective_decode import SelectiveDecodeError, selected_frames
 
 GRIDS = [
@@ -49,7 +50,7 @@ def moving(container: str, codec: str = "libx264", stamps: list[int] = EVEN, par
 
 def outcome(source: bytes | Path, selective: bool, grid: dict[str, Any]) -> Any:
     try:
-        chosen, info = video._read_grid(source, size=32, selective=selective, **grid)
+        chosen, info = video._read_grid(source, sizes=[FrameSize(32, 32)], selective=selective, **grid)
     except ClipError as error:
         return str(error)
     return [(time, pixels.tobytes()) for time, pixels in chosen], info
