@@ -16,7 +16,7 @@ from flows.planning.hardware import Device
 from flows.planning.memory import plan_memory
 from tasks.train.spec import TrainSpec
 
-# Of the kernels' bound; measured on a CPU (`python -m benchmarks.planner`), assumed for a GPU.
+# Of the kernels' bound; measured on a CPU (`python -m benchmarks.roofline`: 0.973 of 1.494 s), assumed for a GPU.
 REACHED = 0.65
 UPDATE_BYTES = 40  # of a trained parameter, float32: AdamW 28, the norm of the gradients and their clipping 12
 AVERAGE_BYTES = 12  # two values in, one out
