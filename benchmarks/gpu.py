@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from diffusers import AutoencoderKL
 
 from benchmarks.machine import add_json, write_json
 from flows.planning.base import PUBLISHED
+from flows.planning.measuring import run_seconds
 from tasks.train.optimizer import MovingAverage, make_optimizer, trained_weights
 from tasks.train.profiling import peak_memory_bytes
 from tasks.train.spec import TrainSpec
@@ -175,15 +175,8 @@ def vae_encode(sizes: Sizes, device: str) -> list[dict[str, Any]]:
 
 
 def median_seconds(work: Callable[[], Any], repeats: int, device: str) -> float:
-    """The median of some runs after one that warms up; waits for the device."""
-    seconds = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
+    """The median of some runs after one that warms up."""
+    return statistics.median(run_seconds(device, work, repeats))
 
 
 def main(tiny: bool) -> dict[str, Any]:

@@ -251,11 +251,8 @@ def _collect_results(
     every = results(root, tracking_uri, nights, hours)
     for result in every:
         place = f"{result.stage:<9} {result.address}"
-        if result.kept_by:
-            log(f"gc          keep    {place}: {result.kept_by}")
-            counts["kept"] += 1
+        if _kept(place, result.kept_by, result.age_hours, counts):
             continue
-        log(f"gc          remove  {place}: {result.age_hours:.0f} hours old, nothing in use refers to it")
         if not dry_run:
             try:
                 remove(result)
@@ -263,6 +260,16 @@ def _collect_results(
                 log(f"gc          keep    {place}: {error}")
                 continue
         counts["removed"] += 1
+
+
+def _kept(place: str, kept_by: str, age_hours: float, counts: dict[str, int]) -> bool:
+    """Logs and counts what is kept, and logs what is to be removed."""
+    if kept_by:
+        log(f"gc          keep    {place}: {kept_by}")
+        counts["kept"] += 1
+    else:
+        log(f"gc          remove  {place}: {age_hours:.0f} hours old, nothing in use refers to it")
+    return bool(kept_by)
 
 
 def _collect_versions(
@@ -277,11 +284,8 @@ def _collect_versions(
     named = {night.version for night in read_nights(root)[-nights:]} if nights > 0 else set()
     for version in retention.registered_versions(client, redact(root), last, hours, named):
         place = f"{'version':<9} {version.address}"
-        if version.kept_by:
-            log(f"gc          keep    {place}: {version.kept_by}")
-            counts["kept"] += 1
+        if _kept(place, version.kept_by, version.age_hours, counts):
             continue
-        log(f"gc          remove  {place}: {version.age_hours:.0f} hours old, nothing in use refers to it")
         if not dry_run and not retention.remove_version(client, tracking_uri, version):
             log(f"gc          keep    {place}: an alias names it now")
             continue

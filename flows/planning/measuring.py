@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _copy_rate(kind: str) -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.zeros(COPY_BYTES[kind], dtype=torch.uint8, device=kind)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _least_seconds(kind, lambda: target.copy_(source))
+    return 2 * source.nbytes / min(run_seconds(kind, lambda: target.copy_(source)))
 
 
 def _link_rate(kind: str, workers: int) -> float:
@@ -76,19 +77,19 @@ def _exchange(rank: int, kind: str, workers: int, folder: str) -> None:
         "nccl" if kind == "cuda" else "gloo", f"file://{folder}/group", rank=rank, world_size=workers
     )
     gradients = torch.zeros(SENT_BYTES[kind] // 4, device=kind)
-    seconds = _least_seconds(kind, lambda: torch.distributed.all_reduce(gradients))
+    seconds = min(run_seconds(kind, lambda: torch.distributed.all_reduce(gradients)))
     if rank == 0:
         (Path(folder) / "seconds").write_text(repr(seconds))
     torch.distributed.destroy_process_group()
 
 
-def _least_seconds(kind: str, work: Any) -> float:
-    """The fewest seconds of some runs after one that warms up."""
+def run_seconds(kind: str, work: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
+    """The seconds of some runs after one that warms up; waits for the device."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         begin = time.perf_counter()
         work()
         if kind == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+    return seconds[1:]

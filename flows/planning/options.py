@@ -18,7 +18,8 @@ from tasks.train.spec import TrainSpec
 
 # Of the kernels' bound; measured on a CPU (`python -m benchmarks.roofline`: 0.973 of 1.494 s), assumed for a GPU.
 REACHED = 0.65
-UPDATE_BYTES = 40  # of a trained parameter, float32: AdamW 28, the norm of the gradients and their clipping 12
+ADAMW_BYTES = 28  # read and written for each trained parameter: four values in, three out, float32
+UPDATE_BYTES = ADAMW_BYTES + 12  # with the norm of the gradients (one in) and their clipping (one in, one out)
 AVERAGE_BYTES = 12  # two values in, one out
 ACCUMULATE_BYTES = 12  # of a trained parameter for each micro-batch after the first: two values in, one out
 

@@ -13,7 +13,7 @@ from flows.planning.counting import ModelCounts, count_model, count_text, count_
 from flows.planning.hardware import HERE, Device, find_device
 from flows.planning.measuring import measured_device
 from flows.planning.memory import MemoryPlan, plan_memory, shortfall
-from flows.planning.options import Option, find_options
+from flows.planning.options import ADAMW_BYTES, Option, find_options
 from flows.planning.question import Question, check_question, sample_frames
 from flows.planning.units import duration, size, work
 from tasks.encode.spec import PrepareSpec
@@ -26,7 +26,6 @@ CLIP_BYTES = 2.15e6  # an mp4 of WebVid: 984 clips are 2.115 GB (iejMac/video2da
 DECODE_SECONDS = {"windows": (0.057, 0.129), "track": (0.3, 0.55), "shots": (0.3, 0.55)}  # no thumbnails
 PNG_SHARE = 0.31  # of the raw bytes of a first frame; 25 real clips at 256 pixels: 0.27 to 0.36 (10 to 90 %)
 SAMPLE_EXTRAS_BYTES = 7000  # caption, provenance, headers, padding and index, as a data set of the demo has them
-ADAMW_BYTES = 28  # read and written for each parameter: four values in, three out, float32
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,9 @@ class TrainingData:
         if self.quarantine is not None:
             self.quarantine.refresh()
 
-    def sample_at(self, place: int, stream: int = 0) -> int:
-        """The data set's index of the sample at a place of the infinite stream of a frame size."""
-        return self._order.sample_at(place, stream)
+    def sample_at(self, place: int) -> int:
+        """The data set's index of the sample at a place of the infinite stream of the first frame size."""
+        return self._order.sample_at(place)
 
     def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
         """Worker `rank`'s share of global batch `step` (counted from 0)."""
