@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import random
 import re
+import sys
 import threading
 import zlib
 from collections import defaultdict, deque
@@ -92,12 +93,13 @@ def download_clips(
         while waiting:
             yield from finished()
     finally:
-        for _, future in waiting:
-            future.cancel()
-        asyncio.run_coroutine_threadsafe(downloader.session.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        if not sys.is_finalizing():  # else the thread has ended with the interpreter, and a wait for it never ends
+            for _, future in waiting:
+                future.cancel()
+            asyncio.run_coroutine_threadsafe(downloader.session.close(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
 
 def download_photo(url: str, spec: DownloadSpec | None = None) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -416,3 +418,19 @@ def test_containers_are_known_by_their_first_bytes() -> None:
     assert is_video(b"\x00\x00\x00\x18ftypisom") and is_video(b"\x1aE\xdf\xa3....") and is_video(b"RIFF....AVI LIST")
     for other in (b"", b"<html>", b"RIFF....WEBPVP8 ", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04"):
         assert not is_video(other)
+
+
+def test_a_process_that_is_ended_in_a_download_ends(server: Server) -> None:
+    """A Ray actor that is killed leaves the download to the end of its interpreter, when no thread runs any more."""
+    program = f"""
+from tasks.ingest.download import download_clips
+from tasks.ingest.spec import DownloadSpec, SourceSpec
+from tasks.records import ClipRef
+
+refs = [ClipRef(key=str(n), row=n, url="{server.url}/clip?wait=%d" % (0 if n == 0 else 30), caption="") for n in range(3)]
+spec = DownloadSpec(allow_private=True, concurrency=2)
+downloads = download_clips(refs, SourceSpec(table="unused.csv"), spec)
+print(type(next(downloads)[1]).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.returncode) == ("Fetched\n", 0), done.stderr
