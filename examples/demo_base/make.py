@@ -377,18 +377,27 @@ class Denoiser(torch.nn.Module):
 
 
 def make_denoiser(
-    out: Path, steps: int, clips: int, seed: int, batch: int, go_on: bool, target: str, first_frame_share: float
+    out: Path,
+    steps: int,
+    clips: int,
+    seed: int,
+    batch: int,
+    go_on: bool,
+    target: str,
+    first_frame_share: float,
+    time_power: float,
 ) -> None:
     """Trains text encoder and 3D-UNet on velocity or noise with the paper's schedule and a text dropout of 0.1.
 
     In `first_frame_share` of the steps the clean first frame precedes the noised ones (Figure 1 (a), without prior
-    or fusion); the others are text-to-video. Under `torchrun` every process draws its own scenes and its own batches,
-    and gradients are averaged. `go_on` continues from the pair in `out` at half the rates. A training that was stopped
-    resumes from its last hundred steps when the same command is given again.
+    or fusion); the others are text-to-video. Time steps are uniform on [0, 1) to the `time_power`: below 1 more of them
+    are near the noisy end, where only photo and caption say what a frame shows. Under `torchrun` every process draws
+    its own scenes and its own batches, and gradients are averaged. `go_on` continues from the pair in `out` at half the
+    rates. A training that was stopped resumes from its last hundred steps when the same command is given again.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     command = {"steps": steps, "clips": clips, "seed": seed, "batch": batch, "go_on": go_on, "world": world}
-    command |= {"target": target, "first_frame_share": first_frame_share}
+    command |= {"target": target, "first_frame_share": first_frame_share, "time_power": time_power}
     state_file = training_folder(out) / "denoiser.pt"
     state = torch.load(state_file, weights_only=True) if state_file.is_file() else None
     if state is not None and state["command"] != command:
@@ -444,7 +453,8 @@ def make_denoiser(
             group["lr"] = one_cycle(step, steps, group["peak"])
         pick = torch.randint(0, len(captions), (batch,), generator=draw)
         z0 = z_NFCHW[pick].permute(0, 2, 1, 3, 4)
-        t = ((torch.rand((), generator=draw) + torch.arange(batch) / batch) % 1.0 * 1000).long()
+        spread = (torch.rand((), generator=draw) + torch.arange(batch) / batch) % 1.0
+        t = (spread**time_power * 1000).long()
         noise = torch.randn(z0.shape, generator=draw)
         a = alphas[t].sqrt().view(-1, 1, 1, 1, 1)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1, 1)
@@ -523,6 +533,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=["v_prediction", "epsilon"], default="v_prediction")
     parser.add_argument("--first-frame-share", type=float, default=FIRST_FRAME_SHARE, help="0: text-to-video only")
+    parser.add_argument("--time-power", type=float, default=1.0, help="below 1: more time steps near the noisy end")
     parser.add_argument("--parts-of", type=Path, help="take tokenizer and VAE from this base")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -537,7 +548,15 @@ if __name__ == "__main__":
         steady_decoder(args.out, args.decoder_steps, args.seed, args.steadiness)
     if args.only in (None, "denoiser"):
         make_denoiser(
-            args.out, args.steps, args.clips, args.seed, args.batch, args.go_on, args.target, args.first_frame_share
+            args.out,
+            args.steps,
+            args.clips,
+            args.seed,
+            args.batch,
+            args.go_on,
+            args.target,
+            args.first_frame_share,
+            args.time_power,
         )
     if args.only in (None, "preview"):
         preview(args.out)

@@ -19,7 +19,7 @@ import pytest
 from infra import storage
 from tasks.ingest.demo import write_demo_corpus
 from tests.conftest import free_port
-from tests.support.stacks import until
+from tests.support.stacks import COUNT_NODES, nodes_alive, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = [sys.executable, str(REPOSITORY / "tests" / "support" / "tiny_cli.py")]
@@ -68,9 +68,7 @@ class Machines:
         return subprocess.run(inside, capture_output=True, text=True, env=environment, timeout=900)
 
     def alive(self) -> int:
-        count = "import ray; ray.init(log_to_driver=False); print(sum(node['Alive'] for node in ray.nodes()))"
-        done = self.run(1, [sys.executable, "-c", count])
-        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+        return nodes_alive(self.run(1, COUNT_NODES))
 
     def end(self) -> None:
         for node in self.nodes:

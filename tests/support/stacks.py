@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOWS = [sys.executable, "-m", "flows"]
 RAYLET = "raylet"  # the service of a node that `add_raylet` starts
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+_COUNT = "import ray; ray.init(log_to_driver=False); print('alive:', sum(node['Alive'] for node in ray.nodes()))"
+COUNT_NODES = [sys.executable, "-c", _COUNT]
 
 
 def members(folder: Path) -> list[int]:
@@ -44,6 +47,12 @@ def until(answer: Callable[[], Any], seconds: float, what: str) -> Any:
             return found
         time.sleep(0.1)
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+def nodes_alive(counted: subprocess.CompletedProcess[str]) -> int:
+    """The number in the output of `COUNT_NODES`, between whatever Ray prints; 0 if the cluster did not answer."""
+    found = re.search(r"alive: (\d+)", counted.stdout)
+    return int(found[1]) if found and counted.returncode == 0 else 0
 
 
 class Stack:
@@ -100,10 +109,8 @@ class Stack:
 
     def living_nodes(self) -> int:
         """The nodes of the Ray cluster that are alive."""
-        count = "import ray; ray.init(log_to_driver=False); print(sum(node['Alive'] for node in ray.nodes()))"
         environment = self.environment | self.client()
-        done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, env=environment)
-        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+        return nodes_alive(subprocess.run(COUNT_NODES, capture_output=True, text=True, env=environment))
 
     def shards(self, root: str) -> dict[str, str]:
         """The shards below a root of the stack's object store, each with its hash."""
