@@ -427,7 +427,7 @@ from tasks.ingest.download import download_clips
 from tasks.ingest.spec import DownloadSpec, SourceSpec
 from tasks.records import ClipRef
 
-refs = [ClipRef(key=str(n), row=n, url="{server.url}/clip?wait=%d" % (0 if n == 0 else 30), caption="") for n in range(3)]
+refs = [ClipRef(key=str(n), row=n, url="{server.url}/clip?wait=" + str(30 * n), caption="") for n in range(3)]
 spec = DownloadSpec(allow_private=True, concurrency=2)
 downloads = download_clips(refs, SourceSpec(table="unused.csv"), spec)
 print(type(next(downloads)[1]).__name__)
