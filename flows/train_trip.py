@@ -52,12 +52,13 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
     from infra.tracking import answers_within, page_of
+    from tasks.train.detached import train_detached
     from tasks.train.job import train
 
     check_gpu_at_hand(spec)
     log(f"train       {spec.steps} steps of {spec.global_batch} clips on {spec.workers} worker(s)")
     with ray_session(None, spec.workers * spec.cpus_per_worker):
-        report = train(spec, tick, tracking)
+        report = (train_detached if spec.detached else train)(spec, tick, tracking)
     if Spool(spec).exists():
         log(f"train       MLflow has not accepted all metrics; waiting for it at most {OUTAGE_SECONDS:.0f} s")
         if answers_within(tracking_uri, OUTAGE_SECONDS):

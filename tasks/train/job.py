@@ -50,12 +50,17 @@ SAVE_SECONDS = 90.0  # and this long for its checkpoint; a preempted machine and
 _logger = logging.getLogger(__name__)
 
 
+class StopRequested(BaseException):
+    """Ends `train` under Ray as a signal does."""
+
+
 @leased
 def train(
     spec: TrainSpec,
     progress: Tick | None = None,
     tracking: TrackingSpec = NO_TRACKING,
     in_process: bool = False,
+    stop: threading.Event | None = None,
 ) -> TrainReport:
     """Trains a model, or returns the report if this training is finished.
 
@@ -64,6 +69,7 @@ def train(
         progress: called in this process for every tick of `run_training`.
         tracking: where the run is logged.
         in_process: run the loop here, with one worker and without Ray.
+        stop: ends the training under Ray when it is set, for a caller that gets no signals.
 
     SIGTERM and Ctrl-C end the training after the current step, with a checkpoint; a second signal does not wait for it.
     Under Ray a preemption notice triggers a checkpoint, and Ray Train resumes from it on the remaining machines.
@@ -72,7 +78,7 @@ def train(
         LeaseHeld: another process writes to the output.
         UserError: an invalid spec. RuntimeError: the workers failed repeatedly without a new checkpoint.
         RayError: the session's machine is lost. TrainingStopped: SIGTERM came, in process; under Ray the exception of
-            the signal's handler is raised. The same call continues after any of these.
+            the signal's handler is raised. StopRequested: `stop` was set. The same call continues after any of these.
     """
     done = finished_report(spec)
     if done is not None:
@@ -104,6 +110,8 @@ def train(
     with _closed_when_stopped(spec, tracking), _saved_when_stopped(ended, relay):
         while not ended.is_set():
             ended.wait(1.0)
+            if stop is not None and stop.is_set():
+                raise StopRequested
             ticks, warnings = ray.get(relay.take.remote())  # raises when the machine is lost
             for warning in warnings:
                 _logger.warning(warning)

@@ -19,7 +19,7 @@ import pytest
 from infra import storage
 from tasks.ingest.demo import write_demo_corpus
 from tests.conftest import free_port
-from tests.support.stacks import COUNT_NODES, nodes_alive, until
+from tests.support.stacks import LIST_NODES, living_nodes, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = [sys.executable, str(REPOSITORY / "tests" / "support" / "tiny_cli.py")]
@@ -68,7 +68,7 @@ class Machines:
         return subprocess.run(inside, capture_output=True, text=True, env=environment, timeout=900)
 
     def alive(self) -> int:
-        return nodes_alive(self.run(1, COUNT_NODES))
+        return len(living_nodes(self.run(1, LIST_NODES)))
 
     def end(self) -> None:
         for node in self.nodes:

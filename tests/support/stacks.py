@@ -21,8 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOWS = [sys.executable, "-m", "flows"]
 RAYLET = "raylet"  # the service of a node that `add_raylet` starts
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-_COUNT = "import ray; ray.init(log_to_driver=False); print('alive:', sum(node['Alive'] for node in ray.nodes()))"
-COUNT_NODES = [sys.executable, "-c", _COUNT]
+_LIST = "import ray; ray.init(log_to_driver=False); print(*('node:' + n['NodeID'] for n in ray.nodes() if n['Alive']))"
+LIST_NODES = [sys.executable, "-c", _LIST]
 
 
 def members(folder: Path) -> list[int]:
@@ -49,10 +49,9 @@ def until(answer: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
 
 
-def nodes_alive(counted: subprocess.CompletedProcess[str]) -> int:
-    """The number in the output of `COUNT_NODES`, between whatever Ray prints; 0 if the cluster did not answer."""
-    found = re.search(r"alive: (\d+)", counted.stdout)
-    return int(found[1]) if found and counted.returncode == 0 else 0
+def living_nodes(listed: subprocess.CompletedProcess[str]) -> set[str]:
+    """The ids in the output of `LIST_NODES`, between whatever Ray prints; none if the cluster did not answer."""
+    return set(re.findall(r"node:(\w+)", listed.stdout)) if listed.returncode == 0 else set()
 
 
 class Stack:
@@ -102,15 +101,16 @@ class Stack:
         for _ in range(3):
             with log.open("wb") as file:
                 node = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-            until(lambda node=node: node.poll() is not None or self.living_nodes() > before, 120, "the second raylet")
+            # Another id, not another number: for half a minute a killed raylet counts as alive.
+            until(lambda node=node: node.poll() is not None or self.living_nodes() - before, 120, "the second raylet")
             if node.poll() is None:
                 return node
         raise AssertionError(f"Ray did not start: {log.read_text()[-3000:]}")
 
-    def living_nodes(self) -> int:
-        """The nodes of the Ray cluster that are alive."""
+    def living_nodes(self) -> set[str]:
+        """The ids of the nodes of the Ray cluster that are alive."""
         environment = self.environment | self.client()
-        return nodes_alive(subprocess.run(COUNT_NODES, capture_output=True, text=True, env=environment))
+        return living_nodes(subprocess.run(LIST_NODES, capture_output=True, text=True, env=environment))
 
     def shards(self, root: str) -> dict[str, str]:
         """The shards below a root of the stack's object store, each with its hash."""
