@@ -125,7 +125,7 @@ def demo() -> Recipe:
                     local_shrinkage=True,
                     prediction="shrinkage",
                     residual="noise",  # training starts at the base's own prediction
-                    residual_error=0.025,  # of the base's velocity with the first frame at the head
+                    residual_error=0.015,  # of the base's velocity with the first frame at the head
                 ),
                 schedule=ScheduleConfig(sampling_steps=20),
             ),
