@@ -42,15 +42,16 @@ def train_detached(spec: TrainSpec, progress: Tick | None = None, tracking: Trac
     if not can_grow():
         raise UserError("train.detached true needs a Ray cluster; set RAY_ADDRESS, or leave it out")
     name = f"train-{digest(storage.absolute(spec.output))}"
-    options = {"name": name, "lifetime": "detached", "get_if_exists": True}
+    options = {"name": name, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
     trainer: Any = _Trainer.options(**options).remote(spec, tracking)
     with _ended_with(trainer):
         while True:
             ticks, warnings, ended, result = ray.get(trainer.take.remote())  # raises when its machine is lost
             for warning in warnings:
                 _logger.warning(warning)
-            for tick in ticks if progress is not None else ():
-                progress(tick)
+            if progress is not None:
+                for tick in ticks:
+                    progress(tick)
             if ended:
                 break
             time.sleep(1.0)
@@ -76,7 +77,7 @@ def _ended_with(trainer: Any) -> Iterator[None]:
         ray.kill(trainer)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote
 class _Trainer:
     """Calls `train` in a thread; keeps its ticks, warnings and result until somebody takes them."""
 
