@@ -52,7 +52,7 @@ def train_stage(spec: TrainSpec, tracking_uri: str, run_name: str) -> TrainRepor
     from flows.planning.preflight import check_gpu_at_hand
     from infra.cluster import ray_session
     from infra.tracking import answers_within, page_of
-    from tasks.train.detached import train_detached
+    from tasks.train.detached_job import train_detached
     from tasks.train.job import train
 
     check_gpu_at_hand(spec)

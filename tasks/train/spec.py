@@ -84,7 +84,7 @@ class TrainSpec:
     least_workers: int | None = field(default=None, metadata=MEANS)
     cpus_per_worker: int = field(default=2, metadata=MEANS)
     gpus_per_worker: int = field(default=0, metadata=MEANS)
-    # On a Ray cluster: the training outlives the process that started it (`tasks.train.detached`).
+    # On a Ray cluster: the training outlives the process that started it (`tasks.train.detached_job`).
     detached: bool = field(default=False, metadata=MEANS | {BEFORE: False})
     # Samples of one forward pass on one worker; None: its complete share.
     micro_batch: int | None = field(default=None, metadata=MEANS)

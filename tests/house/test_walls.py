@@ -88,7 +88,7 @@ def test_frameworks_are_at_home(path: Path) -> None:
     if "prefect" in used:
         assert name.startswith("flows/")
     if "ray" in used:
-        assert re.fullmatch(r"tasks/\w+/job\.py|infra/(cluster|workers)\.py", name)
+        assert re.fullmatch(r"tasks/\w+/(\w+_)?job\.py|infra/(cluster|workers)\.py", name)
     if "mlflow" in used:
         assert name.startswith("tasks/register/") or name in (
             "infra/tracking.py",

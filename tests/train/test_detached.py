@@ -19,7 +19,7 @@ from infra.cluster import OBJECT_STORE_BYTES, ray_session
 from infra.settings import apply_environment_defaults
 from tasks.records import UserError, to_json
 from tasks.train.checkpoints import CheckpointStore
-from tasks.train.detached import train_detached
+from tasks.train.detached_job import train_detached
 from tasks.train.loop import run_training
 from tasks.train.spec import TrainSpec
 from tests.conftest import REPOSITORY
@@ -36,7 +36,7 @@ FOLLOW = """
 import signal, sys
 from infra.cluster import ray_session
 from tasks.json_records import parse_record
-from tasks.train import detached
+from tasks.train import detached_job as detached
 from tasks.train.spec import TrainSpec
 detached.SAVE_SECONDS = 600  # on a busy machine
 spec = parse_record(TrainSpec, sys.stdin.read())
