@@ -301,8 +301,9 @@ def _create_version(
         **{f"{LINEAGE}{name}": str(value)[:4900] for name, value in spec.lineage.items()},
         **spec.tags,
     }
+    text = card.partition("\n")[2].strip()[:4900]  # MLflow's list of versions shows the first line, which is the title
     return client.create_model_version(
-        spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=card[:4900], model_id=model_id
+        spec.name, f"models:/{model_id}", run_id=run_id, tags=tags, description=text, model_id=model_id
     )
 
 

@@ -88,8 +88,10 @@ def test_a_passed_gate_makes_the_version_candidate_and_champion(registered):
     assert report.promoted and report.aliases == ("candidate", "champion")
     assert report.model_uri == "models:/trip@champion"
     assert report.consumer_check.startswith("answered with ")
-    tags = connect(spec.tracking_uri).get_model_version("trip", report.version).tags
+    version = connect(spec.tracking_uri).get_model_version("trip", report.version)
+    tags = version.tags
     assert tags["trip.gate"] == "passed" and tags["lineage.recipe"] == "demo"
+    assert version.description.startswith("Image-to-video"), "the list of versions shows the first line"
     assert report.run_id in report.run_page
 
 
