@@ -24,15 +24,15 @@ from tasks.train.job import NO_TRACKING, SAVE_SECONDS, STOP_SECONDS, StopRequest
 from tasks.train.loop import Tick, TrainingStopped
 from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report
 
-LINGER_SECONDS = 60.0  # an actor whose training has ended waits this long for somebody who follows it
+LINGER_SECONDS = 60.0  # an actor whose training has ended waits this long for a process to take its result
 _logger = logging.getLogger(__name__)
 
 
 def train_detached(spec: TrainSpec, progress: Tick | None = None, tracking: TrackingSpec = NO_TRACKING) -> TrainReport:
     """Like `train` under Ray, but the death of this process does not end the training; needs an open Ray session.
 
-    If this training runs already, follows it: `progress` gets the ticks that nobody has taken. A signal here ends the
-    training with a checkpoint, as it does in `train`.
+    If this training runs already, follows it: `progress` gets the ticks that no process has taken. A signal here ends
+    the training with a checkpoint, as it does in `train`; an error here, such as one of `progress`, does not end it.
 
     Raises:
         UserError: an invalid spec, or a local session, which ends with this process. Also the exceptions of `train`.
@@ -44,7 +44,7 @@ def train_detached(spec: TrainSpec, progress: Tick | None = None, tracking: Trac
     name = f"train-{digest(storage.absolute(spec.output))}"
     options = {"name": name, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
     trainer: Any = _Trainer.options(**options).remote(spec, tracking)
-    with _ended_with(trainer):
+    with _stopped_by_signals(trainer):
         while True:
             ticks, warnings, ended, result = ray.get(trainer.take.remote())  # raises when its machine is lost
             for warning in warnings:
@@ -55,14 +55,15 @@ def train_detached(spec: TrainSpec, progress: Tick | None = None, tracking: Trac
             if ended:
                 break
             time.sleep(1.0)
+    ray.kill(trainer)
     if isinstance(result, BaseException):
         raise result
     return result
 
 
 @contextlib.contextmanager
-def _ended_with(trainer: Any) -> Iterator[None]:
-    """Ends the actor with the block; if a signal ends the block, the training writes a checkpoint before."""
+def _stopped_by_signals(trainer: Any) -> Iterator[None]:
+    """If a signal ends the block, the training writes a checkpoint, and the actor ends."""
     try:
         yield
     except BaseException as error:
@@ -72,14 +73,13 @@ def _ended_with(trainer: Any) -> Iterator[None]:
                 deadline = time.monotonic() + STOP_SECONDS + SAVE_SECONDS
                 while time.monotonic() < deadline and not ray.get(trainer.take.remote())[2]:
                     time.sleep(0.5)
+            ray.kill(trainer)
         raise
-    finally:
-        ray.kill(trainer)
 
 
 @ray.remote
 class _Trainer:
-    """Calls `train` in a thread; keeps its ticks, warnings and result until somebody takes them."""
+    """Calls `train` in a thread; keeps its ticks, warnings and result until a process takes them."""
 
     def __init__(self, spec: TrainSpec, tracking: TrackingSpec) -> None:
         self._ticks: list[dict[str, Any]] = []
@@ -99,10 +99,10 @@ class _Trainer:
             self._result = train(spec, lambda tick: self._ticks.append(tick), tracking, stop=self._stop)
         except StopRequested:
             self._result = TrainingStopped("the training was stopped; the same command continues it")
-        except Exception as error:  # handed to whoever follows
+        except Exception as error:  # raised in the process that follows
             self._result = error
         self._ended.set()
-        time.sleep(LINGER_SECONDS)  # whoever follows ends the actor earlier
+        time.sleep(LINGER_SECONDS)  # the process that follows ends the actor earlier
         ray.kill(me)
 
     def take(self) -> tuple[list[dict[str, Any]], list[str], bool, TrainReport | BaseException | None]:

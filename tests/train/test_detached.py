@@ -105,13 +105,13 @@ def test_a_training_goes_on_without_its_process_and_the_same_command_follows_it(
     assert second.returncode == 0
     assert lines[-2:] == ["report", "400"]
     steps = [int(line) for line in lines[:-2]]
-    assert steps == list(range(steps[0], 401)) and steps[0] <= left + 1, "every tick that nobody had taken, once"
+    assert steps == list(range(steps[0], 401)) and steps[0] <= left + 1, "every tick that no process had taken, once"
     assert_same_weights(alone, training)
     assert trainers(cluster) == 0
 
 
 @pytest.mark.slow
-def test_a_signal_to_who_follows_ends_the_training_with_a_checkpoint(
+def test_sigterm_to_the_process_that_follows_ends_the_training_with_a_checkpoint(
     cluster: Cluster,
     spec: TrainSpec,  # noqa: F811
 ) -> None:
