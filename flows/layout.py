@@ -7,6 +7,7 @@ meets old files and the same command resumes. Asking for an address runs nothing
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from tasks.ingest.spec import SourceSpec
 from tasks.model_folder import local_model
 from tasks.records import Artifact, UserError, digest
 from tasks.shards import ShardDataset, version_of
-from tasks.train.spec import Start, TrainSpec, finished_report, spec_digest
+from tasks.train.spec import NO_CLUSTER, Start, TrainSpec, finished_report, spec_digest
 from trip_model.folders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"  # of MLflow
@@ -147,6 +148,12 @@ def resolve(
         UserError: an unknown recipe, unusable options, or values that the recipe does not have.
     """
     return Run(find_recipe(recipe, base, values), named_source(source, options), storage.absolute(root))
+
+
+def check_cluster(run: Run) -> None:
+    """Raises UserError, before work begins, if the training is to be detached and no Ray cluster is named."""
+    if run.recipe.train.detached and not os.environ.get("RAY_ADDRESS"):
+        raise UserError(NO_CLUSTER)
 
 
 def items_of(recipe: Recipe, data: Artifact, protocol: str | None, foreign: bool) -> EvaluateSpec:

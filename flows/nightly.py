@@ -72,6 +72,7 @@ def nightly(
         log(f"nightly     {sentence}")
         return {"outcome": sentence}
 
+    layout.check_cluster(run)
     # Imported here: a night with nothing new needs none of it.
     from flows.champion import evaluate_beside_champion
     from flows.prepare_latents import prepare_held_out, prepare_stage

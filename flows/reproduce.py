@@ -109,6 +109,7 @@ def reproduce(
         held_out_options: how the second source is read.
     """
     run = layout.resolve(recipe, source, root, base, options, values)
+    layout.check_cluster(run)
     numbers = run.recipe
     uri = tracking_address(tracking_uri, root)
     second = layout.held_out_run(run, held_out_source, held_out_options)

@@ -22,7 +22,7 @@ from infra.cluster import can_grow
 from tasks.records import UserError, digest
 from tasks.train.job import NO_TRACKING, SAVE_SECONDS, STOP_SECONDS, StopRequested, train
 from tasks.train.loop import Tick, TrainingStopped
-from tasks.train.spec import TrackingSpec, TrainReport, TrainSpec, finished_report
+from tasks.train.spec import NO_CLUSTER, TrackingSpec, TrainReport, TrainSpec, finished_report
 
 LINGER_SECONDS = 60.0  # an actor whose training has ended waits this long for a process to take its result
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def train_detached(spec: TrainSpec, progress: Tick | None = None, tracking: Trac
     if finished_report(spec) is not None:
         return train(spec, progress, tracking)  # delivers metrics that were spooled
     if not can_grow():
-        raise UserError("train.detached true needs a Ray cluster; set RAY_ADDRESS, or leave it out")
+        raise UserError(NO_CLUSTER)
     name = f"train-{digest(storage.absolute(spec.output))}"
     options = {"name": name, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
     trainer: Any = _Trainer.options(**options).remote(spec, tracking)

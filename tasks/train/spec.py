@@ -14,6 +14,7 @@ from trip_model.config import BEFORE, ObjectiveConfig, TripConfig
 
 REPORT = "report.json"  # next to the model; written last, so it marks the training as complete
 SPOOL = "tracking.jsonl"  # undelivered tracking records (`tasks/train/spool.py`)
+NO_CLUSTER = "train.detached true needs a Ray cluster; set RAY_ADDRESS, or leave it out"
 # Metadata of a field that does not change the result, up to rounding, and so is not part of the identity.
 MEANS = {"means": True}
 

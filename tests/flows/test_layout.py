@@ -7,12 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows import layout
 from flows.cli.app import COMMANDS, FLOWS
 from flows.cli.signature import signature_of, summary_of
+from flows.nightly import nightly
+from flows.reproduce import reproduce
 from flows.source import DEFAULT
 from infra import storage
 from tasks.encode.fingerprint import fingerprint_of
@@ -69,6 +72,16 @@ def test_another_recipe_of_training_keeps_the_data_set(tmp_path: Path, tiny_base
     run = layout.resolve("demo", None, str(tmp_path), str(tiny_base), DEFAULT)
     changed = replace(run.recipe.train, steps=7, learning_rate_unet=1.0)
     assert replace(run, recipe=replace(run.recipe, train=changed)).prepare.output == run.prepare.output
+
+
+@pytest.mark.parametrize("flow", [nightly, reproduce])
+def test_a_detached_training_without_a_cluster_is_refused_before_clips_are_prepared(
+    flow: Any, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="set RAY_ADDRESS"):
+        flow.fn(root=str(tmp_path / "run"), base=str(tiny_base), values=["train.detached=true"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_table_that_grows_or_moves_keeps_its_data_set(tmp_path: Path, tiny_base: Path) -> None:

@@ -59,9 +59,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def follow(cluster: Cluster, training: TrainSpec) -> subprocess.Popen[str]:
+def follow(cluster: Cluster, training: TrainSpec, program: str = FOLLOW) -> subprocess.Popen[str]:
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-c", FOLLOW]
+    command = [sys.executable, "-c", program]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -124,6 +124,21 @@ def test_sigterm_to_the_process_that_follows_ends_the_training_with_a_checkpoint
     (saved,) = CheckpointStore(storage.join(training.output, "checkpoints")).steps()
     assert seen <= saved < 100_000
     assert trainers(cluster) == 0
+
+
+@pytest.mark.slow
+def test_an_error_of_the_process_that_follows_does_not_end_the_training(
+    cluster: Cluster,
+    spec: TrainSpec,  # noqa: F811
+) -> None:
+    training = replace(spec, steps=200, checkpoint_every=50, cpus_per_worker=1, detached=True)
+    with follow(cluster, training, FOLLOW.replace('print(tick["step"], flush=True)', "1 / 0")) as failing:
+        pass
+    assert failing.returncode == 1
+    assert trainers(cluster) == 1
+    with follow(cluster, training) as second:
+        assert second.stdout is not None
+        assert second.stdout.read().split()[-2:] == ["report", "200"]
 
 
 def test_a_detached_training_needs_a_cluster(spec: TrainSpec) -> None:  # noqa: F811
