@@ -29,6 +29,7 @@ from tasks.model_folder import local_model
 from tasks.records import Artifact, UserError, digest
 from tasks.shards import ShardDataset, version_of
 from tasks.train.spec import NO_CLUSTER, Start, TrainSpec, finished_report, spec_digest
+from tasks.train.start import goals, last_of
 from trip_model.folders import folder_hash, resolve_base
 
 EXPERIMENT = "trip"  # of MLflow
@@ -86,14 +87,23 @@ class Run:
         return replace(spec, output=address(self.root, "train", spec_digest(spec)))
 
     def trained(self, data: Artifact) -> Artifact:
-        """The model that this run trained on a data set. Raises UserError if it is not finished."""
-        report = finished_report(self.train(data))
-        if report is None:
+        """The model that this run trained on a data set: from the base, or of what continues a model the last one.
+
+        Raises:
+            UserError: no finished training.
+        """
+        spec = self.train(data)
+        report = finished_report(spec)
+        if report is not None:
+            return report.exported
+        outputs = storage.join(self.root, "train")
+        parent = last_of(outputs, lambda r: r.dataset_sha256 == data.sha256 and r.goals == goals(spec))
+        if parent is None:
             raise UserError(
                 f"no finished training of recipe {self.recipe.name!r} below {self.root};"
                 " run the command train-trip first"
             )
-        return report.exported
+        return parent.model
 
     def evaluate(
         self, model: Artifact, data: Artifact, protocol: str | None = None, foreign: bool = False

@@ -10,11 +10,11 @@ from cyclopts import Group, Parameter
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import layout
+from flows import continuing, layout
 from flows.champion import evaluate_beside_champion
 from flows.console import log, results
 from flows.mlflow_store import tracking_address
-from flows.parameters import PROTOCOL, RECIPE
+from flows.parameters import BASE, PROTOCOL, RECIPE, From
 from flows.prepare_latents import prepare_held_out, prepare_stage
 from flows.recipe_values import Values
 from flows.register_trip import register_stage
@@ -86,6 +86,7 @@ def reproduce(
     held_out_source: str | None = None,
     tracking_uri: str | None = None,
     protocol: Annotated[str | None, PROTOCOL] = None,
+    start: From = BASE,
     values: Values = None,
     *,
     options: SourceOptions = DEFAULT,
@@ -104,6 +105,7 @@ def reproduce(
         held_out_source: a second source to evaluate on; needed if the recipe keeps no frames of the first.
         tracking_uri: MLflow's tracking address; without it MLFLOW_TRACKING_URI or a SQLite file in root.
         protocol: the evaluation's protocol, as of evaluate-trip; without it the recipe's if there is a second source.
+        start: base, last, champion, or the address of a trained model: what the training continues, as of train-trip.
         values: FIELD=VALUE, a number of your own instead of the recipe's, as train.steps=200; once for each.
         options: how the source is read.
         held_out_options: how the second source is read.
@@ -116,7 +118,8 @@ def reproduce(
     with kept_ray_session():
         data = prepare_stage(run).data
         held_out = data if second is None else prepare_held_out(second, protocol)
-        model = train_stage(run.train(data), uri, f"train {numbers.name}").exported
+        spec = continuing.training(run, data, start, uri)
+        model = train_stage(spec, uri, f"train {numbers.name}").exported
         report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, MODEL_NAME)
     version = register_stage(run, data, model, report.uri, uri, MODEL_NAME)
     fraction = numbers.train.held_out_fraction if second is None else 1.0

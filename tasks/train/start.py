@@ -7,6 +7,7 @@ samples its model has seen in all. From it follows what a continuation can take 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -237,12 +238,20 @@ def trainings(outputs: str) -> list[str]:
 
 def last_training(outputs: str) -> Parent:
     """The training below a folder that finished last. Raises UserError if none did."""
+    parent = last_of(outputs, lambda record: True)
+    if parent is None:
+        raise UserError(f"no finished training below {outputs} to continue; train one first, or give --from ADDRESS")
+    return parent
+
+
+def last_of(outputs: str, fits: Callable[[TrainingRecord], bool]) -> Parent | None:
+    """The training below a folder that finished last, of those whose record `fits`; None if there is none."""
     finished = []
     for output in trainings(outputs):
         record = read_training(output)
-        if record is not None and storage.exists(storage.join(output, REPORT)):
+        if record is not None and fits(record) and storage.exists(storage.join(output, REPORT)):
             finished.append((record.finished, output, record))
     if not finished:
-        raise UserError(f"no finished training below {outputs} to continue; train one first, or give --from ADDRESS")
+        return None
     _, output, record = max(finished, key=lambda entry: entry[:2])
     return Parent(Artifact(storage.join(output, "model"), record.model_sha256), output, record)

@@ -23,7 +23,8 @@ from tasks.ingest.demo import demo_table, write_demo_corpus
 from tasks.ingest.sources import source_digest
 from tasks.ingest.spec import SourceSpec
 from tasks.records import Artifact, UserError, to_json
-from tasks.train.spec import TrainReport, finished_report, spec_digest
+from tasks.train.spec import Start, TrainReport, finished_report, spec_digest
+from tasks.train.start import write_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -66,6 +67,23 @@ def test_a_moved_root_and_base_have_the_finished_training(tmp_path: Path, tiny_b
     (tmp_path / "base" / "unet" / "config.json").write_text("{}")
     layout.base_hash.cache_clear()
     assert finished_report(there.train(data)) is None
+
+
+def test_the_training_that_continued_a_model_is_found_without_its_parent(tmp_path: Path, tiny_base: Path) -> None:
+    data = Artifact(str(tmp_path / "data" / "0" / "versions" / "1"), "5" * 64)
+    run = layout.resolve("demo", None, str(tmp_path), str(tiny_base), DEFAULT)
+    with pytest.raises(UserError, match="no finished training of recipe 'demo'"):
+        run.trained(data)
+    for parent, values in (("a", {}), ("b", {}), ("c", {"global_batch": 2})):  # c: another recipe of training
+        spec = replace(run.train(data, Start(parent * 64)), **values)
+        write_training(spec, parent * 64, data.sha256, spec.base_sha256)
+        report = TrainReport(spec.output, "model", spec.steps, 1.0, 0.5, 8, 1.0, parent * 64, spec_digest(spec))
+        storage.write_json(storage.join(spec.output, "report.json"), to_json(report))
+        if parent == "b":
+            assert run.trained(data) == Artifact(storage.join(spec.output, "model"), "b" * 64)
+    assert run.trained(data).sha256 == "b" * 64
+    with pytest.raises(UserError, match="no finished training"):
+        run.trained(replace(data, sha256="6" * 64))
 
 
 def test_another_recipe_of_training_keeps_the_data_set(tmp_path: Path, tiny_base: Path) -> None:
