@@ -13,6 +13,8 @@ DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.ready-$(VERSIONS)
 ROOT ?= runs/demo
 RECIPE ?= demo
+# What the training continues: the recipe demo a small trained TRIP, other recipes their base.
+FROM ?= $(if $(filter demo,$(RECIPE)),examples/demo_trip/weights,base)
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +26,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP) ## draw clips, prepare, train, evaluate, register, animate a photo (under 15 minutes on 2 cores)
-	@$(PYTHON) -m flows reproduce --recipe $(RECIPE) --root $(ROOT)
+	@$(PYTHON) -m flows reproduce --recipe $(RECIPE) --root $(ROOT) --from $(FROM)
 
 up: $(STAMP) ## start PostgreSQL or SQLite, Prefect, MLflow, Ray, a worker and the model service on this machine
 	@$(PYTHON) -m flows up

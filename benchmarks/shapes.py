@@ -5,7 +5,11 @@
 Reads the held-out clips that `make demo` generated and prints a row for each system: in how many clips the last frame
 still shows the caption's shape, the difference of the still ground to the photo in levels of 255, the motion ratio and
 the distance to the true clip, with 95 % intervals over clips. Nothing is generated; the VAE's round trip is decoded
-from the stored latents. `--noise` adds rows of the round trip with white noise of these deviations on the final
+from the stored latents. A row of the trained TRIP that the demo continues needs its evaluation in the same root:
+
+    python -m flows evaluate-trip --recipe demo --root runs/demo --model examples/demo_trip/weights
+
+`--noise` adds rows of the round trip with white noise of these deviations on the final
 latents: where the decoder stops telling shapes apart, to compare with the error of the model's own latents.
 `--pictures` writes the README's: the first four held-out clips by key, so none is picked.
 """
@@ -39,6 +43,7 @@ Floats = NDArray[np.float64]
 
 LEAST_OVERLAP = 0.7  # with the nearest prototype; below, the object has no shape. Drawn clips have 0.9 and more
 AREA_BOUNDS = (0.6, 1.67)  # of the object relative to the photo's
+START = "start"  # the trained model that the demo continues
 PATH_MARGIN = 2  # pixels around the object's true path that do not count as still ground
 
 
@@ -153,21 +158,26 @@ def table(systems: dict[str, list[Pixels]], items: Sequence[Item]) -> list[str]:
     return lines
 
 
-def gain(systems: dict[str, list[Pixels]], items: Sequence[Item]) -> str:
+def gains(systems: dict[str, list[Pixels]], items: Sequence[Item]) -> list[str]:
     """Returns what training adds to the base, and its share of the way from the base to the VAE's round trip."""
     distances = {
-        name: np.array([clip_distance(clip, real) for clip, real in zip(systems[name], systems["real"], strict=True)])
-        for name in ("base", "trip", "vae")
+        name: np.array([clip_distance(clip, real) for clip, real in zip(made, systems["real"], strict=True)])
+        for name, made in systems.items()
     }
-    gained = paired_difference(distances["base"], distances["trip"], [item.clip for item in items])
-    share = gained.value / (distances["base"].mean() - distances["vae"].mean())
-    return f"base minus trip {number(gained, '+.4f')}: {share:.0%} of the way from the base to the VAE's round trip"
+    way = distances["base"].mean() - distances["vae"].mean()
+    lines = []
+    for before, after in (("base", "trip"), ("base", START), (START, "trip")):
+        if before in distances and after in distances:
+            gained = paired_difference(distances[before], distances[after], [item.clip for item in items])
+            line = f"{before} minus {after} {number(gained, '+.4f')}: {gained.value / way:.0%}"
+            lines.append(f"{line} of the way from the base to the VAE's round trip")
+    return lines
 
 
 def read_run(root: Path, noise: Sequence[float] = ()) -> tuple[dict[str, list[Pixels]], list[Item], float]:
     """Reads the clips of all systems from a run's newest evaluation; also the items and the model's `object_error`."""
-    report_file = max(root.glob("evaluate/*/report.json"), key=lambda file: file.stat().st_mtime)
-    report = json.loads(report_file.read_text())
+    own, start = _newest_reports(root)
+    report = json.loads(own.read_text())
     origin = report["provenance"]
     dataset = ShardDataset(origin["dataset"])
     items = list(
@@ -183,10 +193,26 @@ def read_run(root: Path, noise: Sequence[float] = ()) -> tuple[dict[str, list[Pi
         "vae": [decode_latents(vae, z) for z in final],
         **noisy_round_trips(vae, final, noise),
         "base": [load_generated(str(base), item) for item in items],
-        "trip": [load_generated(str(report_file.parent / report["generations"]), item) for item in items],
     }
+    if start is not None:
+        systems[START] = _generated(start, items)
+    systems["trip"] = _generated(own, items)
     error = object_error(vae, systems["trip"], final)
     return {"real": reals, **{name: shown(clips, reals) for name, clips in systems.items()}}, items, error
+
+
+def _newest_reports(root: Path) -> tuple[Path, Path | None]:
+    """The newest evaluation of a model that was trained below the root, and of one that was not."""
+    own, other = [], []
+    for file in sorted(root.glob("evaluate/*/report.json"), key=lambda file: file.stat().st_mtime):
+        model = Path(json.loads(file.read_text())["provenance"]["model"])
+        (own if model.is_relative_to(root.resolve()) else other).append(file)
+    return own[-1], other[-1] if other else None
+
+
+def _generated(report: Path, items: Sequence[Item]) -> list[Pixels]:
+    folder = report.parent / json.loads(report.read_text())["generations"]
+    return [load_generated(str(folder), item) for item in items]
 
 
 def noisy_round_trips(vae: Any, final: Sequence[torch.Tensor], deviations: Sequence[float]) -> dict[str, list[Pixels]]:
@@ -237,7 +263,7 @@ def main() -> None:
     torch.set_num_threads(1)
     systems, items, error = read_run(given.root, given.noise)
     print("\n".join(table(systems, items)))
-    print(f"\n{gain(systems, items)}")
+    print("\n" + "\n".join(gains(systems, items)))
     print(f"trip: root mean square error of the latents in the object's cells of frame 16: {error:.2f}")
     if given.pictures is not None:
         write_pictures(systems, items, given.pictures)

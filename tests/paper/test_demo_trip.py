@@ -1,0 +1,41 @@
+"""The shipped trained TRIP: the demo can continue it, and it animates drawn shapes without a training."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.shapes import ground_error, read_shape
+from flows.layout import base_hash
+from flows.recipes import DEMO_BASE, demo
+from infra.settings import CHECKOUT
+from tasks.ingest.drawing import draw_frame, draw_scene
+from tasks.metrics.pixels import motion_magnitude
+from tasks.train.start import parent_at, start_from
+from trip_model import TripPipeline
+
+WEIGHTS = CHECKOUT / "examples" / "demo_trip" / "weights"
+
+
+def test_the_recipe_demo_continues_the_shipped_trip() -> None:
+    start, sentence = start_from(parent_at(str(WEIGHTS), ""), demo().train, "0" * 64, base_hash(DEMO_BASE))
+    assert start.model == str(WEIGHTS) and "its training is not known" in sentence
+
+
+def test_drawn_shapes_keep_their_shape_and_move_on_a_still_ground() -> None:
+    scenes = [draw_scene(seed) for seed in range(5_000_000, 5_000_006)]  # of no training and no corpus
+    truths = [np.stack([draw_frame(scene, k / 4, 64) for k in range(16)]) for scene in scenes]
+    photos = []
+    for truth in truths:
+        photo = io.BytesIO()
+        Image.fromarray(truth[0]).save(photo, "png")
+        photos.append(photo.getvalue())
+    pipe = TripPipeline.from_pretrained(str(WEIGHTS))
+    clips = pipe.generate(photos, [scene.caption for scene in scenes], list(range(6)))
+    kept = [read_shape(c[-1], t[0]).shape == s.shape for c, t, s in zip(clips, truths, scenes, strict=True)]
+    assert sum(kept) >= 5
+    assert max(ground_error(clip, truth) for clip, truth in zip(clips, truths, strict=True)) < 8
+    ratio = sum(map(motion_magnitude, clips)) / sum(map(motion_magnitude, truths))
+    assert 0.8 < ratio < 1.25
