@@ -10,17 +10,17 @@ from infra import storage
 from infra.settings import MODEL_NAME
 from tasks.records import Artifact, UserError
 from tasks.train.spec import TrainSpec
-from tasks.train.start import Parent, last_training, parent_at, start_from, training_of
+from tasks.train.start import Parent, check_network, last_training, parent_at, start_from, training_of
 
 
-def training(run: Run, data: Artifact, start: str, tracking_uri: str, name: str = MODEL_NAME) -> TrainSpec:
-    """The spec of a training from `start`: base, last, the champion of `name`, or the address of a trained model.
+def find_parent(run: Run, start: str, tracking_uri: str, name: str = MODEL_NAME) -> Parent | None:
+    """What a training from `start` continues: base (None), last, the champion of `name`, or a trained model's address.
 
     Raises:
         UserError: nothing to continue, or a model that the recipe cannot continue.
     """
     if start == BASE:
-        return run.train(data)
+        return None
     outputs = storage.join(run.root, "train")
     if start == LAST:
         parent = last_training(outputs)
@@ -29,7 +29,20 @@ def training(run: Run, data: Artifact, start: str, tracking_uri: str, name: str 
     else:
         parent = parent_at(start, outputs)
     spec = run.recipe.train
-    taken, sentence = start_from(parent, spec, data.sha256, layout.base_hash(spec.base))
+    check_network(parent, spec, layout.base_hash(spec.base))
+    return parent
+
+
+def training(run: Run, data: Artifact, parent: Parent | None) -> TrainSpec:
+    """The spec of a training on a data set from the base, or from `parent`.
+
+    Raises:
+        UserError: `parent` has not what the recipe's `take` asks for.
+    """
+    if parent is None:
+        return run.train(data)
+    spec = run.recipe.train
+    taken, sentence = start_from(parent, spec, data.sha256)
     log(f"continue    {sentence}")
     return run.train(data, taken)
 

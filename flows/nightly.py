@@ -80,6 +80,7 @@ def nightly(
     from flows.train_trip import train_stage
     from infra.cluster import kept_ray_session
 
+    parent = continuing.find_parent(run, start, uri, name)
     before = nights.read_nights(run.root)
     trained_on = before[-1].trained_on if before else ""
     with kept_ray_session():
@@ -93,7 +94,7 @@ def nightly(
             return asdict(night)
         log(f"nightly     {new_clips} new clips")
         held_out = data if second is None else prepare_held_out(second, protocol)
-        spec = continuing.training(run, data, start, uri, name)
+        spec = continuing.training(run, data, parent)
         model = train_stage(spec, uri, f"train {run.recipe.name}").exported
         report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, name)
     version = register_stage(run, data, model, report.uri, uri, name)

@@ -114,11 +114,12 @@ def reproduce(
     layout.check_cluster(run)
     numbers = run.recipe
     uri = tracking_address(tracking_uri, root)
+    parent = continuing.find_parent(run, start, uri)
     second = layout.held_out_run(run, held_out_source, held_out_options)
     with kept_ray_session():
         data = prepare_stage(run).data
         held_out = data if second is None else prepare_held_out(second, protocol)
-        spec = continuing.training(run, data, start, uri)
+        spec = continuing.training(run, data, parent)
         model = train_stage(spec, uri, f"train {numbers.name}").exported
         report = evaluate_beside_champion(run, model, held_out, protocol, second is not None, uri, MODEL_NAME)
     version = register_stage(run, data, model, report.uri, uri, MODEL_NAME)

@@ -106,8 +106,9 @@ def train_trip(
     """
     uri = tracking_address(tracking_uri, root)
     run = layout.resolve(recipe, source, root, base, options, values)
+    parent = continuing.find_parent(run, start, uri)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
-    spec = replace(continuing.training(run, data, start, uri), profile=profile or run.recipe.train.profile)
+    spec = replace(continuing.training(run, data, parent), profile=profile or run.recipe.train.profile)
     report = train_stage(spec, uri, f"train {run.recipe.name}")
     evaluation = {"recipe": recipe, "source": source, "root": root, "base": base, "dataset": data.uri}
     evaluation |= {"model": report.model, "tracking_uri": tracking_uri, "values": values, "options": to_json(options)}

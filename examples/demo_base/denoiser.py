@@ -148,6 +148,7 @@ class DenoiserTraining:
     muon_rate: float
     text_dropout: float
     frozen_text: bool
+    text_rate: float
 
 
 def make_denoiser(out: Path, training: DenoiserTraining) -> None:
@@ -189,7 +190,7 @@ def make_denoiser(out: Path, training: DenoiserTraining) -> None:
     scale = 0.5 if training.go_on else 1.0
     muon = MuonOnMatrices(denoiser.unet) if training.muon_rate else None
     unet_weights = muon.others if muon else list(denoiser.unet.parameters())
-    groups = [(unet_weights, scale * UNET_RATE), (list(denoiser.text.parameters()), scale * TEXT_RATE)]
+    groups = [(unet_weights, scale * UNET_RATE), (list(denoiser.text.parameters()), scale * training.text_rate)]
     if world > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False)

@@ -30,7 +30,7 @@ from transformers import CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.demo_base.common import NUM_FRAMES, TEXT_LENGTH
-from examples.demo_base.denoiser import FIRST_FRAME_SHARE, DenoiserTraining, make_denoiser
+from examples.demo_base.denoiser import FIRST_FRAME_SHARE, TEXT_RATE, DenoiserTraining, make_denoiser
 from examples.demo_base.vae import make_vae, steady_decoder
 from tasks.ingest.drawing import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from trip_model.encoders import decode_latents, load_text_encoder, load_vae
@@ -110,6 +110,7 @@ if __name__ == "__main__":
     parser.add_argument("--time-power", type=float, default=1.0, help="below 1: more time steps near the noisy end")
     parser.add_argument("--muon-rate", type=float, default=0.0, help="above 0: Muon for the 3D-UNet's matrices")
     parser.add_argument("--text-dropout", type=float, default=0.1, help="share of the samples without a caption")
+    parser.add_argument("--text-rate", type=float, default=TEXT_RATE, help="peak learning rate of the text encoder")
     parser.add_argument("--frozen-text", action="store_true", help="train the 3D-UNet only")
     parser.add_argument("--parts-of", type=Path, help="take tokenizer and VAE from this base")
     args = parser.parse_args()

@@ -109,16 +109,14 @@ def read_training(output: str) -> TrainingRecord | None:
     return record
 
 
-def start_from(parent: Parent, spec: TrainSpec, dataset_sha256: str, base_sha256: str) -> tuple[Start, str]:
-    """What a training takes of its parent, and one sentence about it.
+def start_from(parent: Parent, spec: TrainSpec, dataset_sha256: str) -> tuple[Start, str]:
+    """What a training takes of its parent, which `check_network` has accepted, and one sentence about it.
 
     `spec.take` decides; under "auto", more steps of the same training take everything and go on counting.
 
     Raises:
-        UserError: a parent that the training cannot continue: of another base, another network, or without the state
-            that `take` asks for.
+        UserError: the parent has not the state that `take` asks for.
     """
-    _check_network(parent, spec, base_sha256)
     record = parent.record
     start = Start(
         parent.model.sha256,
@@ -164,7 +162,8 @@ def _why_not_the_same(record: TrainingRecord | None, other: list[str], dataset_s
     return f"other values of {', '.join(other)}" if other else ""
 
 
-def _check_network(parent: Parent, spec: TrainSpec, base_sha256: str) -> None:
+def check_network(parent: Parent, spec: TrainSpec, base_sha256: str) -> None:
+    """Raises UserError for a parent of another base or another network than the training's."""
     try:
         described = storage.read_json(storage.join(parent.model.uri, RECORD))
     except FileNotFoundError:

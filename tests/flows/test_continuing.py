@@ -37,8 +37,8 @@ def run(tmp_path: Path, tiny_base: Path) -> layout.Run:
 def test_without_a_registry_the_champion_is_one_sentence(run: layout.Run, tmp_path: Path) -> None:
     data = Artifact("data", "0" * 64)
     with pytest.raises(UserError, match="trip has no champion to continue; promote a version"):
-        continuing.training(run, data, "champion", f"sqlite:///{tmp_path}/mlflow.db")
-    assert continuing.training(run, data, "base", "").start is None
+        continuing.find_parent(run, "champion", f"sqlite:///{tmp_path}/mlflow.db")
+    assert continuing.training(run, data, continuing.find_parent(run, "base", "")).start is None
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_the_champion_is_continued_and_registered_with_its_parent(run: layout.Ru
 
     first = run_training(run.train(dataset))
     assert "lineage.parent_sha256" not in register_model(first.exported, "first")
-    spec = continuing.training(run, dataset, "champion", uri)
+    spec = continuing.training(run, dataset, continuing.find_parent(run, "champion", uri))
     assert spec.start is not None and (spec.start.step, spec.steps) == (2, 4)
     second = run_training(spec)
     tags = register_model(second.exported, "second")
@@ -63,7 +63,7 @@ def test_the_champion_is_continued_and_registered_with_its_parent(run: layout.Ru
     assert (tags["lineage.total_steps"], tags["lineage.total_samples"]) == ("4", "8")
     # Without the training, the files of the version are continued.
     shutil.rmtree(tmp_path / "root" / "train")
-    spec = continuing.training(run, dataset, "champion", uri)
+    spec = continuing.training(run, dataset, continuing.find_parent(run, "champion", uri))
     assert spec.start is not None and (spec.start.step, spec.steps) == (0, 2)
     assert spec.start.model.startswith(str(tmp_path / "root" / "registry"))
     assert run_training(spec).step == 2

@@ -102,6 +102,15 @@ def test_a_detached_training_without_a_cluster_is_refused_before_clips_are_prepa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flow", [nightly, reproduce])
+def test_a_start_that_is_no_model_is_refused_before_clips_are_prepared(
+    flow: Any, tmp_path: Path, tiny_base: Path
+) -> None:
+    with pytest.raises(UserError, match=r"no trained model at .*/typo"):
+        flow.fn(root=str(tmp_path / "run"), base=str(tiny_base), start=str(tmp_path / "typo"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_table_that_grows_or_moves_keeps_its_data_set(tmp_path: Path, tiny_base: Path) -> None:
     def address(table: Path, text: str, limit: int | None = None) -> str:
         table.parent.mkdir(exist_ok=True)

@@ -13,14 +13,16 @@ from flows.recipes import DEMO_BASE, demo
 from infra.settings import CHECKOUT
 from tasks.ingest.drawing import draw_frame, draw_scene
 from tasks.metrics.pixels import motion_magnitude
-from tasks.train.start import parent_at, start_from
+from tasks.train.start import check_network, parent_at, start_from
 from trip_model import TripPipeline
 
 WEIGHTS = CHECKOUT / "examples" / "demo_trip" / "weights"
 
 
 def test_the_recipe_demo_continues_the_shipped_trip() -> None:
-    start, sentence = start_from(parent_at(str(WEIGHTS), ""), demo().train, "0" * 64, base_hash(DEMO_BASE))
+    parent = parent_at(str(WEIGHTS), "")
+    check_network(parent, demo().train, base_hash(DEMO_BASE))
+    start, sentence = start_from(parent, demo().train, "0" * 64)
     assert start.model == str(WEIGHTS) and "its training is not known" in sentence
 
 

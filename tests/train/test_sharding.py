@@ -21,7 +21,6 @@ from tasks.train.spec import TrainSpec, ValidationSpec, spec_digest
 from tasks.train.start import parent_at, start_from
 from tests.train.test_train import dataset, spec, train_until  # noqa: F401 - fixtures
 from trip_model.checkpoint import load_model
-from trip_model.folders import folder_hash
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "shard_worker.py"
@@ -108,8 +107,8 @@ def test_a_sharded_training_continues_a_finished_one_and_is_continued(
 
     def more_of(parent: TrainSpec, steps: int, name: str, **changes: Any) -> TrainSpec:
         own = replace(whole, steps=steps, output=str(tmp_path / name), **changes)
-        hashes = ShardDataset(own.dataset).manifest_sha256, folder_hash(own.base)
-        start, sentence = start_from(parent_at(parent.output, str(tmp_path)), own, *hashes)
+        data = ShardDataset(own.dataset).manifest_sha256
+        start, sentence = start_from(parent_at(parent.output, str(tmp_path)), own, data)
         assert sentence.startswith(f"goes on with all of {parent.output} after step {parent.steps}")
         return replace(own, start=start, steps=steps + start.step)
 

@@ -18,7 +18,15 @@ from tasks.train.checkpoints import Checkpoint, CheckpointStore
 from tasks.train.loop import run_training
 from tasks.train.preflight import preflight
 from tasks.train.spec import TrainSpec, spec_digest
-from tasks.train.start import Parent, last_training, parent_at, read_training, start_from, training_of
+from tasks.train.start import (
+    Parent,
+    check_network,
+    last_training,
+    parent_at,
+    read_training,
+    start_from,
+    training_of,
+)
 from tests.support.latents import write_latents
 from trip_model.checkpoint import load_model, read_record
 from trip_model.config import FusionConfig, ScheduleConfig, TripConfig
@@ -69,7 +77,8 @@ def trained(dataset: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFact
 def continued(parent: Parent, spec: TrainSpec, output: Path, **changes: object) -> tuple[TrainSpec, str]:
     """The spec of a training of `spec.steps` more steps, as the layout makes it, and the sentence."""
     spec = replace(spec, start=None, output=str(output), **changes)
-    start, sentence = start_from(parent, spec, ShardDataset(spec.dataset).manifest_sha256, folder_hash(spec.base))
+    check_network(parent, spec, folder_hash(spec.base))
+    start, sentence = start_from(parent, spec, ShardDataset(spec.dataset).manifest_sha256)
     return replace(spec, start=start, steps=spec.steps + start.step), sentence
 
 
