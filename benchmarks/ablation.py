@@ -54,7 +54,7 @@ CHOICE_STEPS, CHOICE_SEED = 50, 1000
 BANDS, SAMPLES, SAMPLING_STEPS = 5, 2, 10
 SAMPLED = (("energy", "energy score"), ("still_psnr", "PSNR of the still part, dB"), ("motion", "motion ratio"))
 REFERENCE, VAE, STILL = "TRIP", "VAE round trip", "still photo"
-DEMO = demo().train
+DEMO = replace(demo().train, learning_rate_unet=7e-4)  # the rate of the demo when the plan was written
 _TNF = FusionConfig(width=DEMO.model.fusion.width, heads=DEMO.model.fusion.heads)
 ARMS = {
     "TRIP^-": replace(_TNF, kind="none"),
