@@ -15,6 +15,7 @@ from tasks.ingest.drawing import draw_frame, draw_scene
 from tasks.metrics.pixels import motion_magnitude
 from tasks.train.start import check_network, parent_at, start_from
 from trip_model import TripPipeline
+from trip_model.encoders import decode_latents, encode_pixels
 
 WEIGHTS = CHECKOUT / "examples" / "demo_trip" / "weights"
 
@@ -39,5 +40,8 @@ def test_drawn_shapes_keep_their_shape_and_move_on_a_still_ground() -> None:
     kept = [read_shape(c[-1], t[0]).shape == s.shape for c, t, s in zip(clips, truths, scenes, strict=True)]
     assert sum(kept) >= 5
     assert max(ground_error(clip, truth) for clip, truth in zip(clips, truths, strict=True)) < 8
-    ratio = sum(map(motion_magnitude, clips)) / sum(map(motion_magnitude, truths))
+    # To the VAE's round trip: of clips that no video file has compressed it moves a fifth more than the clips.
+    vae = pipe.vae
+    decoded = [decode_latents(vae, encode_pixels(vae, truth) * vae.config.scaling_factor) for truth in truths]
+    ratio = sum(map(motion_magnitude, clips)) / sum(map(motion_magnitude, decoded))
     assert 0.8 < ratio < 1.25
