@@ -108,6 +108,8 @@ class MuonOnMatrices:
             matrix.grad = weight.grad.flatten(1)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+        for weight in self.weights:
+            weight.grad = None  # another optimiser's `zero_grad` would leave it, and gradients would add up
 
 
 def draw_time_steps(batch: int, time_power: float, generator: torch.Generator) -> torch.Tensor:

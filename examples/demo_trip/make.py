@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from trip_model.checkpoint import load_model, read_record, save_model
@@ -27,13 +25,12 @@ STEPS_BEFORE = "examples/demo_trip/README.md"
 def make(model: Path, out: Path) -> None:
     """Writes `out` with the weights of `model` in fp16 and the frozen networks of the demo's base."""
     if folder_hash(model, "text_encoder") != folder_hash(BASE, "text_encoder"):
-        raise SystemExit(f"{model} has another text encoder than {BASE}; train with --frozen-text")
+        raise SystemExit(
+            f"{model} has another text encoder than {BASE}; copy it to that base, or train with --frozen-text"
+        )
     trained = read_record(model)["provenance"]
     provenance = {"base_sha256": folder_hash(BASE), "steps": trained["steps"], "trainings": STEPS_BEFORE}
-    save_model(out, load_model(model), BASE, provenance)
-    for part in ("unet", "fusion"):
-        for file in (out / part).glob("*.safetensors"):
-            save_file({name: weight.half() for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    save_model(out, load_model(model).half(), BASE, provenance)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 

@@ -26,6 +26,7 @@ def test_muon_moves_the_matrices_of_the_unet_by_its_rate_and_nothing_else(tiny_b
     for weight in unet.parameters():
         weight.grad = torch.randn_like(weight)
     muon.step(0.01)
+    assert all(weight.grad is None for weight in muon.weights)  # else they add up from step to step
     others = {id(weight) for weight in muon.others}
     for name, weight in unet.named_parameters():
         moved = weight.detach() - before[name]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from benchmarks.shapes import ground_error, read_shape
@@ -18,6 +20,12 @@ from trip_model import TripPipeline
 from trip_model.encoders import decode_latents, encode_pixels
 
 WEIGHTS = CHECKOUT / "examples" / "demo_trip" / "weights"
+
+
+@pytest.mark.parametrize(("recipe", "start"), [("demo", WEIGHTS.relative_to(CHECKOUT)), ("demo-lora", "base")])
+def test_make_demo_continues_it_with_the_recipe_demo_only(recipe: str, start: object) -> None:
+    shown = subprocess.run(["make", "-n", "demo", f"RECIPE={recipe}"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert f"--from {start}\n" in shown.stdout
 
 
 def test_the_recipe_demo_continues_the_shipped_trip() -> None:
