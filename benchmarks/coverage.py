@@ -26,7 +26,7 @@ from tasks.evaluate.report.ablation import two_way_mean
 from tasks.evaluate.report.distances import together
 from tasks.metrics.energy import energy_score
 from tasks.metrics.frechet import FeatureSet, frechet_to_real, paired_frechet_difference
-from tasks.metrics.statistics import Estimate, mean_over_clips, paired_difference, ratio_of_sums
+from tasks.metrics.statistics import Estimate, mean_over_clips, paired_difference, ratio_of_sums, share_of
 
 WIDTH = 32  # of the features of a distance of sets
 BOUNDS = 0.93, 0.97
@@ -79,6 +79,15 @@ def intervals(clips: int) -> Iterator[Interval]:
     # In the demo's report a clip's motion ratio has a deviation of 0.2.
     yield Interval("ratio to the real clips, deviation 0.25", lambda r: ratio(r, 0.25), 1.2)
     yield Interval("ratio to the real clips, deviation 0.5", lambda r: ratio(r, 0.5), 1.2)
+
+    def share(random: Random) -> Estimate:
+        """Hits are whole: at a single share the coverage is anywhere in 92 to 98 %, so the share is drawn too."""
+        true = random.uniform(0, 0.3)
+        found = share_of(float(random.binomial(clips, true)), clips)
+        assert found.ci_low is not None and found.ci_high is not None
+        return Estimate(found.value - true, found.ci_low - true, found.ci_high - true)
+
+    yield Interval("share of clips, drawn from 0 to 0.3", share, 0.0)
 
     def difference(random: Random) -> Estimate:
         shared = hard(random)
@@ -140,7 +149,9 @@ def intervals(clips: int) -> Iterator[Interval]:
 
     def of_categories(random: Random) -> Estimate:
         parts = np.array_split(random.normal(size=clips), 4)
-        return together([mean_over_clips(part, [str(i) for i in range(len(part))]) for part in parts])
+        return together(
+            [mean_over_clips(part, [str(i) for i in range(len(part))]) for part in parts], [len(part) for part in parts]
+        )
 
     yield Interval("mean of four categories", of_categories, 0.0)
 

@@ -73,8 +73,9 @@ def ratio_of_sums(
     """sum(numerators)/sum(denominators) with a BCa bootstrap interval (95 %) that resamples whole clusters.
 
     Windows of one source clip are near-duplicates, so the clip, not the window, is what is drawn again. The quantiles
-    are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015) and by HC3: percentile
-    intervals of 20 to 40 clips are too short (docs/decisions/metrics.md).
+    are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015), with fewer degrees of
+    freedom where the values have long tails, and by HC3: percentile intervals of 20 to 40 clips are too short
+    (docs/decisions/metrics.md).
     """
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if not len(top) == len(bottom) == len(clusters) or len(top) == 0:
@@ -123,8 +124,25 @@ def function_of_sums(
     slope_K = (function(total_K + step) - function(total_K - step)) / (2e-5 * np.abs(total_K))
     influence_C = sums_CK @ slope_K
     error = np.sqrt(((influence_C - influence_C.mean()) ** 2).sum() * count / (count - 1))
-    reach = student_quantile(count - 1) * float(error)
+    reach = student_quantile(degrees_of_freedom(influence_C - influence_C.mean())) * float(error)
     return Estimate(value, value - reach, value + reach)
+
+
+def degrees_of_freedom(influence: NDArray[np.float64]) -> int:
+    """Degrees of freedom of the sample variance: one less than the clusters, and fewer where tails are long.
+
+    The variance of n values with excess kurtosis k has the relative variance 2 / (n - 1) + k / n; a scaled chi-square
+    of 2 over that many degrees has the same (O'Neill, 2014). k is Fisher's unbiased estimate, at least 0.
+
+    Args:
+        influence: of each cluster, mean 0, at least two of them.
+    """
+    count, spread = len(influence), float((influence**2).sum())
+    if count < 4 or spread == 0:
+        return count - 1
+    excess = count * float((influence**4).sum()) / spread**2 - 3
+    unbiased = ((count + 1) * excess + 6) * (count - 1) / ((count - 2) * (count - 3))
+    return max(1, int(2 / (2 / (count - 1) + max(unbiased, 0.0) / count)))
 
 
 def share_of(hits: float, count: int, level: float = LEVEL) -> Estimate:
@@ -185,7 +203,7 @@ def _bca_levels(
     leverage (its share of the denominators). The standard error HC3 (MacKinnon and White, 1985) corrects that; the ends
     are farther out by its ratio to the uncorrected one.
     """
-    normal, clusters = NormalDist(), len(influence)
+    normal = NormalDist()
     rounding = 1e-9 * np.ptp(resampled)  # a draw of every cluster once is a tie, whatever its last bit
     below = float((resampled < value - rounding).mean() + (resampled <= value + rounding).mean()) / 2
     edge = 0.5 / len(resampled)
@@ -193,7 +211,7 @@ def _bca_levels(
     spread = float((influence**2).sum())
     skew = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
     corrected = float(((influence / np.maximum(1 - leverage, 1e-6)) ** 2).sum())
-    reach = student_quantile(clusters - 1, level) * (sqrt(corrected / spread) if spread > 0 else 1.0)
+    reach = student_quantile(degrees_of_freedom(influence), level) * (sqrt(corrected / spread) if spread > 0 else 1.0)
     ends = (bias - reach, bias + reach)
     low, high = (normal.cdf(bias + end / max(1 - skew * end, 1e-6)) for end in ends)
     return low, high

@@ -22,7 +22,7 @@ from tasks.evaluate.progress import Ticks, duration
 from tasks.evaluate.protocol.presets import AS_PUBLISHED, load_preset
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.aggregate import Summary, summarise
-from tasks.evaluate.report.distances import Sums
+from tasks.evaluate.report.distances import Sums, together
 from tasks.evaluate.report.figures import Example, side_by_side, strip_png
 from tasks.evaluate.report.page import build
 from tasks.evaluate.report.tables import Table, all_tables, own_table, paper_tables
@@ -33,7 +33,7 @@ from tasks.metrics.extractors.extractor import NOT_COMPARABLE, ExtractorInfo, Me
 from tasks.metrics.extractors.files import ExtractorFiles
 from tasks.metrics.extractors.loading import load_extractors
 from tasks.metrics.frechet import kernel_distance
-from tasks.metrics.statistics import Estimate
+from tasks.metrics.statistics import Estimate, student_quantile
 from tasks.video.decode import read_clip
 from tests.support.reports import write_record
 
@@ -169,8 +169,20 @@ def test_distances_of_categories_are_the_mean_of_their_own():
         together.differences["frozen"][NAMES[1].metric],
         [p.differences["frozen"][NAMES[1].metric] for p in alone],
     )
-    width = np.hypot(*(part.ci_high - part.value for part in parts)) / 2
-    assert found.ci_high == pytest.approx(found.value + width)
+    widths = [part.ci_high - part.value for part in parts]
+    assert found.ci_high is not None and max(widths) / 2 < found.ci_high - found.value < np.hypot(*widths) / 2
+
+
+def test_variances_of_categories_add_with_the_degrees_of_freedom_of_welch():
+    """Of equal variances the degrees add; a category that varies alone keeps its own."""
+    one, none = Estimate(2.0, 1.0, 3.0), Estimate(4.0, 4.0, 4.0)
+    equal = together([one, one], [8, 8])
+    error = 1 / student_quantile(7) / 2**0.5
+    assert (equal.value, equal.ci_high) == pytest.approx((2.0, 2.0 + student_quantile(14) * error))
+    alone = together([one, none], [8, 8])
+    assert (alone.value, alone.ci_low, alone.ci_high) == pytest.approx((3.0, 2.5, 3.5))
+    assert together([none, none], [8, 8]) == none
+    assert together([one, Estimate(4.0)], [8, 8]) == Estimate(3.0)
 
 
 def test_a_value_at_infinity_needs_a_quarter_of_twice_as_many_clips_as_features():

@@ -23,7 +23,14 @@ from tasks.metrics.frechet import (
     kernel_distance_of_frames,
     paired_frechet_difference,
 )
-from tasks.metrics.statistics import Estimate, mean_over_clips, paired_difference, ratio_of_sums
+from tasks.metrics.statistics import (
+    Estimate,
+    mean_over_clips,
+    paired_difference,
+    ratio_of_sums,
+    student_quantile,
+    unique_clips,
+)
 from tasks.records import UserError
 
 Values = NDArray[np.float64]
@@ -80,21 +87,24 @@ class Sums:
         The real row holds the floor: every second clip against the others, which are not paired as the rows are.
         """
         sets = [_Category(extractor, by_row, indices, self.clips) for indices in _categories(self.items)]
+        clips = [unique_clips(s.clips) for s in sets]
         for row in self.rows:
             if row == REAL:
                 continue
-            self.metrics[row][extractor.metric] = together([s.frechet(row) for s in sets])
-            self.metrics[row][extractor.kernel_metric] = together([s.kernel(row) for s in sets])
+            self.metrics[row][extractor.metric] = together([s.frechet(row) for s in sets], clips)
+            self.metrics[row][extractor.kernel_metric] = together([s.kernel(row) for s in sets], clips)
             if all(s.straight for s in sets):
-                self.infinity[row][extractor.metric] = together([s.infinity(row) for s in sets])
+                self.infinity[row][extractor.metric] = together([s.infinity(row) for s in sets], clips)
             if row != TRIP:
-                self.differences[row][extractor.metric] = together([s.difference(row, self.resamples) for s in sets])
+                self.differences[row][extractor.metric] = together(
+                    [s.difference(row, self.resamples) for s in sets], clips
+                )
         floors = [s.floor() for s in sets if s.halves]
         if len(floors) == len(sets):
             for name, values in zip(
                 (extractor.metric, extractor.kernel_metric), zip(*floors, strict=True), strict=True
             ):
-                self.floors[name] = self.metrics[REAL][name] = together(values)
+                self.floors[name] = self.metrics[REAL][name] = together(values, clips)
 
 
 class _Category:
@@ -184,14 +194,32 @@ def _categories(items: Sequence[Item]) -> list[list[int]]:
     return [[i for i, item in enumerate(items) if item.category == name] for name in names]
 
 
-def together(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of categories' estimates; their clips are drawn apart, so the half widths add in quadrature."""
-    value = float(np.mean([e.value for e in estimates]))
+def together(estimates: Sequence[Estimate], clips: Sequence[int]) -> Estimate:
+    """The mean of categories' estimates, whose source clips are drawn apart: their variances add.
+
+    Each half width is Student's t times a standard error; the degrees of freedom of the sum are Welch's (1947).
+
+    Args:
+        estimates: of each category.
+        clips: the number of source clips of each category.
+    """
     if len(estimates) == 1:
         return estimates[0]
-    low, high = [e.ci_low for e in estimates], [e.ci_high for e in estimates]
-    if None in low or None in high:
+    value = float(np.mean([e.value for e in estimates]))
+    low, high = (
+        [e for e in ends if e is not None] for ends in zip(*[(e.ci_low, e.ci_high) for e in estimates], strict=True)
+    )
+    if len(low) < len(estimates) or len(high) < len(estimates):
         return Estimate(value)
-    below = float(np.sqrt(sum((e.value - (e.ci_low or 0.0)) ** 2 for e in estimates))) / len(estimates)
-    above = float(np.sqrt(sum(((e.ci_high or 0.0) - e.value) ** 2 for e in estimates))) / len(estimates)
+
+    def reach(widths: Sequence[float]) -> float:
+        degrees = [count - 1 for count in clips]
+        variances = [(w / student_quantile(d)) ** 2 for w, d in zip(widths, degrees, strict=True)]
+        if not sum(variances):
+            return 0.0
+        welch = sum(variances) ** 2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True))
+        return student_quantile(round(welch)) * sum(variances) ** 0.5 / len(widths)
+
+    below = reach([e.value - end for e, end in zip(estimates, low, strict=True)])
+    above = reach([end - e.value for e, end in zip(estimates, high, strict=True)])
     return Estimate(value, value - below, value + above)
