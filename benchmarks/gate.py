@@ -13,6 +13,8 @@ those of a report. The champion is a perfect sampler with other seeds. Systems:
     amplitude     0.9-worse: the perfect sampler's change from frame to frame, times 0.9
     correlation   0.9-worse: the perfect sampler of a texture of correlation 0.9 r
     stuck         0.9-worse: the perfect sampler, but every tenth clip is a still
+    snow          white noise of the texture's law in time, instead of the texture
+    pattern       frame 1 with one fixed pattern of noise on all later frames, with half of the texture's deviation
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ FRAMES, SIDE, BLUR = 16, 16, 1.5  # the side and the deviation of the blur are i
 GREY, CONTRAST = 128, 30
 CORRELATIONS = (0.5, 0.8, 0.9, 0.97, 0.99)
 WORSE = ("amplitude", "correlation", "stuck")
-SYSTEMS = ("perfect", "still", "mean", *WORSE)
+NOISE = ("snow", "pattern")
+SYSTEMS = ("perfect", "still", "mean", *WORSE, *NOISE)
 RESAMPLES = 1000
+FIRST, COARSE = "magnitude_of_first", "coarse_magnitude"
 
 Field = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -54,13 +58,24 @@ GAIN = _kernel()
 
 def fields(random: np.random.Generator, *count: int) -> Field:
     """Blurred Gaussian fields of deviation 1: [.., SIDE, SIDE, 3]."""
-    white = random.standard_normal((*count, SIDE, SIDE, 3), dtype=np.float32)
-    return np.fft.irfft2(np.fft.rfft2(white, axes=(-3, -2)) * GAIN[:, : SIDE // 2 + 1, None], axes=(-3, -2))
+    return np.fft.irfft2(
+        np.fft.rfft2(white(random, *count), axes=(-3, -2)) * GAIN[:, : SIDE // 2 + 1, None], axes=(-3, -2)
+    )
 
 
-def textures(random: np.random.Generator, first_NHWC: Field, correlation: float) -> Field:
-    """Clips [N, FRAMES, SIDE, SIDE, 3] that start with these fields and keep their law."""
-    noise = fields(random, len(first_NHWC), FRAMES - 1) * np.sqrt(1 - correlation**2)
+def white(random: np.random.Generator, *count: int) -> Field:
+    """White noise of deviation 1: [.., SIDE, SIDE, 3]."""
+    return random.standard_normal((*count, SIDE, SIDE, 3), dtype=np.float32)
+
+
+def textures(
+    random: np.random.Generator,
+    first_NHWC: Field,
+    correlation: float,
+    law: Callable[..., Field] = fields,
+) -> Field:
+    """Clips [N, FRAMES, SIDE, SIDE, 3] that start with these fields; with `law` fields they keep their law."""
+    noise = law(random, len(first_NHWC), FRAMES - 1) * np.sqrt(1 - correlation**2)
     frames = [first_NHWC]
     for index in range(FRAMES - 1):
         frames.append(correlation * frames[-1] + noise[:, index])
@@ -74,6 +89,11 @@ def sample(system: str, random: np.random.Generator, first_NHWC: Field, correlat
         return still
     if system == "mean":
         return still * correlation ** np.arange(FRAMES)[:, None, None, None]
+    if system == "snow":
+        return textures(random, first_NHWC, correlation, white)
+    if system == "pattern":
+        still[:, 1:] += 0.5 * white(random, len(first_NHWC))[:, None]
+        return still
     if system == "correlation":
         return textures(random, first_NHWC, 0.9 * correlation)
     clips = textures(random, first_NHWC, correlation)
@@ -98,11 +118,19 @@ def magnitudes(clips: Pixels) -> Field:
     return np.abs(np.diff(clips.astype(np.int16), axis=1)).mean(axis=(1, 2, 3, 4)) / 255
 
 
+def coarse_magnitudes(clips: Pixels) -> Field:
+    """`coarse_motion_magnitude` of all clips at once: [N]."""
+    cells = clips.reshape(*clips.shape[:2], 4, SIDE // 4, 4, SIDE // 4, 3).mean(axis=(3, 5), dtype=np.float32)
+    return np.abs(np.diff(cells, axis=1)).mean(axis=(1, 2, 3, 4), dtype=np.float64) / 255
+
+
 def measured(name: str, first: Pixels, second: Pixels, real: Pixels, items: Sequence[Item]) -> PerClip:
     """What a report keeps of a system: its two samples of each item against the true clips."""
     to_truth = np.stack([distances(first, real), distances(second, real)], axis=1)
     values = {ENERGY_SCORE: energy_score(to_truth, distances(first, second)), CLIP_DISTANCE: to_truth[:, 0]}
-    return PerClip(name, tuple(item.key for item in items), values | {MAGNITUDE: magnitudes(first)})
+    values |= {MAGNITUDE: (magnitudes(first) + magnitudes(second)) / 2}
+    values |= {FIRST: magnitudes(first), COARSE: coarse_magnitudes(first)}
+    return PerClip(name, tuple(item.key for item in items), values)
 
 
 def run(random: np.random.Generator, correlation: float, clips: int, systems: Sequence[str]) -> dict[str, Gate]:
@@ -116,7 +144,7 @@ def run(random: np.random.Generator, correlation: float, clips: int, systems: Se
         return measured(system, one, other, real, items)
 
     best, still = of("perfect"), of("still")
-    moved, names = magnitudes(real), [item.clip for item in items]
+    moved, coarse, names = magnitudes(real), coarse_magnitudes(real), [item.clip for item in items]
     gates = {}
     for system in systems:
         model = of(system)
@@ -125,8 +153,9 @@ def run(random: np.random.Generator, correlation: float, clips: int, systems: Se
         gates[system] = gate(
             Evidence(
                 clips,
-                ratio_of_sums(model.values[MAGNITUDE], moved, names, RESAMPLES),
-                champion.still_clips(model.values[MAGNITUDE], moved, names),
+                ratio_of_sums(model.values[FIRST], moved, names, RESAMPLES),
+                ratio_of_sums(model.values[COARSE], coarse, names, RESAMPLES),
+                champion.still_clips(model.values[FIRST], moved, names),
                 ENERGY_SCORE,
                 mean_over_clips(minus, names, RESAMPLES),
                 (against,),

@@ -7,6 +7,7 @@ command lines load in milliseconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -74,8 +75,11 @@ class FusionConfig:
                 f"kind 'closed' with prediction {self.prediction!r} and local_shrinkage {self.local_shrinkage},"
                 " expected prediction 'shrinkage' without local_shrinkage"
             )
-        if self.residual_error <= 0:
+        if not 0 < self.residual_error < math.inf:
             raise ValueError(f"residual_error {self.residual_error}, expected a number above 0")
+        for name in ("lambda_first", "lambda_last"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}, expected a weight from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ class ScheduleConfig:
     beta_end: float = 2e-2
     # Interpolation between both betas. Paper: linear (4.1).
     beta_schedule: Betas = "linear"
-    # Grid of DDIM, by diffusers' names. `trailing` starts at the last trained step and never visits step 0, where the
-    # prior amplifies errors by 100 (docs/decisions/schedule.md). Paper silent.
+    # Grid of DDIM, by diffusers' names. `trailing` starts at the last trained step. With up to two thirds of T
+    # steps it does not visit step 0, where the prior amplifies errors by 100 (docs/decisions/schedule.md).
+    # Paper silent.
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     # DDIM steps of one video. Paper: 50 (4.1).
     sampling_steps: int = 50

@@ -6,6 +6,7 @@ Legend of shape suffixes: B batch, C latent channels, F frames, H and W latent h
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,7 @@ class Trip(nn.Module):
         text_BLD: torch.Tensor,
         offset: int = 0,
         deep: DeepFeatures | None = None,
+        unet_first_BC1HW: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the predicted noise, float32 [B, C, F, H, W].
 
@@ -83,9 +85,12 @@ class Trip(nn.Module):
             text_BLD: text features c, one for each sample, or several, text by text; the result has one for each.
             offset: 0-based index of the first of these frames in its video, for a window of a longer one.
             deep: features of the 3D-UNet to reuse from an earlier step, or an empty object that keeps them.
+            unet_first_BC1HW: what the 3D-UNet gets instead of the first frame, for guidance on the image; the prior is
+                always that of the first frame.
         """
         frames = z_t_BCFHW.shape[2]
-        joined = unet_input(z_t_BCFHW, z_first_BC1HW, self.config.condition)
+        seen = z_first_BC1HW if unet_first_BC1HW is None else unet_first_BC1HW
+        joined = unet_input(z_t_BCFHW, seen, self.config.condition)
         t = self.schedule.conditioning_step(t_B)
         if self.config.clean_frame_timestep == "zero":
             t_BF = t[:, None].expand(-1, frames)
@@ -110,12 +115,10 @@ class Trip(nn.Module):
                     return residual
                 prior = image_noise_prior(z_t_BCFHW, z_first_BC1HW, signal, sigma)
                 if fusion.kind == "linear":
-                    decay = linear_decay(frames, fusion.lambda_first, fusion.lambda_last)
-                    if offset:  # a later window: the decay of a whole video of the trained length
-                        whole = linear_decay(self.config.num_frames, fusion.lambda_first, fusion.lambda_last)
-                        index = torch.arange(offset, offset + frames).clamp_max(self.config.num_frames - 1)
-                        decay = whole[:, :, index]
-                    return linear_fusion(prior, residual, decay.to(prior.device))
+                    # Of a video of the trained length, however many frames these are; later ones repeat the last value.
+                    decay = linear_decay(self.config.num_frames, fusion.lambda_first, fusion.lambda_last)
+                    index = torch.arange(offset, offset + frames).clamp_max(self.config.num_frames - 1)
+                    return linear_fusion(prior, residual, decay[:, :, index].to(prior.device))
         assert self.fusion is not None
         return self.fusion(residual, prior, t_B, shrinkage)
 
@@ -173,4 +176,6 @@ def measure_residual_std(*z_0_BCFHW: torch.Tensor) -> tuple[float, ...]:
     clips = sum(map(len, z_0_BCFHW))
     squares = [(z - z[:, :, :1]).float().square().mean(dim=(0, 1, 3, 4)) * (len(z) / clips) for z in z_0_BCFHW]
     values: list[float] = torch.stack(squares).sum(dim=0).sqrt().tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError("latents hold NaN or infinity, so the residual has no standard deviation")
     return (0.0, *(round(max(v, MIN_RESIDUAL_STD), 5) for v in values[1:]))

@@ -210,23 +210,22 @@ class _Predictor:
     ) -> torch.Tensor:
         by_text, by_image = self._guidance != 1.0, self._options.image_guidance != 1.0
         none = empty.expand_as(text)
-        texts = [none, text] if by_text else [text]  # of the branches with the image, which share a pass
-        z_t, image = z, z_first
+        texts = [none, text] if by_text or by_image else [text]  # of the branches with the image, which share a pass
+        z_t, given = z, z_first
+        more: dict[str, Any] = {"offset": offset} if offset else {}
         if by_image:  # another image in each branch: every branch is a sample of its own
-            count = 1 + len(texts)
-            z_t, image = torch.cat([z] * count), torch.cat([torch.zeros_like(z_first), *[z_first] * len(texts)])
+            z_t, given = torch.cat([z] * 3), torch.cat([z_first] * 3)
+            more["unet_first_BC1HW"] = torch.cat([torch.zeros_like(z_first), z_first, z_first])
             texts.insert(0, none)
         t_B = torch.full((len(z_t),), t, dtype=torch.int64, device=z.device)
-        more: dict[str, Any] = {"offset": offset} if offset else {}
         if self._options.reuse > 1:
             more["deep"] = self._deep.setdefault(offset, DeepFeatures())
-        noise = self._model(z_t, image, t_B, torch.cat(texts), **more).chunk(len(texts))
+        noise = self._model(z_t, given, t_B, torch.cat(texts), **more).chunk(len(texts))
         fused = noise[-1]
         if by_text:
             fused = noise[-2] + self._guidance * (noise[-1] - noise[-2])
-        if by_image:
-            with_image = noise[1]  # without text, if the text is guided
-            fused = noise[0] + self._options.image_guidance * (with_image - noise[0]) + (fused - with_image)
+        if by_image:  # between the branches without text, so that it does not guide the text
+            fused = noise[0] + self._options.image_guidance * (noise[1] - noise[0]) + (fused - noise[1])
         if self._options.motion != 1.0:
             signal, sigma = self._model.schedule.signal_and_noise(t_B[: len(z)], 5)
             prior = image_noise_prior(z, z_first, signal, sigma)

@@ -44,11 +44,20 @@ class NoiseSchedule:
         )
 
     def sampling_times(self, steps: int) -> list[tuple[int, int | None]]:
-        """Returns (t, t_next) of each of `steps` DDIM steps; t_next is None for the clean latent."""
+        """Returns (t, t_next) of each of `steps` DDIM steps; t_next is None for the clean latent.
+
+        Raises:
+            ValueError: the grid starts in the clean half of the schedule, where a start from noise means nothing.
+        """
         scheduler: Any = self.ddim()
         scheduler.set_timesteps(steps)
         # For 62 values of `steps`, the first is 61, diffusers' trailing grid ends with an additional time step -1.
         times = scheduler.timesteps.tolist()[:steps]
+        if times[0] < self.config.num_train_timesteps // 2:
+            raise ValueError(
+                f"{steps} step with timestep_spacing {self.config.timestep_spacing!r} starts at time step {times[0]},"
+                " expected one near the last, which is noise; use more steps, or the spacing 'trailing'"
+            )
         return list(zip(times, [*times[1:], None], strict=True))
 
     def ddim_step(self, z_t: torch.Tensor, noise: torch.Tensor, t: int, t_next: int | None) -> torch.Tensor:

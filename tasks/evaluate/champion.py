@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from infra import storage
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, SCORES, STILL_MOTION, Against
 from tasks.evaluate.protocol.protocol import Item
+from tasks.evaluate.systems import ALL_MAGNITUDE
 from tasks.evaluation_record import read_evaluation
 from tasks.metrics.statistics import Estimate, function_of_sums, ratio_of_sums, share_of
 
 BEST_FILE = "best.npz"
+LEAST_MOTION = 0.5 / 255  # of a real clip that moves: half a grey level from frame to frame
 MAGNITUDE = "magnitude"
 Measure = Literal["score", "motion"]
 Values = NDArray[np.float64]
@@ -45,7 +47,7 @@ def model_values(
 ) -> PerClip:
     """The values of one row of a summary; `by_item` is `Summary.by_item`."""
     values = {name: by_item[name][row] for name in SCORES if row in by_item.get(name, {})}
-    magnitude = {MAGNITUDE: by_item["motion_ratio"][row]}
+    magnitude = {MAGNITUDE: by_item[ALL_MAGNITUDE][row]}
     return PerClip(model_sha256, tuple(item.key for item in items), values | magnitude)
 
 
@@ -64,7 +66,8 @@ def compare(
     """A model against another on the same items, paired by clip: the share of gain lost, and the error in motion."""
     clips = [item.clip for item in items]
     lost_gain = motion_error = None
-    if "score" in measures and score in other.values and score in model.values:
+    unmeasured = "score" in measures and not (score in other.values and score in model.values)
+    if "score" in measures and not unmeasured:
         gain = still.values[score] - other.values[score]
         if gain.sum() > 0:
             lost_gain = ratio_of_sums(model.values[score] - other.values[score], gain, clips, resamples)
@@ -77,18 +80,20 @@ def compare(
             return np.abs(log_K[..., 1] - log_K[..., 0]) - np.abs(log_K[..., 2] - log_K[..., 0])
 
         motion_error = function_of_sums(moving, error, clips)
-    return Against(name, lost_gain, motion_error, sets or {})
+    return Against(name, lost_gain, motion_error, sets or {}, unmeasured)
 
 
 def still_clips(magnitude: Values, real_magnitude: Values, clips: Sequence[str]) -> Estimate | None:
     """The share of moving clips that stand still in the model's version; None where no real clip moves.
+
+    A real clip of less than `LEAST_MOTION` has the noise of a sensor or a codec, which a model need not repeat.
 
     Args:
         magnitude: the model's motion magnitude by item.
         real_magnitude: the same of the real clips.
         clips: the source clip of each item; several items of one clip count as one.
     """
-    moves = real_magnitude > 0
+    moves = real_magnitude > LEAST_MOTION
     if not moves.any():
         return None
     still = magnitude[moves] < STILL_MOTION * real_magnitude[moves]

@@ -22,7 +22,8 @@ class GateRule:
 
     Args:
         least_clips: unique held-out clips; of fewer, not even one without a still clip shows a share below a tenth.
-        least_motion_ratio, most_motion_ratio: motion relative to the real clips; from half of it to twice as much.
+        least_motion_ratio, most_motion_ratio: motion relative to the real clips; from half of it to twice as much. The
+            same bounds hold for coarse motion, which noise does not have.
         most_still_clips: the share of clips that may stand still; a clip does if it has less than `STILL_MOTION` of its
             real clip's motion.
         champion_margin: of the champion's gain over the still, the share that a model may lose; and by how much the
@@ -47,12 +48,14 @@ class Against:
             the model is better. None: the champion has no gain over the still.
         motion_error: |ln motion ratio| of the model minus that of the champion. None: one of the two does not move.
         sets: the champion's distance of sets minus the model's by metric; below 0 where the model is worse.
+        unmeasured: one of the two lacks the score that decides, so they cannot be compared.
     """
 
     name: str
     lost_gain: Estimate | None = None
     motion_error: Estimate | None = None
     sets: Mapping[str, Estimate] = field(default_factory=dict)
+    unmeasured: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Evidence:
     Attributes:
         clips: unique clips.
         motion_ratio: of the model; None if the real clips do not move.
+        coarse_motion_ratio: the same of frames that are averaged over squares, which noise does not move.
         still_clips: the share of the model's clips that stand still; None if the real clips do not move.
         score: the name of the metric that decides, one of `SCORES`.
         score_minus_still: the model's score minus that of the still, paired by clip; None if it was not measured.
@@ -70,6 +74,7 @@ class Evidence:
 
     clips: int
     motion_ratio: Estimate | None
+    coarse_motion_ratio: Estimate | None
     still_clips: Estimate | None
     score: str
     score_minus_still: Estimate | None
@@ -96,7 +101,7 @@ def gate(evidence: Evidence, rule: GateRule | None = None) -> Gate:
             evidence.clips >= rule.least_clips,
             f"{evidence.clips} held-out clips, at least {rule.least_clips} are needed to say anything",
         ),
-        *_motion(evidence.motion_ratio, evidence.still_clips, rule),
+        *_motion(evidence, rule),
         _better_than_still(evidence),
     ]
     for against in evidence.champions:
@@ -112,25 +117,27 @@ def _interval(estimate: Estimate, digits: str) -> str:
     return f"{estimate.value:{digits}} ({estimate.ci_low:{digits}} to {estimate.ci_high:{digits}})"
 
 
-def _motion(ratio: Estimate | None, still_clips: Estimate | None, rule: GateRule) -> list[Verdict]:
+def _motion(evidence: Evidence, rule: GateRule) -> list[Verdict]:
     low, high, most = rule.least_motion_ratio, rule.most_motion_ratio, rule.most_still_clips
-    title, threshold = "motion relative to the real clips", f"{low:g} to {high:g}, by the whole interval"
-    if ratio is None or still_clips is None:
+    titles = "motion relative to the real clips", "coarse motion relative to the real clips"
+    ratios, still_clips = (evidence.motion_ratio, evidence.coarse_motion_ratio), evidence.still_clips
+    threshold = f"{low:g} to {high:g}, by the whole interval"
+    if None in ratios or still_clips is None:
         missing = "the real clips do not move, so there is no motion ratio"
-        return [Verdict(title, None, threshold, False, missing)]
-    inside = ratio.ci_low is not None and ratio.ci_high is not None and low <= ratio.ci_low <= ratio.ci_high <= high
-    reason = f"motion ratio {_interval(ratio, '.3g')}, expected all of the interval in {low:g} to {high:g}"
+        return [Verdict(titles[0], None, threshold, False, missing)]
+    verdicts = []
+    for title, ratio, name in zip(titles, ratios, ("motion ratio", "coarse motion ratio"), strict=True):
+        assert ratio is not None
+        inside = ratio.ci_low is not None and ratio.ci_high is not None and low <= ratio.ci_low <= ratio.ci_high <= high
+        reason = f"{name} {_interval(ratio, '.3g')}, expected all of the interval in {low:g} to {high:g}"
+        verdicts.append(Verdict(title, ratio, threshold, inside, reason))
     few = still_clips.ci_high is not None and still_clips.ci_high < most
     too_many = (
         f"not shown that few clips stand still: the share is {_interval(still_clips, '.3f')}, expected all of the"
         f" interval below {most:g}"
     )
-    return [
-        Verdict(title, ratio, threshold, inside, reason),
-        Verdict(
-            "share of clips that stand still", still_clips, f"below {most:g}, by the whole interval", few, too_many
-        ),
-    ]
+    title, bound = "share of clips that stand still", f"below {most:g}, by the whole interval"
+    return [*verdicts, Verdict(title, still_clips, bound, few, too_many)]
 
 
 def _better_than_still(evidence: Evidence) -> Verdict:
@@ -151,6 +158,12 @@ def _not_worse(against: Against, score: str, rule: GateRule) -> list[Verdict]:
     margin, name = rule.champion_margin, against.name
     threshold = f"below {margin:g}, by the whole interval"
     verdicts = []
+    if against.unmeasured:
+        reason = (
+            f"the report of {name} or of the model has no {SCORES[score]}; evaluate both with samples of at least 2"
+        )
+        title = f"share lost of {name}'s gain over the still ({SCORES[score]})"
+        verdicts.append(Verdict(title, None, threshold, False, reason))
     if against.lost_gain is not None:
         lost = against.lost_gain
         reason = (

@@ -223,6 +223,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
             Evidence(
                 summary.clips,
                 trip_row.get("motion_ratio"),
+                trip_row.get("coarse_motion_ratio"),
                 champion.still_clips(moved[TRIP], moved[REAL], [item.clip for item in items]),
                 score,
                 trip_row.get(f"{score}_minus_{FROZEN}"),

@@ -19,7 +19,15 @@ from tasks.evaluation_record import REAL
 from tasks.metrics.alignment import alignment
 from tasks.metrics.energy import distances_to_truth, spread
 from tasks.metrics.extractors.extractor import ExtractorInfo, FeatureExtractor, extract_features
-from tasks.metrics.pixels import clip_distance, flicker, motion_magnitude, psnr_curve, smoothness_residual, ssim_curve
+from tasks.metrics.pixels import (
+    clip_distance,
+    coarse_motion_magnitude,
+    flicker,
+    motion_magnitude,
+    psnr_curve,
+    smoothness_residual,
+    ssim_curve,
+)
 from tasks.records import digest
 from tasks.video.clip_files import read_frames
 from tasks.video.decode import ClipError
@@ -29,8 +37,9 @@ from tasks.video.decode import ClipError
 CLOSED_FORM, ROUND_TRIP, BEST_OF = "closed_form", "round_trip", "best_of_k"
 ORACLES = (ROUND_TRIP, BEST_OF)  # systems that know the true clip
 HASHES = ("content", "shifted")  # of a record: which pixels were measured, all of a clip and those for sets
-TO_TRUTH, SPREAD = "to_truth", "spread"  # of a record with several samples, see `tasks.metrics.energy`
-RECORDS_VERSION = 2  # of what `measure` returns; another one is never read
+# Of a record with several samples: see `tasks.metrics.energy`, and the mean motion magnitude of all of them.
+TO_TRUTH, SPREAD, ALL_MAGNITUDE = "to_truth", "spread", "magnitude_of_all"
+RECORDS_VERSION = 3  # of what `measure` returns; another one is never read
 
 Pixels = NDArray[np.uint8]
 Features = dict[str, NDArray[np.float32]]
@@ -104,6 +113,7 @@ def measure(pixels: Pixels, real: Pixels, first: Pixels | None) -> dict[str, Any
     """
     numbers: dict[str, Any] = {
         "magnitude": motion_magnitude(pixels),
+        "coarse_magnitude": coarse_motion_magnitude(pixels),
         "distance": clip_distance(pixels, real),
         "flicker": flicker(pixels),
         "smoothness": smoothness_residual(pixels),
@@ -156,6 +166,7 @@ def measure_batch(
         if len(samples) > 1 and not row.nearest:
             shown_samples = [sample for sample, _ in samples]
             record |= {TO_TRUTH: distances_to_truth(shown_samples, real), SPREAD: spread(shown_samples)}
+            record[ALL_MAGNITUDE] = float(np.mean([motion_magnitude(sample) for sample in shown_samples]))
         records[item.key] = record | measure(pixels, real, first)
     storage.write_json(_record_address(output, row, clips, batch), records)  # last: the features are there
 

@@ -45,6 +45,20 @@ def motion_magnitude(pixels: Pixels) -> float:
     return float(np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(frames)])) / 255.0
 
 
+def coarse_motion_magnitude(pixels: Pixels) -> float:
+    """`motion_magnitude` of frames averaged over squares of a quarter of their shorter side, pixel values in [0, 1].
+
+    Noise has much motion and almost none of this; moving content has both. What is left at the right and the lower edge
+    does not count.
+    """
+    frames = checked_video(pixels)
+    side = max(1, min(frames.shape[1:3]) // 4)
+    rows, columns = (length // side for length in frames.shape[1:3])
+    whole = frames[:, : rows * side, : columns * side].reshape(len(frames), rows, side, columns, side, 3)
+    coarse = whole.mean(axis=(2, 4))
+    return float(np.abs(np.diff(coarse, axis=0)).mean()) / 255.0
+
+
 def flicker(pixels: Pixels) -> float:
     """Mean square of the second difference in time, x[t-1] - 2 x[t] + x[t+1], pixel values in [0, 1].
 

@@ -23,6 +23,8 @@ class Estimate:
 
 
 LEVEL = 0.95  # of every interval that is printed
+FEW = 8  # clusters: draws of fewer rarely lie beyond them
+LEAST_P = 1e-3  # of a p value: an interval by 2,000 draws has no quantiles farther out
 
 
 @lru_cache(maxsize=1024)
@@ -75,7 +77,8 @@ def ratio_of_sums(
     Windows of one source clip are near-duplicates, so the clip, not the window, is what is drawn again. The quantiles
     are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015), with fewer degrees of
     freedom where the values have long tails, and by HC3: percentile intervals of 20 to 40 clips are too short
-    (docs/decisions/metrics.md).
+    (docs/decisions/metrics.md). Of fewer than `FEW` clusters whose denominators are not 0 the interval is that of the
+    linearisation by Student's t: draws of so few lie within them.
     """
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if not len(top) == len(bottom) == len(clusters) or len(top) == 0:
@@ -87,12 +90,17 @@ def ratio_of_sums(
     if bottoms.sum() == 0:
         raise ValueError("the denominators sum to zero: real clips without any motion have no motion ratio")
     value = float(tops.sum() / bottoms.sum())
-    if len(names) < 2:
+    if np.count_nonzero(bottoms) < 2:
         return Estimate(value)
+    influence, leverage = tops - value * bottoms, bottoms / bottoms.sum()
+    if np.count_nonzero(bottoms) < FEW:
+        error = _corrected_error(influence, leverage) / float(bottoms.sum())
+        reach = student_quantile(degrees_of_freedom(influence[bottoms != 0]), level) * error
+        return Estimate(value, value - reach, value + reach)
     draws = _draws(len(names), resamples, seed)
     sums = draws @ bottoms
     ratios = (draws @ tops)[sums != 0] / sums[sums != 0]
-    low, high = np.quantile(ratios, _bca_levels(ratios, value, tops - value * bottoms, bottoms / bottoms.sum(), level))
+    low, high = np.quantile(ratios, _bca_levels(ratios, value, influence, leverage, level))
     return Estimate(value, float(low), float(high))
 
 
@@ -164,15 +172,16 @@ def share_of(hits: float, count: int, level: float = LEVEL) -> Estimate:
 def p_value(interval: Callable[[float], Estimate]) -> float:
     """The two-sided p of "the true value is 0": 1 minus the highest level at which the interval leaves out 0.
 
-    By bisection, to 1e-4; `interval` returns the estimate with its interval of a level.
+    By bisection, to 1e-4, at least `LEAST_P`; `interval` returns the estimate with its interval of a level. 1 where
+    there is no interval, or its ends are not numbers.
     """
 
     def leaves_out_zero(level: float) -> bool:
         estimate = interval(level)
         low, high = estimate.ci_low, estimate.ci_high
-        return low is not None and high is not None and not low <= 0 <= high
+        return low is not None and high is not None and (low > 0 or high < 0)
 
-    low, high = 0.0, 1 - 1e-4
+    low, high = 0.0, 1 - LEAST_P
     if leaves_out_zero(high):
         return 1 - high
     while high - low > 1e-4:
@@ -190,6 +199,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _corrected_error(influence: NDArray[np.float64], leverage: NDArray[np.float64]) -> float:
+    """The standard error HC3 of a sum of influences (MacKinnon and White, 1985), [clusters] each.
+
+    A cluster pulls the estimate toward itself by its leverage, its share of the denominators; HC3 corrects that.
+    """
+    return sqrt(float(((influence / np.maximum(1 - leverage, 1e-6)) ** 2).sum()))
+
+
 def _bca_levels(
     resampled: NDArray[np.float64],
     value: float,
@@ -199,9 +216,8 @@ def _bca_levels(
 ) -> tuple[float, float]:
     """Which quantiles of the resampled values are the ends of an interval; influence [clusters], mean 0.
 
-    The resampled values vary less than the estimate, since each cluster pulls the estimate toward itself by its
-    leverage (its share of the denominators). The standard error HC3 (MacKinnon and White, 1985) corrects that; the ends
-    are farther out by its ratio to the uncorrected one.
+    The resampled values vary less than the estimate, since each cluster pulls the estimate toward itself. The ends are
+    farther out by the ratio of the corrected standard error to the uncorrected one.
     """
     normal = NormalDist()
     rounding = 1e-9 * np.ptp(resampled)  # a draw of every cluster once is a tie, whatever its last bit
@@ -210,8 +226,8 @@ def _bca_levels(
     bias = normal.inv_cdf(min(max(below, edge), 1 - edge))
     spread = float((influence**2).sum())
     skew = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
-    corrected = float(((influence / np.maximum(1 - leverage, 1e-6)) ** 2).sum())
-    reach = student_quantile(degrees_of_freedom(influence), level) * (sqrt(corrected / spread) if spread > 0 else 1.0)
+    widened = _corrected_error(influence, leverage) / sqrt(spread) if spread > 0 else 1.0
+    reach = student_quantile(degrees_of_freedom(influence), level) * widened
     ends = (bias - reach, bias + reach)
     low, high = (normal.cdf(bias + end / max(1 - skew * end, 1e-6)) for end in ends)
     return low, high

@@ -126,20 +126,23 @@ class TrainingData:
         ranks = {place: rank for rank, place in enumerate(sorted(p for batch in batches for p in batch.positions))}
         return [replace(batch, positions=tuple(ranks[place] for place in batch.positions)) for batch in batches]
 
-    def first_latents(self, count: int) -> list[torch.Tensor]:
-        """Raw latents of up to `count` training samples, for measuring the data set.
+    def measured_latents(self, count: int) -> list[torch.Tensor]:
+        """Raw latents of one window of each of up to `count` training clips, for measuring the data set.
+
+        Clips and windows are drawn from the whole data set, always the same ones: the first samples may be windows of a
+        few clips.
 
         Returns:
             float32 [B, F, C, H, W] for each frame size.
         Raises:
             UserError: all of them are damaged.
         """
-        reads = self._first(self.samples, count)
+        shuffled = np.random.default_rng(0).permutation(self.samples)
+        one_of_each = np.unique(self.dataset.clip_hashes()[shuffled], return_index=True)[1]
+        reads = self._first(shuffled[one_of_each], count)  # in the order of hashes, which is no order of the clips
         latents = [read.raw_latents_BFCHW[read.intact_B].float() for read in reads if read.intact_B.any()]
         if not latents:
-            raise UserError(
-                f"the first {count} training samples of {self.dataset.uri} are damaged; verify the data set"
-            )
+            raise UserError(f"all of {count} training samples of {self.dataset.uri} are damaged; verify the data set")
         return latents
 
     def _first(self, samples: np.ndarray, count: int) -> list[Batch]:

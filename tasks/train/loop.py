@@ -187,7 +187,7 @@ class Training:
         if parent is not None and parent.num_frames == model.num_frames:
             residual_std = parent.residual_std
         else:
-            raw = self._data.first_latents(self.spec.measure_clips)
+            raw = self._data.measured_latents(self.spec.measure_clips)
             residual_std = measure_residual_std(*(z.permute(0, 2, 1, 3, 4) * self._scaling for z in raw))
         return replace(
             model,

@@ -257,7 +257,7 @@ def test_drawn_latents_have_the_mean_and_deviation_of_the_posterior(drawn: Shard
 def test_what_a_data_set_cannot_give_is_one_sentence(drawn: ShardDataset, asked: dict[str, Any], sentence: str) -> None:
     options: dict[str, Any] = {"num_frames": FRAMES} | asked
     with pytest.raises(UserError, match=sentence):
-        TrainingData(drawn, 0.2, 0, **options).first_latents(99)
+        TrainingData(drawn, 0.2, 0, **options).measured_latents(99)
 
 
 @pytest.fixture

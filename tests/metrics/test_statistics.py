@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tasks.metrics.statistics import (
+    LEAST_P,
     Estimate,
     degrees_of_freedom,
     disjoint_parts,
@@ -34,7 +35,8 @@ def test_interval_draws_whole_clips():
 
 
 @pytest.mark.parametrize(
-    ("clips", "skewed", "least"), [(20, False, 0.935), (40, False, 0.935), (20, True, 0.895), (40, True, 0.92)]
+    ("clips", "skewed", "least"),
+    [(3, False, 0.94), (20, False, 0.935), (40, False, 0.935), (20, True, 0.895), (40, True, 0.92)],
 )
 def test_interval_covers_the_true_mean_about_as_often_as_it_says(clips: int, skewed: bool, least: float):
     rng, hits, trials = np.random.default_rng(14), 0, 1500
@@ -43,7 +45,9 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says(clips: int, ske
         values = rng.normal(size=clips)
         e = mean_over_clips(np.exp(values) if skewed else values, names, resamples=1000)
         hits += e.ci_low is not None and e.ci_high is not None and e.ci_low <= truth <= e.ci_high
-    assert least < hits / trials < 0.97  # percentile intervals of 20 clips: 0.925, of skewed values 0.86
+    assert (
+        least < hits / trials < (0.985 if clips < 8 else 0.97)
+    )  # percentile intervals of 20 clips: 0.925, of skewed values 0.86
 
 
 def test_students_quantile_is_that_of_the_tables():
@@ -114,7 +118,8 @@ def test_a_p_value_agrees_with_its_interval_and_holm_with_its_definition():
         )
         assert interval.ci_low is not None and interval.ci_high is not None
         assert (p < 0.05) == (not interval.ci_low <= 0 <= interval.ci_high)
-    assert p_value(lambda level: Estimate(1.0, 0.5, 1.5)) == pytest.approx(1e-4)
+    assert p_value(lambda level: Estimate(1.0, 0.5, 1.5)) == pytest.approx(LEAST_P)
+    assert p_value(lambda level: Estimate(np.nan, np.nan, np.nan)) == 1
     assert p_value(lambda level: Estimate(1.0)) == 1
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.7, 0.6]) == [1, 1]
     assert [student_quantile(5, level) for level in (0.5, 0.99)] == pytest.approx([0.7267, 4.0321], abs=1e-4)
@@ -132,3 +137,10 @@ def test_a_function_of_sums_has_the_interval_of_its_linearisation():
     assert twice.ci_low == pytest.approx(ratio.ci_low)  # windows of one clip do not narrow it
     with pytest.raises(ValueError, match="3 values for 2 items"):
         function_of_sums([[1, 2, 3]], lambda sums: sums[..., 0], ["a", "b"])
+
+
+def test_a_ratio_with_one_moving_clip_has_no_interval():
+    """Every draw that has it gives the same ratio, which an interval of no width would hide."""
+    names = [str(i) for i in range(40)]
+    one = np.eye(40)[0]
+    assert ratio_of_sums(1.3 * one, one, names) == Estimate(1.3)

@@ -115,13 +115,27 @@ def test_the_negative_prompt_replaces_the_empty_text(pipe):
 def test_both_guidances_follow_their_formula(pipe):
     model, z, first = pipe.model, noise(), torch.randn(1, 4, 1, 4, 4, generator=seed_generator(9))
     text, empty, t = embeds(pipe), embeds(pipe, ""), torch.tensor([999])
-    none, image, both = model(z, 0 * first, t, empty), model(z, first, t, empty), model(z, first, t, text)
-    expected = none + 2 * (image - none) + 3 * (both - image)
+    none = model(z, first, t, empty, unet_first_BC1HW=0 * first)  # the prior is that of the photo in every branch
+    image, both = model(z, first, t, empty), model(z, first, t, text)
 
     from trip_model.sampler import SamplingOptions, sample_latents
 
-    made = sample_latents(model, first, text, empty, z, 1, 3.0, options=SamplingOptions(image_guidance=2.0))
-    torch.testing.assert_close(made, model.schedule.ddim_step(z, expected, 999, None), rtol=1e-4, atol=1e-4)
+    for guidance in (3.0, 1.0):  # without guidance on the text, guidance on the image does not guide the text either
+        expected = none + 2 * (image - none) + guidance * (both - image)
+        made = sample_latents(model, first, text, empty, z, 1, guidance, options=SamplingOptions(image_guidance=2.0))
+        torch.testing.assert_close(made, model.schedule.ddim_step(z, expected, 999, None), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_on_the_image_keeps_the_photo_where_there_is_a_prior(pipe):
+    """Frame 1 of a model with shrinkage is the prior's, which is exact; it was scaled by the guidance."""
+    from trip_model.sampler import SamplingOptions, sample_latents
+
+    model, z, first = pipe.model, noise(), torch.randn(1, 4, 1, 4, 4, generator=seed_generator(9))
+    assert model.config.fusion.prediction == "shrinkage"
+    made = sample_latents(
+        model, first, embeds(pipe), embeds(pipe, ""), z, 2, 1.0, options=SamplingOptions(image_guidance=3.0)
+    )
+    torch.testing.assert_close(made[:, :, :1], first, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("output_type", ["np", "pil", "pt", "latent"])

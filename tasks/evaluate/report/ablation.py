@@ -19,7 +19,15 @@ from tasks.evaluate.protocol.presets import AS_PUBLISHED, published_rows
 from tasks.evaluate.report.tables import Table, number
 from tasks.evaluation_record import EvaluationRecord, read_evaluation
 from tasks.metrics.extractors.extractor import NOT_COMPARABLE
-from tasks.metrics.statistics import LEVEL, Estimate, holm, mean_over_clips, p_value, student_quantile
+from tasks.metrics.statistics import (
+    LEVEL,
+    Estimate,
+    degrees_of_freedom,
+    holm,
+    mean_over_clips,
+    p_value,
+    student_quantile,
+)
 from tasks.pages import render
 from tasks.records import UserError
 
@@ -87,9 +95,14 @@ def two_way_mean(values_SC: Values, clusters: Sequence[str], level: float = LEVE
 
     The variance of the mean is that of seeds plus that of clips, which are common to all seeds. Each has its own
     Student's t, of S - 1 and of one less than the source clips; the t of the sum is the mean of both, weighted by the
-    variances (Cochran and Cox, 1950): it covers 94 to 97 % from 3 seeds on (docs/decisions/metrics.md). With a single
-    seed the interval is over clips alone.
+    variances (Cochran and Cox, 1950). Of normal values it covers 94 to 97 % from 3 seeds on
+    (docs/decisions/metrics.md). With a single seed the interval is over clips only.
+
+    Raises:
+        ValueError: values that are not finite.
     """
+    if not np.isfinite(values_SC).all():
+        raise ValueError("values by seed and clip hold NaN or infinity")
     seeds = len(values_SC)
     if seeds == 1:
         return mean_over_clips(values_SC[0], list(clusters), level=level)
@@ -104,8 +117,9 @@ def two_way_mean(values_SC: Values, clusters: Sequence[str], level: float = LEVE
     rest = (rest_SK**2).sum() / ((seeds - 1) * (count - 1)) / (seeds * count)
     by_seed, by_clip = of_seed_S1.var(ddof=1) / seeds, of_clip_1K.var(ddof=1) / count
     # Both hold the variance of what is common to neither, which counts once.
+    clip_degrees = degrees_of_freedom(of_clip_1K[0] - of_clip_1K.mean())
     variances = np.array([by_seed, max(by_clip - rest, 0.0)])
-    quantiles = np.array([student_quantile(seeds - 1, level), student_quantile(count - 1, level)])
+    quantiles = np.array([student_quantile(seeds - 1, level), student_quantile(clip_degrees, level)])
     half = variances @ quantiles / np.sqrt(variances.sum()) if variances.sum() > 0 else 0.0
     return Estimate(value, float(value - half), float(value + half))
 
@@ -232,8 +246,13 @@ def _read(arm: Arm) -> _Evaluation:
     text = storage.read_bytes(storage.join(arm.report, "per_clip.csv")).decode()
     lines = list(csv.DictReader(io.StringIO(text)))
     values = {name: np.array([float(line[column]) for line in lines]) for name, column in _COLUMNS.items()}
-    moving = float(np.mean([float(line["magnitude_real"]) for line in lines]))
-    values["motion_ratio"] /= moving  # so that the mean over clips is the ratio of the sums
+    moved = np.array([float(line["magnitude_real"]) for line in lines])
+    moving = float(moved.mean())
+    if moving > 0:  # the ratio of the sums, with what each clip adds to it: its own motion is no error of the ratio
+        ratio = float(values["motion_ratio"].mean()) / moving
+        values["motion_ratio"] = ratio + (values["motion_ratio"] - ratio * moved) / moving
+    else:
+        del values["motion_ratio"]
     with contextlib.suppress(FileNotFoundError):
         arrays = load_arrays(storage.join(arm.report, "per_clip.npz"))
         if f"trip/{ENERGY_SCORE}" in arrays:
@@ -248,7 +267,7 @@ def _read(arm: Arm) -> _Evaluation:
         }
 
     base = means("base", list(_COLUMNS))
-    if base:
+    if base and moving > 0:
         base["motion_ratio"] /= moving
     return _Evaluation(
         keys=[line["key"] for line in lines],
@@ -272,13 +291,9 @@ def verdicts(comparison: Comparison) -> list[str]:
         else:
             relation = "is worse than" if difference.value > 0 else "is better than"
         paper = f"in the paper FVD {published[variant]['FVD']:g} against {published[REFERENCE]['FVD']:g}"
-        here = f"{SCORES[comparison.decides]} {number(difference, '+' + digits)}, p = {_p(p)} (Holm)"
+        here = f"{SCORES[comparison.decides]} {number(difference, '+' + digits)}, p = {p:.3f} (Holm)"
         lines.append(f"{variant} {relation} {REFERENCE} here: {here}; {paper}.")
     return lines
-
-
-def _p(value: float) -> str:
-    return "0.0005 or less" if value <= 0.0005 else f"{value:.3f}"
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -304,7 +319,7 @@ def tables(comparison: Comparison) -> list[Table]:
         [f"{v} minus {REFERENCE}"]
         + [
             f"{number(differences[name], '+' + digits)} [{_each(comparison.by_seed[v][name], '+' + digits)}]"
-            f"\np = {_p(comparison.p_values[v][name])} (Holm)"
+            f"\np = {comparison.p_values[v][name]:.3f} (Holm)"
             for name, (_, digits, _) in metrics.items()
         ]
         for v, differences in comparison.differences.items()
@@ -335,7 +350,7 @@ def curve_table(comparisons: Sequence[Comparison]) -> Table:
             cell = number(comparison.values[variant][last.decides], digits)
             if variant != REFERENCE:
                 minus = number(comparison.differences[variant][last.decides], "+" + digits)
-                cell += f"\nminus {REFERENCE}: {minus}, p = {_p(comparison.p_values[variant][last.decides])} (Holm)"
+                cell += f"\nminus {REFERENCE}: {minus}, p = {comparison.p_values[variant][last.decides]:.3f} (Holm)"
             cells.append(cell)
         rows.append([variant, *cells])
     header = ["Variant", *(f"{comparison.steps} steps" for comparison in comparisons)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE
 from tasks.evaluate.protocol.protocol import Item, Protocol
 from tasks.evaluate.report.distances import Sums, Values
-from tasks.evaluate.systems import HASHES, SPREAD, TO_TRUTH, Features
+from tasks.evaluate.systems import ALL_MAGNITUDE, HASHES, SPREAD, TO_TRUTH, Features
 from tasks.evaluation_record import BASE, FROZEN, REAL, TRIP
 from tasks.metrics.alignment import Alignment
 from tasks.metrics.consistency import (
@@ -39,7 +39,8 @@ class Summary:
     where there are clips enough for it;
     curves[name][row]: frame consistency by pair rule at k = 2..F ("consecutive" is Figure 4), cosine by lag 1..F-1
     ("lag"), "psnr" and "ssim" to the true frames 1..F; `per_clip`: a dict per item; `counts`: how many there are
-    and why others are not; by_item[metric][row]: the values that a mean or ratio is of, in the order of the items.
+    and why others are not; by_item[metric][row]: the values that a mean or ratio is of, in the order of the items,
+    and `systems.ALL_MAGNITUDE`, the motion magnitude as the mean over an item's samples.
     """
 
     rows: tuple[str, ...]
@@ -99,6 +100,7 @@ def summarise(
         if extractor.kind is MetricKind.CONSISTENCY:
             _add_consistency(sums, extractor, {row: features(extractor, row) for row in rows})
     sums.add("motion_ratio", {row: column[row]["magnitude"] for row in rows}, ratio=True)
+    sums.add("coarse_motion_ratio", {row: column[row]["coarse_magnitude"] for row in rows}, ratio=True)
     sums.add("clip_distance", {row: column[row]["distance"] for row in rows})
     sums.add("flicker_ratio", {row: column[row]["flicker"] for row in rows}, ratio=True)
     sums.add("smoothness_ratio", {row: column[row]["smoothness"] for row in rows}, ratio=True)
@@ -136,7 +138,8 @@ def summarise(
         per_clip=_per_clip(sums, column, extractors),
         counts=_counts(protocol, items, excluded or {}),
         notes=_notes(protocol, items, extractors, excluded or {}),
-        by_item=dict(sums.by_item),
+        by_item=dict(sums.by_item)
+        | {ALL_MAGNITUDE: {row: column[row].get(ALL_MAGNITUDE, column[row]["magnitude"]) for row in rows}},
     )
 
 

@@ -47,6 +47,7 @@ _IN_COLUMN = {
 # Metrics of pixels: title and format. All others are named by their extractor.
 _TITLES = {
     "motion_ratio": ("Motion ratio to real (1 is best)", ".3f"),
+    "coarse_motion_ratio": ("Coarse motion ratio to real (1 is best)", ".3f"),
     "clip_distance": ("Distance to the true clip (lower)", ".4f"),
     "clip_distance_minus_frozen": ("Distance minus that of frozen (below 0)", "+.4f"),
     "clip_distance_minus_base": ("Distance minus that of the base, not trained (below 0)", "+.4f"),
