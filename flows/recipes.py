@@ -184,7 +184,7 @@ def trip_w(base: Recipe) -> Recipe:
 
 
 def no_skip(base: Recipe) -> Recipe:
-    """TNF to the letter of Section 3.4, which names no skip: neither around the attentions nor to the output."""
+    """TNF exactly as in Section 3.4, which names no skip: neither around the attentions nor to the output."""
     fusion = replace(base.train.model.fusion, residual_skip=False)
     return _variant(base, "no-skip", "TNF without any skip", fusion=fusion)
 
