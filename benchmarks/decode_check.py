@@ -1,13 +1,13 @@
 """Compares the decoder with FFmpeg's command line and zimg on real clips: which frames, and which colours.
 
-    python -m benchmarks.decode_check
+    python -m benchmarks.decode_check --clips FOLDER ..
 
-It reads the clips of `../shared/data` (or --clips FOLDER, with `manifest.csv` and `videos/`) and skips without them, or
-without an `ffmpeg` that has the filter `zscale`. Frames are compared at 4 fps over the first 8 s, at 128 pixels: the
-stamps come from ffprobe, the colours from zscale with the file's tags. Colours are compared in the mean of each frame
-and in flat tiles of 8 x 8 pixels (deviation below 3 levels), since swscale and zimg filter edges in different ways. A
-frame is another one if its stamp is, or if a neighbour of the expected frame is closer in content after the median
-difference of the clip is subtracted.
+It reads the clips of the folders, which have `manifest.csv` and `videos/`, and skips without them, or without an
+`ffmpeg` that has the filter `zscale`. Frames are compared at 4 fps over the first 8 s, at 128 pixels: the stamps come
+from ffprobe, the colours from zscale with the file's tags. Colours are compared in the mean of each frame and in flat
+tiles of 8 x 8 pixels (deviation below 3 levels), since swscale and zimg filter edges in different ways. A frame is
+another one if its stamp is, or if a neighbour of the expected frame is closer in content after the median difference of
+the clip is subtracted.
 """
 
 from __future__ import annotations

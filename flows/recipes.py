@@ -97,12 +97,12 @@ def paper_shrinkage() -> Recipe:
 
 
 def demo() -> Recipe:
-    """The same stages in minutes on two cores: 64 pixels, the small base, clips drawn on the spot, our fusion."""
+    """The same stages in minutes on two cores: 64 pixels, the small base, generated clips, our fusion."""
     base = paper()
     return replace(
         base,
         name="demo",
-        about="the same road in minutes on two cores without a GPU, on clips drawn on the spot",
+        about="all stages in minutes on two cores without a GPU, on generated clips",
         prepare=replace(
             base.prepare,
             base=DEMO_BASE,
@@ -184,7 +184,7 @@ def trip_w(base: Recipe) -> Recipe:
 
 
 def no_skip(base: Recipe) -> Recipe:
-    """TNF to the letter of Section 3.4, which names no skip: neither around the attentions nor to the output."""
+    """TNF exactly as in Section 3.4, which names no skip: neither around the attentions nor to the output."""
     fusion = replace(base.train.model.fusion, residual_skip=False)
     return _variant(base, "no-skip", "TNF without any skip", fusion=fusion)
 
@@ -196,9 +196,10 @@ def checkpoint_schedule(base: Recipe) -> Recipe:
 
 
 def matched_schedule(base: Recipe) -> Recipe:
-    """The paper's betas, the 3D-UNet gets the base's time step of equal noise (docs/decisions/schedule.md)."""
+    """The paper's betas, at the base's time step of equal signal-to-noise ratio (docs/decisions/schedule.md)."""
     schedule = replace(base.train.model.schedule, bridge="snr")
-    return _variant(base, "matched-schedule", "the UNet told the base's step of equal noise", schedule=schedule)
+    about = "the 3D-UNet receives the base's time step of equal signal-to-noise ratio"
+    return _variant(base, "matched-schedule", about, schedule=schedule)
 
 
 def temporal(base: Recipe) -> Recipe:
@@ -251,7 +252,7 @@ def tracks(base: Recipe) -> Recipe:
 
 def shots(base: Recipe) -> Recipe:
     """The same on long videos: each shot between two cuts is a clip of its own (docs/decisions/shots.md)."""
-    about = f"{base.name}, with long videos parted at their cuts, each shot a clip"
+    about = f"{base.name}, with long videos split at their cuts, each shot a clip"
     return replace(base, name=f"{base.name}-shots", about=about, prepare=replace(base.prepare, clip="shots"))
 
 

@@ -175,7 +175,7 @@ class Supervisor:
         return [self._state(service) for service in services]
 
     def running(self) -> set[str]:
-        """Names of the services whose process lives."""
+        """Names of the services whose process is running."""
         names = {path.parent.name for path in self.folder.glob("*/process.json")}
         records = {name: self._record(name) for name in names}
         return {name for name, record in records.items() if _is_alive(record.get("pid", 0), record.get("began", ""))}

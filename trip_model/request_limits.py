@@ -1,7 +1,7 @@
 """Bounds of a request to animate a photo, and its checks, for all interfaces.
 
 The command line, the logged model, the HTTP service and its web UI read this table. `TripPipeline` checks its numbers
-with it too; it takes photos of any format and prompts of any length.
+with it too; it also reads TIFF, JPEG 2000 and PPM, and does not limit the size in bytes or the length of a prompt.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ GPUS = {
         _gpu("4090", 24e9, 165e12, 82.6e12, 1.01e12, 32e9),
     )
 }
-HERE = "here"  # the GPUs of this machine, without one its processors, with rates that are measured on the spot
+HERE = "here"  # the GPUs of this machine, without one its processors, with measured rates
 DEVICES = (*GPUS, "cpu", HERE)
 CPU_CORE = {"float32": 98.5e9, "bfloat16": 215e9}  # matrix product, AMD EPYC with AVX512-bf16
 

@@ -17,7 +17,7 @@ class Question:
 
     device: str  # a name of `hardware.DEVICES`
     clips: int | None = None  # None leaves out what depends on the data
-    clips_are: Literal["linked", "drawn", "prepared"] = "linked"  # links to videos, drawn on the spot, latents already
+    clips_are: Literal["linked", "drawn", "prepared"] = "linked"  # links to videos, drawn clips, latents already
     price: float | None = None  # USD for an hour of one GPU
     mfu: float | None = None  # share of the device's peak, instead of the table's
     gbit: float = 1.0  # download, Gbit/s

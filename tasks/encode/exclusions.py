@@ -1,4 +1,4 @@
-"""What the root of a data set remembers of its rows: takedowns, duplicates, and links whose retries gave up.
+"""What the root of a data set records about its rows: takedowns, duplicates, and links whose retries gave up.
 
 Every prepare below the root follows these lists, whatever its table or its recipe: a row that one of them names becomes
 a failure without a request.

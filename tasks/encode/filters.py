@@ -102,7 +102,7 @@ def picture_hash(pixels: np.ndarray) -> str | None:
     """Returns a 64-bit perceptual hash of a window as 16 hex digits; None if the mean frame is a plain colour.
 
     The bits are the signs of 32 low DCT frequencies of the mean frame, and of 32 of the difference between the means of
-    the second and the first half of the frames, which tells takes of one camera apart. Brightness, size and encoding
+    the second and the first half of the frames, which distinguishes takes of one camera. Brightness, size and encoding
     change few bits.
     """
     luma = _cells(pixels) @ _LUMA

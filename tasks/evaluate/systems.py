@@ -33,7 +33,7 @@ from tasks.video.clip_files import read_frames
 from tasks.video.decode import ClipError
 
 # References, in every table: a still clip scores 100 on consistency, so a score alone says nothing.
-# BASE is what the model's base does before training: without it nobody knows what training adds.
+# BASE is what the model's base does before training: without it the effect of training is unknown.
 CLOSED_FORM, ROUND_TRIP, BEST_OF = "closed_form", "round_trip", "best_of_k"
 ORACLES = (ROUND_TRIP, BEST_OF)  # systems that know the true clip
 HASHES = ("content", "shifted")  # of a record: which pixels were measured, all of a clip and those for sets

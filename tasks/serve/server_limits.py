@@ -40,7 +40,7 @@ class VideoLimits:
     """What the service grants to videos.
 
     Args:
-        waiting: videos in the line; further ones are refused with 429.
+        waiting: videos in the queue; further ones are refused with 429.
         kept: videos with a record, finished ones included; further ones are refused with 429.
         keep_seconds: from the end of a video until its record and its file are removed.
         parallel: videos in the model at once.

@@ -73,7 +73,7 @@ class Video:
 
 
 class Videos:
-    """The line of videos of one service, and their files at `address`.
+    """The queue of videos of one service, and their files at `address`.
 
     A video is accepted when its photo and its record are stored. A killed service makes the unfinished ones from their
     start when it starts again: the seed is in the record, so the clip is the same. One address is for one service.
@@ -125,7 +125,7 @@ class Videos:
     async def submit(
         self, animation: Animation, owner: str, idempotency_key: str | None = None, callback: str | None = None
     ) -> Video:
-        """Stores a video and puts it at the end of the line. Raises `Refusal`.
+        """Stores a video and puts it at the end of the queue. Raises `Refusal`.
 
         With an idempotency key that the owner has sent before, it returns that video, or refuses other values.
         """
@@ -157,7 +157,7 @@ class Videos:
         return sorted(videos, key=lambda video: (video.created, video.id), reverse=True)
 
     def place(self, video: Video) -> int | None:
-        """Returns the place of a video in the line from 1, or None if it does not wait."""
+        """Returns the place of a video in the queue from 1, or None if it does not wait."""
         return self._line.index(video.id) + 1 if video.id in self._line else None
 
     def progress(self, video: Video) -> tuple[int, int]:
@@ -175,7 +175,7 @@ class Videos:
         return await self._store(lambda: storage.read_bytes(self._file(video.id, "clip")))
 
     async def cancel(self, video: Video) -> Video:
-        """Takes a video out of the line, or stops it at its next step; one that has ended is returned as it is."""
+        """Takes a video out of the queue, or stops it at its next step; one that has ended is returned as it is."""
         if video.id in self._line:
             self._line.remove(video.id)
         task = self._running.get(video.id)

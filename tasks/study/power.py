@@ -1,4 +1,4 @@
-"""How many votes a preference study needs before it can tell a share from one half."""
+"""How many votes a preference study needs before it can distinguish a share from one half."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ITEM_SHARE, RATER_SHARE = 0.05, 0.02
 
 
 def votes_needed(share: float, effect: float = 1.0, level: float = LEVEL, power: float = POWER) -> int:
-    """The votes that tell a share of preferences from 0.5, by the normal approximation of the binomial.
+    """The votes that distinguish a share of preferences from 0.5, by the normal approximation of the binomial.
 
     Args:
         share: the true share, not 0.5.

@@ -127,7 +127,7 @@ def bootstrap_share(scores: Floats, clusters: Clusters, seed: int = 0, level: fl
 
 
 def effective_votes(scores: Floats, clusters: Clusters) -> float:
-    """How many independent votes would have the same variance; the number of votes where it cannot be told."""
+    """How many independent votes would have the same variance; the number of votes where it cannot be determined."""
     value = float(scores.mean())
     variance = two_way_spread((scores - value) / len(scores), clusters).variance
     independent, _ = _variance((scores - value) / len(scores), np.arange(len(scores)))

@@ -31,7 +31,7 @@ def files_of(folder: str, key: str, names: set[str]) -> tuple[str, ...]:
         key: the name of the clip.
         names: the names in the folder.
     Raises:
-        UserError: frames whose order cannot be told.
+        UserError: frames whose order cannot be determined.
     """
     for suffix in SUFFIXES:
         for name in (key + suffix, key + suffix.upper()):

@@ -170,7 +170,7 @@ def read_spans(
         longest: maximum number of frames of a track; None for windows.
         fit: how a frame fills the square, or its frame size.
         stride: in frames; None uses the grid.
-        shots: fields of a `ShotSpec`; each span is parted into its shots, as `read_shots` does.
+        shots: fields of a `ShotSpec`; each span is split into its shots, as `read_shots` does.
         frame_sizes: as `read_windows`; the first frame of a span decides that of all its shots.
     Returns:
         For each span what `read_windows`, `read_track` or `read_shots` returns or raises. Further reasons:

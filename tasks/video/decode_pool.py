@@ -46,7 +46,7 @@ class DecoderPool:
     """A pool of decoder processes; they start with the first videos and end with `close`.
 
     Args:
-        arguments: what the reader gets by name beside the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
+        arguments: what the reader gets by name in addition to the bytes, e.g. `num_frames`, `fps`, `size`, `windows`.
         reader: returns the clips of a video's bytes; a module-level function, which the processes import by name.
         span_reader: likewise returns the clips of each of some spans.
     """

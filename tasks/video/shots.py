@@ -1,4 +1,4 @@
-"""Detects the cuts of a video and parts it into shots while it is decoded (docs/decisions/shots.md).
+"""Detects the cuts of a video and splits it into shots while it is decoded (docs/decisions/shots.md).
 
 Both rules see each frame as a thumbnail of 48 x 27 pixels and decide a fixed number of frames later, so that only the
 frames in between are kept. A frame is the `last` of a shot where the next one belongs to another; of a dissolve or a
@@ -195,7 +195,7 @@ class Shot(Generic[AnyGrid]):
 
 
 class ShotSplitter(Generic[AnyGrid]):
-    """Parts a stream of frames into shots and gives the frames of each to a grid of its own.
+    """Splits a stream of frames into shots and gives the frames of each to a grid of its own.
 
     Args:
         spec: the rule and the bounds.

@@ -1,4 +1,4 @@
-"""Options of the decoder processes, and of the shots that a video is parted into."""
+"""Options of the decoder processes, and of the shots that a video is split into."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class ShotSpec:
-    """How a video is parted into shots (`tasks.video.shots`). Every field changes the samples.
+    """How a video is split into shots (`tasks.video.shots`). Every field changes the samples.
 
     `transnetv2` needs the extra `shots` on every worker and about a second of one core for 30 frames; the decoder
     processes then get 20 times their limit of time, and 4 GiB of address space more for its libraries.
@@ -27,5 +27,5 @@ class ShotSpec:
     rule: Literal["difference", "transnetv2"] = "difference"
     threshold: float = 0.5  # of the rule's score for a cut, from 0 to 1
     least_seconds: float = 0.0  # a shorter shot is left out, as is one with too few frames for a window
-    most_seconds: float = 60.0  # a longer shot is parted there
+    most_seconds: float = 60.0  # a longer shot is split there
     most: int = 64  # shots of one row, from its start; the others are left out

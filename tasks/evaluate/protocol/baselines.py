@@ -60,7 +60,7 @@ def find_method(name: str, folder: str, items: Sequence[Item], given_frame: bool
     Every byte is read once, for the numbers of a report must change when a video does.
 
     Raises:
-        UserError: no such folder, nothing in it belongs to an item, or frames whose order cannot be told.
+        UserError: no such folder, nothing in it belongs to an item, or frames whose order cannot be determined.
     """
     names = set(storage.list_dir(folder))
     if not names:

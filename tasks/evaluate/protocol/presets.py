@@ -1,4 +1,4 @@
-"""Protocols as data: each preset in a file of its own that opens with its citation, published rows beside its rules."""
+"""Protocols as data: each preset in a file that opens with its citation, published rows next to its rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNNAMED = ("fit", "stride", "repeats", "shifted", "scaled", "deterministic_moti
 class PublishedRow:
     """A row of a published table: percents, dB and distances by the name of their metric, measured by another harness.
 
-    `kind` is what the table says of the method beside its name, such as T2V or zero-shot.
+    `kind` is what the table says of the method next to its name, such as T2V or zero-shot.
     """
 
     table: int
@@ -92,6 +92,6 @@ def load_preset(name: str) -> Preset:
 
 
 def published_rows(name: str) -> tuple[PublishedRow, ...]:
-    """The rows to print beside a protocol's, as published, other harness."""
+    """The rows to print next to a protocol's, as published, other harness."""
     preset = load_preset(name)
     return preset.published or (published_rows(preset.beside) if preset.beside else ())

@@ -1,4 +1,4 @@
-"""Which items are judged and how (section 4.1): presets as data, resolved against a data set to a hashed manifest."""
+"""Which items are evaluated and how (section 4.1): presets as data, resolved on a data set to a hashed manifest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is written for another lab: the rules, and the items that they came to here."""
+    """What is written for another lab: the rules, and the items that they select here."""
 
     schema: str
     name: str
@@ -85,7 +85,7 @@ class Protocol:
 
     @property
     def published(self) -> tuple[PublishedRow, ...]:
-        """The rows to print beside this protocol's, as published, other harness."""
+        """The rows to print next to this protocol's, as published, other harness."""
         return self.rules.published or (published_rows(self.rules.beside) if self.rules.beside else ())
 
     @property
@@ -141,7 +141,7 @@ def load_protocol(name: str, dataset: ShardDataset, held_out_fraction: float, li
 
 
 def held_out_protocol(dataset: ShardDataset, held_out_fraction: float, limit: int, seed: int) -> Protocol:
-    """At most `limit` held-out windows. The split is by clip, so no window of a judged clip was trained on."""
+    """At most `limit` held-out windows. The split is by clip, so no window of an evaluated clip was trained on."""
     return load_protocol("held-out", dataset, held_out_fraction, limit, seed)
 
 
