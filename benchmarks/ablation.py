@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from flows.recipes import demo
+from tasks.evaluate.closed_form import ClosedForm
 from tasks.evaluate.report.ablation import two_way_mean
 from tasks.ingest.drawing import Style, draw_frame, draw_scene
 from tasks.metrics.energy import distances_to_truth, energy_score, spread
@@ -54,6 +55,13 @@ CHOICE_STEPS, CHOICE_SEED = 50, 1000
 BANDS, SAMPLES, SAMPLING_STEPS = 5, 2, 10
 SAMPLED = (("energy", "energy score"), ("still_psnr", "PSNR of the still part, dB"), ("motion", "motion ratio"))
 REFERENCE, VAE, STILL = "TRIP", "VAE round trip", "still photo"
+NOISE, NO_NETWORK = "photo and noise", "prior without a 3D-UNet"
+ROWS = (
+    VAE,
+    STILL,
+    NOISE,
+    NO_NETWORK,
+)  # without seeds: what the VAE allows, and what a score gives without knowledge of motion
 DEMO = replace(demo().train, learning_rate_unet=7e-4)  # the rate of the demo when the plan was written
 _TNF = FusionConfig(width=DEMO.model.fusion.width, heads=DEMO.model.fusion.heads)
 ARMS = {
@@ -135,6 +143,26 @@ def still(clips: Clips) -> dict[str, Values]:
     first = [decode_latents(clips.vae, z[:, :1].permute(1, 0, 2, 3)) for z in clips.z_0]
     frames = clips.pixels.shape[1]
     return scores([[photo.repeat(frames, axis=0)] * SAMPLES for photo in first], clips)
+
+
+def photo_and_noise(clips: Clips) -> dict[str, Values]:
+    """The same scores of the photo with a fixed pattern of white noise, which grows as the true clips change."""
+    photo = clips.pixels[:, :1].astype(float)
+    deviation_F = np.sqrt(((clips.pixels - photo) ** 2).mean(axis=(0, 2, 3, 4)))
+    made = []
+    for i in range(len(photo)):
+        patterns = [np.random.default_rng([7, i, sample]).normal(size=photo[i].shape) for sample in range(SAMPLES)]
+        noisy = [photo[i] + deviation_F[:, None, None, None] * pattern for pattern in patterns]
+        made.append([frames.clip(0, 255).round().astype(np.uint8) for frames in noisy])
+    return scores(made, clips)
+
+
+def no_network(trained_on: Clips, clips: Clips, unet_output: Any) -> dict[str, Values]:
+    """The same scores of the closed form with a residual of 0: the prior, weighted by time step and frame."""
+    std = measure_residual_std(trained_on.z_0)
+    config = replace(DEMO.model, fusion=ARMS["closed form"], unet_output=unet_output, residual_std=std)
+    model: Any = ClosedForm(config)
+    return sampled(model.eval(), clips)
 
 
 def scores(made: Sequence[Sequence[Any]], clips: Clips) -> dict[str, Values]:
@@ -263,9 +291,15 @@ class Study:
             for choice in range(len(candidates(arm))):
                 if not self.file("choice", base, arm, choice).is_file():
                     self.choose(base, arm, choice)
-        for base, (row, score) in itertools.product(self.bases, {VAE: round_trip, STILL: still}.items()):
+        for base, (row, score) in itertools.product(
+            self.bases, {VAE: round_trip, STILL: still, NOISE: photo_and_noise}.items()
+        ):
             if not self.file(base, row, 0).is_file():
                 self.save(self.file(base, row, 0), score(self.clips(base, HELD_OUT)))
+        for base, folder in self.bases.items():
+            if not self.file(base, NO_NETWORK, 0).is_file():
+                trained_on, held_out = self.clips(base, TRAINING), self.clips(base, HELD_OUT)
+                self.save(self.file(base, NO_NETWORK, 0), no_network(trained_on, held_out, base_unet_output(folder)))
         rest = [arm for arm in ARMS if arm not in FIRST]
         order = [
             *itertools.product(range(seeds), self.bases, FIRST),
@@ -314,7 +348,7 @@ def tables(arrays: dict[str, Values]) -> Iterator[str]:
                     s: v[at].reshape(-1, len(HELD_OUT)).mean(0)[clips]
                     for s, v in _runs(arrays, base, arm, name).items()
                 }
-                for arm in (*ARMS, VAE, STILL)
+                for arm in (*ARMS, *ROWS)
             }
             return about, by_arm, [str(seed) for seed, kept in zip(HELD_OUT, clips, strict=True) if kept]
 
@@ -347,7 +381,7 @@ def summary(arrays: dict[str, Values]) -> Iterator[str]:
     """The tables of docs/decisions/ablation.md: means with the difference to TRIP, curves, strata, and TRIP^-."""
     bases = sorted({key.split("_")[0] for key in arrays} - {"choice"})
     clips = [str(seed) for seed in HELD_OUT]
-    rows = (*ARMS, VAE, STILL)
+    rows = (*ARMS, *ROWS)
 
     def by_seed(base: str, row: str, name: str, at: tuple[int, ...] = ()) -> dict[int, Values]:
         """Values [N] by seed; the axes before the clips are indexed by `at`, the rest of them averaged."""
@@ -428,7 +462,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
     """A row for each arm: its mean over seeds, the difference to TRIP with interval, and p adjusted by Holm."""
     yield "| arm | seeds | " + " | ".join(title for title, *_ in columns) + " |"
     yield "|---|---|" + "---|" * len(columns)
-    present = [arm for arm in (*ARMS, VAE, STILL) if columns[0][1][arm]]
+    present = [arm for arm in (*ARMS, *ROWS) if columns[0][1][arm]]
     cells: dict[str, list[str]] = {arm: [str(len(columns[0][1][arm]))] for arm in present}
     for _, values, clips in columns:
         minus = {
@@ -436,7 +470,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
                 [values[arm][s] - values[REFERENCE][s] for s in sorted(values[arm]) if s in values[REFERENCE]]
             )
             for arm in present
-            if arm not in (REFERENCE, VAE, STILL) and set(values[arm]) & set(values[REFERENCE])
+            if arm not in (REFERENCE, *ROWS) and set(values[arm]) & set(values[REFERENCE])
         }
         raw = [p_value(lambda level, v=minus_SC, c=clips: two_way_mean(v, c, level)) for minus_SC in minus.values()]
         adjusted = dict(zip(minus, holm(raw), strict=True))

@@ -80,6 +80,12 @@ def ablate(
     budgets = sorted(set(steps or [run.recipe.train.steps]))
     if seeds < 1 or budgets[0] < 1:
         raise UserError(f"seeds {seeds} and steps {steps}, expected numbers above 0")
+    evaluated_by = run.recipe.evaluate
+    if evaluated_by.samples < 2 and not (evaluated_by.deterministic_motion and run.source is None):
+        raise UserError(
+            f"evaluate.samples {evaluated_by.samples}, expected at least 2: the energy score decides between the arms"
+            " where the first frame and the caption do not decide the motion"
+        )
     rates = _rates(rate or [], names)
     uri = tracking_address(tracking_uri, root)
     data = run.prepared() if dataset is None else layout.data_set(dataset)
@@ -161,7 +167,7 @@ def _tuned(run: Run, recipe: Recipe, data: Artifact, steps: int, seed: int, uri:
         spec = replace(arm.evaluate(trained.exported, data, protocol), references=False)
         evaluated = evaluate_stage(spec)
         score = CLIP_DISTANCE if spec.deterministic_motion else ENERGY_SCORE
-        scores[first, last] = evaluated.metrics["trip"][score]["value"] or 0.0
+        scores[first, last] = float(evaluated.metrics["trip"][score]["value"])
     first, last = min(scores, key=lambda pair: scores[pair])
     all_scores = ", ".join(f"{a:g} to {b:g}: {score:.4f}" for (a, b), score in scores.items())
     sentence = (

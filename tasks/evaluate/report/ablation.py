@@ -152,7 +152,8 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     """Reads the arms' evaluations and compares each variant with TRIP under the same seeds on the same clips.
 
     Raises:
-        UserError: a variant lacks a seed that TRIP has, or two evaluations are of different clips.
+        UserError: a variant lacks a seed that TRIP has, two evaluations are of different clips, or chance decides the
+            motion and an evaluation has no energy score.
     """
     variants = tuple(dict.fromkeys(arm.variant for arm in arms))
     seeds = tuple(dict.fromkeys(arm.seed for arm in arms))
@@ -190,6 +191,11 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     # What has a floor is a distance between sets of clips.
     distances = sorted({name for evaluation in evaluations.values() for name in evaluation.report.floors})
     chance = not all(evaluation.deterministic for evaluation in evaluations.values())
+    if chance and ENERGY_SCORE not in names:
+        raise UserError(
+            "chance decides the motion of these clips, but an evaluation has no energy score;"
+            " evaluate with samples of at least 2"
+        )
     return Comparison(
         variants=variants,
         seeds=seeds,
@@ -208,7 +214,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
         real={CLIP_DISTANCE: 0.0, "motion_ratio": 1.0} | reference.real,
         base=reference.base,
         p_values=p_values,
-        decides=ENERGY_SCORE if chance and ENERGY_SCORE in names else CLIP_DISTANCE,
+        decides=ENERGY_SCORE if chance else CLIP_DISTANCE,
         steps=arms[0].steps,
     )
 

@@ -18,6 +18,7 @@ from tasks.metrics.frechet import (
     FeatureSet,
     Moments,
     frechet_distance,
+    frechet_floor,
     frechet_to_real,
     kernel_distance,
     kernel_distance_of_frames,
@@ -140,6 +141,7 @@ class _Category:
         rows = {row: np.concatenate(values) for row, values in self.by_clip.items()}
         if self.many:
             sets = {row: FeatureSet.of(values, self.clusters) for row, values in rows.items()}
+            self.real = sets[REAL]
             self.distances = {
                 row: frechet_to_real(features, sets[REAL]) for row, features in sets.items() if row != REAL
             }
@@ -168,8 +170,11 @@ class _Category:
     def floor(self) -> tuple[Estimate, Estimate]:
         """Frechet and kernel distance of one half of the real clips to the other."""
         real = self.by_clip[REAL]
-        one, other = ([real[i] for i in half] for half in self.halves)
-        distance = frechet_distance(Moments.of(np.concatenate(one)), Moments.of(np.concatenate(other)))
+        if self.many:
+            distance = frechet_floor(self.real)
+        else:
+            one, other = ([real[i] for i in half] for half in self.halves)
+            distance = frechet_distance(Moments.of(np.concatenate(one)), Moments.of(np.concatenate(other)))
         return Estimate(distance), self._kernel(real, real, *self.halves)
 
     def _kernel(
