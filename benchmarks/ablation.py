@@ -431,13 +431,18 @@ def summary(arrays: dict[str, Values]) -> Iterator[str]:
     compared = [column for column in SUMMARY if column[0] != "motion"]
     yield "| minus TRIP^- | base | " + " | ".join(title for _, title, _, _ in compared) + " |"
     yield "|---|---|" + "---|" * len(compared)
-    for row, base in itertools.product(list(ARMS)[1:], bases):
-        if _runs(arrays, base, row, "energy"):
-            pairs = [
-                minus(by_seed(base, row, name, at), by_seed(base, "TRIP^-", name, at), form)
-                for name, _, form, at in compared
-            ]
-            yield f"| {row} | `{base}` | " + " | ".join(f"{value} ({interval})" for value, interval in pairs) + " |"
+    cells = {
+        (base, row): "" for row, base in itertools.product(list(ARMS)[1:], bases) if _runs(arrays, base, row, "energy")
+    }
+    for base, (name, _, form, at) in itertools.product(bases, compared):
+        own = {row: by_seed(base, row, name, at) for one, row in cells if one == base}
+        other = by_seed(base, "TRIP^-", name, at)
+        stacked = [np.stack([v[s] - other[s] for s in sorted(v.keys() & other.keys())]) for v in own.values()]
+        raw = [p_value(lambda level, v=minus_SC: two_way_mean(v, clips, level)) for minus_SC in stacked]
+        for (row, values), p in zip(own.items(), holm(raw), strict=True):
+            cells[base, row] += " {} ({}), p {:.3f} |".format(*minus(values, other, form), p)
+    for (base, row), line in cells.items():
+        yield f"| {row} | `{base}` |{line}"
 
 
 def _settings(arrays: dict[str, Values], base: str) -> str:

@@ -155,7 +155,7 @@ def run(random: np.random.Generator, correlation: float, clips: int, systems: Se
                 clips,
                 ratio_of_sums(model.values[FIRST], moved, names, RESAMPLES),
                 ratio_of_sums(model.values[COARSE], coarse, names, RESAMPLES),
-                champion.still_clips(model.values[FIRST], moved, names),
+                champion.still_clips(model.values[COARSE], coarse, names),
                 ENERGY_SCORE,
                 mean_over_clips(minus, names, RESAMPLES),
                 (against,),

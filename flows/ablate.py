@@ -190,7 +190,7 @@ def _validation_protocol(run: Run, data: Artifact) -> tuple[str, int]:
     rest = replace(complete, items=tuple(item for item in complete.items if item.clip not in taken))
     if rest.clips < LEAST_VALIDATION_CLIPS:
         raise UserError(
-            f"{rest.clips} held-out clips are left beside the {len(taken)} that are evaluated, at least"
+            f"{rest.clips} held-out clips are left in addition to the {len(taken)} that are evaluated, at least"
             f" {LEAST_VALIDATION_CLIPS} are needed to choose the weights of TRIP^W; give more clips, or --no-tune"
         )
     manifest = rest.manifest()

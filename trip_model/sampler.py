@@ -85,6 +85,7 @@ class DiffusersSolver:
                 f" {len(schedule.alphas_cumprod_T)}; give another number of steps, or the sampler 'ddim'"
             )
         self.times = [int(t) for t in times]
+        schedule.check_start(self.times[0], steps)
         if sorted(set(self.times), reverse=True) != self.times:
             raise ValueError(f"{name} with {steps} steps repeats a time step; give fewer steps, or the sampler 'ddim'")
 
@@ -126,7 +127,8 @@ class SamplingOptions:
 
     # The ODE solver: one of `SAMPLERS`, or a scheduler of diffusers with the model's betas. Paper: DDIM (4.1).
     sampler: Any = "ddim"
-    # Scale of guidance on the image: 1 is off. Without the image means its latent is zero, as in InstructPix2Pix.
+    # Scale of guidance on the image: 1 is off. Without the image, the 3D-UNet gets a latent of zeros, as in
+    # InstructPix2Pix; the prior is that of the image in every branch.
     image_guidance: float = 1.0
     # Factor of the predicted motion z_0^i - z_0^1 at every step: 1 is the model's, 0 the still.
     motion: float = 1.0
@@ -249,7 +251,7 @@ def sample_latents(
     """Samples final latents [B, C, F, H, W] from `noise_BCFHW`, in float32; each step computes the prior again.
 
     Guidance: the fused noise is computed with and without text (both with the image), in one batch, and extrapolated
-    after the fusion.
+    after the fusion. Guidance on the image adds a third branch, without text and image, also if the text has none.
 
     Args:
         model: the model, in eval mode.

@@ -53,12 +53,17 @@ class NoiseSchedule:
         scheduler.set_timesteps(steps)
         # For 62 values of `steps`, the first is 61, diffusers' trailing grid ends with an additional time step -1.
         times = scheduler.timesteps.tolist()[:steps]
-        if times[0] < self.config.num_train_timesteps // 2:
-            raise ValueError(
-                f"{steps} step with timestep_spacing {self.config.timestep_spacing!r} starts at time step {times[0]},"
-                " expected one near the last, which is noise; use more steps, or the spacing 'trailing'"
-            )
+        self.check_start(times[0], steps)
         return list(zip(times, [*times[1:], None], strict=True))
+
+    def check_start(self, t: int, steps: int) -> None:
+        """Raises ValueError if sampling from noise would start at `t`, in the clean half of the schedule."""
+        last = self.config.num_train_timesteps - 1
+        if t <= last / 2:
+            raise ValueError(
+                f"a grid of {steps} steps with timestep_spacing {self.config.timestep_spacing!r} starts at time step"
+                f" {t}, expected one near the last, {last}, which is noise; use another number of steps, or 'trailing'"
+            )
 
     def ddim_step(self, z_t: torch.Tensor, noise: torch.Tensor, t: int, t_next: int | None) -> torch.Tensor:
         """One DDIM step (eta 0) from time step `t` to `t_next`, None for the clean latent.

@@ -18,7 +18,7 @@ from infra.leases import leased
 from infra.workers import MAX_DEATHS, NoRoom, WorkerDied, WorkerPool
 from tasks.evaluate import champion, generate, systems
 from tasks.evaluate.animators import Animator, AnimatorSpec, Kind, find_base, load_animator
-from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, Against, Evidence, gate
+from tasks.evaluate.gate import CLIP_DISTANCE, ENERGY_SCORE, RULES_VERSION, Against, Evidence, gate
 from tasks.evaluate.generate import Batch
 from tasks.evaluate.progress import Ticks
 from tasks.evaluate.protocol.baselines import CHAMPION, Method, find_champion, find_method, missing_of, without_missing
@@ -167,6 +167,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         "deterministic_motion": deterministic,
         "gate": asdict(spec.gate),
         "schema": REPORT_SCHEMA,
+        "rules": RULES_VERSION,
         "bootstrap": spec.bootstrap,
         "examples": spec.examples,
     }
@@ -218,7 +219,7 @@ def evaluate(spec: EvaluateSpec, progress: Callable[[str], None] = print) -> Eva
         )
         best, champions = _champions(spec, summary, items, identity["model_sha256"], deterministic, extractors)
         trip_row, score = summary.metrics[TRIP], CLIP_DISTANCE if deterministic else ENERGY_SCORE
-        moved = summary.by_item["motion_ratio"]
+        moved = summary.by_item["coarse_motion_ratio"]
         verdict = gate(
             Evidence(
                 summary.clips,
@@ -311,7 +312,9 @@ def _champions(
     earlier: dict[champion.Measure, champion.PerClip] = {}
     for measure, earlier_best in champion.read_best(spec.champion).items():
         best = earlier_best.for_items(items)
-        if best is not None:
+        if best is not None and best.model_sha256 == current.model_sha256:
+            best = current
+        if best is not None and (measure == "motion" or score in best.values):
             earlier[measure] = best
             if best.model_sha256 != current.model_sha256:
                 name = f"the best champion so far ({best.model_sha256[:8]})"

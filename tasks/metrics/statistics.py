@@ -23,7 +23,7 @@ class Estimate:
 
 
 LEVEL = 0.95  # of every interval that is printed
-FEW = 8  # clusters: draws of fewer rarely lie beyond them
+FEW = 8  # clusters: a bootstrap of fewer draws too few values near the ends of their range
 LEAST_P = 1e-3  # of a p value: an interval by 2,000 draws has no quantiles farther out
 
 
@@ -77,8 +77,8 @@ def ratio_of_sums(
     Windows of one source clip are near-duplicates, so the clip, not the window, is what is drawn again. The quantiles
     are those of BCa (Efron, 1987), widened for few clusters by Student's t (Hesterberg, 2015), with fewer degrees of
     freedom where the values have long tails, and by HC3: percentile intervals of 20 to 40 clips are too short
-    (docs/decisions/metrics.md). Of fewer than `FEW` clusters whose denominators are not 0 the interval is that of the
-    linearisation by Student's t: draws of so few lie within them.
+    (docs/decisions/metrics.md). With fewer than `FEW` clusters whose denominators are not 0, the interval is
+    that of the linearisation by Student's t, which has no bound where the values have one.
     """
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if not len(top) == len(bottom) == len(clusters) or len(top) == 0:
@@ -95,7 +95,8 @@ def ratio_of_sums(
     influence, leverage = tops - value * bottoms, bottoms / bottoms.sum()
     if np.count_nonzero(bottoms) < FEW:
         error = _corrected_error(influence, leverage) / float(bottoms.sum())
-        reach = student_quantile(degrees_of_freedom(influence[bottoms != 0]), level) * error
+        moving = influence[bottoms != 0]
+        reach = student_quantile(degrees_of_freedom(moving - moving.mean()), level) * error
         return Estimate(value, value - reach, value + reach)
     draws = _draws(len(names), resamples, seed)
     sums = draws @ bottoms

@@ -139,10 +139,13 @@ class TrainingData:
         """
         shuffled = np.random.default_rng(0).permutation(self.samples)
         one_of_each = np.unique(self.dataset.clip_hashes()[shuffled], return_index=True)[1]
-        reads = self._first(shuffled[one_of_each], count)  # in the order of hashes, which is no order of the clips
+        picks = shuffled[one_of_each][:count]  # in the order of hashes, which is no order of the clips
+        reads = self._first(picks, count)
         latents = [read.raw_latents_BFCHW[read.intact_B].float() for read in reads if read.intact_B.any()]
         if not latents:
-            raise UserError(f"all of {count} training samples of {self.dataset.uri} are damaged; verify the data set")
+            raise UserError(
+                f"all of {len(picks)} training samples of {self.dataset.uri} are damaged; verify the data set"
+            )
         return latents
 
     def _first(self, samples: np.ndarray, count: int) -> list[Batch]:

@@ -67,7 +67,7 @@ class TrainSpec:
     average_decay: float = 0.0  # exponential moving average of the weights that is exported; 0 is off
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; the weights are float32
     held_out_fraction: float = 0.1
-    measure_clips: int = 256  # training samples from which the residual's deviation is measured
+    measure_clips: int = 256  # training clips, one window of each, from which the residual's deviation is measured
     sample_posterior: bool = False  # draw latents from the VAE's posterior, of a data set made with keep_logvar
     stored_text: bool = False  # take text features from a data set made with keep_text
     seed: int = 0

@@ -64,7 +64,7 @@ def test_pairing_tells_apart_what_the_spread_of_clips_would_hide() -> None:
     assert comparison.distances["TRIP^-"] == {FRECHET: [1.02] * 3}
     lines = verdicts(comparison)
     assert [line.split(" here")[0] for line in lines] == [
-        "TRIP_TE is not told apart from TRIP",
+        "TRIP_TE does not differ measurably from TRIP",
         "TRIP^- is worse than TRIP",
         "TRIP^W is better than TRIP",
     ]
@@ -80,7 +80,10 @@ def test_a_difference_counts_only_after_the_correction_for_the_number_of_variant
     three, one = compare(made), compare([arm for arm in made if arm.variant in ("TRIP", "TRIP_TE")])
     assert three.p_values["TRIP_TE"]["clip_distance"] == pytest.approx(0.09)
     assert one.p_values["TRIP_TE"]["clip_distance"] == pytest.approx(0.03)
-    assert "is not told apart from" in verdicts(three)[0] and "is not told apart from" not in verdicts(one)[0]
+    assert (
+        "does not differ measurably from" in verdicts(three)[0]
+        and "does not differ measurably from" not in verdicts(one)[0]
+    )
 
 
 def test_a_learning_curve_has_a_column_for_each_budget_and_arrays_of_every_clip() -> None:

@@ -37,7 +37,7 @@ def test_weights_are_chosen_on_held_out_clips_that_the_evaluation_does_not_take(
     everything = {item.clip for item in held_out_protocol(data, 0.5, 60, 0).items}
     assert len(chosen) == clips and not chosen & tables and chosen | tables == everything
     few = Run(replace(recipe, evaluate=replace(recipe.evaluate, clips=40)), None, str(tmp_path))
-    with pytest.raises(UserError, match=r"held-out clips are left beside the .* that are evaluated"):
+    with pytest.raises(UserError, match=r"held-out clips are left in addition to the .* that are evaluated"):
         _validation_protocol(few, Artifact(data.uri, data.manifest_sha256))
 
 

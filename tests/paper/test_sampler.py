@@ -17,6 +17,7 @@ from trip_model.sampler import (
     SamplingOptions,
     chunks,
     low_pass,
+    make_solver,
     sample_latents,
     start_latents,
     windows,
@@ -133,8 +134,10 @@ def test_sampler_and_fusion_are_ddim_on_its_own_grid(tiny_base: Path, steps: int
 def test_every_number_of_steps_has_its_grid(spacing: Any) -> None:
     schedule = NoiseSchedule(replace(ScheduleConfig(), timestep_spacing=spacing))
     if spacing != "trailing":  # its only step would take noise for a clean latent
-        with pytest.raises(ValueError, match=f"1 step with timestep_spacing '{spacing}' starts at time step 0"):
+        with pytest.raises(ValueError, match=f"'{spacing}' starts at time step 0, expected one near the last, 999"):
             schedule.sampling_times(1)
+        with pytest.raises(ValueError, match="starts at time step 0"):
+            make_solver("euler", schedule, 1)
     for steps in range(1 if spacing == "trailing" else 2, 1001):
         times = schedule.sampling_times(steps)
         visited = [t for t, _ in times]

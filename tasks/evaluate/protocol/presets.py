@@ -81,7 +81,9 @@ def load_preset(name: str) -> Preset:
     except FileNotFoundError as error:
         raise UserError(f"no protocol file at {address}; give one, or {', '.join(preset_names())}") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"protocol file {address} is not usable ({error}); see the presets beside it") from error
+        raise UserError(
+            f"protocol file {address} is not usable ({error}); see the presets in tasks/evaluate/protocol/published"
+        ) from error
     for field in ("number", "frames", "fps", "stride", "size", "repeats", "least_clips"):
         value = getattr(preset, field)
         if isinstance(value, int | float) and value <= 0:

@@ -293,7 +293,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     for variant, metrics in comparison.differences.items():
         difference, p = metrics[comparison.decides], comparison.p_values[variant][comparison.decides]
         if p >= SIGNIFICANT:
-            relation = "is not told apart from"
+            relation = "does not differ measurably from"
         else:
             relation = "is worse than" if difference.value > 0 else "is better than"
         paper = f"in the paper FVD {published[variant]['FVD']:g} against {published[REFERENCE]['FVD']:g}"

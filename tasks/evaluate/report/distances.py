@@ -85,7 +85,7 @@ class Sums:
     def add_distances(self, extractor: ExtractorInfo, by_row: Mapping[str, Sequence[NDArray[Any]]]) -> None:
         """Frechet and kernel distances to the real clips, of several categories the mean of their own.
 
-        The real row holds the floor: every second clip against the others, which are not paired as the rows are.
+        The real row holds the floor: one half of the clips against the other, which are not paired as the rows are.
         """
         sets = [_Category(extractor, by_row, indices, self.clips) for indices in _categories(self.items)]
         clips = [unique_clips(s.clips) for s in sets]
@@ -202,7 +202,8 @@ def _categories(items: Sequence[Item]) -> list[list[int]]:
 def together(estimates: Sequence[Estimate], clips: Sequence[int]) -> Estimate:
     """The mean of categories' estimates, whose source clips are drawn apart: their variances add.
 
-    Each half width is Student's t times a standard error; the degrees of freedom of the sum are Welch's (1947).
+    Each half width is taken as Student's t of one less than its clips times a standard error, which is too wide where
+    long tails left fewer degrees of freedom. The degrees of freedom of the sum are Welch's (1947).
 
     Args:
         estimates: of each category.

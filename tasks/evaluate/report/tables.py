@@ -212,7 +212,7 @@ def _paper_notes(published: Sequence[PublishedRow], summary: Summary, protocol: 
     notes = []
     if not protocol.rules.published:
         notes.append(
-            "The published rows are of other clips than this run's: beside each other only their order counts."
+            "The published rows are of other clips than this run's: next to each other only their order counts."
         )
     categories = summary.counts["clips_by_category"]
     if categories:
@@ -297,9 +297,9 @@ def limit_table(summary: Summary, extractors: Sequence[ExtractorInfo]) -> Table:
 
 
 def count_table(summary: Summary) -> Table:
-    """How many clips were asked for and judged, and why others were not."""
+    """How many clips were requested and evaluated, and why others were not."""
     counts = summary.counts
-    rows = [["items asked", str(counts["asked"])], ["items judged", str(counts["items"])]]
+    rows = [["items asked", str(counts["asked"])], ["items evaluated", str(counts["items"])]]
     rows.append(["unique clips, the N of all intervals", str(counts["clips"])])
     rows += [[f"unique clips of {name}", str(count)] for name, count in counts["clips_by_category"].items()]
     left_out = [
