@@ -167,7 +167,9 @@ def _tuned(run: Run, recipe: Recipe, data: Artifact, steps: int, seed: int, uri:
         spec = replace(arm.evaluate(trained.exported, data, protocol), references=False)
         evaluated = evaluate_stage(spec)
         score = CLIP_DISTANCE if spec.deterministic_motion else ENERGY_SCORE
-        scores[first, last] = float(evaluated.metrics["trip"][score]["value"])
+        value = evaluated.metrics["trip"][score]["value"]
+        assert value is not None, f"a mean over clips has a value: {score}"
+        scores[first, last] = value
     first, last = min(scores, key=lambda pair: scores[pair])
     all_scores = ", ".join(f"{a:g} to {b:g}: {score:.4f}" for (a, b), score in scores.items())
     sentence = (
