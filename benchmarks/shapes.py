@@ -237,6 +237,7 @@ def object_error(vae: Any, made: Sequence[Pixels], final: Sequence[torch.Tensor]
 
 def write_pictures(systems: dict[str, list[Pixels]], items: Sequence[Item], folder: Path, scale: int = 2) -> None:
     """Writes `demo.gif` and `demo.png`: of each clip the model's frames above the true ones."""
+    folder.mkdir(parents=True, exist_ok=True)
     first = sorted(range(len(items)), key=lambda i: items[i].key)[:4]
     made, real = (np.stack([systems[name][i] for i in first]) for name in ("trip", "real"))
 
