@@ -108,20 +108,21 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return values
 
 
-def with_values(record: Record, values: Mapping[str, Any], path: str = "") -> Record:
+def with_values(record: Record, values: Mapping[str, Any], path: str = "", whole: Any = None) -> Record:
     """A copy of a record, and of the records in it, with other values; every class checks its bounds.
 
     Raises:
         UserError: an unknown or refused field, a value of another type, or a value out of bounds.
     """
     types, changes, nested = _types(type(record)), {}, {}
+    whole = record if whole is None else whole  # whose fields an unknown name is compared with
     for name, value in values.items():
         first, _, rest = name.partition(".")
         full = path + name
         if path + first in REFUSED:
             raise UserError(f"{path + first} is no value of a recipe; {REFUSED[path + first]}")
         if first not in types:
-            raise UserError(f"no field {full!r}{_suggestion(path + first, rest)}")
+            raise UserError(f"no field {full!r}{_suggestion(path + first, rest, list(settable(whole)))}")
         if is_dataclass(getattr(record, first)):
             if rest:
                 nested.setdefault(first, {})[rest] = value
@@ -133,7 +134,7 @@ def with_values(record: Record, values: Mapping[str, Any], path: str = "") -> Re
         else:
             changes[first] = _checked(full, types[first], value)
     for name, inner in nested.items():
-        changes[name] = with_values(getattr(record, name), inner, f"{path}{name}.")
+        changes[name] = with_values(getattr(record, name), inner, f"{path}{name}.", whole)
     try:
         return replace(record, **changes)  # pyright: ignore[reportArgumentType] - a dataclass, as is_dataclass says
     except ValueError as error:
@@ -156,11 +157,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         raise UserError(f"{name} {value!r}, {expected}{kinds}; see: recipes show demo") from None
 
 
-def _suggestion(name: str, rest: str) -> str:
-    """The nearest name of all fields, for an unknown one."""
-    from flows.recipes import demo
-
-    names = list(settable(demo()))
+def _suggestion(name: str, rest: str, names: Sequence[str]) -> str:
+    """The nearest of all names, for an unknown one."""
     full = f"{name}.{rest}" if rest else name
     last = full.rpartition(".")[2]
     close = difflib.get_close_matches(full, names, n=1, cutoff=0.6) or [n for n in names if n.endswith(f".{last}")][:1]
