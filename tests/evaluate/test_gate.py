@@ -185,6 +185,7 @@ def test_on_textures_a_perfect_sampler_passes_and_a_still_a_mean_and_a_worse_sam
     by_clip = [clip_distance(a, b) for a, b in zip(other, real, strict=True)]
     assert simulation.distances(other, real) == pytest.approx(by_clip)
     assert simulation.magnitudes(real) == pytest.approx([motion_magnitude(clip) for clip in real])
+    assert simulation.coarse_magnitudes(real) == pytest.approx([coarse_motion_magnitude(clip) for clip in real])
     assert np.mean(by_clip) > simulation.distances(still, real).mean()
 
 

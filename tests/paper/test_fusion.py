@@ -246,5 +246,9 @@ def test_a_training_without_the_newer_fields_keeps_its_digest() -> None:
 def test_local_shrinkage_without_its_units_is_rejected() -> None:
     with pytest.raises(ValueError, match="local_shrinkage with prediction 'direct'"):
         FusionConfig(local_shrinkage=True)
-    with pytest.raises(ValueError, match="residual_error 0, expected"):
-        FusionConfig(residual_error=0)
+    for error in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"residual_error {error}, expected"):
+            FusionConfig(residual_error=error)
+    for weight in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"lambda_last {weight}, expected a weight from 0 to 1"):
+            FusionConfig(kind="linear", lambda_last=weight)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from trip_model import model
 from trip_model.conditioning import drop_condition_slot, unet_input
 from trip_model.config import FusionConfig, TripConfig
 from trip_model.fusion import AdaptiveLayerNorm, Shrinkage, TemporalNoiseFusion, linear_decay, linear_fusion
@@ -184,6 +185,19 @@ def test_several_texts_of_a_sample_give_the_noise_of_each(name: str, tiny_base: 
         apart = torch.cat([trip(z_t, z_first, t, words) for words in (text, text.flip(0))])
         together = trip(z_t, z_first, t, torch.cat([text, text.flip(0)]))
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "offset"), [(2, 0), (2, 1), (4, 0), (6, 0)])
+def test_a_frame_has_the_same_lambda_in_a_video_of_any_length(
+    frames: int, offset: int, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(VARIANTS["TRIP^W"], num_frames=4, residual_std=(0.0, 0.5, 0.5, 0.5))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(model, "linear_fusion", lambda *given: seen.append(given[2]) or linear_fusion(*given))
+    z_first, text = torch.randn(1, 4, 1, 4, 4), torch.zeros(1, 32, 16)
+    Trip.from_base(tiny_base, config).eval()(torch.randn(1, 4, frames, 4, 4), z_first, torch.tensor([40]), text, offset)
+    whole = linear_decay(4, config.fusion.lambda_first, config.fusion.lambda_last).flatten().tolist()
+    assert seen[0].flatten().tolist() == [whole[min(i, 3)] for i in range(offset, offset + frames)]
 
 
 class PriorOnly(Trip):

@@ -36,31 +36,38 @@ from trip_model.unet import load_unet
 FRAMES = 4
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A published data set of 10 clips, two shards, random latents."""
-    uri = str(tmp_path_factory.mktemp("data") / "set")
+def published(uri: str, rows_by_shard: list[list[list[str]]]) -> str:
+    """A data set with random latents: of each shard its rows, of each row the keys of its samples."""
     rng = np.random.default_rng(0)
     recipe = {"made": "for tests"}
     open_dataset(uri, recipe)
-    shards = []
-    for index in range(2):
+    shards, start = [], 0
+    for index, rows in enumerate(rows_by_shard):
         outcomes = [
             [
                 Sample(
-                    key=f"clip{index}{row}_000",
+                    key=key,
                     caption="a red circle",
                     latents=rng.normal(size=(FRAMES, 4, 4, 4)).astype(np.float16),
                     first=np.zeros((32, 32, 3), np.uint8),
                     tokens=rng.integers(2, 500, size=32).astype(np.int32),
                     meta={},
                 )
+                for key in keys
             ]
-            for row in range(5)
+            for keys in rows
         ]
-        shards.append(write_shard(uri, index, (index * 5, index * 5 + 5), outcomes, "hash").summary())
+        shards.append(write_shard(uri, index, (start, start + len(rows)), outcomes, "hash").summary())
+        start += len(rows)
     publish_dataset(uri, recipe, "hash", {}, shards)
     return uri
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published data set of 10 clips, two shards, random latents."""
+    rows = [[[f"clip{index}{row}_000"] for row in range(5)] for index in range(2)]
+    return published(str(tmp_path_factory.mktemp("data") / "set"), rows)
 
 
 @pytest.fixture
@@ -176,6 +183,20 @@ def test_an_epoch_reads_every_training_sample_once_and_no_held_out_one(dataset: 
     for epoch in range(3):
         assert sorted(data.sample_at(epoch * count + k) for k in range(count)) == sorted(data.samples)
     assert count + len(data.held_out_samples) == 10
+
+
+def test_the_residual_is_measured_on_one_window_of_each_clip(tmp_path: Path) -> None:
+    """The first samples may all be windows of one clip."""
+    windows = [f"clip0_{k:03d}" for k in range(8)]
+    reader = ShardDataset(published(str(tmp_path / "set"), [[windows], [[f"clip{i}_000"] for i in range(1, 5)]]))
+    data = TrainingData(reader, 0.2, 3, FRAMES)
+    clips = {clip_key_of(reader.keys[i]) for i in data.samples}
+    (measured,) = data.measured_latents(99)
+    assert len(measured) == len(clips)
+    of_sample = {data._read([i], [i], [i]).raw_latents_BFCHW.float().numpy().tobytes(): i for i in data.samples}
+    found = {clip_key_of(reader.keys[of_sample[one.numpy().tobytes()]]) for one in measured}
+    assert found == clips
+    assert len(data.measured_latents(2)[0]) == 2
 
 
 def test_the_order_is_the_seeds_permutation_of_the_training_samples(dataset: str) -> None:
