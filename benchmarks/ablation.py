@@ -56,12 +56,8 @@ BANDS, SAMPLES, SAMPLING_STEPS = 5, 2, 10
 SAMPLED = (("energy", "energy score"), ("still_psnr", "PSNR of the still part, dB"), ("motion", "motion ratio"))
 REFERENCE, VAE, STILL = "TRIP", "VAE round trip", "still photo"
 NOISE, NO_NETWORK = "photo and noise", "prior without a 3D-UNet"
-ROWS = (
-    VAE,
-    STILL,
-    NOISE,
-    NO_NETWORK,
-)  # without seeds: what the VAE allows, and what a score gives without knowledge of motion
+# Systems without training: what the VAE allows, and what a score gives without knowledge of the motion.
+REFERENCES = VAE, STILL, NOISE, NO_NETWORK
 DEMO = replace(demo().train, learning_rate_unet=7e-4)  # the rate of the demo when the plan was written
 _TNF = FusionConfig(width=DEMO.model.fusion.width, heads=DEMO.model.fusion.heads)
 ARMS = {
@@ -146,7 +142,7 @@ def still(clips: Clips) -> dict[str, Values]:
 
 
 def photo_and_noise(clips: Clips) -> dict[str, Values]:
-    """The same scores of the photo with a fixed pattern of white noise, which grows as the true clips change."""
+    """The same scores of the photo with a fixed pattern of white noise, of the true clips' deviation in each frame."""
     photo = clips.pixels[:, :1].astype(float)
     deviation_F = np.sqrt(((clips.pixels - photo) ** 2).mean(axis=(0, 2, 3, 4)))
     made = []
@@ -162,7 +158,7 @@ def no_network(trained_on: Clips, clips: Clips, unet_output: Any) -> dict[str, V
     std = measure_residual_std(trained_on.z_0)
     config = replace(DEMO.model, fusion=ARMS["closed form"], unet_output=unet_output, residual_std=std)
     model: Any = ClosedForm(config)
-    return sampled(model.eval(), clips)
+    return sampled(model, clips)
 
 
 def scores(made: Sequence[Sequence[Any]], clips: Clips) -> dict[str, Values]:
@@ -348,7 +344,7 @@ def tables(arrays: dict[str, Values]) -> Iterator[str]:
                     s: v[at].reshape(-1, len(HELD_OUT)).mean(0)[clips]
                     for s, v in _runs(arrays, base, arm, name).items()
                 }
-                for arm in (*ARMS, *ROWS)
+                for arm in (*ARMS, *REFERENCES)
             }
             return about, by_arm, [str(seed) for seed, kept in zip(HELD_OUT, clips, strict=True) if kept]
 
@@ -381,7 +377,7 @@ def summary(arrays: dict[str, Values]) -> Iterator[str]:
     """The tables of docs/decisions/ablation.md: means with the difference to TRIP, curves, strata, and TRIP^-."""
     bases = sorted({key.split("_")[0] for key in arrays} - {"choice"})
     clips = [str(seed) for seed in HELD_OUT]
-    rows = (*ARMS, *ROWS)
+    rows = (*ARMS, *REFERENCES)
 
     def by_seed(base: str, row: str, name: str, at: tuple[int, ...] = ()) -> dict[int, Values]:
         """Values [N] by seed; the axes before the clips are indexed by `at`, the rest of them averaged."""
@@ -467,7 +463,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
     """A row for each arm: its mean over seeds, the difference to TRIP with interval, and p adjusted by Holm."""
     yield "| arm | seeds | " + " | ".join(title for title, *_ in columns) + " |"
     yield "|---|---|" + "---|" * len(columns)
-    present = [arm for arm in (*ARMS, *ROWS) if columns[0][1][arm]]
+    present = [arm for arm in (*ARMS, *REFERENCES) if columns[0][1][arm]]
     cells: dict[str, list[str]] = {arm: [str(len(columns[0][1][arm]))] for arm in present}
     for _, values, clips in columns:
         minus = {
@@ -475,7 +471,7 @@ def _table(columns: list[Column]) -> Iterator[str]:
                 [values[arm][s] - values[REFERENCE][s] for s in sorted(values[arm]) if s in values[REFERENCE]]
             )
             for arm in present
-            if arm not in (REFERENCE, *ROWS) and set(values[arm]) & set(values[REFERENCE])
+            if arm not in (REFERENCE, *REFERENCES) and set(values[arm]) & set(values[REFERENCE])
         }
         raw = [p_value(lambda level, v=minus_SC, c=clips: two_way_mean(v, c, level)) for minus_SC in minus.values()]
         adjusted = dict(zip(minus, holm(raw), strict=True))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from tasks.metrics.pixels import psnr
 from trip_model.encoders import decode_latents, encode_pixels
 from trip_model.images import load_image
 from trip_model.pipeline import TripPipeline
@@ -24,11 +25,6 @@ FRAMES = 4, 7, 10, 13, 16
 SCALE = 2
 
 Pixels = NDArray[np.uint8]
-
-
-def psnr(pixels: Pixels, photo: Pixels) -> float:
-    """PSNR in dB of two frames."""
-    return float(10 * np.log10(255**2 / np.mean((pixels.astype(float) - photo) ** 2)))
 
 
 def strip(photo: Path, prompt: str, model: str, seed: int = 0) -> list[Pixels]:

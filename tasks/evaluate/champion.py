@@ -19,7 +19,7 @@ from tasks.metrics.statistics import Estimate, function_of_sums, ratio_of_sums, 
 
 BEST_FILE = "best.npz"
 LEAST_MOTION = 0.06 / 255  # coarse motion of a real clip that moves; the noise of a sensor or a codec has less
-MAGNITUDE = "magnitude_of_all"  # the mean over an item's samples
+MAGNITUDE = ALL_MAGNITUDE  # in `PerClip.values`
 Measure = Literal["score", "motion"]
 Values = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ def model_values(
 ) -> PerClip:
     """The values of one row of a summary; `by_item` is `Summary.by_item`."""
     values = {name: by_item[name][row] for name in SCORES if row in by_item.get(name, {})}
-    magnitude = {MAGNITUDE: by_item[ALL_MAGNITUDE][row]}
+    magnitude = {MAGNITUDE: by_item[MAGNITUDE][row]}
     return PerClip(model_sha256, tuple(item.key for item in items), values | magnitude)
 
 

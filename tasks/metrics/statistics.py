@@ -151,7 +151,8 @@ def degrees_of_freedom(influence: NDArray[np.float64]) -> int:
         return count - 1
     excess = count * float((influence**4).sum()) / spread**2 - 3
     unbiased = ((count + 1) * excess + 6) * (count - 1) / ((count - 2) * (count - 3))
-    return max(1, int(2 / (2 / (count - 1) + max(unbiased, 0.0) / count)))
+    degrees = 2 / (2 / (count - 1) + max(unbiased, 0.0) / count)
+    return max(1, int(degrees + 1e-9))  # of n - 1 the last bit may be missing
 
 
 def share_of(hits: float, count: int, level: float = LEVEL) -> Estimate:
